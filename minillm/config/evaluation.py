@@ -1,0 +1,29 @@
+"""`eval`: held-out prompts, answers and the distances to the teacher."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from minillm.config.base import Strict
+from minillm.config.data import Prompts
+
+Metric = Literal["rouge_l", "exact_match", "reverse_kl_nats", "sequence_reverse_kl_nats", "forward_kl_nats", "loss_nats"]
+
+
+class EvalConfig(Strict):
+    """What is measured, on what and when. At the start and at the end of a stage it always is, where there are sets."""
+
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="Evaluate every so many steps as well")
+    sets: dict[str, Prompts] = Field({}, description="Named held-out prompts")
+    metric: Metric = Field("rouge_l", description="What the best checkpoint is chosen by, as the mean over the sets")
+    seeds: list[int] = Field([10], min_length=1, description="One set of sampled answers a seed; mean and deviation")
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Of the scored answers; 0 is greedy")
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = Field(
+        0, description="Ban repeated n-grams in the scored answers (the released MiniLLM code evaluates with 6)"
+    )
+    teacher: bool = Field(True, description="Measure the divergences to the teacher, where there is one")
+    samples: Annotated[int, Field(ge=0)] = Field(4, description="Answers of each set that samples.jsonl and the report show")

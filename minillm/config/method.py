@@ -1,0 +1,95 @@
+"""`method`: what is minimised. A class a method; design and formulas are in minillm/methods/NAME.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from minillm.config.base import Strict
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
+
+# What the released code computes where it differs from the published formulas (paper is the defaults below).
+LMOPS = dict(
+    gamma=0.95,
+    return_from="current",
+    whiten="all",
+    importance_weight_in_clip=True,
+    single_step_weighted=False,
+    reduction="tokens",
+    reward_scaling=0.5,
+    cliprange_reward=100.0,
+    pt_kd_ratio=0.5,
+)
+
+
+class MiniLLM(Strict):
+    """MiniLLM (arXiv 2306.08543): policy gradient of the sequence-level reverse KL on the student's own samples."""
+
+    name: Literal["minillm"]
+    preset: Literal["paper", "lmops"] = Field(
+        "paper", description="paper: the published formulas; lmops: what the released code computes. Keys given override"
+    )
+    alpha: Probability = Field(0.2, description="Share of the teacher in the sampling mixture alpha p + (1 - alpha) q")
+    gamma: Annotated[float, Field(ge=0.0, le=1.0)] = Field(1.0, description="Discount of later rewards")
+    return_from: Literal["next", "current"] = Field("next", description="First reward in a token's return: its own or the next")
+    length_norm: bool = Field(True, description="Divide a return by the number of its rewards")
+    whiten: Literal["none", "valid", "all"] = Field(
+        "none", description="Standardise advantages over response tokens (valid) or over padding as well (all)"
+    )
+    cliprange: Annotated[float, Field(gt=0.0)] | None = Field(0.2, description="PPO's clip of the ratio; null: none")
+    importance_weight_in_clip: bool = Field(
+        True, description="Clip q/p~ (true) or the ratio to the sampling student alone, weighted outside (false)"
+    )
+    single_step_weighted: bool = Field(True, description="Weight the single-step term by q/p~")
+    single_step: bool = Field(True, description="The exact one-token reverse KL; false is the paper's ablation")
+    reduction: Literal["sequences", "tokens"] = Field(
+        "sequences", description="Sum over tokens divided by the number of sequences, or by the number of tokens"
+    )
+    ppo_epochs: Annotated[int, Field(ge=1)] = Field(4, description="Passes over each buffer of answers")
+    reward_scaling: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Rewards are divided by this")
+    cliprange_reward: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Then clipped to +- this")
+    lm_coef: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Weight of the pre-training loss on data.corpus")
+    pt_kd_ratio: Probability = Field(0.0, description="Share of forward KL to the teacher in the pre-training loss")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "lmops":
+            return {**LMOPS, **values}
+        return values
+
+
+class SFT(Strict):
+    """Supervised fine-tuning on the references."""
+
+    name: Literal["sft"]
+
+
+class KD(Strict):
+    """Word-level distillation on the references: (1 - ce_ratio) divergence + ce_ratio cross-entropy."""
+
+    name: Literal["kd"]
+    divergence: Divergence = "forward_kl"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="jsd: weight of the teacher in the mixture")
+    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="skew KLs: how much of the other model is mixed in")
+    ce_ratio: Probability = Field(0.5, description="Share of the cross-entropy on the reference")
+
+
+class SeqKD(Strict):
+    """Sequence-level distillation: the teacher answers every prompt once, then as sft or kd on its answers."""
+
+    name: Literal["seqkd"]
+    temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Of the teacher's answers; 0 is greedy")
+    kd_ratio: Probability = Field(0.0, description="Share of forward KL to the teacher (the released scripts: 0.5)")
+
+
+class GKD(Strict):
+    """Generalised knowledge distillation (arXiv 2306.13649): JSD on the student's samples or on references."""
+
+    name: Literal["gkd"]
+    on_policy: Probability = Field(0.5, description="lambda: share of the steps on the student's own answers")
+    beta: Probability = Field(0.5, description="Generalised JSD; 0 is the forward KL and 1 the reverse KL")
+
+
+Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD, Field(discriminator="name")]

@@ -1,0 +1,51 @@
+"""`student` and `teacher`: where the models come from and in which form they are loaded."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from minillm.config.base import Strict
+
+AttnImplementation = Literal[
+    "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
+]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ModelConfig(Strict):
+    """The keys that both models have."""
+
+    path: str | None = Field(
+        None,
+        description="A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed "
+        "Python package carries), or stage:NAME (the model that an earlier stage left)",
+    )
+    revision: str | None = Field(None, description="The branch, tag or commit of a hub name")
+    tokenizer: str | None = Field(None, description="A folder or hub name of the tokenizer; default: the model's own")
+    dtype: Dtype = Field("float32", description="The dtype the weights are kept in")
+    attn_implementation: AttnImplementation = Field("sdpa", description="The attention kernel transformers uses")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
+
+
+class TeacherConfig(ModelConfig):
+    """The model that judges. Its weights are never trained."""
+
+    path: str
+
+
+class StudentConfig(ModelConfig):
+    """The model that is trained."""
+
+    init: Literal["pretrained", "prune", "random"] = Field(
+        "pretrained",
+        description="pretrained: the weights at `path`; prune: `path` with only some of its layers; "
+        "random: fresh weights of the architecture in `config`",
+    )
+    layers: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="prune: which layers to keep, as a list, or how many, evenly spaced with first and last"
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="random: the architecture, as keys of the transformers configuration (model_type, hidden_size, "
+        "...); with a `path` they override that model's",
+    )

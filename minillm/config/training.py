@@ -1,0 +1,64 @@
+"""`train`, `engine`, `save`, `log`: how the loop runs. `train` is spelled as transformers.TrainingArguments."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from minillm.config.base import Strict
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "warmup_stable_decay",
+]  # fmt: skip
+
+
+class TrainConfig(Strict):
+    """The optimiser, its schedule, and how long."""
+
+    max_steps: Positive | None = Field(None, description="Optimiser steps; this or num_train_epochs is required")
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Passes over the prompts; with max_steps, whichever ends first"
+    )
+    max_seconds: Annotated[float, Field(gt=0)] | str | None = Field(
+        None,
+        description="Stop after so much training time (evaluation and saving not counted), or after as much as an "
+        "earlier stage took: stage:NAME. Such a run does not repeat bit for bit",
+    )
+    per_device_train_batch_size: Positive = 8
+    gradient_accumulation_steps: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    lr_scheduler_type: Scheduler = "constant_with_warmup"
+    lr_scheduler_kwargs: dict[str, float] = Field({}, description="As transformers.get_scheduler takes them")
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="On matrices; never on biases or norms")
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.95
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    bf16: bool = Field(False, description="Run the student's forward under bfloat16 autocast; weights stay as loaded")
+    gradient_checkpointing: bool = False
+
+
+class TorchEngine(Strict):
+    """One process: a CPU or one GPU."""
+
+    type: Literal["torch"] = "torch"
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")
+
+
+class SaveConfig(Strict):
+    """Checkpoints to resume from."""
+
+    steps: Positive | None = Field(None, description="A checkpoint every so many steps; one is always left at the end")
+    keep: Positive = Field(2, description="How many checkpoints stay on disk")
+    best: bool = Field(True, description="Keep the model with the best eval.metric in best/")
+
+
+class LogConfig(Strict):
+    """What is written while training. metrics.jsonl always is."""
+
+    steps: Positive = Field(1, description="A line of metrics every so many steps")
+    report_to: list[Literal["tensorboard"]] = Field(["tensorboard"], description="[] for metrics.jsonl alone")

@@ -1,0 +1,49 @@
+"""Packaging. Ranges are what the code is written for; constraints.txt pins what was tested."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="minillm",
+    version="0.1.0",
+    description="On-policy distillation of language models with fused losses that never hold full logits",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        "minillm",
+        "minillm.kernels",  # a symlink to ../kernels: see the tree in the README
+        "minillm.benchmarks",  # a symlink to ../benchmarks
+        "minillm.config",
+        "minillm.data",
+        "minillm.models",
+        "minillm.rollout",
+        "minillm.methods",
+        "minillm.engine",
+        "minillm.evaluate",
+    ],
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=1.26",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17,<6",
+        "safetensors>=0.5",
+        "pydantic>=2.11,<3",
+        "pyyaml>=6",
+        "rich>=13.7",
+        "datasets>=4",
+        "rouge-score>=0.1.2",
+        "matplotlib>=3.9",
+        "tensorboard>=2.17",
+    ],
+    extras_require={
+        "gguf": ["gguf>=0.10", "accelerate>=1.1"],
+        "flash": ["flash-attn>=2.7"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["minillm=minillm.cli:main"]},
+    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+)

@@ -1,0 +1,38 @@
+"""Shared by all tests: small generated models and a tokenizer, made on the spot; real assets where they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real data and real models; tests that need it skip where MINILLM_ASSETS does not name one."""
+    folder = os.environ.get("MINILLM_ASSETS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("MINILLM_ASSETS does not name a folder with the test assets")
+    return Path(folder)
+
+
+def tiny_llama(*, vocab_size: int = 300, hidden_size: int = 32, layers: int = 2, seed: int = 0, tie: bool = False):
+    """A random Llama with logits spread enough that its distributions are far from uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
