@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minillm.config.base import Strict
+from minillm.config.base import DatasetPath, FilesPath, Strict, default_type
 
 Template = Literal["alpaca", "chat", "none"]
 
@@ -33,21 +33,21 @@ class JsonlPrompts(InstructionKeys):
     """JSON objects, a line each; .gz is read as it is."""
 
     type: Literal["jsonl"] = "jsonl"
-    path: str = Field(description="A file or a glob")
+    path: FilesPath = Field(description="A file or a glob")
 
 
 class ParquetPrompts(InstructionKeys):
     """Parquet files."""
 
     type: Literal["parquet"]
-    path: str = Field(description="A file or a glob")
+    path: FilesPath = Field(description="A file or a glob")
 
 
 class HfPrompts(InstructionKeys):
     """A dataset of the `datasets` library: a hub name or a folder written by save_to_disk."""
 
     type: Literal["hf"]
-    path: str
+    path: DatasetPath
     name: str | None = Field(None, description="The configuration of a hub dataset")
     split: str = "train"
 
@@ -64,14 +64,16 @@ class PlainPrompts(InstructionKeys):
     """Beginnings of plain texts, to be continued; what follows each beginning is its reference."""
 
     type: Literal["text"]
-    path: str = Field(description="A .txt, .txt.gz or .jsonl (field `text`) file or a glob")
+    path: FilesPath = Field(description="A .txt, .txt.gz or .jsonl (field `text`) file or a glob")
     template: Literal["none"] = "none"
     prompt_length: Annotated[int, Field(ge=1)] = Field(32, description="Tokens of each text that become the prompt")
     skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many texts (held-out splits)")
 
 
 Prompts = Annotated[
-    JsonlPrompts | ParquetPrompts | HfPrompts | PydocPrompts | PlainPrompts, Field(discriminator="type")
+    JsonlPrompts | ParquetPrompts | HfPrompts | PydocPrompts | PlainPrompts,
+    Field(discriminator="type"),
+    default_type("jsonl"),
 ]
 
 
@@ -86,7 +88,7 @@ class TextCorpus(CorpusKeys):
     """Plain text."""
 
     type: Literal["text"] = "text"
-    path: str = Field(description="A .txt, .txt.gz or .jsonl (field `text`) file or a glob")
+    path: FilesPath = Field(description="A .txt, .txt.gz or .jsonl (field `text`) file or a glob")
     skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many documents")
 
 
@@ -96,7 +98,7 @@ class PydocCorpus(CorpusKeys):
     type: Literal["pydoc"]
 
 
-Corpus = Annotated[TextCorpus | PydocCorpus, Field(discriminator="type")]
+Corpus = Annotated[TextCorpus | PydocCorpus, Field(discriminator="type"), default_type("text")]
 
 
 class DataConfig(Strict):

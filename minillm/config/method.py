@@ -41,6 +41,11 @@ class MiniLLM(Strict):
     importance_weight_in_clip: bool = Field(
         True, description="Clip q/p~ (true) or the ratio to the sampling student alone, weighted outside (false)"
     )
+    importance_weight: Literal["token", "per_decision", "sequence"] = Field(
+        "token",
+        description="token: the paper's q/p~ of each token alone; per_decision and sequence: the products that make "
+        "the gradient exact, at a higher variance",
+    )
     single_step_weighted: bool = Field(True, description="Weight the single-step term by q/p~")
     single_step: bool = Field(True, description="The exact one-token reverse KL; false is the paper's ablation")
     reduction: Literal["sequences", "tokens"] = Field(

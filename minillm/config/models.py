@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from minillm.config.base import Strict
+from minillm.config.base import ModelPath, Strict, TokenizerPath
 
 AttnImplementation = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
@@ -15,13 +15,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ModelConfig(Strict):
     """The keys that both models have."""
 
-    path: str | None = Field(
+    path: ModelPath | None = Field(
         None,
         description="A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed "
         "Python package carries), or stage:NAME (the model that an earlier stage left)",
     )
     revision: str | None = Field(None, description="The branch, tag or commit of a hub name")
-    tokenizer: str | None = Field(None, description="A folder or hub name of the tokenizer; default: the model's own")
+    tokenizer: TokenizerPath | None = Field(None, description="A folder or hub name of the tokenizer; default: the model's own")
     dtype: Dtype = Field("float32", description="The dtype the weights are kept in")
     attn_implementation: AttnImplementation = Field("sdpa", description="The attention kernel transformers uses")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
@@ -30,7 +30,7 @@ class ModelConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The model that judges. Its weights are never trained."""
 
-    path: str
+    path: ModelPath
 
 
 class StudentConfig(ModelConfig):

@@ -1,10 +1,10 @@
-"""The whole configuration of one stage, and what must hold between its groups."""
+"""The whole configuration of one stage. A file holds one, or what its stages share and the `stages` themselves."""
 
-from typing import Any
+from typing import Annotated
 
 from pydantic import Field
 
-from minillm.config.base import Strict
+from minillm.config.base import FolderPath, Strict
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
 from minillm.config.method import Method
@@ -16,8 +16,10 @@ from minillm.config.training import LogConfig, SaveConfig, TorchEngine, TrainCon
 class StageConfig(Strict):
     """One training run: the student it starts from, the method, and everything around it."""
 
-    output_dir: str
-    seed: int = 0
+    output_dir: FolderPath = Field(description="Where everything that the run writes goes")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Of the order of the data, of sampling and of fresh weights"
+    )
     student: StudentConfig
     teacher: TeacherConfig | None = None
     data: DataConfig = DataConfig()
@@ -30,9 +32,5 @@ class StageConfig(Strict):
     log: LogConfig = LogConfig()
 
 
-class FileConfig(StageConfig):
-    """What a YAML file may hold: a stage, or what its stages share and the stages themselves."""
-
-    stages: dict[str, dict[str, Any]] = Field(
-        {}, description="Stages by name, run in order; each is merged over the rest of the file"
-    )
+# What all stages of a file share, so that a stage cannot say it for itself.
+OF_THE_RUN = ("output_dir", "log.report_to")

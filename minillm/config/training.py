@@ -1,5 +1,6 @@
 """`train`, `engine`, `save`, `log`: how the loop runs. `train` is spelled as transformers.TrainingArguments."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,6 +15,31 @@ Scheduler = Literal[
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ScheduleKeys:
+    """What transformers.get_scheduler asks of a schedule beyond warmup_steps."""
+
+    takes: tuple[str, ...] = ()  # of lr_scheduler_kwargs
+    needs_one_of: tuple[str, ...] = ()
+    counts_steps: bool = True  # the curve depends on how many steps there will be
+
+
+SCHEDULES: dict[str, ScheduleKeys] = {
+    "linear": ScheduleKeys(),
+    "cosine": ScheduleKeys(takes=("num_cycles",)),
+    "cosine_with_min_lr": ScheduleKeys(
+        takes=("num_cycles", "min_lr", "min_lr_rate"), needs_one_of=("min_lr", "min_lr_rate")
+    ),
+    "polynomial": ScheduleKeys(takes=("lr_end", "power")),
+    "constant": ScheduleKeys(counts_steps=False),
+    "constant_with_warmup": ScheduleKeys(counts_steps=False),
+    "inverse_sqrt": ScheduleKeys(takes=("timescale",), counts_steps=False),
+    "warmup_stable_decay": ScheduleKeys(
+        takes=("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"), needs_one_of=("num_decay_steps",)
+    ),
+}
+
+
 class TrainConfig(Strict):
     """The optimiser, its schedule, and how long."""
 
@@ -21,7 +47,7 @@ class TrainConfig(Strict):
     num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Passes over the prompts; with max_steps, whichever ends first"
     )
-    max_seconds: Annotated[float, Field(gt=0)] | str | None = Field(
+    max_seconds: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern="^stage:.")] | None = Field(
         None,
         description="Stop after so much training time (evaluation and saving not counted), or after as much as an "
         "earlier stage took: stage:NAME. Such a run does not repeat bit for bit",
@@ -45,7 +71,9 @@ class TorchEngine(Strict):
     """One process: a CPU or one GPU."""
 
     type: Literal["torch"] = "torch"
-    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "auto", description="auto (a GPU where there is one), cpu, cuda or cuda:N"
+    )
     backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")
 
 

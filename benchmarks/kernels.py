@@ -1,0 +1,169 @@
+"""`minillm bench kernels`: the fused losses beside plain torch and the peers that are installed.
+
+Every provider runs in a process of its own, in a new random order in every repeat; samples of all repeats are pooled.
+Needs torch alone (and triton on a GPU); plots need matplotlib.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minillm.benchmarks.cases import LOSSES, Case, suite
+from minillm.benchmarks.machine import describe
+from minillm.benchmarks.measure import MODES
+from minillm.benchmarks.providers import PROVIDERS
+from minillm.benchmarks.tables import Row, summarise, write_csv, write_markdown, write_plots
+
+YARDSTICK = "matmuls"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, writes results.csv, results.md and plots, prints the table. Returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cases = _cases(arguments, device)
+    if not cases:
+        print("no case matches; --list shows them all", file=sys.stderr)
+        return 2
+    if arguments.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    providers = list(dict.fromkeys([*(arguments.providers or PROVIDERS), YARDSTICK]))
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = describe(device, threads=arguments.threads)
+    with tempfile.TemporaryDirectory(prefix="minillm-bench-") as scratch:
+        results = _run(arguments, device, cases, providers, Path(scratch))
+    rows, skipped = summarise(cases, results, YARDSTICK)
+    settings = {
+        "repeats": arguments.repeats,
+        "runs per repeat": f"{arguments.rep_ms} ms" if device == "cuda" else arguments.runs,
+        "seed": arguments.seed,
+    }
+    write_csv(folder / "results.csv", rows, machine)
+    plots = write_plots(folder, rows)
+    table = write_markdown(folder / "results.md", rows, skipped, machine, settings, plots)
+    print(table)
+    print(f"written to {folder}")
+    return 0 if any(isinstance(row, Row) and row.provider != YARDSTICK for row in rows) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minillm bench kernels", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--output", default="bench-kernels", help="folder of the results (default: %(default)s)")
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="default: all")
+    parser.add_argument("--match", help="only cases whose name contains this")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    shapes = parser.add_argument_group("cases of your own, instead of the built-in ones")
+    shapes.add_argument("--losses", nargs="+", choices=LOSSES)
+    shapes.add_argument("--tokens", nargs="+", type=int)
+    shapes.add_argument("--shape", nargs=3, type=int, metavar=("H_STUDENT", "H_TEACHER", "VOCABULARY"))
+    shapes.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    shapes.add_argument("--ignored", nargs="+", type=float, help="shares of ignored tokens, 0 to 1")
+    timing = parser.add_argument_group("timing")
+    timing.add_argument("--repeats", type=int, default=3, help="processes per provider (default: %(default)s)")
+    timing.add_argument("--runs", type=int, default=3, help="timed calls per process on a CPU (default: %(default)s)")
+    timing.add_argument("--warmup-ms", type=int, default=200, help="on a GPU (default: %(default)s)")
+    timing.add_argument("--rep-ms", type=int, default=1000, help="on a GPU (default: %(default)s)")
+    timing.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    timing.add_argument("--timeout", type=int, default=1800, help="seconds a process may take (default: %(default)s)")
+    timing.add_argument("--seed", type=int, default=0, help="of the inputs and the order (default: %(default)s)")
+    return parser
+
+
+def _cases(arguments: argparse.Namespace, device: str) -> list[Case]:
+    cases = suite(device)
+    own = arguments.losses, arguments.tokens, arguments.shape, arguments.dtype, arguments.ignored
+    if any(own):
+        first = cases[0]
+        shape = arguments.shape or (first.student_hidden, first.teacher_hidden, first.vocab)
+        cases = [
+            Case(loss, tokens, *shape, arguments.dtype or first.dtype, ignored)
+            for loss in arguments.losses or [first.loss]
+            for tokens in arguments.tokens or [first.tokens]
+            for ignored in arguments.ignored or [0.0]
+        ]
+    cases = [replace(case, seed=arguments.seed) for case in cases]
+    return [case for case in cases if arguments.match is None or arguments.match in case.name]
+
+
+def _run(
+    arguments: argparse.Namespace, device: str, cases: list[Case], providers: list[str], scratch: Path
+) -> list[dict]:
+    job = {
+        "device": device,
+        "cases": [case.as_dict() for case in cases],
+        "modes": arguments.modes,
+        "runs": arguments.runs,
+        "warmup_ms": arguments.warmup_ms,
+        "rep_ms": arguments.rep_ms,
+        "oracles": str(scratch),
+    }
+    print(f"oracle: {len(cases)} case(s) in float64", file=sys.stderr)
+    failed = _process({**job, "provider": "oracle", "errors": False}, arguments, scratch)
+    if failed:
+        raise SystemExit(f"the oracle failed: {failed[-1].get('skipped')}")
+    order = random.Random(arguments.seed)
+    results = []
+    unavailable: set[str] = set()
+    for repeat in range(arguments.repeats):
+        order.shuffle(providers)
+        for position, provider in enumerate(providers):
+            if provider in unavailable:
+                continue
+            print(
+                f"repeat {repeat + 1}/{arguments.repeats}, {position + 1}/{len(providers)}: {provider}", file=sys.stderr
+            )
+            found = _process({**job, "provider": provider, "errors": repeat == 0}, arguments, scratch)
+            results += found
+            if all("skipped" in result for result in found):
+                unavailable.add(provider)
+    return results
+
+
+def _process(job: dict, arguments: argparse.Namespace, scratch: Path) -> list[dict]:
+    path = scratch / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    environment = dict(os.environ)
+    if arguments.threads:
+        environment |= {"OMP_NUM_THREADS": str(arguments.threads)}
+    command = [sys.executable, "-W", "ignore", "-m", "minillm.benchmarks.measure", str(path)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=arguments.timeout)
+        output, why = done.stdout, f"the process ended with status {done.returncode}"
+        complaint = done.stderr.strip().rpartition("\n")[2][:200]
+        why += f": {complaint}" if complaint else ""
+        complete = done.returncode == 0
+    except subprocess.TimeoutExpired as timeout:
+        output = (timeout.stdout or b"").decode(errors="replace")
+        why, complete = f"took longer than {arguments.timeout} s", False
+    results = [json.loads(line) for line in output.splitlines() if line.startswith('{"case"')]
+    if complete:
+        return results
+    reached = {result["case"] for result in results}
+    missing = [case for case in map(lambda entry: Case(**entry).name, job["cases"]) if case not in reached]
+    return results + [
+        {
+            "case": case,
+            "provider": job["provider"],
+            "mode": "all",
+            "skipped": why if place == 0 else f"not reached: {why}",
+        }
+        for place, case in enumerate(missing or [Case(**job["cases"][-1]).name])
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""LMHead, and the GEMMs of a chunk: hidden states to fp32 logits, and the logits' gradient back to hidden and weight.
+
+Logits are fp32 whatever the inputs (float64 for float64): on CUDA the tensor cores write fp32 from half-precision
+inputs; elsewhere the weight is converted a tile at a time, so that no full converted copy exists.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 2 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
+TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """A language-model head: logits = softcap(logit_scale * (h W^T + b)), softcap(x) = softcap * tanh(x / softcap)."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def _on_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _tile_rows(weight: Tensor, logits: torch.dtype) -> int:
+    return min(TILE_ROWS, max(1, TILE_BYTES // (weight.shape[1] * logits.itemsize)))
+
+
+def _tiles(weight: Tensor, compute: torch.dtype, logits: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight in the dtype of the logits, rounded to `compute` on the way."""
+    rows = weight.shape[0] if weight.device.type != "cpu" else _tile_rows(weight, logits)
+    for start in range(0, weight.shape[0], rows):
+        tile = weight[start : start + rows]
+        yield slice(start, start + rows), tile.to(compute).to(logits)
+
+
+def project(
+    hidden: Tensor,  # (C, H) in `compute`
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    compute: torch.dtype,
+    out: Tensor,  # (C, V) fp32 or fp64, rows may be padded
+) -> Tensor:
+    """out = hidden W^T + b, accumulated and stored in the dtype of `out`."""
+    if _on_tensor_cores(compute, hidden.device):
+        torch.mm(hidden, weight.to(compute).t(), out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for columns, tile in _tiles(weight, compute, out.dtype):
+            torch.mm(hidden, tile.t(), out=out[:, columns])
+    if bias is not None:
+        out.add_(bias.to(out.dtype))
+    return out
+
+
+class HeadGradients:
+    """Sums d loss / d (hidden, weight, bias) over chunks. What needs no gradient costs no GEMM.
+
+    `accumulation` is the dtype of the weight's sum, or a tensor to add into.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H), its full shape
+        bias: Tensor | None,  # (V,)
+        *,
+        needs: tuple[bool, bool, bool],  # of hidden, weight, bias
+        compute: torch.dtype,
+        logits: torch.dtype,
+        vocab_size: int,  # rows of weight and bias that were used
+        accumulation: torch.dtype | Tensor,
+    ):
+        self.compute, self.logits, self.vocab_size = compute, logits, vocab_size
+        self.weight_value = weight[:vocab_size] if needs[0] else None
+        if _on_tensor_cores(compute, hidden.device) and self.weight_value is not None:
+            self.weight_value = self.weight_value.to(compute)
+        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight = self.bias = None
+        self.into = isinstance(accumulation, Tensor)
+        if needs[1]:
+            self.weight = accumulation if self.into else torch.zeros_like(weight, dtype=accumulation)
+        if needs[2]:
+            self.bias = torch.zeros_like(bias, dtype=logits)
+
+    @property
+    def dz_dtype(self) -> torch.dtype:
+        """The dtype in which `add` wants the gradient of the logits."""
+        return self.compute if _on_tensor_cores(self.compute, self.device) else self.logits
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in (self.hidden, self.weight, self.bias) if t is not None)
+
+    def add(
+        self,
+        dz: Tensor,  # (C, V) d loss / d raw logits, of dz_dtype
+        hidden: Tensor,  # (C, H) the chunk, in `compute`
+        rows: Tensor | slice,  # where the chunk's rows are in (N,)
+    ) -> None:
+        if self.bias is not None:
+            self.bias[: self.vocab_size] += dz.sum(0, dtype=self.logits)
+        if _on_tensor_cores(self.compute, dz.device):
+            self._add_on_tensor_cores(dz, hidden, rows)
+        else:
+            self._add_in_tiles(dz, hidden.to(self.logits), rows)
+
+    def _add_on_tensor_cores(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:
+        if self.hidden is not None:
+            self.hidden[rows] = torch.mm(dz, self.weight_value).to(self.hidden.dtype)
+        if self.weight is not None:
+            used = self.weight[: self.vocab_size]
+            if used.dtype == torch.float32:
+                torch.addmm(used, dz.t(), hidden, out_dtype=torch.float32, out=used)
+            else:
+                used.add_(torch.mm(dz.t(), hidden))
+
+    def _add_in_tiles(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:
+        if self.hidden is not None:
+            # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
+            total = sum(
+                torch.mm(dz[:, columns], tile)
+                for columns, tile in _tiles(self.weight_value, self.compute, self.logits)
+            )
+            self.hidden[rows] = total.to(self.hidden.dtype)
+        if self.weight is not None:
+            used = self.weight[: self.vocab_size]
+            tile = _tile_rows(used, self.logits)
+            for start in range(0, self.vocab_size, tile):
+                target, part = used[start : start + tile], dz[:, start : start + tile].t()
+                if target.dtype == self.logits:
+                    target.addmm_(part, hidden)
+                else:
+                    target.add_(torch.mm(part, hidden))
+
+    def results(self, like: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden, weight and bias in the dtypes of `like`; None for what went into another tensor."""
+        weight = None if self.into else self.weight
+        return tuple(
+            None if gradient is None else gradient.to(of.dtype)
+            for gradient, of in zip((self.hidden, weight, self.bias), like, strict=True)
+        )

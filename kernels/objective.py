@@ -1,0 +1,238 @@
+"""linear_objective: any per-token loss of TokenStats, with the gradient computed in the forward pass.
+
+A chunk at a time: logits of both models, statistics, the caller's loss on (C,) vectors, autograd on those vectors for
+each row's coefficients, the gradient with respect to the logits, and its two GEMMs. Three student GEMMs and one
+teacher GEMM in all, the least that exact gradients need without keeping logits.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from minillm.kernels.compiling import outside_compiled_graphs
+from minillm.kernels.divergences import FIELDS
+from minillm.kernels.double_backward import guard
+from minillm.kernels.head import HeadGradients, LMHead
+from minillm.kernels.problem import Problem, Tensors, accumulation, prepare
+from minillm.kernels.token_stats import TokenStats
+
+Objective = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+
+
+@outside_compiled_graphs
+def linear_objective(
+    student_hidden: Tensor,  # (..., H_s), N tokens
+    student_head: LMHead | Tensor,  # weight (V, H_s)
+    teacher_hidden: Tensor | None,  # (..., H_t)
+    teacher_head: LMHead | Tensor | None,  # weight (V, H_t)
+    labels: Tensor | None,  # (...) integers
+    objective: Objective,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,  # (...) or (N,) each
+    fields: Iterable[str] | None = None,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    kept: int | None = None,
+    weight_grad: str | Tensor = "fp32",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum over kept tokens of objective(stats, **inputs), and its metrics, summed likewise. Scalars, fp32.
+
+    The gradient with respect to the student's hidden states, weight and bias is computed here and scaled in the
+    backward pass; the teacher is a constant. Arguments that are not named below are those of linear_token_stats.
+
+    Args:
+        teacher_hidden, teacher_head: None for both where no field needs them.
+        labels: None keeps every token and offers no log-probabilities.
+        objective: called as objective(stats, **inputs) with the TokenStats of one chunk of C tokens and the same rows
+            of every input, (C,) each; returns the loss of each token (C,), or (loss, {name: metric (C,)}). It must
+            treat tokens independently, be made of differentiable torch operations, and read no other tensor that
+            requires grad.
+        inputs: constants of each token: advantages, weights, masks; any dtype, no gradient.
+        fields: the statistics that the objective may read; None means the eight of TokenStats that the arguments
+            allow. Naming them saves work.
+        weight_grad: with a tensor, the backward pass adds the weight's gradient to it, and the weight's own .grad
+            gets nothing.
+
+    Raises:
+        ValueError: as linear_token_stats; inputs that require grad or have another shape; an objective that returns
+            anything but one loss a token, or depends on a foreign tensor that requires grad.
+        RuntimeError: on double backward.
+    """
+    problem, tensors = prepare(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        labels,
+        fields=fields if fields is None else tuple([fields] if isinstance(fields, str) else fields),
+        beta=beta,
+        alpha=alpha,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        kept=kept,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+    )
+    return objective_sum(problem, tensors, objective, inputs or {}, weight_grad)
+
+
+def objective_sum(
+    problem: Problem,
+    tensors: Tensors,
+    objective: Objective,
+    inputs: Mapping[str, Tensor],
+    weight_grad: str | Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """linear_objective on checked arguments."""
+    if problem.backend == "tiled":
+        raise ValueError("backend='tiled' does not offer linear_objective; use backend='triton' or 'auto'")
+    into = accumulation(weight_grad, tensors.student_weight, problem.logits)
+    inputs = {name: _check_input(name, value, problem, tensors) for name, value in inputs.items()}
+    graded = tensors.student_hidden, tensors.student_weight, tensors.student_bias
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in graded)
+    with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
+        sums = problem.gradients(tensors, needs, problem.logits if isinstance(into, Tensor) else into)
+        loss, metrics = _run(problem, tensors, objective, inputs, sums)
+    if sums is not None:
+        loss = _Attach.apply(
+            loss, into if isinstance(into, Tensor) else None, *graded, sums.hidden, sums.weight, sums.bias
+        )
+    return loss, metrics
+
+
+def _run(
+    problem: Problem,
+    tensors: Tensors,
+    objective: Objective,
+    inputs: Mapping[str, Tensor],
+    sums: HeadGradients | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    losses: list[Tensor] = []
+    metrics: dict[str, list[Tensor]] = {}
+    for chunk in problem.chunks(tensors):
+        statistics = problem.rows.row_statistics(chunk.student, chunk.teacher, chunk.labels, problem.spec)
+        values = {name: statistics[name] for name in problem.spec.fields}
+        here = {name: value[chunk.rows] for name, value in inputs.items()}
+        loss, coefficients = _evaluate(objective, values, here, metrics, graded=sums is not None, first=not losses)
+        losses.append(loss)
+        if coefficients:
+            dz = problem.rows.row_gradients(
+                chunk.student,
+                chunk.teacher,
+                chunk.labels,
+                statistics,
+                coefficients,
+                problem.spec,
+                sums.dz_dtype,
+            )
+            sums.add(dz, chunk.hidden, chunk.rows)
+    if not losses:  # no row is kept: the objective says which metrics there are
+        values = problem.empty_statistics(tensors.student_hidden.device)
+        here = {name: value[:0] for name, value in inputs.items()}
+        losses.append(_evaluate(objective, values, here, metrics, graded=False, first=True)[0])
+    return torch.cat(losses).sum(), {name: torch.cat(parts).sum() for name, parts in metrics.items()}
+
+
+def _evaluate(
+    objective: Objective,
+    values: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    metrics: dict[str, list[Tensor]],
+    *,
+    graded: bool,
+    first: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each token, (C,), and its derivative with respect to each statistic that it depends on."""
+    size = next(iter(values.values())).shape
+    dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.float32)
+    with torch.set_grad_enabled(graded):
+        leaves = {
+            name: value.detach().requires_grad_(graded) for name, value in values.items() if FIELDS[name].differentiable
+        }
+        result = objective(TokenStats({**values, **leaves}), **inputs)
+        loss, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not isinstance(loss, Tensor) or loss.shape != size or not loss.is_floating_point():
+            got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"objective must return the loss of each of the {size[0]} tokens of a chunk, a floating-point tensor "
+                f"of shape {tuple(size)}, or (loss, {{name: metric}}); got {got}"
+            )
+        coefficients = {}
+        if loss.requires_grad:
+            if first:
+                _check_closure(loss, list(leaves.values()))
+            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+            coefficients = {
+                name: gradient.to(dtype)
+                for name, gradient in zip(leaves, gradients, strict=True)
+                if gradient is not None
+            }
+    for name, metric in extra.items():
+        if not isinstance(metric, Tensor) or metric.shape != size:
+            got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
+            raise ValueError(f"objective: metric {name!r} must have shape {tuple(size)}, one value a token; got {got}")
+        metrics.setdefault(name, []).append(metric.detach().to(dtype))
+    return loss.detach().to(dtype), coefficients
+
+
+def _check_closure(loss: Tensor, leaves: list[Tensor]) -> None:
+    """A tensor that the objective captured would silently get no gradient."""
+    known = {id(leaf) for leaf in leaves}
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in known:
+            raise ValueError(
+                "objective depends on a tensor that requires grad and is not one of the statistics (shape "
+                f"{tuple(node.variable.shape)}); it would get no gradient here: detach it"
+            )
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _check_input(name: str, value: Tensor, problem: Problem, tensors: Tensors) -> Tensor:
+    rows = tensors.student_hidden.shape[0]
+    if not isinstance(value, Tensor) or value.shape not in (problem.shape, (rows,)):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"inputs[{name!r}] must have shape {tuple(problem.shape)}, one value a token; got {got}")
+    if value.requires_grad:
+        raise ValueError(f"inputs[{name!r}] requires grad, but inputs are constants here: detach it")
+    if value.device != tensors.student_hidden.device:
+        raise ValueError(f"inputs[{name!r}] is on {value.device}, student_hidden on {tensors.student_hidden.device}")
+    return value.reshape(-1)
+
+
+class _Attach(torch.autograd.Function):
+    """A loss with gradients that are known already: the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, into: Tensor | None, hidden, weight, bias, *gradients: Tensor | None):
+        ctx.into = into
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        with torch.no_grad():
+            scaled = [
+                None if gradient is None else _scaled(gradient, grad_output, dtype)
+                for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ]
+            if ctx.into is not None and scaled[1] is not None:
+                ctx.into.add_(scaled[1])
+                scaled[1] = None
+        return (None, None, *guard(*scaled), None, None, None)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

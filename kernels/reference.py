@@ -1,0 +1,73 @@
+"""Every loss on full logits, in plain torch and any dtype: the specification that tests and benchmarks share.
+
+Written from the definitions, with autograd for gradients, and sharing no code with the fused path. In float64 it is
+the oracle. p is the teacher's row, q the student's; 0 log 0 = 0; ids that both models give -inf do not exist.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def logits(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """softcap(logit_scale * (h W^T + b)) / temperature, (N, V); a logit of -inf stays -inf through the softcap."""
+    raw = hidden @ weight.t()
+    if bias is not None:
+        raw = raw + bias
+    z = raw * logit_scale
+    if softcap is not None:
+        banned = raw == -math.inf
+        z = torch.where(banned, -math.inf, softcap * torch.tanh(z.masked_fill(banned, 0.0) / softcap))
+    return z / temperature
+
+
+def _terms(weights: Tensor, log_ratio: Tensor) -> Tensor:
+    """weights * log_ratio, 0 where the weight is that of an impossible id."""
+    impossible = weights == 0
+    return torch.where(impossible, 0.0, weights * log_ratio.masked_fill(impossible, 0.0))
+
+
+def token_stats(
+    student: Tensor,  # (N, V) logits z_s
+    teacher: Tensor | None,  # (N, V) logits z_t
+    labels: Tensor | None,  # (N,) in [0, V)
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+) -> dict[str, Tensor]:
+    """Every statistic of minillm.losses.TokenStats that the arguments allow, (N,) each, in nats."""
+    rows = torch.arange(student.shape[0], device=student.device)
+    log_q = student.log_softmax(-1)
+    q = log_q.exp()
+    result = {"student_entropy": -_terms(q, log_q).sum(-1), "student_argmax": student.argmax(-1)}
+    if labels is not None:
+        result["student_logprob"] = log_q[rows, labels]
+    if teacher is None:
+        return result
+    log_p = teacher.log_softmax(-1)
+    p = log_p.exp()
+    result["teacher_entropy"] = -_terms(p, log_p).sum(-1)
+    result["teacher_argmax"] = teacher.argmax(-1)
+    if labels is not None:
+        result["teacher_logprob"] = log_p[rows, labels]
+
+    def mixture(weight: float) -> Tensor:  # log(weight p + (1 - weight) q)
+        return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+    result["reverse_kl"] = _terms(q, log_q - log_p).sum(-1)
+    result["forward_kl"] = _terms(p, log_p - log_q).sum(-1)
+    m = mixture(beta)
+    result["jsd"] = beta * _terms(p, log_p - m).sum(-1) + (1 - beta) * _terms(q, log_q - m).sum(-1)
+    result["skew_forward_kl"] = _terms(p, log_p - mixture(alpha)).sum(-1)
+    result["skew_reverse_kl"] = _terms(q, log_q - mixture(1 - alpha)).sum(-1)
+    result["tvd"] = 0.5 * (p - q).abs().sum(-1)
+    return result

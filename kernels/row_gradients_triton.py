@@ -1,0 +1,121 @@
+"""The Triton kernel of the row gradients: one program takes one row, in one pass over the memory of the logits.
+
+In half precision a row of gradients takes the first half of its own row of fp32 logits: blocks go up, and all of a
+block is read before any of it is written.
+"""
+
+import triton
+import triton.language as tl
+
+from minillm.kernels.logits_triton import CAPPED, NEG_INF, load_logits, log_mixture, log_ratio, to_logits
+
+
+@triton.jit
+def times(c, value):
+    """c * value, and 0 where c is 0 whatever the value."""
+    return tl.where(c == 0.0, 0.0, c * value)
+
+
+@triton.jit
+def gradient_kernel(
+    student,  # (C, V) fp32 raw logits
+    teacher,  # (C, V) fp32 raw logits, or None
+    labels,  # (C,) int64, or None
+    gradient,  # (C, V), may lie in the memory of student: the module says how
+    vectors,  # (slots, C) fp32: statistics and coefficients
+    C, V, student_stride, teacher_stride, gradient_stride,
+    student_inner, student_outer, teacher_inner, teacher_outer, chain, beta, alpha,
+    STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
+    # the slot of each vector, -1 where there is none; C_x is d loss / d x
+    STUDENT_LSE: tl.constexpr, TEACHER_LSE: tl.constexpr, REVERSE_KL: tl.constexpr, STUDENT_ENTROPY: tl.constexpr,
+    MEAN_U_JSD: tl.constexpr, MEAN_U_SKEW_FORWARD_KL: tl.constexpr,
+    MEAN_U_SKEW_REVERSE_KL: tl.constexpr, MEAN_U_TVD: tl.constexpr,
+    C_STUDENT_LOGPROB: tl.constexpr, C_REVERSE_KL: tl.constexpr, C_FORWARD_KL: tl.constexpr,
+    C_STUDENT_ENTROPY: tl.constexpr, C_JSD: tl.constexpr, C_SKEW_FORWARD_KL: tl.constexpr,
+    C_SKEW_REVERSE_KL: tl.constexpr, C_TVD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    TEACHER: tl.constexpr = TEACHER_LSE >= 0
+    index = tl.program_id(0).to(tl.int64)
+    student += index * student_stride
+    gradient += index * gradient_stride
+    vectors += index
+    C = C.to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    whole = V - V % BLOCK
+
+    student_lse = tl.load(vectors + STUDENT_LSE * C)
+    constant = 0.0  # minus the mean of sum_f c_f u_f under q
+    if TEACHER:
+        teacher += index * teacher_stride
+        teacher_lse = tl.load(vectors + TEACHER_LSE * C)
+    if C_STUDENT_LOGPROB >= 0:
+        label = tl.load(labels + index)
+        c_logprob = tl.load(vectors + C_STUDENT_LOGPROB * C)
+        constant -= c_logprob
+    if C_REVERSE_KL >= 0:
+        c_reverse = tl.load(vectors + C_REVERSE_KL * C)
+        constant -= times(c_reverse, tl.load(vectors + REVERSE_KL * C))
+    if C_FORWARD_KL >= 0:
+        c_forward = tl.load(vectors + C_FORWARD_KL * C)
+        constant += c_forward
+    if C_STUDENT_ENTROPY >= 0:
+        c_entropy = tl.load(vectors + C_STUDENT_ENTROPY * C)
+        constant -= times(c_entropy, tl.load(vectors + STUDENT_ENTROPY * C))
+    if C_JSD >= 0:
+        c_jsd = tl.load(vectors + C_JSD * C)
+        constant -= times(c_jsd, tl.load(vectors + MEAN_U_JSD * C))
+    if C_SKEW_FORWARD_KL >= 0:
+        c_skew_f = tl.load(vectors + C_SKEW_FORWARD_KL * C)
+        constant -= times(c_skew_f, tl.load(vectors + MEAN_U_SKEW_FORWARD_KL * C))
+    if C_SKEW_REVERSE_KL >= 0:
+        c_skew_r = tl.load(vectors + C_SKEW_REVERSE_KL * C)
+        constant -= times(c_skew_r, tl.load(vectors + MEAN_U_SKEW_REVERSE_KL * C))
+    if C_TVD >= 0:
+        c_tvd = tl.load(vectors + C_TVD * C)
+        constant -= times(c_tvd, tl.load(vectors + MEAN_U_TVD * C))
+
+    for tail in tl.static_range(2):
+        for start in range(whole if tail else 0, V if tail else whole, BLOCK):
+            columns = start + lanes
+            if tail:
+                raw = tl.load(student + columns, mask=columns < V, other=NEG_INF)
+            else:
+                raw = tl.load(student + columns)
+            z_s = to_logits(raw, student_inner, student_outer, STUDENT_MODE)
+            log_q = z_s - student_lse
+            q = tl.exp(log_q)
+            u = tl.zeros((BLOCK,), tl.float32) + constant
+            if TEACHER:
+                z_t = load_logits(teacher, columns, V, teacher_inner, teacher_outer, TEACHER_MODE, tail)
+                log_p = z_t - teacher_lse
+                r = log_ratio(z_s, z_t, log_q - log_p)
+            if C_REVERSE_KL >= 0:
+                u += times(c_reverse, r)
+            if C_STUDENT_ENTROPY >= 0:
+                u -= times(c_entropy, log_q)
+            if C_JSD >= 0:
+                over_p, over_q = log_mixture(r, beta)
+                u -= times(c_jsd, (1.0 - beta) * over_q)
+            if C_SKEW_FORWARD_KL >= 0:
+                over_p, over_q = log_mixture(r, alpha)
+                u -= times(c_skew_f, (1.0 - alpha) * tl.exp(-over_p))
+            if C_SKEW_REVERSE_KL >= 0:
+                over_p, over_q = log_mixture(r, 1.0 - alpha)
+                u -= times(c_skew_r, over_q + alpha * tl.exp(-over_q))
+            if C_TVD >= 0:
+                u += times(c_tvd, tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, 0.0)))
+            dz = tl.where(q == 0.0, 0.0, q * u)
+            if C_FORWARD_KL >= 0:
+                dz -= times(c_forward, tl.exp(log_p))
+            if C_STUDENT_LOGPROB >= 0:
+                dz += tl.where(columns == label, c_logprob, 0.0)
+            if STUDENT_MODE == CAPPED:  # 1 - tanh(x)^2 without cancellation; 0 at -inf
+                e = tl.exp(-2.0 * tl.abs(raw * student_inner))
+                dz = tl.where(raw == NEG_INF, 0.0, dz * (4.0 * e / ((1.0 + e) * (1.0 + e))))
+            dz = (dz * chain).to(gradient.dtype.element_ty)
+            tl.debug_barrier()  # all of the block is read before any of it is overwritten
+            if tail:
+                tl.store(gradient + columns, dz, mask=columns < V)
+            else:
+                tl.store(gradient + columns, dz)

@@ -1,0 +1,136 @@
+"""The row operations on a GPU: from raw logits to per-token statistics, and from coefficients to the gradient.
+
+Launches the kernels of `row_statistics_triton` and `row_gradients_triton`; `minillm.kernels.rows_torch` has the same
+two functions.
+"""
+
+import torch
+from torch import Tensor
+
+from minillm.kernels.divergences import FIELDS, RowSpec
+from minillm.kernels.logits_triton import transform
+from minillm.kernels.row_gradients_triton import gradient_kernel
+from minillm.kernels.row_statistics_triton import statistics_kernel
+
+STATISTICS_BLOCK, STATISTICS_WARPS = 1024, 8
+GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
+
+SECOND_PASS = tuple(name for name, field in FIELDS.items() if field.second_pass)
+STATISTIC_SLOTS = (
+    *("student_lse", "teacher_lse"),
+    *(name for name in FIELDS if not name.endswith("argmax")),
+    *(f"mean_u_{name}" for name in SECOND_PASS),
+)
+ROW_STATISTICS = (  # what the gradient reads, and the coefficient that asks for it
+    ("reverse_kl", "reverse_kl"),
+    ("student_entropy", "student_entropy"),
+    *((f"mean_u_{name}", name) for name in SECOND_PASS),
+)
+
+
+def row_statistics(
+    student: Tensor,  # (C, V) raw logits h W^T + b, fp32; columns contiguous
+    teacher: Tensor | None,  # (C, V) likewise, where a field needs it
+    labels: Tensor | None,  # (C,) int64 in [0, V), where a field needs them
+    spec: RowSpec,
+) -> dict[str, Tensor]:
+    """The statistics `spec.fields`, each (C,) fp32 (argmaxes int64). The logits stay as they are.
+
+    Besides: `student_lse`, `teacher_lse` (where a teacher is given), and `mean_u_F` = E_q[u_F] for every second-pass
+    field F. `row_gradients` reads them.
+    """
+    _check(student, teacher)
+    C, V = student.shape
+    names = {"student_lse"} | {name for name in spec.fields if not name.endswith("argmax")}
+    names |= {f"mean_u_{name}" for name in spec.fields if FIELDS[name].second_pass}
+    if teacher is not None:
+        names |= {"teacher_lse"}
+    slots = {name: slot for slot, name in enumerate(name for name in STATISTIC_SLOTS if name in names)}
+    out = torch.empty(len(slots), C, dtype=torch.float32, device=student.device)
+    result = dict(zip(slots, out, strict=True))
+    argmaxes = None
+    if "student_argmax" in spec.fields or "teacher_argmax" in spec.fields:
+        argmaxes = torch.empty(2, C, dtype=torch.int64, device=student.device)
+        found = dict(zip(("student_argmax", "teacher_argmax"), argmaxes, strict=True))
+        result |= {name: value for name, value in found.items() if name in spec.fields}
+    if C:
+        with torch.cuda.device_of(student):
+            statistics_kernel[(C,)](
+                student,
+                teacher,
+                labels,
+                out,
+                argmaxes,
+                C,
+                V,
+                student.stride(0),
+                0 if teacher is None else teacher.stride(0),
+                **transform(spec),
+                STUDENT_ARGMAX="student_argmax" in spec.fields,
+                TEACHER_ARGMAX="teacher_argmax" in spec.fields,
+                **{name.upper(): slots.get(name, -1) for name in STATISTIC_SLOTS},
+                BLOCK=STATISTICS_BLOCK,
+                num_warps=STATISTICS_WARPS,
+            )
+    return result
+
+
+def row_gradients(
+    student: Tensor,  # (C, V) raw logits, fp32; their memory is overwritten
+    teacher: Tensor | None,  # (C, V), where a coefficient needs it
+    labels: Tensor | None,  # (C,) int64, where a coefficient needs them
+    statistics: dict[str, Tensor],  # (C,) each: what row_statistics returned for these rows
+    coefficients: dict[str, Tensor],  # (C,) each: d loss / d field; absent means zero
+    spec: RowSpec,
+    grad_dtype: torch.dtype,  # fp32, bf16 or fp16
+) -> Tensor:
+    """d loss / d raw student logits, (C, V) of `grad_dtype`, in the memory of `student`.
+
+    A coefficient that is exactly 0 contributes exactly nothing, even where its statistic is infinite.
+    """
+    if not any(FIELDS[name].teacher for name in coefficients):
+        teacher = None
+    _check(student, teacher)
+    C, V = student.shape
+    gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
+    vectors = {"student_lse": statistics["student_lse"]}
+    if teacher is not None:
+        vectors["teacher_lse"] = statistics["teacher_lse"]
+    vectors |= {name: statistics[name] for name, field in ROW_STATISTICS if field in coefficients}
+    vectors |= {f"c_{name}": value for name, value in coefficients.items()}
+    slots = {name: slot for slot, name in enumerate(vectors)}
+    keys = ["student_lse", "teacher_lse", *(name for name, _ in ROW_STATISTICS)]
+    keys += [f"c_{name}" for name, field in FIELDS.items() if field.differentiable]
+    if C:
+        with torch.cuda.device_of(student):
+            gradient_kernel[(C,)](
+                student,
+                teacher,
+                labels if "student_logprob" in coefficients else None,
+                gradient,
+                torch.stack([value.to(torch.float32) for value in vectors.values()]),
+                C,
+                V,
+                student.stride(0),
+                0 if teacher is None else teacher.stride(0),
+                gradient.stride(0),
+                **transform(spec),
+                chain=spec.student_scale / spec.temperature,
+                **{name.upper(): slots.get(name, -1) for name in keys},
+                BLOCK=GRADIENT_BLOCK,
+                num_warps=GRADIENT_WARPS,
+            )
+    return gradient
+
+
+def _check(student: Tensor, teacher: Tensor | None) -> None:
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if logits is None:
+            continue
+        if logits.dtype != torch.float32:
+            raise ValueError(f"{name} logits are {logits.dtype}; the Triton row kernels take torch.float32 alone")
+        if logits.shape != student.shape or (logits.shape[1] > 1 and logits.stride(1) != 1):
+            raise ValueError(
+                f"{name} logits have shape {tuple(logits.shape)} and strides {logits.stride()}; expected "
+                f"{tuple(student.shape)} with contiguous columns"
+            )

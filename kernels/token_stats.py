@@ -1,0 +1,200 @@
+"""TokenStats, and linear_token_stats: per-token statistics of student and teacher from hidden states.
+
+Without autograd one pass; with it the backward pass recomputes the logits a chunk at a time, so that every statistic
+takes any upstream gradient: four student GEMMs and two teacher GEMMs (`objective` needs three and one).
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from minillm.kernels.compiling import outside_compiled_graphs
+from minillm.kernels.divergences import FIELDS
+from minillm.kernels.double_backward import guard
+from minillm.kernels.head import LMHead
+from minillm.kernels.problem import Problem, Tensors, accumulation, prepare
+
+
+class TokenStats:
+    """Per-token statistics in nats, one tensor each, read as attributes. p is the teacher's, q the student's row.
+
+    student_logprob log q(y), teacher_logprob log p(y), reverse_kl KL(q || p), forward_kl KL(p || q),
+    student_entropy, teacher_entropy, student_argmax, teacher_argmax (int64); where asked for by name also
+    jsd, skew_forward_kl, skew_reverse_kl, tvd. Reading what was not computed raises an AttributeError that says so.
+    """
+
+    student_logprob: Tensor
+    teacher_logprob: Tensor
+    reverse_kl: Tensor
+    forward_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_argmax: Tensor
+    teacher_argmax: Tensor
+    jsd: Tensor
+    skew_forward_kl: Tensor
+    skew_reverse_kl: Tensor
+    tvd: Tensor
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        self.__dict__.update(values)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the statistics that are here."""
+        return tuple(self.__dict__)
+
+    @property
+    def reward(self) -> Tensor:
+        """log p(y) - log q(y), the reward of a sampled token (MiniLLM, arXiv 2306.08543, section 2.2)."""
+        values = self.__dict__
+        self._require("teacher_logprob", "student_logprob")
+        return values["teacher_logprob"] - values["student_logprob"]
+
+    def _require(self, *names: str) -> None:
+        missing = [name for name in names if name not in self.__dict__]
+        if missing:
+            raise AttributeError(
+                f"{', '.join(missing)} not computed; pass fields=({', '.join(repr(n) for n in (*self.fields, *missing))})"
+            )
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name == "reward":  # the property raised: let its reason be heard
+            self._require("teacher_logprob", "student_logprob")
+        if name in FIELDS:
+            self._require(name)
+        raise AttributeError(f"TokenStats has no attribute {name!r}; its statistics are {', '.join(self.fields)}")
+
+    def __repr__(self) -> str:
+        return f"TokenStats({', '.join(f'{name}: {tuple(value.shape)}' for name, value in self.__dict__.items())})"
+
+
+@outside_compiled_graphs
+def linear_token_stats(
+    student_hidden: Tensor,  # (..., H_s), N tokens
+    student_head: LMHead | Tensor,  # weight (V, H_s)
+    teacher_hidden: Tensor | None,  # (..., H_t)
+    teacher_head: LMHead | Tensor | None,  # weight (V, H_t)
+    labels: Tensor | None,  # (...) integers
+    *,
+    fields: Iterable[str] | None = None,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    kept: int | None = None,
+    weight_grad: str | Tensor = "fp32",
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
+) -> TokenStats:
+    """Statistics of every token, (...) each, fp32 (float64 for float64 inputs), in nats; no full logits anywhere.
+
+    Logits are softcap(logit_scale * (h W^T + b)) / temperature for both models. Ignored tokens (label ignore_index)
+    get 0, and -1 for the argmaxes; they reach no GEMM. Every float statistic of the student is differentiable with
+    respect to the student's hidden states, weight and bias, for any upstream gradient; the teacher is a constant.
+
+    Args:
+        fields: the statistics to compute; None means the eight of TokenStats, less those that need a teacher or
+            labels that are None.
+        beta: jsd, m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1).
+        alpha: skew divergences (DistiLLM, arXiv 2402.03898, equations 4 and 5).
+        vocab_size: use the first ids alone, of both heads; then labels lie in [0, vocab_size).
+        kept: the number of labels that are not ignore_index, where the caller knows it: no host synchronisation.
+        weight_grad: the weight's gradient is summed over chunks in fp32, in bf16 (lossy), or into a tensor of the
+            weight's shape, which is added to, while the weight's own .grad gets nothing.
+        backend: auto (triton for CUDA tensors, torch elsewhere), torch, triton, tiled. float64 goes to torch.
+        chunk_bytes: bytes of logits alive at a time.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, vocabularies or labels that do not fit, a wrapped or sharded head.
+        RuntimeError: on double backward.
+    """
+    problem, tensors = prepare(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        labels,
+        fields=fields if fields is None else tuple([fields] if isinstance(fields, str) else fields),
+        beta=beta,
+        alpha=alpha,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        kept=kept,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+    )
+    return token_stats(problem, tensors, weight_grad)
+
+
+def token_stats(problem: Problem, tensors: Tensors, weight_grad: str | Tensor) -> TokenStats:
+    """linear_token_stats on checked arguments."""
+    into = accumulation(weight_grad, tensors.student_weight, problem.logits)
+    values = _TokenStats.apply(problem, into, *tensors)
+    return TokenStats(
+        {name: value.reshape(problem.shape) for name, value in zip(problem.spec.fields, values, strict=True)}
+    )
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem: Problem, into: torch.dtype | Tensor, *flat: Tensor | None):
+        tensors = Tensors(*flat)
+        statistics = _statistics(problem, tensors)
+        names = [name for name in statistics if not name.endswith("argmax")]
+        ctx.problem, ctx.into, ctx.names = problem, into, names
+        ctx.save_for_backward(*tensors, *(statistics[name] for name in names))
+        ctx.set_materialize_grads(False)
+        fields = problem.spec.fields
+        values = tuple(problem.spread(statistics[name], tensors.kept).clone() for name in fields)
+        ctx.mark_non_differentiable(
+            *(value for name, value in zip(fields, values, strict=True) if not FIELDS[name].differentiable)
+        )
+        return values
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor | None):
+        problem: Problem = ctx.problem
+        count = len(Tensors._fields)
+        tensors = Tensors(*ctx.saved_tensors[:count])
+        statistics = dict(zip(ctx.names, ctx.saved_tensors[count:], strict=True))
+        coefficients = {}
+        for name, gradient in zip(problem.spec.fields, grad_outputs, strict=True):
+            if gradient is not None and FIELDS[name].differentiable:
+                gradient = gradient.detach().to(problem.logits)
+                coefficients[name] = gradient if tensors.kept is None else gradient[tensors.kept]
+        with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
+            sums = problem.gradients(tensors, ctx.needs_input_grad[2:5], ctx.into)
+            if coefficients:
+                needs_teacher = any(FIELDS[name].teacher for name in coefficients)
+                for chunk in problem.chunks(tensors, teacher=needs_teacher):
+                    dz = problem.rows.row_gradients(
+                        chunk.student,
+                        chunk.teacher,
+                        chunk.labels,
+                        {name: value[chunk.slice] for name, value in statistics.items()},
+                        {name: value[chunk.slice].contiguous() for name, value in coefficients.items()},
+                        problem.spec,
+                        sums.dz_dtype,
+                    )
+                    sums.add(dz, chunk.hidden, chunk.rows)
+        return (None, None, *guard(*sums.results(tensors[:3])), None, None, None, None, None)
+
+
+def _statistics(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
+    """Every statistic and what the gradient needs, (K,) each."""
+    with torch.autocast(tensors.student_hidden.device.type, enabled=False):
+        if problem.backend == "tiled" and problem.kept:
+            from minillm.kernels.tiled_triton import tiled_stats
+
+            return tiled_stats(*problem.tiled_arguments(tensors), problem.spec)
+        parts = [
+            problem.rows.row_statistics(chunk.student, chunk.teacher, chunk.labels, problem.spec)
+            for chunk in problem.chunks(tensors)
+        ]
+    if not parts:
+        return problem.empty_statistics(tensors.student_hidden.device)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

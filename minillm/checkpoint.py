@@ -1,0 +1,116 @@
+"""Checkpoints that are whole or not there: written beside, checksummed, synced, renamed.
+
+    checkpoint-N/            a Hugging Face folder of the student, and
+      state/                 everything else needed to go on: trainer.json, engine.pt, buffer.safetensors
+      manifest.json          size and SHA-256 of every file, written last
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def write_checkpoint(output_dir: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
+    """Write checkpoint-<step> through `fill`, which gets an empty folder, then drop all but the newest `keep`.
+
+    A kill at any moment leaves either no folder of that name or a whole one; the older ones go only afterwards.
+    """
+    folder = output_dir / f"checkpoint-{step}"
+    partial = output_dir / f".checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(partial)): _fingerprint(path) for path in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*files, partial / MANIFEST, *(path for path in partial.rglob("*") if path.is_dir()), partial]:
+        sync(path)
+    if folder.exists():  # a rerun of the same step after a resume: replace it whole
+        stale = output_dir / f".checkpoint-{step}.stale"
+        shutil.rmtree(stale, ignore_errors=True)
+        folder.rename(stale)
+        partial.rename(folder)
+        shutil.rmtree(stale)
+    else:
+        partial.rename(folder)
+    sync(output_dir)
+    for _, old in list_checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint-N, oldest first, whole or not."""
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+def newest_whole(output_dir: Path, note: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is what its manifest says; `note` hears of each one passed over."""
+    for _, folder in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        note(f"{folder.name} is not whole ({damage}); going back to the one before")
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except ValueError:
+        return f"{MANIFEST} cannot be read"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _fingerprint(path) != expected:
+            return f"{name} was altered"
+    return None
+
+
+def clean_partials(output_dir: Path) -> None:
+    """Remove what a kill in the middle of a save left behind; a set-aside checkpoint without successor comes back."""
+    for stale in output_dir.glob(".checkpoint-*.stale"):
+        folder = output_dir / stale.name[1 : -len(".stale")]
+        if folder.exists():
+            shutil.rmtree(stale)
+        else:
+            stale.rename(folder)
+    for partial in output_dir.glob(".*.partial"):
+        shutil.rmtree(partial)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a small file whole."""
+    partial = path.with_name(f".{path.name}.partial-file")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

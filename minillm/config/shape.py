@@ -1,0 +1,157 @@
+"""The schema as dotted paths walk it: groups, choices between groups, named entries, lists and plain values.
+
+Merging, error messages, path checks and the editors' schema all ask here, so that adding a group or a key to the
+configuration classes is all there is to adding it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from minillm.config.base import Place
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A plain value: text, number, true or false, or several of these (`alternatives`)."""
+
+    annotation: Any
+    place: Place | None = None
+
+    @cached_property
+    def alternatives(self) -> tuple[Any, ...]:
+        """The types between which pydantic chooses by trying, () where there is but one."""
+        members = _members(self.annotation)
+        return members if len(members) > 1 else ()
+
+
+@dataclass(frozen=True)
+class Many:
+    """A list (`named` false) or freely named entries, all of the same shape."""
+
+    of: "Shape"
+    named: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """The keys of one configuration class."""
+
+    model: type[BaseModel]
+
+    def child(self, name: str) -> "Shape | None":
+        field = self.model.model_fields.get(name)
+        return None if field is None else _field_shape(field)
+
+    def keys(self) -> list[str]:
+        return list(self.model.model_fields)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Groups of which `key` picks one by name."""
+
+    key: str
+    options: dict[str, Group]
+    default: str | None  # what is meant where `key` is not given
+
+    def pick(self, value: Mapping[str, Any]) -> Group | None:
+        """The group that `value` is, None where it does not say or says nonsense."""
+        name = value.get(self.key, self.default)
+        return self.options.get(name) if isinstance(name, str) else None
+
+
+Shape = Leaf | Many | Group | Choice
+
+
+def group_of(shape: Shape | None, value: Any) -> Group | None:
+    """The group whose keys `value` must have; None where it is no group or cannot be told."""
+    if isinstance(shape, Choice):
+        return shape.pick(value) if isinstance(value, Mapping) else None
+    return shape if isinstance(shape, Group) else None
+
+
+def child_shape(shape: Shape | None, value: Any, key: str | int) -> Shape | None:
+    """The shape of `value[key]`, None where the schema knows nothing of it."""
+    if isinstance(shape, Many):
+        return shape.of
+    group = group_of(shape, value)
+    return group.child(key) if group is not None and isinstance(key, str) else None
+
+
+def all_keys(shape: Shape, prefix: str = "") -> Iterator[str]:
+    """Every dotted key below `shape`, of all choices, without those below freely named entries."""
+    groups = shape.options.values() if isinstance(shape, Choice) else [shape] if isinstance(shape, Group) else []
+    for group in groups:
+        for name in group.keys():
+            yield f"{prefix}{name}"
+            yield from all_keys(group.child(name), f"{prefix}{name}.")
+
+
+def places(shape: Shape | None, value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple, Place, str]]:
+    """(path, kind of place, text) of every text in `value` that names a place."""
+    if isinstance(shape, Leaf) and shape.place is not None and isinstance(value, str):
+        yield path, shape.place, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(child_shape(shape, value, key), item, (*path, key))
+
+
+def _field_shape(field: FieldInfo) -> Shape:
+    place = next((mark for mark in field.metadata if isinstance(mark, Place)), None)
+    return _shape(field.annotation, field.discriminator, place)
+
+
+def _shape(annotation: Any, discriminator: Any = None, place: Place | None = None) -> Shape:
+    if get_origin(annotation) is Annotated:
+        annotation, *marks = get_args(annotation)
+        for mark in marks:
+            if isinstance(mark, FieldInfo) and mark.discriminator:
+                discriminator = mark.discriminator
+            place = mark if isinstance(mark, Place) else place
+        return _shape(annotation, discriminator, place)
+    members = _members(annotation)
+    if discriminator and len(members) > 1:
+        options = {get_args(model.model_fields[discriminator].annotation)[0]: Group(model) for model in members}
+        # the one whose discriminator has a default is meant where none is given
+        default = [
+            name for name, group in options.items() if not group.model.model_fields[discriminator].is_required()
+        ]
+        return Choice(discriminator, options, next(iter(default), None))
+    if len(members) == 1 and members[0] is not annotation:  # X | None
+        return _shape(members[0], discriminator, place)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is dict:
+        return Many(_shape(arguments[1]), named=True)
+    if origin is list:
+        return Many(_shape(arguments[0]), named=False)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return Group(annotation)
+    return Leaf(annotation, place)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union without None; of anything else, itself."""
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(member for member in get_args(annotation) if member is not NoneType)
+    return (annotation,)
+
+
+def describe(annotation: Any) -> str:
+    """A type in words: a whole number, a number, text, ..."""
+    if get_origin(annotation) is Annotated:
+        return describe(get_args(annotation)[0])
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(describe(member) for member in _members(annotation))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments)) if len(arguments) > 1 else repr(arguments[0])
+    if origin is list:
+        return "a list"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(annotation, "keys and values")

@@ -1,0 +1,74 @@
+"""Per-token statistics of student and teacher on given answers: one pass each, no full logits, no gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minillm.data.batch import Pair, TokenBatch, collate
+from minillm.losses import linear_token_stats
+from minillm.models.access import last_hidden, lm_head
+from minillm.models.pair import Models
+from minillm.rollout.scoring import teacher_hidden
+
+NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
+
+
+@torch.no_grad()
+def token_statistics(
+    models: Models,
+    pairs: Sequence[Pair],
+    fields: tuple[str, ...],
+    *,
+    batch_size: int,
+    teacher_states: Sequence[Tensor] | None = None,  # (T, H_t) each
+) -> dict[str, list[Tensor]]:
+    """{field: one (T,) fp32 CPU tensor a pair, in nats} over the response tokens, at temperature 1.
+
+    `fields` are those of minillm.losses.TokenStats. `teacher_states` are the teacher's hidden states where they are
+    kept from before (`teacher_hidden_states`); without them the teacher runs, if a field needs it.
+    """
+    results: dict[str, list[Tensor]] = {field: [torch.empty(0)] * len(pairs) for field in fields}
+    needs_teacher = bool(NEEDS_TEACHER & set(fields))
+    for chosen in _micro_batches(pairs, batch_size):
+        batch = collate([pairs[index] for index in chosen], models.pad_id).to(models.device)
+        hidden = last_hidden(models.student, batch.input_ids, batch.attention_mask, batch.position_ids)
+        if not needs_teacher:
+            teacher = None
+        elif teacher_states is None:
+            teacher = teacher_hidden(models, batch)
+        else:
+            teacher = torch.cat([teacher_states[index] for index in chosen]).to(models.device)
+        stats = linear_token_stats(
+            hidden.flatten(0, 1).index_select(0, batch.rows),  # (N, H_s)
+            lm_head(models.student),
+            teacher,  # (N, H_t)
+            lm_head(models.teacher) if needs_teacher else None,
+            batch.labels,
+            fields=fields,
+            vocab_size=models.vocab_size,
+        )
+        for field in fields:
+            _put(results[field], chosen, batch, getattr(stats, field))
+    return results
+
+
+@torch.no_grad()
+def teacher_hidden_states(models: Models, pairs: Sequence[Pair], *, batch_size: int) -> list[Tensor]:
+    """The teacher's last hidden states at the response tokens, to be kept: one (T, H_t) CPU tensor a pair."""
+    states: list[Tensor] = [torch.empty(0)] * len(pairs)
+    for chosen in _micro_batches(pairs, batch_size):
+        batch = collate([pairs[index] for index in chosen], models.pad_id).to(models.device)
+        _put(states, chosen, batch, teacher_hidden(models, batch))
+    return states
+
+
+def _micro_batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
+    """Indices of the pairs, those of a like length side by side, so that little is padded."""
+    by_length = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
+    return [by_length[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+
+
+def _put(target: list[Tensor], chosen: list[int], batch: TokenBatch, values: Tensor) -> None:  # (N, ...)
+    for index, vector in zip(chosen, batch.split(values.cpu()), strict=True):
+        target[index] = vector.clone()  # a view would keep the micro-batch's whole tensor alive

@@ -1,0 +1,250 @@
+"""Held-out prompts answered and scored: what the answers are worth, and how far the student is from its teacher.
+
+Reverse KL, forward KL and entropy belong together: a reverse KL that falls while the entropy vanishes and the forward
+KL rises is a student that collapsed onto a few answers.
+
+    rouge_l, exact_match       of the scored answers, the best over the references, 0 to 100
+    length_tokens, ended_share of the scored answers
+    entropy_nats               token mean of the entropy of q     ) on the student's own samples at temperature 1:
+    reverse_kl_nats            token mean of KL(q || p)           ) the scored answers where those are such samples,
+    sequence_reverse_kl_nats   its sum over an answer, their mean ) else others, drawn for this alone
+    forward_kl_nats            token mean of KL(p || q) on the teacher's samples at temperature 1, always the same ones
+    loss_nats                  token mean of -log q(reference)
+
+What cannot be measured (no teacher, no references) is absent. With several seeds every metric is the mean over them,
+and NAME_std their standard deviation where it was measured more than once.
+"""
+
+import math
+import statistics
+import zlib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minillm.config.evaluation import EvalConfig
+from minillm.data.instructions import Example, PromptSet
+from minillm.evaluate.divergences import teacher_hidden_states, token_statistics
+from minillm.evaluate.exact_match import exact_match
+from minillm.evaluate.rouge import rouge_l
+from minillm.models.pair import Models
+from minillm.rollout.sampling import Answer, Sampling, sample
+
+Who = Literal["student", "teacher"]
+Measurements = dict[str, list[float]]  # metric -> a value a seed, or the one value
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    sets: dict[str, dict[str, float]]  # set -> metric -> value
+    mean: dict[str, float]  # metric -> mean over the sets that have it
+    samples: list[dict]  # of each set the first answers: who, set, index, prompt, reference, answer, teacher, ...
+
+
+class Evaluator:
+    """Measures a student, or the teacher itself, on the same prompts with the same random numbers every time.
+
+    It belongs to one teacher: the teacher's answers and their hidden states (T x H_t numbers an answer, in the
+    teacher's dtype, in CPU memory) are kept after the first call, for later steps and stages.
+    """
+
+    def __init__(self, sets: dict[str, PromptSet], config: EvalConfig, *, seed: int):
+        for name, prompts in sets.items():
+            if not prompts.examples:
+                raise ValueError(f"eval.sets.{name}: no usable prompts in {prompts.source}; nothing could be measured")
+        self.sets, self.config, self.seed = sets, config, seed
+        self.scored = Sampling(
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            no_repeat_ngram_size=config.no_repeat_ngram_size,
+        )
+        self.neutral = Sampling(config.max_new_tokens)
+        self._teacher_answers: dict[tuple[str, int, int, Sampling], Answer] = {}  # by set, example, seed, sampling
+        self._teacher_states: dict[str, list[Tensor]] = {}  # set -> (T, H_t) a neutral answer
+
+    def evaluate(self, models: Models, who: Who = "student") -> Evaluation:
+        """Answer every set with every seed and measure.
+
+        Args:
+            models: the pair. Without a teacher, or with `eval.teacher` false, there are no divergences.
+            who: "teacher" measures the teacher's own answers, entropy and loss; its answers are those kept.
+
+        Raises ValueError for who="teacher" without a teacher.
+        """
+        if who == "teacher" and models.teacher is None:
+            raise ValueError("who='teacher': there is no teacher to evaluate; give the configuration a `teacher`")
+        measured, samples = {}, []
+        for name in self.sets:
+            measured[name], shown = self._evaluate_set(name, models, who)
+            samples += shown
+        sets = {name: _summary(measurements) for name, measurements in measured.items()}
+        return Evaluation(sets, _summary(_mean_over_sets(list(measured.values()))), samples)
+
+    def _evaluate_set(self, name: str, models: Models, who: Who) -> tuple[Measurements, list[dict]]:
+        examples, measured = self.sets[name].examples, Measurements()
+        compares = who == "student" and models.teacher is not None and self.config.teacher
+        # from here on the one measured is "the student"; the teacher's answers still come from what is kept
+        subject = models if who == "student" else replace(models, student=models.teacher, teacher=None)
+        shown: list[dict] = []
+        for seed in self.config.seeds:
+            answers = self._answers(name, examples, models, who, seed, self.scored)
+            texts = [_text(models, answer) for answer in answers]
+            scores = _score_texts(texts, examples)
+            for metric, values in {**scores, **_shape(answers)}.items():
+                _add(measured, metric, statistics.fmean(value for value in values if value is not None))
+            if seed == self.config.seeds[0]:
+                shown = self._samples(name, examples, models, who, answers, texts, scores)
+            if self.scored == self.neutral:
+                self._measure_samples(measured, subject, examples, answers, compares)
+        if self.scored != self.neutral:  # one seed is enough for what is averaged over all tokens of a set
+            answers = self._answers(name, examples, models, who, self.config.seeds[0], self.neutral)
+            self._measure_samples(measured, subject, examples, answers, compares)
+        if compares:
+            self._measure_teacher_samples(measured, name, models, examples)
+        self._measure_references(measured, subject, examples)
+        return measured, shown
+
+    def _answers(
+        self, name: str, examples: list[Example], models: Models, who: Who, seed: int, sampling: Sampling
+    ) -> list[Answer]:
+        kept = self._teacher_answers if who == "teacher" else {}
+        missing = [example for example in examples if (name, example.index, seed, sampling) not in kept]
+        if missing:
+            answers = sample(
+                models,
+                [example.prompt_ids for example in missing],
+                sampling,
+                keys=[example.index for example in missing],
+                # the same at every step and stage and for both models; never that of training samples
+                seed=zlib.crc32(f"evaluation {self.seed} {seed} {name}".encode()),
+                who=who,
+                batch_size=self.config.batch_size,
+            )
+            for example, answer in zip(missing, answers, strict=True):
+                kept[name, example.index, seed, sampling] = answer
+        return [kept[name, example.index, seed, sampling] for example in examples]
+
+    def _measure_samples(
+        self, measured: Measurements, subject: Models, examples: list[Example], answers: list[Answer], compares: bool
+    ) -> None:
+        fields = ("student_entropy", "reverse_kl") if compares else ("student_entropy",)
+        stats = token_statistics(subject, _pairs(examples, answers), fields, batch_size=self.config.batch_size)
+        _add(measured, "entropy_nats", _token_mean(stats["student_entropy"]))
+        if compares:
+            sums = [vector.double().sum().item() for vector in stats["reverse_kl"]]
+            _add(measured, "reverse_kl_nats", _token_mean(stats["reverse_kl"]))
+            _add(measured, "sequence_reverse_kl_nats", statistics.fmean(sums))
+
+    def _measure_teacher_samples(
+        self, measured: Measurements, name: str, models: Models, examples: list[Example]
+    ) -> None:
+        answers = self._answers(name, examples, models, "teacher", self.config.seeds[0], self.neutral)
+        pairs, batch_size = _pairs(examples, answers), self.config.batch_size
+        if name not in self._teacher_states:
+            self._teacher_states[name] = teacher_hidden_states(models, pairs, batch_size=batch_size)
+        states = self._teacher_states[name]
+        stats = token_statistics(models, pairs, ("forward_kl",), batch_size=batch_size, teacher_states=states)
+        _add(measured, "forward_kl_nats", _token_mean(stats["forward_kl"]))
+
+    def _measure_references(self, measured: Measurements, subject: Models, examples: list[Example]) -> None:
+        pairs = [(example.prompt_ids, example.response_ids) for example in examples if example.references]
+        pairs = [(prompt, response) for prompt, response in pairs if response]
+        if pairs:
+            stats = token_statistics(subject, pairs, ("student_logprob",), batch_size=self.config.batch_size)
+            _add(measured, "loss_nats", -_token_mean(stats["student_logprob"]))
+
+    def _samples(
+        self,
+        name: str,
+        examples: list[Example],
+        models: Models,
+        who: Who,
+        answers: list[Answer],
+        texts: list[str],
+        scores: dict[str, list[float | None]],
+    ) -> list[dict]:
+        shown = examples[: self.config.samples]
+        records = []
+        for place, example in enumerate(shown):
+            record = {
+                "who": who,
+                "set": name,
+                "index": example.index,
+                "prompt": example.prompt,
+                "answer": texts[place],
+                "length_tokens": len(answers[place].response),
+                "ended": answers[place].ended,
+            }
+            if example.references:
+                record["reference"] = example.references[0]
+                record["rouge_l"] = scores["rouge_l"][place]
+            records.append(record)
+        if who == "student" and models.teacher is not None and self.config.teacher:
+            beside = self._answers(name, shown, models, "teacher", self.config.seeds[0], self.scored)
+            for record, answer in zip(records, beside, strict=True):
+                record["teacher"] = _text(models, answer)
+        return records
+
+
+def _pairs(examples: list[Example], answers: list[Answer]) -> list[tuple[list[int], list[int]]]:
+    return [(example.prompt_ids, answer.response) for example, answer in zip(examples, answers, strict=True)]
+
+
+def _text(models: Models, answer: Answer) -> str:
+    return models.tokenizer.decode(answer.response, skip_special_tokens=True)
+
+
+def _score_texts(texts: list[str], examples: list[Example]) -> dict[str, list[float | None]]:
+    """A score an example, None where it has no reference; no metric at all where no example has one."""
+    if not any(example.references for example in examples):
+        return {}
+    return {
+        metric: [
+            score(text, example.references) if example.references else None
+            for text, example in zip(texts, examples, strict=True)
+        ]
+        for metric, score in (("rouge_l", rouge_l), ("exact_match", exact_match))
+    }
+
+
+def _shape(answers: list[Answer]) -> dict[str, list[float]]:
+    return {
+        "length_tokens": [float(len(answer.response)) for answer in answers],
+        "ended_share": [float(answer.ended) for answer in answers],
+    }
+
+
+def _token_mean(vectors: list[Tensor]) -> float:  # (T,) each
+    return torch.cat(vectors).double().mean().item()
+
+
+def _add(measured: Measurements, metric: str, value: float) -> None:
+    measured.setdefault(metric, []).append(value)
+
+
+def _mean_over_sets(sets: list[Measurements]) -> Measurements:
+    """Seed by seed, so that the deviation over seeds is that of the mean."""
+    metrics = dict.fromkeys(metric for measured in sets for metric in measured)
+    return {
+        metric: [
+            statistics.fmean(values)
+            for values in zip(*(measured[metric] for measured in sets if metric in measured), strict=True)
+        ]
+        for metric in metrics
+    }
+
+
+def _summary(measured: Measurements) -> dict[str, float]:
+    """metric -> mean over the seeds, and metric_std -> their sample standard deviation where there are several."""
+    summary = {}
+    for metric, values in measured.items():
+        summary[metric] = statistics.fmean(values)
+        if len(values) > 1 and all(map(math.isfinite, values)):
+            summary[f"{metric}_std"] = statistics.stdev(values)
+    return summary

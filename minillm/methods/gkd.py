@@ -1,0 +1,51 @@
+"""Generalised knowledge distillation (GKD, arXiv 2306.13649, equation 4 and algorithm 1).
+
+With probability `on_policy` a step trains on the student's own answers, else on the references; the loss is the
+generalised JSD a token, m = beta p + (1 - beta) q, with no gradient through sampling. At the end points the JSD
+vanishes, so they mean its limits: beta 0 the forward KL, beta 1 the reverse KL.
+"""
+
+from collections.abc import Sequence
+
+from minillm.methods.base import Item, Method, Sources, Supervised, Term
+from minillm.methods.supervised import mixed_term, take_references
+from minillm.models.pair import Models
+from minillm.rollout.noise import uniforms
+from minillm.rollout.sampling import Sampling, sample
+
+
+class GeneralisedDistillation(Method):
+    """L = mean over response tokens of JSD_beta(p || q) on a mixture of references and student samples."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        beta = config.method.beta
+        self.divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+        self.options = {"beta": beta} if self.divergence == "jsd" else {}
+
+    def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
+        references = take_references(sources, self.step_size)
+        # one coin a step, drawn apart from the sampling noise, which starts at key 0
+        coin = float(uniforms(self.config.seed, [-1], draw, 1)[0, 0])
+        if coin >= self.config.method.on_policy:
+            return references
+        rollout = self.config.rollout
+        answers = sample(
+            models,
+            [item.prompt for item in references],
+            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
+            keys=[item.key for item in references],
+            seed=self.config.seed,
+            draw=draw,
+            batch_size=rollout.batch_size,
+        )
+        return [
+            Supervised(item.key, answer.prompt, answer.response)
+            for item, answer in zip(references, answers, strict=True)
+        ]
+
+    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+        return [mixed_term(items, models, divergence=self.divergence, ce_ratio=0.0, options=self.options)]
+
+
+METHOD = GeneralisedDistillation

@@ -1,0 +1,49 @@
+"""Sequence-level distillation (SeqKD, arXiv 1606.07947): the teacher answers every prompt once, the student imitates.
+
+The answers are written before the first step, in batches that survive a kill, and kept for later runs of the stage.
+With kd_ratio the loss is mixed with the forward KL to the teacher, as the released MiniLLM scripts do (0.5).
+"""
+
+from collections.abc import Sequence
+
+from minillm.methods.base import Item, Method, Sources, Supervised, Term
+from minillm.methods.supervised import mixed_term
+from minillm.models.pair import Models
+from minillm.rollout.archive import AnswerArchive
+from minillm.rollout.sampling import Sampling
+
+
+class SequenceDistillation(Method):
+    """L = kd_ratio * KL(p || q) - (1 - kd_ratio) * log q(y), y sampled from the teacher, mean over its tokens."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._answers: dict[int, list[int]] | None = None
+
+    def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
+        if self._answers is None:
+            self._answers = self._write(sources, models)
+        return [
+            Supervised(example.index, example.prompt_ids, self._answers[example.index])
+            for example in sources.prompts.take(self.step_size)
+        ]
+
+    def _write(self, sources: Sources, models: Models) -> dict[int, list[int]]:
+        rollout = self.config.rollout
+        examples = list(sources.prompts.items)
+        archive = AnswerArchive(sources.written / "answers.jsonl")
+        archive.write(
+            models,
+            [example.prompt_ids for example in examples],
+            Sampling(rollout.max_new_tokens, self.config.method.temperature, rollout.top_k, rollout.top_p),
+            keys=[example.index for example in examples],
+            seed=self.config.seed,
+            batch_size=rollout.batch_size,
+        )
+        return archive.read()
+
+    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+        return [mixed_term(items, models, divergence="forward_kl", ce_ratio=1.0 - self.config.method.kd_ratio)]
+
+
+METHOD = SequenceDistillation

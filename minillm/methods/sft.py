@@ -1,0 +1,20 @@
+"""Supervised fine-tuning: cross-entropy on the reference responses, token mean."""
+
+from collections.abc import Sequence
+
+from minillm.methods.base import Item, Method, Sources, Supervised, Term
+from minillm.methods.supervised import mixed_term, take_references
+from minillm.models.pair import Models
+
+
+class SupervisedFineTuning(Method):
+    """L = - mean over response tokens of log q(y_t | y_<t, x)."""
+
+    def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
+        return take_references(sources, self.step_size)
+
+    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+        return [mixed_term(items, models, divergence="forward_kl", ce_ratio=1.0, name="supervised")]
+
+
+METHOD = SupervisedFineTuning

@@ -1,0 +1,52 @@
+"""What the methods on fixed responses share: taking examples, and cross-entropy mixed with a divergence."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from minillm.data.batch import collate
+from minillm.losses import TokenStats
+from minillm.methods.base import Item, Sources, Supervised, Term
+from minillm.models.pair import Models
+from minillm.rollout.scoring import teacher_hidden
+
+
+def take_references(sources: Sources, size: int) -> list[Supervised]:
+    """The next `size` prompts with their references as the response to imitate."""
+    return [
+        Supervised(example.index, example.prompt_ids, example.response_ids) for example in sources.prompts.take(size)
+    ]
+
+
+def cross_entropy(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
+    """-log q(label) a token."""
+    return -stats.student_logprob, {"cross_entropy_nats": -stats.student_logprob.detach()}
+
+
+def mixed_term(
+    items: Sequence[Item],
+    models: Models,
+    *,
+    divergence: str,
+    ce_ratio: float,
+    options: dict[str, float] | None = None,
+    name: str = "distillation",
+    weight: float = 1.0,
+) -> Term:
+    """(1 - ce_ratio) * divergence + ce_ratio * cross-entropy, as the mean over the response tokens of the step."""
+    batch = collate([item.pair for item in items], models.pad_id)
+    count = float(len(batch.labels))
+    if ce_ratio == 1.0:
+        return Term(name, batch, cross_entropy, ("student_logprob",), count, weight)
+
+    def objective(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
+        distance = getattr(stats, divergence)
+        metrics = {f"{divergence}_nats": distance.detach()}
+        if ce_ratio == 0.0:
+            return distance, metrics
+        metrics["cross_entropy_nats"] = -stats.student_logprob.detach()
+        return (1 - ce_ratio) * distance - ce_ratio * stats.student_logprob, metrics
+
+    fields = (divergence,) if ce_ratio == 0.0 else (divergence, "student_logprob")
+    hidden = teacher_hidden(models, batch)
+    return Term(name, batch, objective, fields, count, weight, teacher_hidden=hidden, options=options or {})

@@ -1,0 +1,148 @@
+"""README.md of a trained model: how it was made, what it measured, how to use it. From the run's files alone."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from minillm.checkpoint import write_text_atomic
+from minillm.reporting.markdown import duration
+from minillm.reporting.run_files import RunFiles, StageFiles, read_run
+from minillm.reporting.tables import evaluation_section
+
+CITATION = """\
+@inproceedings{gu2024minillm,
+  title = {{MiniLLM}: Knowledge Distillation of Large Language Models},
+  author = {Gu, Yuxian and Dong, Li and Wei, Furu and Huang, Minlie},
+  booktitle = {The Twelfth International Conference on Learning Representations},
+  year = {2024},
+  url = {https://arxiv.org/abs/2306.08543}
+}"""
+
+CHAT_PROMPT = [
+    'messages = [{"role": "user", "content": "What is a list?"}]',
+    "inputs = tokenizer.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+    ")",
+]
+
+METHODS = {
+    "minillm": "MiniLLM: policy gradient of the sequence-level reverse KL on the student's own samples",
+    "sft": "supervised fine-tuning on reference answers",
+    "kd": "word-level distillation on reference answers",
+    "seqkd": "sequence-level distillation: training on the teacher's answers",
+    "gkd": "generalised knowledge distillation",
+}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def write_model_card(output_dir: Path, folder: Path) -> Path:
+    """Write README.md into `folder`, a Hugging Face folder of the run in `output_dir`; returns its path.
+
+    The card describes the last stage's model and the stages it went through. Places on the machine that trained it
+    are named by their last part alone. Raises ValueError where `output_dir` is not a run's folder.
+    """
+    run = read_run(Path(output_dir))
+    if not run.stages:
+        raise ValueError(f"{output_dir} has no stages to describe: config.yaml and metrics.jsonl are empty")
+    last = list(run.stages.values())[-1]
+    stages = [*run.lineage(last), last]
+    sections = [
+        "---\n" + yaml.safe_dump(_front_matter(stages), sort_keys=False, allow_unicode=True) + "---",
+        f"# {run.name}",
+        f"A language model trained with [minillm](https://arxiv.org/abs/2306.08543): {_origin(stages[0])}.",
+        "## How it was made\n\n" + "\n".join(f"{place}. {_step(stage)}" for place, stage in enumerate(stages, 1)),
+        evaluation_section(replace(run, stages={stage.name: stage for stage in stages})),
+        "## Quick start\n\n```python\n" + _quick_start(run, last) + "\n```",
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+        _versions(run),
+    ]
+    path = Path(folder) / "README.md"
+    write_text_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def _front_matter(stages: list[StageFiles]) -> dict:
+    names = list(dict.fromkeys(stage.settings.get("method", {}).get("name") for stage in stages))
+    card: dict = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    base = stages[0].settings.get("student", {}).get("path")
+    if _is_hub_name(base):
+        card["base_model"] = base
+    datasets = [
+        prompts["path"]
+        for stage in stages
+        if (prompts := stage.settings.get("data", {}).get("prompts") or {}).get("type") == "hf"
+        and _is_hub_name(prompts.get("path"))
+    ]
+    if datasets:
+        card["datasets"] = list(dict.fromkeys(datasets))
+    card["tags"] = ["knowledge-distillation", "minillm", *(name for name in names if name and name != "minillm")]
+    return card
+
+
+def _is_hub_name(path: str | None) -> bool:
+    """Whether a path of the configuration names something on the hub rather than on this machine."""
+    return bool(path) and _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+
+
+def _named(path: str | None) -> str:
+    """A model or data set without the place it has on this machine."""
+    if not path:
+        return "no weights"
+    if path.startswith("stage:"):
+        return f"the model of stage {path.removeprefix('stage:')}"
+    return f"`{path}`" if _is_hub_name(path) else f"`{path.rstrip('/').rsplit('/', 1)[-1]}`"
+
+
+def _origin(first: StageFiles) -> str:
+    student = first.settings.get("student", {})
+    start = {
+        "pretrained": "the student started from the weights of {}",
+        "prune": "the student started from some of the layers of {}",
+        "random": "the student started from random weights, with the architecture of {}",
+    }[student.get("init", "pretrained")]
+    if student.get("init") == "random" and not student.get("path"):
+        return "the student started from random weights"
+    return start.format(_named(student.get("path")))
+
+
+def _step(stage: StageFiles) -> str:
+    settings = stage.settings
+    method = settings.get("method", {}).get("name", "")
+    words = f"**{stage.name}**: {METHODS.get(method, method)}"
+    if settings.get("teacher") and method != "sft":
+        words += f", with {_named(settings['teacher'].get('path'))} as the teacher"
+    prompts = settings.get("data", {}).get("prompts") or {}
+    if prompts:
+        words += f", on prompts of {_named(prompts.get('path')) if prompts.get('path') else prompts['type']}"
+    return f"{words}. {stage.steps:,} steps, {stage.tokens:,} student tokens, {duration(stage.seconds)} of training."
+
+
+def _quick_start(run: RunFiles, stage: StageFiles) -> str:
+    prompts = stage.settings.get("data", {}).get("prompts") or {}
+    chat = prompts.get("template", "chat" if prompts.get("type") == "pydoc" else "alpaca") == "chat"
+    return "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "path/to/this/folder"',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            *(CHAT_PROMPT if chat else _plain_prompt(run)),
+            "output = model.generate(**inputs, max_new_tokens=256, do_sample=True, top_k=0)",
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
+def _plain_prompt(run: RunFiles) -> list[str]:
+    """The shortest prompt that the run was evaluated on, so that the template is the one it was trained with."""
+    prompts = [sample["prompt"] for sample in run.samples]
+    prompt = min(prompts, key=len) if prompts else "Once upon a time"
+    return [f"prompt = {prompt!r}", 'inputs = tokenizer(prompt, return_tensors="pt")']
+
+
+def _versions(run: RunFiles) -> str:
+    versions = run.environment.get("versions")
+    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else ""

@@ -1,0 +1,168 @@
+"""What a run's folder says: its stages with their records, read back for the report and the model card."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minillm.metrics import METRICS, SAMPLES, read_numbers, read_records
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One evaluation record."""
+
+    stage: str
+    stage_step: int
+    seconds: float  # of training, in this stage
+    mean: dict[str, float]  # over the sets
+    sets: dict[str, dict[str, float]]
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "Measurement":
+        return cls(
+            stage=record["stage"],
+            stage_step=record["stage_step"],
+            seconds=record["seconds"],
+            mean=read_numbers(record["mean"]),
+            sets={name: read_numbers(metrics) for name, metrics in record["sets"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """One stage: its keys as the configuration has them, and its records in order."""
+
+    name: str
+    settings: dict[str, Any]  # the merged document of this stage
+    train: list[dict[str, Any]]
+    evaluations: list[Measurement]  # of the student
+
+    @property
+    def started(self) -> bool:
+        return bool(self.train or self.evaluations)
+
+    @property
+    def parent(self) -> str | None:
+        """The stage whose model this one's student was."""
+        path = self.settings.get("student", {}).get("path") or ""
+        return path.removeprefix("stage:") if path.startswith("stage:") else None
+
+    @property
+    def timed_by(self) -> str | None:
+        """The stage whose training time this one was given."""
+        limit = self.settings.get("train", {}).get("max_seconds")
+        return limit.removeprefix("stage:") if isinstance(limit, str) else None
+
+    @property
+    def steps(self) -> int:
+        return self.train[-1]["stage_step"] if self.train else 0
+
+    @property
+    def seconds(self) -> float:
+        return self.train[-1]["seconds"] if self.train else 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.train[-1]["student_tokens"] if self.train else 0
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run's folder. Whatever is not there yet is empty."""
+
+    folder: Path
+    document: dict[str, Any]
+    environment: dict[str, Any]
+    stages: dict[str, StageFiles]  # in the order they run
+    teachers: dict[str, Measurement]  # stage -> the last evaluation of its teacher
+    samples: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "final").is_dir()
+
+    def before(self, stage: StageFiles) -> Measurement | None:
+        """The evaluation of the student that the stage started from."""
+        if stage.evaluations and stage.evaluations[0].stage_step == 0:
+            return stage.evaluations[0]
+        parent = self.stages.get(stage.parent or "")
+        return parent.evaluations[-1] if parent and parent.evaluations else None
+
+    def lineage(self, stage: StageFiles) -> list[StageFiles]:
+        """The stages that this one's student went through before it, the first one first."""
+        parent = self.stages.get(stage.parent or "")
+        return [] if parent is None or parent is stage else [*self.lineage(parent), parent]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run's folder, however far the run is.
+
+    Raises ValueError where it is not one, or where a file in it cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").exists() and not (folder / METRICS).exists():
+        raise ValueError(f"{folder} is not a run's folder: it has neither config.yaml nor {METRICS}")
+    document, environment = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "env.json", json.loads)
+    records = read_records(folder / METRICS)
+    settings = _stage_settings(document)
+    # records of a stage that config.yaml does not have are shown all the same
+    names = dict.fromkeys([*settings, *(record["stage"] for record in records)])
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    stages = {
+        name: StageFiles(
+            name,
+            settings.get(name, {}),
+            [record for record in records if record["stage"] == name and record["kind"] == "train"],
+            [
+                Measurement.read(record)
+                for record in evaluations
+                if record["stage"] == name and record["who"] == "student"
+            ],
+        )
+        for name in names
+    }
+    teachers = {record["stage"]: Measurement.read(record) for record in evaluations if record["who"] == "teacher"}
+    return RunFiles(folder, document, environment, stages, teachers, read_records(folder / SAMPLES))
+
+
+def stage_label(label: str, run: RunFiles, stage: StageFiles) -> str:
+    """How a stage is called beside those of other runs."""
+    return label if len(run.stages) == 1 else f"{label}: {stage.name}"
+
+
+def _read(path: Path, parse) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold keys and values")
+    return content
+
+
+def _stage_settings(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every stage's own keys merged over what the stages share."""
+    shared = {key: value for key, value in document.items() if key != "stages"}
+    stages = document.get("stages") or ({"main": {}} if shared else {})
+    return {name: _merge(shared, keys or {}) for name, keys in stages.items()}
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    for discriminator in ("type", "name"):
+        if discriminator in over and over[discriminator] != under.get(discriminator):
+            return dict(over)
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(under.get(key), Mapping)
+        merged[key] = _merge(under[key], value) if both else value
+    return merged

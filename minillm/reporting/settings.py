@@ -1,0 +1,94 @@
+"""The keys of a configuration that are not at their defaults, stage beside stage."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from minillm.config.root import StageConfig
+from minillm.reporting.markdown import MISSING, cell, table
+
+REQUIRED = "(required)"
+
+
+def settings_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a key that some stage sets away from its default: the default and every stage's value.
+
+    Args:
+        stages: column title -> the stage's merged keys, as a configuration file has them.
+    """
+    columns = {name: dict(_leaves(settings)) for name, settings in stages.items()}
+    keys = dict.fromkeys(
+        key for leaves in columns.values() for key, (value, default) in leaves.items() if value != default
+    )
+    rows = []
+    for key in keys:
+        found = [leaves.get(key) for leaves in columns.values()]
+        default = next(default for leaf in found if leaf for _, default in [leaf])
+        rows.append([f"`{key}`", _shown(default), *(MISSING if leaf is None else _shown(leaf[0]) for leaf in found)])
+    return table(["key", "default", *columns], rows, numbers=False) if rows else ""
+
+
+def differing_keys(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """A row a stage's key that the runs do not agree on, where it is not merely a default that others lack.
+
+    Args:
+        runs: column title -> stage -> the stage's merged keys.
+    """
+    columns = {
+        run: {(stage, key): leaf for stage, settings in stages.items() for key, leaf in _leaves(settings)}
+        for run, stages in runs.items()
+    }
+    several = any(len(stages) > 1 for stages in runs.values())
+    rows = []
+    for stage, key in dict.fromkeys(name for leaves in columns.values() for name in leaves):
+        leaves = [leaves.get((stage, key)) for leaves in columns.values()]
+        present = [leaf for leaf in leaves if leaf is not None]
+        agreed = all(value == present[0][0] for value, _ in present)
+        if agreed and (len(present) == len(leaves) or all(value == default for value, default in present)):
+            continue
+        title = f"{stage}: `{key}`" if several else f"`{key}`"
+        rows.append([title, *(MISSING if leaf is None else _shown(leaf[0]) for leaf in leaves)])
+    return table(["key", *columns], rows, numbers=False) if rows else ""
+
+
+def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(dotted key, (value, default)) of every key. A configuration of another version is shown as it was written."""
+    try:
+        yield from _model_leaves(StageConfig.model_validate(settings), "")
+    except ValidationError:
+        yield from _plain_leaves(settings, "")
+
+
+def _model_leaves(model: BaseModel, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name, field in type(model).model_fields.items():
+        if name == "output_dir":  # where a run lies says nothing about it
+            continue
+        value, key = getattr(model, name), f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            yield from _model_leaves(value, f"{key}.")
+        elif isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
+            for item_name, item in value.items():
+                yield from _model_leaves(item, f"{key}.{item_name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            yield key, (value, REQUIRED if default is PydanticUndefined else default)
+
+
+def _plain_leaves(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _plain_leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", (value, MISSING)
+
+
+def _shown(value: Any) -> str:
+    if value in (REQUIRED, MISSING):
+        return MISSING
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return cell("[" + ", ".join(map(str, value)) + "]", limit=120)
+    return "none" if value is None else cell(str(value), limit=120)

@@ -1,0 +1,228 @@
+"""A whole run: its stages in order, what they share, where it picks up again, and what it leaves behind."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+
+from minillm.checkpoint import clean_partials, newest_whole, sync, write_text_atomic
+from minillm.config.loading import RunPlan, Stage
+from minillm.data.corpus import load_corpus
+from minillm.data.instructions import load_prompts
+from minillm.data.stream import Stream
+from minillm.engine.torch import pick_device
+from minillm.evaluate.evaluator import Evaluator
+from minillm.methods.base import Sources
+from minillm.metrics import MetricsLog
+from minillm.model_card import write_model_card
+from minillm.models.loading import load_student, load_teacher
+from minillm.models.preflight import preflight
+from minillm.models.tokenizers import load_tokenizer
+from minillm.report import write_report
+from minillm.trainer import Progress, StageTrainer, TrainingError
+
+MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
+# Keys that may differ between the run that wrote a checkpoint and the one that goes on from it.
+FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
+
+
+def run(plan: RunPlan, *, resume: bool, console) -> Path:
+    """Train every stage of the plan; returns the folder final/.
+
+    Raises TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
+    """
+    output_dir = plan.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    clean_partials(output_dir)
+    checkpoint = newest_whole(output_dir, console.note) if resume else None
+    progress = None
+    if checkpoint is not None:
+        saved = json.loads((checkpoint / "state" / "trainer.json").read_text())
+        progress = Progress(**saved["progress"])
+        _check_same_recipe(plan, progress.stage, saved["config"])
+        console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
+    write_text_atomic(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
+    write_text_atomic(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
+
+    log = MetricsLog(output_dir, plan.stages[0].config.log.report_to)
+    log.truncate(progress.log if progress else {})
+    shared = _Shared(console, output_dir)
+    names = [stage.name for stage in plan.stages]
+    with log, _interruption() as interrupted:
+        for stage in plan.stages:
+            if progress and names.index(stage.name) < names.index(progress.stage):
+                continue
+            resumed = progress is not None and progress.stage == stage.name
+            if not resumed:
+                progress = _next_progress(progress, stage.name)
+            if not progress.finished:
+                trainer = shared.trainer(stage, log, progress, interrupted, checkpoint if resumed else None)
+                if resumed:
+                    trainer.load(checkpoint)
+                # where this student comes straight from an earlier stage, that stage's last evaluation is this one's first
+                trainer.run(evaluate_first=not _measured_before(plan, stage))
+                checkpoint = output_dir / f"checkpoint-{progress.step}"
+            if len(plan.stages) > 1 or stage.name != "main":
+                _publish(checkpoint, output_dir / "stages" / stage.name)
+            write_report(output_dir)
+    final = output_dir / "final"
+    _publish(checkpoint, final)
+    write_model_card(output_dir, final)
+    write_report(output_dir)
+    console.finish(output_dir)
+    return final
+
+
+class _Shared:
+    """What is loaded once and used by several stages: teachers, the weights students start from, evaluators."""
+
+    def __init__(self, console, output_dir: Path):
+        self.console, self.output_dir = console, output_dir
+        self._teacher = (None, None)  # (configuration, model): the last one alone, so that two never fill the memory
+        self._evaluator = (None, None)
+
+    def trainer(self, stage: Stage, log, progress: Progress, interrupted, checkpoint: Path | None) -> StageTrainer:
+        config = stage.config
+        device = pick_device(config.engine.device)
+        teacher, teacher_tokenizer = self._load_teacher(config, device)
+        tokenizer = load_tokenizer(config.student, self.output_dir)
+        if checkpoint is None:
+            student_config, source = config.student, None
+            if teacher is not None and config.student.path == config.teacher.path:
+                source = teacher
+        else:  # the architecture and the weights are the checkpoint's
+            student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
+            source = None
+        student = load_student(
+            student_config, output_dir=self.output_dir, device=device, seed=config.seed, source=source
+        )
+        models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
+        prompts = load_prompts(config.data.prompts, tokenizer)
+        rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
+        corpus = None
+        if config.data.corpus is not None:
+            corpus = load_corpus(config.data.corpus, tokenizer)
+            rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
+        self.console.preflight(rows)
+        return StageTrainer(
+            stage,
+            models,
+            Sources(
+                prompts=Stream(prompts.examples, seed=config.seed),
+                corpus=None if corpus is None else Stream(corpus.blocks, seed=config.seed),
+                written=self.output_dir / "written" / stage.name,
+            ),
+            output_dir=self.output_dir,
+            evaluator=self._load_evaluator(stage, tokenizer),
+            log=log,
+            console=self.console,
+            progress=progress,
+            interrupted=interrupted,
+        )
+
+    def _load_teacher(self, config, device):
+        if config.teacher is None:
+            return None, None
+        if self._teacher[0] != config.teacher:
+            self._teacher = (None, None)
+            model = load_teacher(config.teacher, output_dir=self.output_dir, device=device)
+            self._teacher = (config.teacher, (model, load_tokenizer(config.teacher, self.output_dir)))
+        return self._teacher[1]
+
+    def _load_evaluator(self, stage: Stage, tokenizer) -> Evaluator | None:
+        config = stage.config
+        if not config.eval.sets:
+            return None
+        key = (config.eval, config.teacher)
+        if self._evaluator[0] != key:
+            sets = {
+                name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
+                for name, prompts in config.eval.sets.items()
+            }
+            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed))
+        return self._evaluator[1]
+
+
+def _next_progress(before: Progress | None, stage: str) -> Progress:
+    if before is None:
+        return Progress(stage)
+    return Progress(stage, step=before.step, stage_seconds=before.stage_seconds)
+
+
+def _measured_before(plan: RunPlan, stage: Stage) -> bool:
+    path, config = stage.config.student.path or "", stage.config
+    if not path.startswith("stage:") or config.student.init != "pretrained":
+        return False
+    source = next(other.config for other in plan.stages if other.name == path.removeprefix("stage:"))
+    return source.eval == config.eval and source.teacher == config.teacher
+
+
+def _check_same_recipe(plan: RunPlan, stage_name: str, saved: dict) -> None:
+    stage = next((stage for stage in plan.stages if stage.name == stage_name), None)
+    if stage is None:
+        raise TrainingError(f"the checkpoint is in stage {stage_name!r}, which this configuration does not have")
+    now = stage.config.model_dump(mode="json")
+    changed = sorted(key for key in {*now, *saved} - FREE_ON_RESUME if now.get(key) != saved.get(key))
+    if changed:
+        raise TrainingError(
+            f"the configuration differs from the checkpoint's in {', '.join(changed)}: a resumed run must take the steps "
+            "the unbroken one would have taken. Undo the change, or start a new run in another output_dir with "
+            "student.path at the checkpoint"
+        )
+
+
+def _publish(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's model to `folder`, whole or not at all; what is there already stays."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, ignore=MODEL_ONLY)
+    for path in partial.rglob("*"):
+        sync(path)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+@contextmanager
+def _interruption():
+    """Turn the first Ctrl-C or SIGTERM into a wish that the loop grants after its step; the second one is immediate."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe_environment() -> dict:
+    """Versions and machine, for env.json, reports and benchmarks."""
+    versions = {"python": platform.python_version(), "minillm": version("minillm")}
+    for name in ("torch", "transformers", "triton", "datasets", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "system": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,229 @@
+"""The loop of one stage: collect, step through what was collected, evaluate, save; and how it goes on after a kill."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from minillm.checkpoint import write_checkpoint
+from minillm.config.loading import Stage
+from minillm.engine import build_engine
+from minillm.engine.base import NonFiniteError
+from minillm.evaluate.evaluator import Evaluator
+from minillm.methods import build_method
+from minillm.methods.base import Item, Sources
+from minillm.metrics import MetricsLog
+from minillm.models.pair import Models
+from minillm.models.saving import save_model
+from minillm.rollout.buffer import RolloutBuffer
+
+HIGHER_IS_BETTER = {"rouge_l", "exact_match"}
+
+
+class TrainingError(RuntimeError):
+    """A run that had to stop, with what to look at."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Together with the weights, engine.pt and the buffer this is all that resuming needs."""
+
+    stage: str
+    step: int = 0  # over all stages
+    stage_step: int = 0
+    draw: int = 0  # collections so far
+    epoch: int = 0  # of the current collection
+    position: int = 0  # items of this epoch already used
+    seconds: float = 0.0  # training time of this stage, without evaluation and saving
+    student_tokens: int = 0  # predictions of this stage that received a gradient
+    finished: bool = False
+    best: dict | None = None  # of this stage: {"value", "step"}
+    streams: dict = field(default_factory=dict)
+    log: dict = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl
+    stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done
+
+
+class StageTrainer:
+    """Trains one stage's student; `run` returns when the stage is done or `interrupted` turns true."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        models: Models,
+        sources: Sources,
+        *,
+        output_dir: Path,
+        evaluator: Evaluator | None,
+        log: MetricsLog,
+        console,
+        progress: Progress,
+        interrupted=lambda: False,
+    ):
+        self.name, self.config, self.models, self.sources = stage.name, stage.config, models, sources
+        self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
+        self.progress, self.interrupted = progress, interrupted
+        self.method = build_method(stage.config)
+        self.total_steps = self._total_steps()
+        self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
+        self.items: Sequence[Item] | RolloutBuffer = []
+        self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
+
+    def run(self, *, evaluate_first: bool) -> None:
+        config, progress = self.config, self.progress
+        self.console.start(self.name, self.total_steps, progress.stage_step)
+        if evaluate_first and progress.stage_step == 0:
+            self.evaluate()
+        while not self._done():
+            record = self._step()
+            if progress.stage_step % config.log.steps == 0 or self._done():
+                self.log.write(record)
+            self.console.step(record)
+            if self._done():
+                break
+            if config.eval.steps and progress.stage_step % config.eval.steps == 0:
+                self.evaluate()
+            due = config.save.steps and progress.stage_step % config.save.steps == 0
+            if due or self.interrupted():
+                self.save()
+            if self.interrupted():
+                raise KeyboardInterrupt
+        self.evaluate()
+        progress.finished = True
+        progress.stage_seconds = {**progress.stage_seconds, self.name: progress.seconds}
+        self.save()
+
+    def _step(self) -> dict:
+        started, progress, method = time.perf_counter(), self.progress, self.method
+        collects = self._needs_collection()
+        if collects:
+            self.items = method.collect(self.sources, self.models, progress.draw)
+            progress.draw, progress.epoch, progress.position = progress.draw + 1, 0, 0
+        items = self._next_items()
+        size = self.config.train.per_device_train_batch_size
+        micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
+        terms = [method.terms(micro_batch, self.sources, self.models) for micro_batch in micro_batches]
+        try:
+            result = self.engine.step(terms)
+        except NonFiniteError as error:
+            raise TrainingError(
+                f"step {progress.step + 1} of stage {self.name!r}: {error}. Prompts of the batch (by index): "
+                f"{[item.key for item in items]}. The weights were not touched and the last checkpoint is good. Look at "
+                "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
+            ) from None
+        seconds = time.perf_counter() - started
+        self._slowest[collects] = max(self._slowest[collects], seconds)
+        progress.step += 1
+        progress.stage_step += 1
+        progress.position += len(items)
+        progress.seconds += seconds
+        progress.student_tokens += result.rows
+        return {
+            "kind": "train",
+            "stage": self.name,
+            "step": progress.step,
+            "stage_step": progress.stage_step,
+            "seconds": progress.seconds,
+            "student_tokens": progress.student_tokens,
+            "passes": self.sources.prompts.passes,
+            "tokens_per_s": result.rows / seconds,
+            **result.metrics,
+        }
+
+    def _needs_collection(self) -> bool:
+        """Move on to the next inner epoch where one is due; true where all of them are used up."""
+        if self.progress.position >= len(self.items) and self.items:
+            self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
+        return not self.items or self.progress.epoch >= self.method.inner_epochs
+
+    def _next_items(self) -> list[Item]:
+        order = np.random.default_rng([self.config.seed, self.progress.draw, self.progress.epoch])
+        chosen = order.permutation(len(self.items))[self.progress.position :][: self.method.step_size]
+        return [self.items[index] for index in chosen]
+
+    def _total_steps(self) -> int | None:
+        """Steps of the stage as far as they are known before it starts."""
+        train = self.config.train
+        limits = [] if train.max_steps is None else [train.max_steps]
+        if train.num_train_epochs is not None:
+            items = train.num_train_epochs * len(self.sources.prompts.items) * self.method.inner_epochs
+            limits.append(max(1, math.ceil(items / self.method.step_size)))
+        return min(limits, default=None)
+
+    def _done(self) -> bool:
+        progress, limit = self.progress, self.config.train.max_seconds
+        if self.total_steps is not None and progress.stage_step >= self.total_steps:
+            return True
+        if limit is None:
+            return False
+        if isinstance(limit, str):
+            limit = progress.stage_seconds[limit.removeprefix("stage:")]
+        # the step that would overrun is not begun, so that two stages of equal time stay comparable
+        spent = progress.position >= len(self.items) and progress.epoch + 1 >= self.method.inner_epochs
+        return progress.seconds + self._slowest[not self.items or spent] > limit
+
+    def evaluate(self) -> None:
+        if self.evaluator is None:
+            return
+        progress = self.progress
+        evaluation = self.evaluator.evaluate(self.models)
+        record = {
+            "kind": "eval",
+            "stage": self.name,
+            "step": progress.step,
+            "stage_step": progress.stage_step,
+            "seconds": progress.seconds,
+            "student_tokens": progress.student_tokens,
+            "who": "student",
+            "sets": evaluation.sets,
+            "mean": evaluation.mean,
+        }
+        self.log.write(record)
+        for sample in evaluation.samples:
+            self.log.sample({"stage": self.name, "step": progress.step, **sample})
+        self.console.evaluation(record, evaluation.samples)
+        self._keep_best(evaluation.mean)
+
+    def _keep_best(self, mean: dict[str, float]) -> None:
+        metric, progress = self.config.eval.metric, self.progress
+        value = mean.get(metric)
+        if value is None or not self.config.save.best or not math.isfinite(value):
+            return
+        best = progress.best
+        if best is None or (value > best["value"] if metric in HIGHER_IS_BETTER else value < best["value"]):
+            progress.best = {"metric": metric, "value": value, "step": progress.step, "stage": self.name}
+            save_model(self.models.student, self.models.tokenizer, self.output_dir / "best")
+
+    def save(self) -> None:
+        """A checkpoint of this very moment."""
+        progress = self.progress
+        progress.streams = {"prompts": self.sources.prompts.state_dict()}
+        if self.sources.corpus is not None:
+            progress.streams["corpus"] = self.sources.corpus.state_dict()
+        progress.log = self.log.state()
+
+        def fill(folder: Path) -> None:
+            save_model(self.models.student, self.models.tokenizer, folder)
+            state = folder / "state"
+            state.mkdir()
+            self.engine.save_state(state)
+            if not progress.finished and isinstance(self.items, RolloutBuffer):
+                save_file(self.items.state(), state / "buffer.safetensors")
+            config = self.config.model_dump(mode="json")
+            (state / "trainer.json").write_text(json.dumps({"progress": asdict(progress), "config": config}, indent=1))
+
+        write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
+
+    def load(self, folder: Path) -> None:
+        """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
+        state = folder / "state"
+        self.engine.load_state(state)
+        self.sources.prompts.load_state_dict(self.progress.streams["prompts"])
+        if self.sources.corpus is not None:
+            self.sources.corpus.load_state_dict(self.progress.streams["corpus"])
+        if (state / "buffer.safetensors").exists():
+            self.items = RolloutBuffer.from_state(load_file(state / "buffer.safetensors"))
