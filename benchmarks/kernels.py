@@ -152,16 +152,13 @@ def _process(job: dict, arguments: argparse.Namespace, scratch: Path) -> list[di
     results = [json.loads(line) for line in output.splitlines() if line.startswith('{"case"')]
     if complete:
         return results
+    names = [Case(**entry).name for entry in job["cases"]]
     reached = {result["case"] for result in results}
-    missing = [case for case in map(lambda entry: Case(**entry).name, job["cases"]) if case not in reached]
+    missing = [name for name in names if name not in reached] or names[-1:]
+    reasons = [why] + [f"not reached: {why}"] * (len(missing) - 1)
     return results + [
-        {
-            "case": case,
-            "provider": job["provider"],
-            "mode": "all",
-            "skipped": why if place == 0 else f"not reached: {why}",
-        }
-        for place, case in enumerate(missing or [Case(**job["cases"][-1]).name])
+        {"case": name, "provider": job["provider"], "mode": "all", "skipped": reason}
+        for name, reason in zip(missing, reasons, strict=True)
     ]
 
 

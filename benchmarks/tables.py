@@ -182,9 +182,7 @@ def write_markdown(
     table = "\n".join(tables)
     lines = ["# Fused losses", "", table, "## Not run", ""]
     for provider, cases in sorted(skipped.items()):
-        for reason in sorted(set(cases.values())):
-            count = sum(1 for other in cases.values() if other == reason)
-            lines.append(f"- {provider}: {reason} ({count} case{'s' if count > 1 else ''})")
+        lines.append(f"- {provider}: {'; '.join(sorted(set(cases.values())))}")
     lines += ["", "## How", ""]
     lines += [
         "A process for each provider and repeat, in random order. `full` is forward and backward, `forward` runs under "

@@ -215,23 +215,24 @@ class _Attach(torch.autograd.Function):
     """A loss with gradients that are known already: the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, into: Tensor | None, hidden, weight, bias, *gradients: Tensor | None):
+    def forward(ctx, loss: Tensor, into: Tensor | None, *inputs_and_gradients: Tensor | None):
         ctx.into = into
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*inputs_and_gradients)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        inputs, gradients = saved[:3], saved[3:]
         with torch.no_grad():
             scaled = [
-                None if gradient is None else _scaled(gradient, grad_output, dtype)
-                for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+                None if gradient is None else _scaled(gradient, grad_output, of.dtype)
+                for gradient, of in zip(gradients, inputs, strict=True)
             ]
             if ctx.into is not None and scaled[1] is not None:
                 ctx.into.add_(scaled[1])
                 scaled[1] = None
-        return (None, None, *guard(*scaled), None, None, None)
+        return (None, None, *guard(scaled, inputs), None, None, None)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

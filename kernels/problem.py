@@ -321,7 +321,7 @@ def _check_hidden(hidden: Any, head: LMHead, name: str, head_name: str) -> None:
             continue
         if tensor.device != hidden.device:
             raise ValueError(f"{head_name}.{what} is on {tensor.device}, {name} on {hidden.device}")
-        castable = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (tensor.dtype, hidden.dtype)
+        castable = _autocast(hidden.device) and torch.float64 not in (tensor.dtype, hidden.dtype)
         if not tensor.is_floating_point() or (tensor.dtype != hidden.dtype and not castable):
             raise ValueError(
                 f"{head_name}.{what} is {tensor.dtype}, but {name} is {hidden.dtype}; convert one of them, or use "
@@ -390,11 +390,14 @@ def _weight(value: float, name: str) -> float:
     return float(value)
 
 
+def _autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """As autocast treats a linear layer: its dtype, unless the inputs are float64."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _autocast(hidden.device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
 
 

@@ -158,9 +158,10 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor | None):
         problem: Problem = ctx.problem
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
         count = len(Tensors._fields)
-        tensors = Tensors(*ctx.saved_tensors[:count])
-        statistics = dict(zip(ctx.names, ctx.saved_tensors[count:], strict=True))
+        tensors = Tensors(*saved[:count])
+        statistics = dict(zip(ctx.names, saved[count:], strict=True))
         coefficients = {}
         for name, gradient in zip(problem.spec.fields, grad_outputs, strict=True):
             if gradient is not None and FIELDS[name].differentiable:
@@ -181,7 +182,7 @@ class _TokenStats(torch.autograd.Function):
                         sums.dz_dtype,
                     )
                     sums.add(dz, chunk.hidden, chunk.rows)
-        return (None, None, *guard(*sums.results(tensors[:3])), None, None, None, None, None)
+        return (None, None, *guard(sums.results(tensors[:3]), tensors[:3]), None, None, None, None, None)
 
 
 def _statistics(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from minillm.methods import build_method
 from minillm.methods.base import Item, Sources
 from minillm.metrics import MetricsLog
 from minillm.models.pair import Models
-from minillm.models.saving import save_model
+from minillm.models.saving import save_model, write_model
 from minillm.rollout.buffer import RolloutBuffer
 
 HIGHER_IS_BETTER = {"rouge_l", "exact_match"}
@@ -207,7 +207,7 @@ class StageTrainer:
         progress.log = self.log.state()
 
         def fill(folder: Path) -> None:
-            save_model(self.models.student, self.models.tokenizer, folder)
+            write_model(self.models.student, self.models.tokenizer, folder)
             state = folder / "state"
             state.mkdir()
             self.engine.save_state(state)

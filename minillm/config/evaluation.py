@@ -7,7 +7,9 @@ from pydantic import Field
 from minillm.config.base import Strict
 from minillm.config.data import Prompts
 
-Metric = Literal["rouge_l", "exact_match", "reverse_kl_nats", "sequence_reverse_kl_nats", "forward_kl_nats", "loss_nats"]
+Metric = Literal[
+    "rouge_l", "exact_match", "reverse_kl_nats", "sequence_reverse_kl_nats", "forward_kl_nats", "loss_nats"
+]
 
 
 class EvalConfig(Strict):
@@ -26,4 +28,6 @@ class EvalConfig(Strict):
         0, description="Ban repeated n-grams in the scored answers (the released MiniLLM code evaluates with 6)"
     )
     teacher: bool = Field(True, description="Measure the divergences to the teacher, where there is one")
-    samples: Annotated[int, Field(ge=0)] = Field(4, description="Answers of each set that samples.jsonl and the report show")
+    samples: Annotated[int, Field(ge=0)] = Field(
+        4, description="Answers of each set that samples.jsonl and the report show"
+    )

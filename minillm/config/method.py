@@ -28,11 +28,14 @@ class MiniLLM(Strict):
 
     name: Literal["minillm"]
     preset: Literal["paper", "lmops"] = Field(
-        "paper", description="paper: the published formulas; lmops: what the released code computes. Keys given override"
+        "paper",
+        description="paper: the published formulas; lmops: what the released code computes. Keys given override",
     )
     alpha: Probability = Field(0.2, description="Share of the teacher in the sampling mixture alpha p + (1 - alpha) q")
     gamma: Annotated[float, Field(ge=0.0, le=1.0)] = Field(1.0, description="Discount of later rewards")
-    return_from: Literal["next", "current"] = Field("next", description="First reward in a token's return: its own or the next")
+    return_from: Literal["next", "current"] = Field(
+        "next", description="First reward in a token's return: its own or the next"
+    )
     length_norm: bool = Field(True, description="Divide a return by the number of its rewards")
     whiten: Literal["none", "valid", "all"] = Field(
         "none", description="Standardise advantages over response tokens (valid) or over padding as well (all)"
@@ -77,7 +80,9 @@ class KD(Strict):
     name: Literal["kd"]
     divergence: Divergence = "forward_kl"
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="jsd: weight of the teacher in the mixture")
-    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="skew KLs: how much of the other model is mixed in")
+    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="skew KLs: how much of the other model is mixed in"
+    )
     ce_ratio: Probability = Field(0.5, description="Share of the cross-entropy on the reference")
 
 

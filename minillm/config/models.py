@@ -21,7 +21,9 @@ class ModelConfig(Strict):
         "Python package carries), or stage:NAME (the model that an earlier stage left)",
     )
     revision: str | None = Field(None, description="The branch, tag or commit of a hub name")
-    tokenizer: TokenizerPath | None = Field(None, description="A folder or hub name of the tokenizer; default: the model's own")
+    tokenizer: TokenizerPath | None = Field(
+        None, description="A folder or hub name of the tokenizer; default: the model's own"
+    )
     dtype: Dtype = Field("float32", description="The dtype the weights are kept in")
     attn_implementation: AttnImplementation = Field("sdpa", description="The attention kernel transformers uses")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")

@@ -6,7 +6,6 @@ configuration classes is all there is to adding it.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,19 +14,19 @@ from pydantic.fields import FieldInfo
 
 from minillm.config.base import Place
 
+KeyPath = tuple[str | int, ...]
+
 
 @dataclass(frozen=True)
 class Leaf:
-    """A plain value: text, number, true or false, or several of these (`alternatives`)."""
+    """A plain value: text, a number, true or false, or any of several of these."""
 
     annotation: Any
     place: Place | None = None
 
-    @cached_property
-    def alternatives(self) -> tuple[Any, ...]:
-        """The types between which pydantic chooses by trying, () where there is but one."""
-        members = _members(self.annotation)
-        return members if len(members) > 1 else ()
+    def names(self) -> list[str]:
+        """The values it may have where they are few; else []."""
+        return [str(name) for name in get_args(self.annotation)] if get_origin(self.annotation) is Literal else []
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,20 @@ def child_shape(shape: Shape | None, value: Any, key: str | int) -> Shape | None
     return group.child(key) if group is not None and isinstance(key, str) else None
 
 
+def child_value(value: Any, key: str | int) -> Any:
+    """`value[key]`, None where there is none."""
+    if isinstance(value, Mapping):
+        return value.get(key)
+    return value[key] if isinstance(value, list) and isinstance(key, int) and key < len(value) else None
+
+
+def walk(shape: Shape | None, value: Any, path: KeyPath) -> tuple[Shape | None, Any]:
+    """The shape and the value at a path below them, None for what is not there."""
+    for key in path:
+        shape, value = child_shape(shape, value, key), child_value(value, key)
+    return shape, value
+
+
 def all_keys(shape: Shape, prefix: str = "") -> Iterator[str]:
     """Every dotted key below `shape`, of all choices, without those below freely named entries."""
     groups = shape.options.values() if isinstance(shape, Choice) else [shape] if isinstance(shape, Group) else []
@@ -93,7 +106,7 @@ def all_keys(shape: Shape, prefix: str = "") -> Iterator[str]:
             yield from all_keys(group.child(name), f"{prefix}{name}.")
 
 
-def places(shape: Shape | None, value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple, Place, str]]:
+def places(shape: Shape | None, value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Place, str]]:
     """(path, kind of place, text) of every text in `value` that names a place."""
     if isinstance(shape, Leaf) and shape.place is not None and isinstance(value, str):
         yield path, shape.place, value
@@ -119,9 +132,7 @@ def _shape(annotation: Any, discriminator: Any = None, place: Place | None = Non
     if discriminator and len(members) > 1:
         options = {get_args(model.model_fields[discriminator].annotation)[0]: Group(model) for model in members}
         # the one whose discriminator has a default is meant where none is given
-        default = [
-            name for name, group in options.items() if not group.model.model_fields[discriminator].is_required()
-        ]
+        default = [name for name, group in options.items() if not group.model.model_fields[discriminator].is_required()]
         return Choice(discriminator, options, next(iter(default), None))
     if len(members) == 1 and members[0] is not annotation:  # X | None
         return _shape(members[0], discriminator, place)

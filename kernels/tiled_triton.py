@@ -1,0 +1,326 @@
+"""The no-logits engine: both heads' products and the online softmax in one kernel, tile by tile.
+
+Nothing of the size of the vocabulary times the tokens is ever written: for scoring rollouts, for evaluation, and where
+memory is tightest. A program takes a tile of rows and a share of the vocabulary; for each tile of ids it multiplies
+hidden states and weights of the student, then of the teacher, with fp32 accumulators that stay in registers, and folds
+both tiles into sums under e = exp(z - m), m the row's running maximum:
+
+    S = sum e        X = sum e (z - m)        D = sum e d,  d = (z_s - k_s) - (z_t - k_t)
+
+k_s, k_t are the maxima of the program's first tile. The shares are put together afterwards, in float64:
+
+    lse = m + log S,  entropy = log S - X / S,  c = (lse_s - k_s) - (lse_t - k_t)
+    reverse_kl = D_s / S_s - c,  forward_kl = c - D_t / S_t
+
+Notation and conventions of `minillm.kernels.divergences`. What needs normalised probabilities (the divergences from a
+mixture) would need every product twice and is not offered; nor is a gradient: `token_stats` recomputes logits a chunk
+at a time for that.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minillm.kernels.divergences import FIELDS, RowSpec
+from minillm.kernels.head import LMHead
+from minillm.kernels.logits_triton import LOWEST, NEG_INF, to_logits, transform
+
+TILED_FIELDS = frozenset(name for name, field in FIELDS.items() if not field.second_pass)
+CONFIGS = {  # by bytes of an input element: rows and ids of a tile, depth of a product's step
+    2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_H=64, num_warps=8, num_stages=3),
+    4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_H=32, num_warps=8, num_stages=2),  # fp32 proper, not on the tensor cores
+}
+WAVES = 4  # programs a multiprocessor: enough to even out the last ones
+
+# The interpreter computes wrongly in bf16: it gets fp32. Compiled, products stay in the inputs' dtype.
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_NEVER = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _tile_logits(
+    hidden, weight, bias, rows, ids, V, H, hidden_stride, weight_stride, inner, outer,
+    MODE: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """z of a tile of rows and ids, (BLOCK_M, BLOCK_N) fp32; -inf beyond the vocabulary."""
+    depth = tl.arange(0, BLOCK_H)
+    used = tl.minimum(ids, V - 1)
+    a_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
+    b_at = weight + used.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        if EVEN:
+            a = tl.load(a_at + start)
+            b = tl.load(b_at + start)
+        else:
+            a = tl.load(a_at + start, mask=depth[None, :] < H - start, other=0.0)
+            b = tl.load(b_at + start, mask=depth[:, None] < H - start, other=0.0)
+        if _INTERPRETED:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        z = tl.dot(a, b, z, input_precision="ieee")
+    if BIAS:
+        z += tl.load(bias + used).to(tl.float32)[None, :]
+    z = to_logits(z, inner, outer, MODE)
+    return tl.where(ids[None, :] < V, z, NEG_INF)
+
+
+@triton.jit
+def _fold(z, d, ids, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr):
+    """One tile more in every row's maximum and sums."""
+    top = tl.max(z, 1)
+    if ARGMAX:
+        place = tl.min(tl.where(z == top[:, None], ids[None, :], _NEVER), 1)
+        best = tl.where(top > m, place, best)
+    new = tl.maximum(m, top)
+    shrink = tl.exp(m - new)
+    x = z - new[:, None]
+    e = tl.exp(x)
+    if SUM_X:
+        sx = (sx - s * (new - m)) * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * x), 1)
+    s = s * shrink + tl.sum(e, 1)
+    if SUM_D:
+        sd = sd * shrink + tl.sum(e * d, 1)
+    return new, s, sd, sx, best
+
+
+@triton.jit
+def tiled_kernel(
+    student_hidden,  # (K, H_s)
+    student_weight,  # (V, H_s)
+    student_bias,  # (V,) or None
+    teacher_hidden, teacher_weight, teacher_bias,  # likewise, or None
+    labels,  # (K,) int64, or None
+    sums,  # (slots, shares, K) fp32
+    argmaxes,  # (2, shares, K) int32, or None
+    K, V, student_H, teacher_H, student_hidden_stride, student_weight_stride,
+    teacher_hidden_stride, teacher_weight_stride,
+    ids_a_share,  # a multiple of BLOCK_N
+    student_inner, student_outer, teacher_inner, teacher_outer,
+    STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
+    STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr,
+    STUDENT_ARGMAX: tl.constexpr, TEACHER_ARGMAX: tl.constexpr,
+    # slots of `sums`, -1 where not wanted
+    M_S: tl.constexpr, S_S: tl.constexpr, X_S: tl.constexpr, D_S: tl.constexpr, K_S: tl.constexpr, Y_S: tl.constexpr,
+    M_T: tl.constexpr, S_T: tl.constexpr, X_T: tl.constexpr, D_T: tl.constexpr, K_T: tl.constexpr, Y_T: tl.constexpr,
+    STUDENT_ONLY: tl.constexpr, TEACHER_ONLY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    TEACHER: tl.constexpr = S_T >= 0
+    RATIO: tl.constexpr = K_S >= 0
+    share = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < K
+    at = rows
+    rows = tl.minimum(rows, K - 1)
+    if Y_S >= 0 or Y_T >= 0:
+        label = tl.load(labels + rows).to(tl.int32)
+    zeros = tl.zeros((BLOCK_M,), tl.float32)
+    never = tl.full((BLOCK_M,), _NEVER, tl.int32)
+    m_s, s_s, d_s, x_s, y_s, best_s = zeros + LOWEST, zeros, zeros, zeros, zeros, never
+    m_t, s_t, d_t, x_t, y_t, best_t = zeros + LOWEST, zeros, zeros, zeros, zeros, never
+    k_s, k_t, student_only, teacher_only = zeros, zeros, zeros, zeros
+    begin = share * ids_a_share
+    for first in range(begin, tl.minimum(begin + ids_a_share, V), BLOCK_N):
+        ids = first + tl.arange(0, BLOCK_N)
+        z_s = _tile_logits(
+            student_hidden, student_weight, student_bias, rows, ids, V, student_H, student_hidden_stride,
+            student_weight_stride, student_inner, student_outer, STUDENT_MODE, STUDENT_EVEN, STUDENT_BIAS,
+            BLOCK_M, BLOCK_N, BLOCK_H,
+        )  # fmt: skip
+        if TEACHER:
+            z_t = _tile_logits(
+                teacher_hidden, teacher_weight, teacher_bias, rows, ids, V, teacher_H, teacher_hidden_stride,
+                teacher_weight_stride, teacher_inner, teacher_outer, TEACHER_MODE, TEACHER_EVEN, TEACHER_BIAS,
+                BLOCK_M, BLOCK_N, BLOCK_H,
+            )  # fmt: skip
+        if Y_S >= 0:
+            y_s += tl.sum(tl.where(ids[None, :] == label[:, None], z_s, 0.0), 1)
+        if Y_T >= 0:
+            y_t += tl.sum(tl.where(ids[None, :] == label[:, None], z_t, 0.0), 1)
+        d = z_s
+        if RATIO:
+            if first == begin:
+                top_s, top_t = tl.max(z_s, 1), tl.max(z_t, 1)
+                k_s = tl.where(top_s == NEG_INF, 0.0, top_s)
+                k_t = tl.where(top_t == NEG_INF, 0.0, top_t)
+            no_s, no_t = z_s == NEG_INF, z_t == NEG_INF
+            d = tl.where(no_s | no_t, 0.0, (z_s - k_s[:, None]) - (z_t - k_t[:, None]))
+            if STUDENT_ONLY >= 0:
+                student_only = tl.maximum(student_only, tl.max(tl.where(no_t & ~no_s, 1.0, 0.0), 1))
+            if TEACHER_ONLY >= 0:
+                teacher_only = tl.maximum(teacher_only, tl.max(tl.where(no_s & ~no_t, 1.0, 0.0), 1))
+        m_s, s_s, d_s, x_s, best_s = _fold(z_s, d, ids, m_s, s_s, d_s, x_s, best_s, D_S >= 0, X_S >= 0, STUDENT_ARGMAX)
+        if TEACHER:
+            m_t, s_t, d_t, x_t, best_t = _fold(
+                z_t, d, ids, m_t, s_t, d_t, x_t, best_t, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
+            )
+
+    step = tl.num_programs(1).to(tl.int64) * K  # from slot to slot
+    at = share.to(tl.int64) * K + at
+    tl.store(sums + M_S * step + at, m_s, mask=inside)
+    tl.store(sums + S_S * step + at, s_s, mask=inside)
+    if X_S >= 0:
+        tl.store(sums + X_S * step + at, x_s, mask=inside)
+    if Y_S >= 0:
+        tl.store(sums + Y_S * step + at, y_s, mask=inside)
+    if STUDENT_ARGMAX:
+        tl.store(argmaxes + at, best_s, mask=inside)
+    if TEACHER:
+        tl.store(sums + M_T * step + at, m_t, mask=inside)
+        tl.store(sums + S_T * step + at, s_t, mask=inside)
+        if X_T >= 0:
+            tl.store(sums + X_T * step + at, x_t, mask=inside)
+        if Y_T >= 0:
+            tl.store(sums + Y_T * step + at, y_t, mask=inside)
+        if TEACHER_ARGMAX:
+            tl.store(argmaxes + step + at, best_t, mask=inside)
+    if RATIO:
+        tl.store(sums + K_S * step + at, k_s, mask=inside)
+        tl.store(sums + K_T * step + at, k_t, mask=inside)
+        if D_S >= 0:
+            tl.store(sums + D_S * step + at, d_s, mask=inside)
+            tl.store(sums + STUDENT_ONLY * step + at, student_only, mask=inside)
+        if D_T >= 0:
+            tl.store(sums + D_T * step + at, d_t, mask=inside)
+            tl.store(sums + TEACHER_ONLY * step + at, teacher_only, mask=inside)
+
+
+SLOTS = ("m_s", "s_s", "x_s", "d_s", "k_s", "y_s", "m_t", "s_t", "x_t", "d_t", "k_t", "y_t")
+SLOTS += ("student_only", "teacher_only")
+
+
+def tiled_stats(
+    student_hidden: Tensor,  # (K, H_s) kept rows, contiguous
+    student_head: LMHead,  # weight (V, H_s) of the same dtype, rows may be padded; scale and softcap are those of spec
+    teacher_hidden: Tensor | None,  # (K, H_t), where a field needs it
+    teacher_head: LMHead | None,
+    labels: Tensor | None,  # (K,) int64 in [0, V), where a field needs them
+    spec: RowSpec,
+) -> dict[str, Tensor]:
+    """What `rows_torch.row_statistics` returns for these rows, (K,) each, without logits.
+
+    Raises ValueError for fields outside TILED_FIELDS and for inputs in float64.
+    """
+    refused = [name for name in spec.fields if name not in TILED_FIELDS]
+    if refused:
+        raise ValueError(f"backend='tiled' does not offer {', '.join(refused)}; use backend='triton' or 'auto'")
+    for tensor in (student_hidden, teacher_hidden):
+        if tensor is not None and tensor.dtype.itemsize not in CONFIGS:
+            raise ValueError(f"hidden states are {tensor.dtype}; backend='tiled' takes float32, bfloat16 and float16")
+    names = _slot_names(spec, teacher=teacher_hidden is not None)
+    slots = {name: slot for slot, name in enumerate(names)}
+    rows, device = student_hidden.shape[0], student_hidden.device
+    widest = max(tensor.dtype.itemsize for tensor in (student_hidden, teacher_hidden) if tensor is not None)
+    config = CONFIGS[widest]
+    vocab_size = student_head.weight.shape[0]
+    row_tiles = triton.cdiv(rows, config["BLOCK_M"])
+    shares, ids_a_share = _shares(row_tiles, vocab_size, config["BLOCK_N"], device)
+    sums = torch.empty(len(slots), shares, rows, dtype=torch.float32, device=device)
+    argmaxes = None
+    if "student_argmax" in spec.fields or "teacher_argmax" in spec.fields:
+        argmaxes = torch.empty(2, shares, rows, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(student_hidden):
+        tiled_kernel[(row_tiles, shares)](
+            **_model("student", student_hidden, student_head, config["BLOCK_H"]),
+            **_model("teacher", teacher_hidden, teacher_head, config["BLOCK_H"]),
+            labels=labels,
+            sums=sums,
+            argmaxes=argmaxes,
+            K=rows,
+            V=vocab_size,
+            ids_a_share=ids_a_share,
+            **{name: value for name, value in transform(spec).items() if name not in ("alpha", "beta")},
+            STUDENT_ARGMAX="student_argmax" in spec.fields,
+            TEACHER_ARGMAX="teacher_argmax" in spec.fields,
+            **{name.upper(): slots.get(name, -1) for name in SLOTS},
+            **config,
+        )
+    return _merged({name: sums[slot].double() for name, slot in slots.items()}, argmaxes, spec)
+
+
+def _slot_names(spec: RowSpec, *, teacher: bool) -> list[str]:
+    fields = set(spec.fields)
+    wanted = {"m_s", "s_s"} | ({"m_t", "s_t"} if teacher else set())
+    needs = {
+        "student_entropy": ("x_s",),
+        "teacher_entropy": ("x_t",),
+        "student_logprob": ("y_s",),
+        "teacher_logprob": ("y_t",),
+        "reverse_kl": ("k_s", "k_t", "d_s", "student_only"),
+        "forward_kl": ("k_s", "k_t", "d_t", "teacher_only"),
+    }
+    wanted |= {name for field in fields & set(needs) for name in needs[field]}
+    return [name for name in SLOTS if name in wanted]
+
+
+def _shares(row_tiles: int, vocab_size: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Into how many shares the vocabulary is cut to keep the device busy, and the ids of each."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    tiles = triton.cdiv(vocab_size, block)
+    shares = min(tiles, max(1, triton.cdiv(WAVES * processors, row_tiles)))
+    tiles_a_share = triton.cdiv(tiles, shares)
+    return triton.cdiv(tiles, tiles_a_share), tiles_a_share * block
+
+
+def _model(who: str, hidden: Tensor | None, head: LMHead | None, block: int) -> dict[str, object]:
+    """The kernel's arguments for one model."""
+    given = hidden is not None
+    bias = head.bias if given else None
+    if given and hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    weight = head.weight if given else None
+    if given and weight.stride(1) != 1:
+        weight = weight.contiguous()
+    return {
+        f"{who}_hidden": hidden,
+        f"{who}_weight": weight,
+        f"{who}_bias": bias,
+        f"{who}_H": hidden.shape[1] if given else 0,
+        f"{who}_hidden_stride": hidden.stride(0) if given else 0,
+        f"{who}_weight_stride": weight.stride(0) if given else 0,
+        f"{who.upper()}_EVEN": given and hidden.shape[1] % block == 0,
+        f"{who.upper()}_BIAS": bias is not None,
+    }
+
+
+def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> dict[str, Tensor]:
+    """The statistics from the shares' sums, (shares, K) float64 each."""
+    result = {}
+    fields = set(spec.fields)
+    offsets = None
+    if "k_s" in sums:  # every share's d has references of its own
+        offsets = (sums["k_s"] - sums["k_s"][0]) - (sums["k_t"] - sums["k_t"][0])
+    lse, mean_d = {}, {}
+    for index, (who, x) in enumerate((("student", "s"), ("teacher", "t"))):
+        if f"m_{x}" not in sums:
+            continue
+        m, s = sums[f"m_{x}"], sums[f"s_{x}"]
+        top = m.amax(0)
+        weight = (m - top).exp()
+        total = (s * weight).sum(0)
+        log_total = total.log().masked_fill(total == 0, torch.nan)  # no id at all: NaN
+        lse[x] = top + log_total
+        result[f"{who}_lse"] = lse[x]
+        if f"{who}_logprob" in fields:
+            result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top) - log_total
+        if f"{who}_entropy" in fields:
+            result[f"{who}_entropy"] = log_total - ((sums[f"x_{x}"] + s * (m - top)) * weight).sum(0) / total
+        if f"{who}_argmax" in fields:
+            here = argmaxes[index].long()
+            best = torch.where(m == top, here, _NEVER.value).amin(0)
+            result[f"{who}_argmax"] = best.masked_fill(best == _NEVER.value, 0)
+        if f"d_{x}" in sums:
+            mean_d[x] = ((sums[f"d_{x}"] + s * offsets) * weight).sum(0) / total
+    if offsets is not None:
+        c = (lse["s"] - sums["k_s"][0]) - (lse["t"] - sums["k_t"][0])
+        for name, x, sign, infinite in (
+            ("reverse_kl", "s", 1, "student_only"),
+            ("forward_kl", "t", -1, "teacher_only"),
+        ):
+            if name in fields:  # infinity is added, so that a NaN stays a NaN
+                forever = torch.where(sums[infinite].amax(0) > 0, torch.inf, 0.0)
+                result[name] = sign * (mean_d[x] - c) + forever
+    return {name: value if name.endswith("argmax") else value.float() for name, value in result.items()}

@@ -1,0 +1,149 @@
+"""What pydantic found, in the words of someone who writes YAML; and which key was probably meant."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from minillm.config.shape import Choice, Group, KeyPath, Leaf, Shape, all_keys, child_value, group_of, walk
+
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, at a path in the keys of a stage."""
+
+    path: KeyPath
+    message: str
+    kind: Literal["missing", "unknown", "value"] = "value"
+    instead: KeyPath | None = None  # of an unknown key: the one that was probably meant
+
+
+def explain(error: dict[str, Any], path: KeyPath, shape: Shape | None, root: Group, data: Any) -> Finding:
+    """The finding of one of pydantic's errors.
+
+    Args:
+        error: as ValidationError.errors() has it.
+        path: where it is, as keys alone.
+        shape: what the schema has there.
+        root: the schema of `data`.
+        data: what was validated.
+    """
+    kind, context, given = error["type"], error.get("ctx", {}), error["input"]
+    if kind == "missing":
+        return Finding(path, _missing(path, shape, root, data), "missing")
+    if kind == "extra_forbidden":
+        return _unknown(path, root, data)
+    if kind == "union_tag_not_found":
+        return Finding((*path, shape.key), f"missing: {_one_of(shape.options)}", "missing")
+    if kind == "union_tag_invalid":
+        return Finding((*path, shape.key), _not_one_of(child_value(given, shape.key), list(shape.options)))
+    if kind == "literal_error":
+        return Finding(path, _not_one_of(given, shape.names() if isinstance(shape, Leaf) else []))
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        return Finding(path, f"must be {words} {context[key]:g}, not {show(given)}")
+    if kind == "finite_number":
+        return Finding(path, f"must be finite, not {show(given)}")
+    if kind == "too_short":
+        return Finding(path, "must not be empty")
+    if kind == "string_pattern_mismatch":
+        return Finding(path, f"{show(given)} is not what goes here: {_description(path, root, data)}")
+    return Finding(path, expected(_TYPES.get(kind.partition("_")[0], "keys and values"), given))
+
+
+def expected(what: str, given: Any) -> str:
+    """Something of another type than what was expected, with the usual reason where there is one."""
+    if what == "keys and values" and given is None:
+        return "expected keys and values, not nothing; leave the group out to have its defaults"
+    hint = ""
+    if what == "text" and isinstance(given, int | float):
+        hint = "; put it in quotes"
+    elif what in ("a number", "a whole number") and isinstance(given, str) and _is_number(given):
+        hint = " in quotes; leave the quotes out"
+    return f"expected {what}, not {show(given)}{hint}"
+
+
+def show(value: Any) -> str:
+    """A value as the message has it, not too long."""
+    is_plain = isinstance(value, str | float)
+    text = repr(value) if is_plain else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(name: str, keys: Iterable[str]) -> str | None:
+    """The key that was probably meant: misspelt, a part of it, or its initials."""
+    keys = list(keys)
+    close = difflib.get_close_matches(name.lower(), keys, 1, 0.6)
+    if close:
+        return close[0]
+    parts = [key for key in keys if len(name) > 3 and name.lower() in key]
+    initials = [key for key in keys if "_" in key and "".join(word[:1] for word in key.split("_")) == name.lower()]
+    return min([*parts, *initials], key=len, default=None)
+
+
+def _unknown(path: KeyPath, root: Group, data: Any) -> Finding:
+    name = str(path[-1])
+    shape, value = walk(root, data, path[:-1])
+    keys = group_of(shape, value).keys()
+    near = nearest(name, keys)
+    if near is not None:
+        return Finding(path, f"unknown key (did you mean {near}?)", "unknown", (*path[:-1], near))
+    if isinstance(shape, Choice):
+        this, having = value.get(shape.key, shape.default), {}
+        for option, group in shape.options.items():
+            having.setdefault(nearest(name, group.keys()), []).append(option)
+        having.pop(None, None)
+        if having:
+            others = ", ".join(f"{' and '.join(options)} has {key}" for key, options in having.items())
+            return Finding(path, f"unknown key for {shape.key} {this} ({others})", "unknown")
+    known = list(dict.fromkeys(all_keys(root)))
+    last = {key: key.rpartition(".")[2] for key in known}
+    close = difflib.get_close_matches(name, last.values(), 1, 0.8)
+    if close:
+        meant = next(key for key in known if last[key] == close[0])
+        return Finding(path, f"unknown key (did you mean {meant}?)", "unknown", tuple(meant.split(".")))
+    return Finding(path, f"unknown key; there are {', '.join(keys)}", "unknown")
+
+
+def _missing(path: KeyPath, shape: Shape | None, root: Group, data: Any) -> str:
+    if isinstance(shape, Choice):
+        return f"missing: {_one_of(shape.options)}, as {shape.key}: ..."
+    said = _description(path, root, data)
+    if isinstance(shape, Group):
+        said = shape.model.__doc__.strip().splitlines()[0].rstrip(".")
+    return f"missing: {said[0].lower()}{said[1:]}" if said else "missing"
+
+
+def _description(path: KeyPath, root: Group, data: Any) -> str:
+    """What the schema says of a key."""
+    group = group_of(*walk(root, data, path[:-1]))
+    field = group.model.model_fields.get(path[-1]) if group is not None else None
+    return (field.description or "") if field is not None else ""
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"one of {', '.join(names)}"
+
+
+def _not_one_of(given: Any, names: list[str]) -> str:
+    if len(names) == 1:
+        return f"there is no {show(given)} here, only {names[0]}"
+    near = nearest(given, names) if isinstance(given, str) else None
+    return f"{show(given)} is not {_one_of(names)}" + (f" (did you mean {near}?)" if near else "")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,151 @@
+"""Prompts with their references, from records of any known form, tokenised once."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from minillm.config.data import PlainPrompts, Prompts
+from minillm.data.pydoc import pydoc_records
+from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
+from minillm.data.templates import Message, render
+
+FORMS = "instruction/input/output, prompt/completion, question/answer or messages"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt."""
+
+    index: int  # its place in the source: stable whatever is dropped, and the key of its sampling noise
+    prompt_ids: list[int]
+    response_ids: list[int]  # the first reference and EOS, cut at max_response_length; empty without a reference
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSet(Sequence[Example]):
+    """The usable prompts of a source."""
+
+    examples: list[Example]
+    dropped_long: int  # prompts over max_prompt_length
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return self.examples[index]
+
+
+def load_prompts(config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: str = "data.prompts") -> PromptSet:
+    """Read, render and tokenise. Raises DataError naming file and line for a record that is of none of the forms."""
+    examples, dropped = [], 0
+    loaded = _plain(config, tokenizer) if isinstance(config, PlainPrompts) else _instructions(config, tokenizer)
+    for example in loaded:
+        if len(example.prompt_ids) > config.max_prompt_length:
+            dropped += 1
+            continue
+        examples.append(example)
+        if len(examples) == config.limit:
+            break
+    if not examples:
+        raise DataError(
+            f"{name}: no usable prompt ({dropped} over max_prompt_length={config.max_prompt_length} tokens); raise it"
+        )
+    return PromptSet(examples, dropped, getattr(config, "path", config.type))
+
+
+def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    for index, (where, record) in enumerate(_records(config)):
+        messages, context, references = _parse(where, record)
+        prompt = render(messages, config, tokenizer, context=context)
+        # a rendered chat already holds its special tokens
+        special = config.template != "chat"
+        prompt_ids = encode(tokenizer, prompt, special)
+        response = references[0] if references else ""
+        response_ids = _response_ids(tokenizer, prompt, prompt_ids, response, special, config.max_response_length)
+        yield Example(index, prompt_ids, response_ids if references else [], prompt, references)
+
+
+def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    for index, (_, text) in enumerate(read_texts(config.path)):
+        if index < config.skip:
+            continue
+        ids = encode(tokenizer, text, True)
+        prompt_ids, rest = ids[: config.prompt_length], ids[config.prompt_length :]
+        if not rest:
+            continue
+        response_ids = [*rest, tokenizer.eos_token_id][: config.max_response_length]
+        prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        yield Example(index, prompt_ids, response_ids, prompt, (tokenizer.decode(rest, skip_special_tokens=True),))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """Ids of a text, never empty: a model needs a token to start from."""
+    ids = tokenizer(text, add_special_tokens=special).input_ids
+    if special and ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text
+        ids = ids[:-1]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids or [start]
+
+
+def _response_ids(tokenizer, prompt: str, prompt_ids: list[int], response: str, special: bool, limit: int) -> list[int]:
+    """The joint tokenisation less the prompt's, where the prompt's is its beginning; else the response's own."""
+    joint = encode(tokenizer, prompt + response, special)
+    if joint[: len(prompt_ids)] == prompt_ids:
+        ids = joint[len(prompt_ids) :]
+    else:
+        ids = tokenizer(response, add_special_tokens=False).input_ids
+    return [*ids, tokenizer.eos_token_id][:limit]
+
+
+def _records(config: Prompts) -> Iterator[Record]:
+    if config.type == "jsonl":
+        return read_jsonl(config.path)
+    if config.type == "parquet":
+        return read_parquet(config.path)
+    if config.type == "hf":
+        return read_hf(config.path, config.name, config.split)
+    return pydoc_records(config.split)
+
+
+def _parse(where: str, record: dict[str, Any]) -> tuple[list[Message], str, tuple[str, ...]]:
+    """(messages up to the answer, context, references) of a record of any known form."""
+    if record.get("messages") is not None:
+        return _parse_messages(where, record["messages"])
+    for question, answer, context in (
+        ("instruction", "output", "input"),
+        ("prompt", "completion", None),
+        ("question", "answer", None),
+    ):
+        if record.get(question) is not None:
+            text = _text(where, question, record[question])
+            extra = _text(where, context, record.get(context) or "") if context else ""
+            given = record.get(answer)
+            given = [] if given is None else given if isinstance(given, list) else [given]
+            return [{"role": "user", "content": text}], extra, tuple(_text(where, answer, one) for one in given)
+    raise DataError(f"{where}: expected {FORMS}; found the fields {', '.join(record) or 'none'}")
+
+
+def _parse_messages(where: str, messages: Any) -> tuple[list[Message], str, tuple[str, ...]]:
+    right = isinstance(messages, list) and messages and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not right:
+        raise DataError(f"{where}: messages: expected a list of {{role, content}}, found {json.dumps(messages)[:80]}")
+    if messages[-1]["role"] == "assistant":
+        if len(messages) == 1:
+            raise DataError(f"{where}: messages: an answer without a question before it")
+        return messages[:-1], "", (messages[-1]["content"],)
+    return messages, "", ()
+
+
+def _text(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key}: expected text, found {type(value).__name__}")
+    return value

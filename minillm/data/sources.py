@@ -1,0 +1,85 @@
+"""Records from files, with the place each came from, for errors that name it."""
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+Record = tuple[str, dict[str, Any]]  # (where it stands, what it says)
+
+
+class DataError(ValueError):
+    """A record or file that cannot be used; the message names it."""
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The files a path or glob names, sorted. Raises DataError where there is none."""
+    expanded = str(Path(os.path.expandvars(pattern)).expanduser())
+    files = [Path(name) for name in sorted(glob(expanded, recursive=True)) if Path(name).is_file()]
+    if not files:
+        raise DataError(f"{pattern}: no such file")
+    return files
+
+
+def read_jsonl(pattern: str) -> Iterator[Record]:
+    """JSON objects, a line each, plain or gzipped; blank lines are passed over."""
+    for path in find_files(pattern):
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{where}: not JSON ({error}); expected one object a line") from None
+                if not isinstance(record, dict):
+                    raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+                yield where, record
+
+
+def read_parquet(pattern: str) -> Iterator[Record]:
+    """Rows of Parquet files."""
+    from datasets import Dataset
+
+    for path in find_files(pattern):
+        for number, record in enumerate(Dataset.from_parquet(str(path))):
+            yield f"{path}, row {number}", record
+
+
+def read_hf(path: str, name: str | None, split: str) -> Iterator[Record]:
+    """Rows of a dataset folder written by save_to_disk, or of a hub dataset."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    folder = Path(os.path.expandvars(path)).expanduser()
+    if folder.is_dir() and any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json")):
+        dataset = load_from_disk(str(folder))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise DataError(f"{path}: no split {split!r}; it has {', '.join(dataset)}")
+            dataset = dataset[split]
+    else:
+        dataset = load_dataset(path, name, split=split)
+    for number, record in enumerate(dataset):
+        yield f"{path} ({split}), row {number}", record
+
+
+def read_texts(pattern: str) -> Iterator[tuple[str, str]]:
+    """(where, text): whole .txt files, plain or gzipped, or the field `text` of JSONL records."""
+    for path in find_files(pattern):
+        if ".jsonl" in path.suffixes:
+            for where, record in read_jsonl(str(path)):
+                if not isinstance(record.get("text"), str):
+                    raise DataError(f"{where}: expected a field `text`; found {', '.join(record) or 'no fields'}")
+                yield where, record["text"]
+        else:
+            with open_text(path) as file:
+                yield str(path), file.read()
+
+
+def open_text(path: Path):
+    """A text file, gzipped or not."""
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")

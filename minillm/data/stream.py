@@ -1,0 +1,52 @@
+"""An endless, shuffled, resumable sequence of items."""
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+class Stream(Generic[T]):
+    """Every pass is a new permutation keyed by (seed, pass); the position is all the state there is.
+
+    Raises ValueError for an empty sequence.
+    """
+
+    def __init__(self, items: Sequence[T], *, seed: int):
+        if not len(items):
+            raise ValueError("there is nothing to train on: no usable record was left after loading")
+        self.items = items
+        self.seed = seed
+        self.taken = 0  # over all ranks
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def take(self, n: int, rank: int = 0, world_size: int = 1) -> list[T]:
+        """The rank's n of the next n * world_size items: what all ranks get together does not depend on their number."""
+        first = self.taken
+        self.taken += n * world_size
+        return [self.items[self._index(first + rank * n + offset)] for offset in range(n)]
+
+    def _index(self, position: int) -> int:
+        turn, offset = divmod(position, len(self.items))
+        if self._order is None or self._order[0] != turn:
+            self._order = (turn, np.random.default_rng([self.seed, turn]).permutation(len(self.items)))
+        return int(self._order[1][offset])
+
+    @property
+    def passes(self) -> float:
+        """How often the items have been gone through."""
+        return self.taken / len(self.items)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken, "items": len(self.items)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError where the data is not what the position was taken in."""
+        if state["items"] != len(self.items):
+            raise ValueError(
+                f"the checkpoint was made with {state['items']:,} records, but the data now has {len(self.items):,}; "
+                "restore the data to go on from it"
+            )
+        self.taken = state["taken"]

@@ -1,0 +1,41 @@
+"""How an instruction is put to a model."""
+
+from transformers import PreTrainedTokenizerBase
+
+from minillm.config.data import InstructionKeys
+from minillm.data.sources import DataError
+
+Message = dict[str, str]
+
+_PREAMBLE = "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
+
+
+def alpaca(instruction: str, context: str) -> str:
+    """The format of the MiniLLM paper's data."""
+    if context:
+        head = _PREAMBLE.format(extra=", paired with an input that provides further context")
+        return f"{head}\n\n### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+    return f"{_PREAMBLE.format(extra='')}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def render(
+    messages: list[Message], config: InstructionKeys, tokenizer: PreTrainedTokenizerBase, *, context: str = ""
+) -> str:
+    """The prompt's text: the messages before the answer in the configured template.
+
+    Raises DataError where the template is `chat` and the tokenizer has none.
+    """
+    if config.template == "chat":
+        if not tokenizer.chat_template:
+            raise DataError(
+                "template: chat needs a tokenizer with a chat template, and this one has none; use template: alpaca or none"
+            )
+        system = [] if config.system is None else [{"role": "system", "content": config.system}]
+        if context:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": f"{last['content']}\n\n{context}"}]
+        return tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
+    text = "\n\n".join(message["content"] for message in messages)
+    if config.template == "alpaca":
+        return alpaca(text, context)
+    return f"{text}\n\n{context}" if context else text

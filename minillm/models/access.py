@@ -1,0 +1,51 @@
+"""Hidden states and head of any causal language model of transformers, without its [tokens, vocabulary] logits."""
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minillm.losses import LMHead
+
+
+def decoder(model: PreTrainedModel):
+    """The model below the language-model head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def last_hidden(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # (B, L) int64
+    attention_mask: Tensor,  # (B, L)
+    position_ids: Tensor | None = None,  # (B, L)
+) -> Tensor:  # (B, L, H)
+    """What the head is applied to, at every position."""
+    return forward_decoder(model, input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
+
+
+def forward_decoder(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids, **options):
+    """One forward pass below the head, with the positions spelled as the architecture takes them."""
+    # transformers' OPT numbers positions from the mask by itself
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    return decoder(model)(input_ids=input_ids, attention_mask=attention_mask, **positions, **options)
+
+
+def lm_head(model: PreTrainedModel) -> LMHead:
+    """The head with what the architecture does to its logits: Gemma's softcap, Cohere's scale, Granite's divisor.
+
+    Raises ValueError for a head that is not a plain linear layer (a LoRA-wrapped one would be ignored silently).
+    """
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    if hasattr(head, "base_layer"):
+        raise ValueError("the LM head is wrapped by an adapter, which a fused loss cannot see; leave lm_head out of it")
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        scale = 1.0
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor:
+        scale = scale / divisor
+    return LMHead(
+        head.weight,
+        bias=getattr(head, "bias", None),
+        logit_scale=float(scale),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )

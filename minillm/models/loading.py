@@ -1,0 +1,120 @@
+"""Teacher and student from a folder, a hub name, a GGUF file, an earlier stage, or fresh weights."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
+from minillm.models.paths import resolve_path
+from minillm.models.pruning import prune_layers
+from minillm.models.tokenizers import load_tokenizer
+
+
+def load_teacher(config: TeacherConfig, *, output_dir: Path, device: torch.device) -> PreTrainedModel:
+    """The frozen model: evaluation mode, no gradients."""
+    return _load(config, output_dir).to(device).eval().requires_grad_(False)
+
+
+def load_student(
+    config: StudentConfig,
+    *,
+    output_dir: Path,
+    device: torch.device,
+    seed: int,
+    source: PreTrainedModel | None = None,
+) -> PreTrainedModel:
+    """The model to train, without dropout: sampling and training must see the same distribution.
+
+    `source` is an already loaded model of the same path; it is copied instead of being read again.
+    """
+    if config.init == "random":
+        model = _fresh(config, output_dir, seed)
+    elif source is not None:
+        model = copy.deepcopy(source).to(getattr(torch, config.dtype))
+    else:
+        model = _load(config, output_dir)
+    if config.init == "prune":
+        model = prune_layers(model, config.layers)
+    return without_dropout(model).to(device).requires_grad_(True)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Zero every dropout, of modules and of the configuration's numbers that attention reads at run time."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    for name, value in model.config.to_dict().items():
+        if ("dropout" in name or name.endswith(("pdrop", "layerdrop"))) and isinstance(value, float):
+            setattr(model.config, name, 0.0)
+    return model
+
+
+def _load(config: ModelConfig, output_dir: Path) -> PreTrainedModel:
+    where = resolve_path(config.path, output_dir)
+    options = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        return _from_gguf(where, options)
+    if not isinstance(where, Path):
+        options["revision"] = config.revision
+    return AutoModelForCausalLM.from_pretrained(where, **options)
+
+
+def _from_gguf(path: Path, options: dict) -> PreTrainedModel:
+    """A plain model of the dequantised weights: what transformers returns still calls itself quantised and refuses to
+    be saved."""
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+    config = copy.deepcopy(loaded.config)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(
+            config, dtype=options["dtype"], attn_implementation=options["attn_implementation"]
+        )
+    plain = plain.to_empty(device="cpu")
+    plain.load_state_dict(loaded.state_dict(), strict=False)
+    # buffers that no state dict carries (rotary frequencies) come from the loaded model
+    buffers = dict(loaded.named_buffers())
+    for name, buffer in plain.named_buffers():
+        buffer.copy_(buffers[name])
+    embeddings = loaded.get_input_embeddings().weight
+    config.tie_word_embeddings = embeddings.data_ptr() == loaded.get_output_embeddings().weight.data_ptr()
+    plain.config.tie_word_embeddings = config.tie_word_embeddings
+    if config.tie_word_embeddings:
+        plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    return plain
+
+
+def _fresh(config: StudentConfig, output_dir: Path, seed: int) -> PreTrainedModel:
+    """Random weights keyed by `seed`; vocabulary, EOS and padding from the tokenizer unless `config` says them."""
+    overrides = dict(config.config or {})
+    tokenizer = load_tokenizer(config, output_dir)
+    defaults = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if config.path is not None:
+        architecture = AutoConfig.from_pretrained(resolve_path(config.path, output_dir))
+        architecture.update(overrides)
+    elif "model_type" in overrides:
+        architecture = AutoConfig.for_model(**{**defaults, **overrides})
+    else:
+        raise ValueError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
+        )

@@ -1,0 +1,107 @@
+"""What must be right about a pair of models before anything is trained, and the table that shows it."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minillm.models.access import lm_head
+from minillm.models.pair import Models
+
+Row = tuple[str, str, str]  # (what, student, teacher)
+
+
+class PreflightError(ValueError):
+    """A pair of models that cannot be distilled as it is."""
+
+
+def preflight(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+) -> tuple[Models, list[Row]]:
+    """The pair as `Models`, and the rows of the preflight table.
+
+    Vocabularies padded to different sizes are cut to the shared part. Raises PreflightError for different tokenizers,
+    for a tokenizer with ids beyond a head, and for one without an end of text.
+    """
+    vocab_size = rows_s = lm_head(student).weight.shape[0]
+    rows_t = None
+    if teacher is not None:
+        rows_t = lm_head(teacher).weight.shape[0]
+        vocab_size = min(rows_s, rows_t)
+        if teacher_tokenizer is not None:
+            _check_same(student_tokenizer, teacher_tokenizer)
+    if len(student_tokenizer) > vocab_size:
+        raise PreflightError(
+            f"the tokenizer has {len(student_tokenizer):,} tokens, but the heads share only {vocab_size:,} rows (student "
+            f"{rows_s:,}, teacher {rows_t if rows_t is None else format(rows_t, ',')}); use the tokenizer these models were "
+            "trained with"
+        )
+    eos_ids = end_ids(student, student_tokenizer)
+    if not eos_ids:
+        raise PreflightError(
+            "neither the tokenizer nor the generation configuration of the student names an EOS token, so no answer could "
+            "end; set eos_token in the tokenizer"
+        )
+    pad_id = student_tokenizer.pad_token_id
+    models = Models(
+        student,
+        teacher,
+        student_tokenizer,
+        vocab_size,
+        eos_ids,
+        eos_ids[0] if pad_id is None else pad_id,
+        device,
+    )
+    return models, _table(models, teacher_tokenizer, rows_s, rows_t)
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends an answer: the tokenizer's EOS first, then those of the generation configuration."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = listed if isinstance(listed, list) else [listed]
+    ids = [tokenizer.eos_token_id, *listed]
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+
+
+def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    by_id = {index: token for token, index in ours.items()}
+    by_id_teacher = {index: token for token, index in theirs.items()}
+    first = min(
+        index for index in {*by_id, *by_id_teacher} if by_id.get(index) != by_id_teacher.get(index)
+    )
+    raise PreflightError(
+        f"student and teacher have different tokenizers: id {first} is {by_id.get(first)!r} for the student and "
+        f"{by_id_teacher.get(first)!r} for the teacher. Token-level distillation needs one tokenizer: choose a student of the "
+        "teacher's family, or prune the teacher (student.init=prune)"
+    )
+
+
+def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -> list[Row]:
+    student, teacher = models.student, models.teacher
+
+    def column(model, tokenizer, rows):
+        if model is None:
+            return ["-"] * 7
+        config = model.config
+        template = getattr(tokenizer, "chat_template", None)
+        return [
+            type(model).__name__,
+            f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{str(model.dtype).removeprefix('torch.')}, {config._attn_implementation}",
+            f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
+            f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",
+            ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer)) if tokenizer else "-",
+            "none" if template is None else f"{len(template)} characters",
+        ]
+
+    names = ["model", "parameters", "dtype, attention", "head rows", "tokenizer", "end of answer", "chat template"]
+    columns = column(student, models.tokenizer, rows_s), column(teacher, teacher_tokenizer, rows_t)
+    table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
+    pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)
+    table.append(("padding", f"{pad!r}" + (", also an EOS" if models.pad_id in models.eos_ids else ""), "-"))
+    return table

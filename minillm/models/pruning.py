@@ -1,0 +1,62 @@
+"""A smaller student from a larger model: the same model with only some of its layers."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# What configurations call their number of layers.
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The module that holds the decoder's layers, the attribute's name, and the list.
+
+    Raises ValueError where there is no such list or more than one.
+    """
+    count = next((getattr(model.config, name) for name in COUNTS if hasattr(model.config, name)), None)
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"student.init=prune: {type(model).__name__} has {len(found)} lists of {count} layers, so it is not clear which "
+            "to prune; give a model whose decoder is one list of layers"
+        )
+    return found[0]
+
+
+def chosen_layers(layers: int | Sequence[int], total: int) -> list[int]:
+    """Which of `total` layers stay: the list itself, or as many as `layers` says, evenly spaced with first and last."""
+    if isinstance(layers, int):
+        if layers > total:
+            raise ValueError(f"student.layers is {layers}, but the model has {total} layers; give at most {total}")
+        if layers == 1:
+            return [0]
+        return [round(index * (total - 1) / (layers - 1)) for index in range(layers)]
+    wrong = [layer for layer in layers if layer >= total]
+    if wrong:
+        raise ValueError(f"student.layers names {wrong}, but the model has the layers 0 to {total - 1}")
+    return sorted(layers)
+
+
+def prune_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """Keep some layers, in place; embeddings and head stay (tied where they were), KV-cache indices are renumbered."""
+    parent, name, modules = layers_of(model)
+    keep, total = chosen_layers(layers, len(modules)), len(modules)
+    setattr(parent, name, nn.ModuleList(modules[index] for index in keep))
+    for position, layer in enumerate(getattr(parent, name)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    config = model.config
+    for key in COUNTS:
+        if key in config.to_dict():
+            setattr(config, key, len(keep))
+    for key, value in config.to_dict().items():  # lists with an entry a layer, such as layer_types
+        if isinstance(value, (list, tuple)) and len(value) == total:
+            setattr(config, key, [value[index] for index in keep])
+    return model

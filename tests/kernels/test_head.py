@@ -1,0 +1,79 @@
+"""The GEMMs of a chunk: fp32 whatever the inputs, a tile at a time, and none that nobody needs."""
+
+import pytest
+import torch
+
+from minillm.kernels import head as head_module
+from minillm.kernels.head import HeadGradients, project
+
+CASES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture(params=[4096, 7])
+def tile_rows(request, monkeypatch):
+    monkeypatch.setattr(head_module, "TILE_ROWS", request.param)
+
+
+def numbers(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*size, generator=generator).to(dtype) for size in ((6, 8), (30, 8), (30,), (6, 30)))
+
+
+@pytest.mark.parametrize(("dtype", "compute"), CASES)
+def test_projection_rounds_its_inputs_and_nothing_else(dtype, compute, tile_rows):
+    hidden, weight, bias, _ = numbers(dtype)
+    out = torch.empty(6, 40)[:, :30]
+    project(hidden.to(compute), weight, bias, compute, out)
+    exact = hidden.to(compute).double() @ weight.to(compute).double().t() + bias.double()
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "compute"), CASES)
+@pytest.mark.parametrize("accumulation", [torch.float32, "tensor"])
+def test_gradients_add_up_over_chunks(dtype, compute, accumulation, tile_rows):
+    hidden, weight, bias, dz = numbers(dtype)
+    dz = dz.float()
+    start = torch.ones_like(weight, dtype=torch.float32)
+    sums = HeadGradients(
+        hidden,
+        weight,
+        bias,
+        needs=(True, True, True),
+        compute=compute,
+        logits=torch.float32,
+        vocab_size=30,
+        accumulation=start if accumulation == "tensor" else accumulation,
+    )
+    assert sums.dz_dtype == torch.float32
+    sums.add(dz[:4], hidden[:4].to(compute), slice(0, 4))
+    sums.add(dz[4:], hidden[4:].to(compute), torch.tensor([4, 5]))
+    exact = {
+        "hidden": dz.double() @ weight.to(compute).double(),
+        "weight": dz.double().t() @ hidden.to(compute).double(),
+        "bias": dz.double().sum(0),
+    }
+    if accumulation == "tensor":
+        assert sums.results((hidden, weight, bias))[1] is None
+        torch.testing.assert_close(start.double() - 1, exact.pop("weight"), rtol=1e-5, atol=1e-5)
+    for name, value in exact.items():
+        tolerance = 1e-2 if name == "hidden" and dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(getattr(sums, name).double(), value, rtol=tolerance, atol=tolerance)
+    for result, like in zip(sums.results((hidden, weight, bias)), (hidden, weight, bias), strict=True):
+        assert result is None or (result.dtype == like.dtype and result.shape == like.shape)
+
+
+def test_what_is_not_needed_is_not_computed():
+    hidden, weight, _, dz = numbers(torch.float32)
+    sums = HeadGradients(
+        hidden,
+        weight,
+        None,
+        needs=(True, False, False),
+        compute=torch.float32,
+        logits=torch.float32,
+        vocab_size=30,
+        accumulation=torch.float32,
+    )
+    sums.add(dz, hidden, slice(0, 6))
+    assert sums.weight is None and sums.bias is None and sums.hidden.abs().sum() > 0

@@ -1,0 +1,186 @@
+"""Errors of the shared arguments: each names the argument and says what to do."""
+
+import pytest
+import torch
+
+from minillm.losses import (
+    LMHead,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_logprobs,
+    linear_objective,
+    linear_token_stats,
+)
+
+N, V = 6, 20
+
+
+def base():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "student_hidden": torch.randn(N, 4, generator=generator),
+        "student_head": LMHead(torch.randn(V, 4, generator=generator)),
+        "teacher_hidden": torch.randn(N, 5, generator=generator),
+        "teacher_head": LMHead(torch.randn(V, 5, generator=generator)),
+        "labels": torch.randint(0, V, (N,), generator=generator),
+    }
+
+
+def call(**changes):
+    return linear_token_stats(**{**base(), **changes})
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base_layer = torch.nn.Linear(4, V)
+
+
+def shard(**attributes):
+    weight = torch.nn.Parameter(torch.empty(0))
+    for name, value in attributes.items():
+        setattr(weight, name, value)
+    return weight
+
+
+WRONG = {
+    "hidden is no tensor": (dict(student_hidden=[1.0]), "student_hidden must be a floating-point tensor"),
+    "hidden is integers": (dict(student_hidden=torch.ones(N, 4, dtype=torch.int64)), "student_hidden must be a float"),
+    "hidden size": (dict(student_hidden=torch.ones(N, 3)), r"student_hidden has hidden size 3, but student_head.weight"),
+    "hidden dtype": (dict(student_hidden=torch.ones(N, 4).bfloat16()), "student_head.weight is torch.float32, but stud"),
+    "teacher dtype": (dict(teacher_hidden=torch.ones(N, 5).half()), "teacher_head.weight is torch.float32, but teacher"),
+    "teacher size": (dict(teacher_hidden=torch.ones(N, 4)), "teacher_hidden has hidden size 4"),
+    "teacher rows": (dict(teacher_hidden=torch.ones(N + 1, 5)), "teacher_hidden has leading dimensions"),
+    "teacher head missing": (dict(teacher_head=None), "teacher_hidden and teacher_head go together"),
+    "labels shape": (dict(labels=torch.zeros(N + 1, dtype=torch.int64)), r"labels has shape \(7,\), expected \(6,\)"),
+    "labels dtype": (dict(labels=torch.zeros(N)), "labels must be an integer tensor"),
+    "labels bool": (dict(labels=torch.zeros(N, dtype=torch.bool)), "labels must be an integer tensor"),
+    "labels too large": (dict(labels=torch.full((N,), V)), r"labels: 6 of 6 kept labels are outside \[0, 20\)"),
+    "labels negative": (dict(labels=torch.full((N,), -1)), "set them to ignore_index=-100"),
+    "labels beyond a cut": (dict(labels=torch.full((N,), 15), vocab_size=15), r"outside \[0, 15\)"),
+    "vocabularies": (dict(teacher_head=torch.ones(V + 3, 5)), "student_head has 20 rows and teacher_head has 23.*vocab_size=20"),
+    "vocab_size too large": (dict(vocab_size=V + 1), "vocab_size=21 must be between 1 and 20"),
+    "vocab_size zero": (dict(vocab_size=0), "vocab_size=0 must be between"),
+    "weight shape": (dict(student_head=torch.ones(4)), r"student_head.weight must be \(V, H\)"),
+    "bias shape": (dict(student_head=LMHead(torch.ones(V, 4), torch.ones(4))), r"student_head.bias has shape \(4,\)"),
+    "bias dtype": (dict(student_head=LMHead(torch.ones(V, 4), torch.ones(V).double())), "student_head.bias is torch.float64"),
+    "LoRA module": (dict(student_head=Adapter()), "student_head is a Adapter.*merge the adapter"),
+    "plain module": (dict(teacher_head=torch.nn.Linear(5, V)), r"teacher_head is a Linear.*LMHead\(module.weight"),
+    "LoRA inside": (dict(student_head=LMHead(Adapter())), "student_head.weight is a Adapter, not a tensor"),
+    "ZeRO-3": (dict(student_head=LMHead(shard(ds_numel=80))), "student_head.weight is a ZeRO-3 shard.*GatheredParameters"),
+    "DTensor": (dict(student_head=LMHead(shard(device_mesh=1))), "student_head.weight is a DTensor.*full_tensor"),
+    "empty weight": (dict(student_head=torch.ones(0, 4)), "not empty"),
+    "unknown field": (dict(fields=("kl",)), "fields: unknown statistic 'kl'"),
+    "field without teacher": (
+        dict(teacher_hidden=None, teacher_head=None, fields=("reverse_kl",)),
+        "fields: reverse_kl needs the teacher",
+    ),
+    "field without labels": (dict(labels=None, fields=("student_logprob",)), "fields: student_logprob needs labels"),
+    "beta": (dict(beta=1.0), "beta must lie strictly between 0 and 1"),
+    "alpha": (dict(alpha=0.0), "alpha must lie strictly between 0 and 1"),
+    "temperature": (dict(temperature=0.0), "temperature must be a positive finite number"),
+    "softcap": (dict(student_head=LMHead(torch.ones(V, 4), softcap=-1.0)), "student_head.softcap must be a positive"),
+    "scale": (dict(teacher_head=LMHead(torch.ones(V, 5), logit_scale=0.0)), "teacher_head.logit_scale must be a pos"),
+    "backend": (dict(backend="cuda"), "backend must be one of auto, torch, triton"),
+    "chunk_bytes": (dict(chunk_bytes=0), "chunk_bytes must be positive"),
+    "weight_grad": (dict(weight_grad="fp8"), "weight_grad must be 'fp32', 'bf16' or a tensor"),
+    "weight_grad shape": (dict(weight_grad=torch.zeros(4, V)), r"weight_grad is a tensor of shape \(4, 20\)"),
+    "weight_grad integers": (dict(weight_grad=torch.zeros(V, 4, dtype=torch.int64)), "weight_grad must be a floating"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arguments(what):
+    changes, message = WRONG[what]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call(**changes)
+
+
+def test_a_real_dtensor():
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(torch.ones(V, 4), init_device_mesh("cpu", (1,)), [Replicate()])
+        with pytest.raises(ValueError, match="student_head.weight is a DTensor"):
+            call(student_head=weight)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_devices_must_agree():
+    with pytest.raises(ValueError, match="labels is on meta"):
+        call(labels=base()["labels"].to("meta"))
+    with pytest.raises(ValueError, match="student_head.weight is on meta"):
+        call(student_head=torch.ones(V, 4, device="meta"))
+    with pytest.raises(ValueError, match="teacher_hidden is on meta"):
+        call(teacher_hidden=torch.ones(N, 5, device="meta"), teacher_head=torch.ones(V, 5, device="meta"))
+
+
+def test_names_follow_the_entry_point():
+    arguments = base()
+    hidden, head, labels = arguments["student_hidden"], arguments["student_head"], arguments["labels"]
+    for function in (linear_logprobs, linear_cross_entropy):
+        with pytest.raises(ValueError, match="^hidden has hidden size 3, but head.weight"):
+            function(hidden[:, :3], head, labels)
+    four = [arguments[name] for name in ("student_hidden", "student_head", "teacher_hidden", "teacher_head")]
+    with pytest.raises(ValueError, match="divergence must be one of forward_kl, reverse_kl, jsd"):
+        linear_divergence(*four, divergence="kl")
+    with pytest.raises(ValueError, match="teacher_hidden and teacher_head must be given"):
+        linear_divergence(*four[:2], None, None)
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none"):
+        linear_divergence(*four, reduction="batchmean")
+    with pytest.raises(ValueError, match="num_items is the divisor"):
+        linear_divergence(*four, reduction="sum", num_items=3)
+    with pytest.raises(ValueError, match="num_items must be positive"):
+        linear_divergence(*four, num_items=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"a": torch.ones(N + 1)}, r"inputs\['a'\] must have shape \(6,\)"),
+        ({"a": torch.ones(N, 1)}, r"inputs\['a'\] must have shape"),
+        ({"a": 1.0}, r"inputs\['a'\] must have shape .* got float"),
+        ({"a": torch.ones(N, requires_grad=True)}, r"inputs\['a'\] requires grad.*detach"),
+    ],
+)
+def test_wrong_inputs_of_an_objective(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        linear_objective(*base().values(), lambda stats, a: stats.reverse_kl * a, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda stats: stats.reverse_kl.sum(), r"objective must return the loss of each of the 6 tokens.*got \(\)"),
+        (lambda stats: None, "objective must return .* got NoneType"),
+        (lambda stats: stats.student_argmax, "objective must return .* got .*int64"),
+        (lambda stats: (stats.reverse_kl, {"m": stats.reverse_kl.mean()}), r"metric 'm' must have shape \(6,\)"),
+        (lambda stats: (stats.reverse_kl, {"m": 1.0}), "metric 'm' must have shape .* got float"),
+    ],
+)
+def test_wrong_results_of_an_objective(objective, message):
+    with pytest.raises(ValueError, match=message):
+        linear_objective(*base().values(), objective)
+
+
+def test_an_objective_that_hides_a_trained_tensor():
+    arguments = base()
+    arguments["student_hidden"].requires_grad_()
+    scale = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="objective depends on a tensor that requires grad"):
+        linear_objective(*arguments.values(), lambda stats: scale * stats.reverse_kl)
+    linear_objective(*arguments.values(), lambda stats: scale.detach() * stats.reverse_kl)[0].backward()
+
+
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton' needs CUDA tensors, got cpu"):
+        call(backend="triton")
+    call(backend="auto")
+    doubled = {name: value.double() for name, value in base().items() if isinstance(value, torch.Tensor)}
+    doubled |= {name: base()[name].weight.double() for name in ("student_head", "teacher_head")}
+    doubled["labels"] = base()["labels"]
+    assert call(**doubled, backend="triton").reverse_kl.dtype == torch.float64  # float64 is torch's whatever is asked
