@@ -1,12 +1,13 @@
 """README.md of a trained model: how it was made, what it measured, how to use it. From the run's files alone."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from minillm.checkpoint import write_text_atomic
+from minillm.config.paths import expand, is_hub_name
+from minillm.data.templates import alpaca
 from minillm.reporting.markdown import duration
 from minillm.reporting.run_files import RunFiles, StageFiles, read_run
 from minillm.reporting.tables import evaluation_section
@@ -20,12 +21,7 @@ CITATION = """\
   url = {https://arxiv.org/abs/2306.08543}
 }"""
 
-CHAT_PROMPT = [
-    'messages = [{"role": "user", "content": "What is a list?"}]',
-    "inputs = tokenizer.apply_chat_template(",
-    '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-    ")",
-]
+QUESTION = "What is a list in Python?"
 
 METHODS = {
     "minillm": "MiniLLM: policy gradient of the sequence-level reverse KL on the student's own samples",
@@ -34,7 +30,6 @@ METHODS = {
     "seqkd": "sequence-level distillation: training on the teacher's answers",
     "gkd": "generalised knowledge distillation",
 }
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def write_model_card(output_dir: Path, folder: Path) -> Path:
@@ -67,23 +62,18 @@ def _front_matter(stages: list[StageFiles]) -> dict:
     names = list(dict.fromkeys(stage.settings.get("method", {}).get("name") for stage in stages))
     card: dict = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     base = stages[0].settings.get("student", {}).get("path")
-    if _is_hub_name(base):
+    if base and is_hub_name(expand(base)):
         card["base_model"] = base
     datasets = [
         prompts["path"]
         for stage in stages
         if (prompts := stage.settings.get("data", {}).get("prompts") or {}).get("type") == "hf"
-        and _is_hub_name(prompts.get("path"))
+        and is_hub_name(expand(prompts["path"]))
     ]
     if datasets:
         card["datasets"] = list(dict.fromkeys(datasets))
     card["tags"] = ["knowledge-distillation", "minillm", *(name for name in names if name and name != "minillm")]
     return card
-
-
-def _is_hub_name(path: str | None) -> bool:
-    """Whether a path of the configuration names something on the hub rather than on this machine."""
-    return bool(path) and _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
 
 
 def _named(path: str | None) -> str:
@@ -92,7 +82,7 @@ def _named(path: str | None) -> str:
         return "no weights"
     if path.startswith("stage:"):
         return f"the model of stage {path.removeprefix('stage:')}"
-    return f"`{path}`" if _is_hub_name(path) else f"`{path.rstrip('/').rsplit('/', 1)[-1]}`"
+    return f"`{path}`" if is_hub_name(expand(path)) else f"`{path.rstrip('/').rsplit('/', 1)[-1]}`"
 
 
 def _origin(first: StageFiles) -> str:
@@ -120,8 +110,6 @@ def _step(stage: StageFiles) -> str:
 
 
 def _quick_start(run: RunFiles, stage: StageFiles) -> str:
-    prompts = stage.settings.get("data", {}).get("prompts") or {}
-    chat = prompts.get("template", "chat" if prompts.get("type") == "pydoc" else "alpaca") == "chat"
     return "\n".join(
         [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -129,17 +117,29 @@ def _quick_start(run: RunFiles, stage: StageFiles) -> str:
             'folder = "path/to/this/folder"',
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             "model = AutoModelForCausalLM.from_pretrained(folder)",
-            *(CHAT_PROMPT if chat else _plain_prompt(run)),
+            *_prompt_lines(run, stage.settings.get("data", {}).get("prompts") or {}),
             "output = model.generate(**inputs, max_new_tokens=256, do_sample=True, top_k=0)",
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     )
 
 
-def _plain_prompt(run: RunFiles) -> list[str]:
-    """The shortest prompt that the run was evaluated on, so that the template is the one it was trained with."""
-    prompts = [sample["prompt"] for sample in run.samples]
-    prompt = min(prompts, key=len) if prompts else "Once upon a time"
+def _prompt_lines(run: RunFiles, prompts: dict) -> list[str]:
+    """A prompt in the template that the model was trained with."""
+    defaults = {"pydoc": "chat", "text": "none"}
+    template = prompts.get("template", defaults.get(prompts.get("type"), "alpaca"))
+    if template == "chat":
+        system = [{"role": "system", "content": prompts["system"]}] if prompts.get("system") else []
+        return [
+            f"messages = {[*system, {'role': 'user', 'content': QUESTION}]!r}",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    if template == "alpaca":
+        prompt = alpaca(QUESTION, "")
+    else:
+        prompt = min((sample["prompt"] for sample in run.samples), key=len, default=QUESTION)
     return [f"prompt = {prompt!r}", 'inputs = tokenizer(prompt, return_tensors="pt")']
 
 

@@ -44,6 +44,17 @@ class Run:
         return write_report(self.folder).read_text()
 
 
+@pytest.fixture
+def picture():
+    """Asked for by the tests that need curves.png; the others do without, for they would spend their time on it."""
+
+
+@pytest.fixture(autouse=True)
+def text_alone(request, monkeypatch):
+    if "picture" not in request.fixturenames:
+        monkeypatch.setattr("minillm.report.draw_run", lambda run, path: False)
+
+
 DOCUMENT = {
     "output_dir": "runs/x",
     "student": {"path": "models/small"},
@@ -210,7 +221,7 @@ def test_stages_that_begin_with_one_student_share_its_row(tmp_path):
     assert list(rows(run.report())) == ["before a, b", "after a", "after b"]
 
 
-def test_a_run_that_has_only_started(tmp_path):
+def test_a_run_that_has_only_started(tmp_path, picture):
     run = Run(tmp_path / "run", DOCUMENT)
     report = run.report()
     assert "nothing has been measured yet" in report and "curves.png" not in report
@@ -224,7 +235,7 @@ def test_a_run_that_has_only_started(tmp_path):
     assert list(rows(run.report())) == ["before main", "main, step 2"]
 
 
-def test_a_run_without_evaluation_sets(tmp_path):
+def test_a_run_without_evaluation_sets(tmp_path, picture):
     run = Run(tmp_path / "run", {**DOCUMENT, "eval": {}})
     run.train("main", 4, **{"loss/policy": 1.0, "loss/pretraining": 1.0})
     (run.folder / "final").mkdir()
@@ -233,7 +244,7 @@ def test_a_run_without_evaluation_sets(tmp_path):
     assert (run.folder / "curves.png").exists()
 
 
-def test_the_picture_is_a_picture_whatever_the_numbers(tmp_path):
+def test_the_picture_is_a_picture_whatever_the_numbers(tmp_path, picture):
     run = arms(tmp_path / "run")
     run.evaluate("kd", 12, reverse_kl_nats=float("inf"), forward_kl_nats=float("nan"), rouge_l=20.0)
     run.report()
@@ -250,7 +261,7 @@ def test_environment_and_versions(tmp_path):
     assert "torch 2.13" in report and "Linux; H100; 8 CPUs, 4 threads" in report
 
 
-def test_comparison_of_runs(tmp_path):
+def test_comparison_of_runs(tmp_path, picture):
     arms(tmp_path / "one" / "run")
     run = Run(tmp_path / "two" / "run", {**DOCUMENT, "train": {"max_steps": 4, "learning_rate": 0.5}})
     run.train("main", 4)

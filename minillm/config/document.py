@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from minillm.config.errors import Problem
-from minillm.config.shape import Choice, Shape, child_shape
+from minillm.config.shape import Choice, KeyPath, Shape, child_shape
 
 COMMAND_LINE = "command line"
 
@@ -23,9 +23,9 @@ class Origin:
 
     file: str
     line: int | None = None
-    path: tuple[str | int, ...] = ()
+    path: KeyPath = ()
 
-    def problem(self, message: str, path: tuple[str | int, ...] | None = None) -> Problem:
+    def problem(self, message: str, path: KeyPath | None = None) -> Problem:
         return Problem(self.file, self.line, dotted(self.path if path is None else path), message)
 
 
@@ -42,7 +42,7 @@ class Node:
             return {key: node.plain() for key, node in self.value.items()}
         return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
 
-    def closest(self, path: tuple[str | int, ...]) -> tuple["Node", int]:
+    def closest(self, path: KeyPath) -> tuple["Node", int]:
         """The node at `path` or the deepest one above it, and how many keys of the path lead there."""
         node, depth = self, 0
         for key in path:
@@ -53,7 +53,7 @@ class Node:
         return node, depth
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
+def dotted(path: KeyPath) -> str:
     """student.layers[0]"""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
 
@@ -119,7 +119,7 @@ def merge(under: Node, over: Node, shape: Shape | None) -> Node:
     keys = {key: node.plain() for key, node in merged.items()}
     for key in under.value.keys() & over.value.keys():
         merged[key] = merge(under.value[key], over.value[key], child_shape(shape, keys, key))
-    return Node(merged, over.origin)
+    return Node(merged, under.origin)
 
 
 def dump(value: Any) -> str:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from minillm.data.batch import Pair, TokenBatch, collate
 from minillm.losses import linear_token_stats
-from minillm.models.access import last_hidden, lm_head
+from minillm.models.access import lm_head
 from minillm.models.pair import Models
-from minillm.rollout.scoring import teacher_hidden
+from minillm.rollout.scoring import row_hidden, teacher_hidden
 
 NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
 
@@ -31,8 +31,7 @@ def token_statistics(
     results: dict[str, list[Tensor]] = {field: [torch.empty(0)] * len(pairs) for field in fields}
     needs_teacher = bool(NEEDS_TEACHER & set(fields))
     for chosen in _micro_batches(pairs, batch_size):
-        batch = collate([pairs[index] for index in chosen], models.pad_id).to(models.device)
-        hidden = last_hidden(models.student, batch.input_ids, batch.attention_mask, batch.position_ids)
+        batch = collate([pairs[index] for index in chosen], models.pad_id)
         if not needs_teacher:
             teacher = None
         elif teacher_states is None:
@@ -40,11 +39,11 @@ def token_statistics(
         else:
             teacher = torch.cat([teacher_states[index] for index in chosen]).to(models.device)
         stats = linear_token_stats(
-            hidden.flatten(0, 1).index_select(0, batch.rows),  # (N, H_s)
+            row_hidden(models.student, batch, models.device),  # (N, H_s)
             lm_head(models.student),
             teacher,  # (N, H_t)
             lm_head(models.teacher) if needs_teacher else None,
-            batch.labels,
+            batch.labels.to(models.device),
             fields=fields,
             vocab_size=models.vocab_size,
         )
@@ -58,7 +57,7 @@ def teacher_hidden_states(models: Models, pairs: Sequence[Pair], *, batch_size: 
     """The teacher's last hidden states at the response tokens, to be kept: one (T, H_t) CPU tensor a pair."""
     states: list[Tensor] = [torch.empty(0)] * len(pairs)
     for chosen in _micro_batches(pairs, batch_size):
-        batch = collate([pairs[index] for index in chosen], models.pad_id).to(models.device)
+        batch = collate([pairs[index] for index in chosen], models.pad_id)
         _put(states, chosen, batch, teacher_hidden(models, batch))
     return states
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from minillm.config.loading import stage_documents
 from minillm.metrics import METRICS, SAMPLES, read_numbers, read_records
 
 
@@ -112,7 +113,7 @@ def read_run(folder: Path) -> RunFiles:
         raise ValueError(f"{folder} is not a run's folder: it has neither config.yaml nor {METRICS}")
     document, environment = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "env.json", json.loads)
     records = read_records(folder / METRICS)
-    settings = _stage_settings(document)
+    settings = stage_documents(document) if document else {}
     # records of a stage that config.yaml does not have are shown all the same
     names = dict.fromkeys([*settings, *(record["stage"] for record in records)])
     evaluations = [record for record in records if record["kind"] == "eval"]
@@ -148,21 +149,3 @@ def _read(path: Path, parse) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold keys and values")
     return content
-
-
-def _stage_settings(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every stage's own keys merged over what the stages share."""
-    shared = {key: value for key, value in document.items() if key != "stages"}
-    stages = document.get("stages") or ({"main": {}} if shared else {})
-    return {name: _merge(shared, keys or {}) for name, keys in stages.items()}
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    for discriminator in ("type", "name"):
-        if discriminator in over and over[discriminator] != under.get(discriminator):
-            return dict(over)
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(under.get(key), Mapping)
-        merged[key] = _merge(under[key], value) if both else value
-    return merged

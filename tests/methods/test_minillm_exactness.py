@@ -139,13 +139,25 @@ def test_these_settings_do_not(biased):
     assert error(**biased) > 1e-3
 
 
-def test_the_product_through_the_current_token_is_wrong_for_the_single_step_term(monkeypatch):
-    """The weight of the single-step term at t stops before t: its expectation over y_t is already exact."""
-    import minillm.methods.minillm as module
+def with_products(monkeypatch, *, reward_through_own: bool, single_through_own: bool) -> float:
+    """The error with per-decision products that do or do not include the token itself."""
 
-    def off_by_one(student_logprob, mixture_logprob, kind):
-        through = (student_logprob - mixture_logprob).cumsum(0).exp()
-        return through, torch.ones_like(through), through
+    def products(student_logprob, mixture_logprob, kind):
+        log_w = student_logprob - mixture_logprob
+        through = log_w.cumsum(0)
+        before = through - log_w
+        reward, single = (through if reward_through_own else before), (through if single_through_own else before)
+        return reward.exp(), torch.ones_like(log_w), single.exp()
 
-    monkeypatch.setattr(module, "importance_weights", off_by_one)
-    assert error(alpha=0.2, importance_weight="per_decision") > 1e-3
+    monkeypatch.setattr("minillm.methods.minillm.importance_weights", products)
+    return error(alpha=0.2, importance_weight="per_decision")
+
+
+def test_a_reward_needs_the_weight_of_its_own_token(monkeypatch):
+    assert with_products(monkeypatch, reward_through_own=True, single_through_own=False) < ROUNDING
+    assert with_products(monkeypatch, reward_through_own=False, single_through_own=False) > 1e-3
+
+
+def test_the_single_step_term_is_also_exact_with_its_own_token_in_the_product(monkeypatch):
+    """Its value depends on the prefix alone, and E[q(y_t)/p~(y_t)] = 1: the shorter product only has less variance."""
+    assert with_products(monkeypatch, reward_through_own=True, single_through_own=True) < ROUNDING

@@ -1,0 +1,158 @@
+"""What must hold between the keys of a stage, beyond the type of each. All of it without loading a model.
+
+A check is a function of the facts and of the groups that its other parameters are called after. It is left out where
+one of these groups is itself in error, and what it finds is not said where a key that it reads is.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+
+from minillm.config.data import DataConfig
+from minillm.config.evaluation import EvalConfig
+from minillm.config.facts import Facts, Found
+from minillm.config.length_checks import answers_fit, corpus_fits, evaluation_fits
+from minillm.config.messages import Finding
+from minillm.config.method import Method
+from minillm.config.model_checks import installed, pruned_layers, student_form
+from minillm.config.models import TeacherConfig
+from minillm.config.place_checks import places_exist, stage_problem
+from minillm.config.rollout import RolloutConfig
+from minillm.config.shape import KeyPath
+from minillm.config.training import SCHEDULES, TrainConfig
+
+
+def material(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """What a method trains on is given."""
+    if data.prompts is None:
+        yield Found("data.prompts", f"missing: method {method.name} trains on prompts")
+    if method.name == "minillm" and method.lm_coef > 0 and data.corpus is None:
+        message = f"missing: method.lm_coef is {method.lm_coef:g}; give plain text here or set method.lm_coef to 0"
+        yield Found("data.corpus", message, ("method.lm_coef",))
+
+
+def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) -> Iterator[Found]:
+    """All methods but one need a teacher."""
+    if teacher is None and method.name != "sft":
+        yield Found("teacher", f"missing: method {method.name} needs one")
+
+
+def divergence_options(facts: Facts, method: Method) -> Iterator[Found]:
+    """A parameter is written only for the divergence that has it."""
+    written = facts.data["method"]
+    if method.name == "kd":
+        for key, having in (("beta", ("jsd",)), ("skew", ("skew_forward_kl", "skew_reverse_kl"))):
+            if key in written and method.divergence not in having:
+                message = f"has no effect on divergence {method.divergence}; it is for {' and '.join(having)}"
+                yield Found(f"method.{key}", message, ("method.divergence",))
+
+
+def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
+    """minillm samples from the models' own distributions."""
+    if method.name != "minillm":
+        return
+    for key, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
+        value = getattr(rollout, key)
+        if value != neutral:
+            yield Found(
+                f"rollout.{key}",
+                f"must be {neutral:g} for minillm, not {value:g}: its gradient weighs every sampled token by q/p~ of the "
+                "models' own distributions, which a changed one would make wrong",
+                ("method.name",),
+            )
+
+
+def whole_batches(facts: Facts, rollout: RolloutConfig, train: TrainConfig, method: Method) -> Iterator[Found]:
+    """A buffer is used up in whole steps."""
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if method.name == "minillm" and rollout.buffer_size % step:
+        yield Found(
+            "rollout.buffer_size",
+            f"{rollout.buffer_size} answers do not divide into steps of {step} (per_device_train_batch_size "
+            f"{train.per_device_train_batch_size} x gradient_accumulation_steps {train.gradient_accumulation_steps}); "
+            f"the nearest that do: {_multiples_around(rollout.buffer_size, step)}",
+            ("train.per_device_train_batch_size", "train.gradient_accumulation_steps", "method.name"),
+        )
+
+
+def _multiples_around(number: int, step: int) -> str:
+    below = number // step * step
+    return f"{below} and {below + step}" if below else str(step)
+
+
+def length_of_training(facts: Facts, train: TrainConfig) -> Iterator[Found]:
+    """Training ends, and the schedule has what it needs."""
+    limits = ("train.max_steps", "train.num_train_epochs", "train.max_seconds")
+    schedule, name = SCHEDULES[train.lr_scheduler_type], train.lr_scheduler_type
+    if train.max_steps is None and train.num_train_epochs is None:
+        if train.max_seconds is None:
+            yield Found("train.max_steps", "missing: how long to train; or num_train_epochs, or max_seconds", limits)
+        elif schedule.counts_steps:
+            message = f"{name} must know how many steps there will be: give max_steps or num_train_epochs as well"
+            yield Found("train.lr_scheduler_type", message, limits)
+    if isinstance(train.max_seconds, str):
+        problem = stage_problem(train.max_seconds, facts)
+        if problem is not None:
+            yield Found("train.max_seconds", problem)
+    for key in train.lr_scheduler_kwargs:
+        if key not in schedule.takes:
+            known = f"; it takes {', '.join(schedule.takes)}" if schedule.takes else "; it takes none"
+            yield Found(
+                ("train", "lr_scheduler_kwargs", key), f"no argument of {name}{known}", ("train.lr_scheduler_type",)
+            )
+    if schedule.needs_one_of and not set(schedule.needs_one_of) & set(train.lr_scheduler_kwargs):
+        needed = " or ".join(schedule.needs_one_of)
+        yield Found("train.lr_scheduler_kwargs", f"missing: {name} needs {needed}", ("train.lr_scheduler_type",))
+
+
+def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherConfig | None) -> Iterator[Found]:
+    """The metric that chooses the best checkpoint can be measured."""
+    if eval.sets and "_kl_" in eval.metric and (teacher is None or not eval.teacher):
+        why = "there is no teacher" if teacher is None else "eval.teacher is false"
+        yield Found("eval.metric", f"{eval.metric} is a distance to the teacher, and {why}", ("eval.teacher",))
+    repeated = [str(seed) for seed, count in Counter(eval.seeds).items() if count > 1]
+    if repeated:
+        yield Found("eval.seeds", f"names {', '.join(repeated)} more than once, which would measure the same twice")
+
+
+CHECKS = (
+    places_exist,
+    student_form,
+    pruned_layers,
+    installed,
+    material,
+    teacher_needed,
+    divergence_options,
+    neutral_sampling,
+    whole_batches,
+    answers_fit,
+    corpus_fits,
+    evaluation_fits,
+    length_of_training,
+    measurable,
+)
+
+
+def check_stage(facts: Facts) -> list[Finding]:
+    """Everything that the checks find in a stage."""
+    in_error = [finding.path for finding in facts.findings]
+    in_error += [finding.instead for finding in facts.findings if finding.instead is not None]
+    findings = []
+    for check in CHECKS:
+        groups = list(inspect.signature(check).parameters)[1:]
+        if any(name not in facts.groups for name in groups):
+            continue
+        for found in check(facts, *(facts.groups[name] for name in groups)):
+            key, *reads = (_path(key) for key in (found.key, *found.reads))
+            if not any(_overlap(path, wrong) for path in (key, *reads) for wrong in in_error):
+                findings.append(Finding(key, found.message))
+    return findings
+
+
+def _path(key: str | KeyPath) -> KeyPath:
+    return tuple(key.split(".")) if isinstance(key, str) else key
+
+
+def _overlap(one: KeyPath, other: KeyPath) -> bool:
+    length = min(len(one), len(other))
+    return one[:length] == other[:length]

@@ -1,0 +1,86 @@
+"""What a student or teacher needs beyond its path: the keys of its `init`, layers that exist, installed packages."""
+
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+
+from minillm.config.facts import Facts, Found, architecture_of
+from minillm.config.models import StudentConfig
+
+# attn_implementation -> (distribution, how to get it)
+_FLASH = {
+    "flash_attention_2": (
+        "flash-attn",
+        "pip install flash-attn --no-build-isolation, which is minillm's extra `flash`",
+    ),
+    "flash_attention_3": ("flash-attn-3", "it is built from the folder hopper/ of the flash-attention sources"),
+    "flash_attention_4": ("flash-attn-4", "pip install flash-attn-4"),
+}
+
+
+def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
+    """What each `init` needs, and keys that belong to another one."""
+    written = facts.data.get("student", {})
+    for key, init in (("layers", "prune"), ("config", "random")):
+        if getattr(student, key) is not None and "init" not in written:
+            yield Found(f"student.{key}", f"has no effect without init: {init}")
+    if student.init == "prune" and student.layers is None:
+        yield Found(
+            "student.layers", "missing: which layers init: prune keeps, as a list, or how many", ("student.init",)
+        )
+    if student.path is not None:
+        return
+    if student.init != "random":
+        message = f"missing: init: {student.init} takes the weights of a model"
+        yield Found("student.path", message, ("student.init",))
+        return
+    if student.config is None:
+        yield Found("student.config", "missing: the architecture of init: random, or a `path` to take it from")
+    elif "model_type" not in student.config:
+        yield Found("student.config", "without a `path` the architecture needs its model_type (llama, gpt2, ...)")
+    if student.tokenizer is None:
+        yield Found("student.tokenizer", "missing: a student without `path` has no tokenizer of its own; or say byte")
+
+
+def pruned_layers(facts: Facts, student: StudentConfig) -> Iterator[Found]:
+    """The layers to keep are there, each once."""
+    if student.init != "prune" or student.layers is None:  # a later stage may inherit the layers and not prune
+        return
+    there = architecture_of(facts, "student", pruned=False).layers
+    if isinstance(student.layers, int):
+        if there is not None and student.layers > there:
+            yield Found("student.layers", f"{student.path} has only {there} layers", ("student.path",))
+        return
+    if not student.layers:
+        yield Found("student.layers", "must not be empty")
+    repeated = [str(layer) for layer, count in Counter(student.layers).items() if count > 1]
+    if repeated:
+        yield Found("student.layers", f"names {', '.join(repeated)} more than once")
+    beyond = [str(layer) for layer in student.layers if there is not None and layer >= there]
+    if beyond:
+        message = f"{student.path} has the layers 0 to {there - 1}, no {', '.join(beyond)}"
+        yield Found("student.layers", message, ("student.path",))
+
+
+def installed(facts: Facts) -> Iterator[Found]:
+    """The optional packages that the models' keys ask for."""
+    for who in ("student", "teacher"):
+        model = facts.groups.get(who)
+        if model is None:
+            continue
+        distribution, how = _FLASH.get(model.attn_implementation, (None, ""))
+        if distribution is not None and not _has(distribution):
+            message = f"{model.attn_implementation} needs {distribution}, which is not installed: {how}"
+            yield Found(f"{who}.attn_implementation", message)
+        missing = [name for name in ("gguf", "accelerate") if not _has(name)]
+        if (model.path or "").endswith(".gguf") and missing:
+            message = f"a .gguf file needs {' and '.join(missing)}: pip install 'minillm[gguf]'"
+            yield Found(f"{who}.path", message)
+
+
+def _has(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
