@@ -24,6 +24,7 @@ setup(
         "minillm.methods",
         "minillm.engine",
         "minillm.evaluate",
+        "minillm.reporting",
     ],
     install_requires=[
         "torch>=2.11,<2.14",

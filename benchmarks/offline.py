@@ -11,6 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INSTRUCTIONS = ("STL", "LDL", "HGMMA", "HMMA", "UTMALDG", "LDGSTS")  # local memory, tensor cores, asynchronous copies
@@ -42,6 +43,9 @@ def compile_for_hopper(kernel, args: tuple, kwargs: dict):
             signature[parameter.name] = pointers[str(value.dtype).removeprefix("torch.")]
             if value.data_ptr() % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            element = pointers[str(value.base.dtype).removeprefix("torch.")][1:]
+            signature[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minillm.kernels.divergences import FIELDS, RowSpec
 from minillm.kernels.head import LMHead
@@ -40,28 +41,19 @@ _NEVER = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _tile_logits(
-    hidden, weight, bias, rows, ids, V, H, hidden_stride, weight_stride, inner, outer,
-    MODE: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    hidden, weight, bias, row, first, ids, V, H, inner, outer,
+    MODE: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """z of a tile of rows and ids, (BLOCK_M, BLOCK_N) fp32; -inf beyond the vocabulary."""
-    depth = tl.arange(0, BLOCK_H)
-    used = tl.minimum(ids, V - 1)
-    a_at = hidden + rows.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
-    b_at = weight + used.to(tl.int64)[None, :] * weight_stride + depth[:, None]
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, H, BLOCK_H):
-        if EVEN:
-            a = tl.load(a_at + start)
-            b = tl.load(b_at + start)
-        else:
-            a = tl.load(a_at + start, mask=depth[None, :] < H - start, other=0.0)
-            b = tl.load(b_at + start, mask=depth[:, None] < H - start, other=0.0)
+        a = hidden.load([row, start])  # zeros beyond the edges
+        b = weight.load([first, start])
         if _INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        z = tl.dot(a, b, z, input_precision="ieee")
+        z = tl.dot(a, b.T, z, input_precision="ieee")
     if BIAS:
-        z += tl.load(bias + used).to(tl.float32)[None, :]
+        z += tl.load(bias + ids, mask=ids < V, other=0.0).to(tl.float32)[None, :]
     z = to_logits(z, inner, outer, MODE)
     return tl.where(ids[None, :] < V, z, NEG_INF)
 
@@ -87,19 +79,17 @@ def _fold(z, d, ids, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexp
 
 @triton.jit
 def tiled_kernel(
-    student_hidden,  # (K, H_s)
-    student_weight,  # (V, H_s)
+    student_hidden,  # descriptor of (K, H_s)
+    student_weight,  # descriptor of (V, H_s)
     student_bias,  # (V,) or None
     teacher_hidden, teacher_weight, teacher_bias,  # likewise, or None
     labels,  # (K,) int64, or None
     sums,  # (slots, shares, K) fp32
     argmaxes,  # (2, shares, K) int32, or None
-    K, V, student_H, teacher_H, student_hidden_stride, student_weight_stride,
-    teacher_hidden_stride, teacher_weight_stride,
+    K, V, student_H, teacher_H,
     ids_a_share,  # a multiple of BLOCK_N
     student_inner, student_outer, teacher_inner, teacher_outer,
     STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
-    STUDENT_EVEN: tl.constexpr, TEACHER_EVEN: tl.constexpr,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     STUDENT_ARGMAX: tl.constexpr, TEACHER_ARGMAX: tl.constexpr,
     # slots of `sums`, -1 where not wanted
@@ -111,12 +101,11 @@ def tiled_kernel(
     TEACHER: tl.constexpr = S_T >= 0
     RATIO: tl.constexpr = K_S >= 0
     share = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
     inside = rows < K
-    at = rows
-    rows = tl.minimum(rows, K - 1)
     if Y_S >= 0 or Y_T >= 0:
-        label = tl.load(labels + rows).to(tl.int32)
+        label = tl.load(labels + rows, mask=inside, other=0).to(tl.int32)
     zeros = tl.zeros((BLOCK_M,), tl.float32)
     never = tl.full((BLOCK_M,), _NEVER, tl.int32)
     m_s, s_s, d_s, x_s, y_s, best_s = zeros + LOWEST, zeros, zeros, zeros, zeros, never
@@ -126,15 +115,13 @@ def tiled_kernel(
     for first in range(begin, tl.minimum(begin + ids_a_share, V), BLOCK_N):
         ids = first + tl.arange(0, BLOCK_N)
         z_s = _tile_logits(
-            student_hidden, student_weight, student_bias, rows, ids, V, student_H, student_hidden_stride,
-            student_weight_stride, student_inner, student_outer, STUDENT_MODE, STUDENT_EVEN, STUDENT_BIAS,
-            BLOCK_M, BLOCK_N, BLOCK_H,
+            student_hidden, student_weight, student_bias, row, first, ids, V, student_H,
+            student_inner, student_outer, STUDENT_MODE, STUDENT_BIAS, BLOCK_M, BLOCK_N, BLOCK_H,
         )  # fmt: skip
         if TEACHER:
             z_t = _tile_logits(
-                teacher_hidden, teacher_weight, teacher_bias, rows, ids, V, teacher_H, teacher_hidden_stride,
-                teacher_weight_stride, teacher_inner, teacher_outer, TEACHER_MODE, TEACHER_EVEN, TEACHER_BIAS,
-                BLOCK_M, BLOCK_N, BLOCK_H,
+                teacher_hidden, teacher_weight, teacher_bias, row, first, ids, V, teacher_H,
+                teacher_inner, teacher_outer, TEACHER_MODE, TEACHER_BIAS, BLOCK_M, BLOCK_N, BLOCK_H,
             )  # fmt: skip
         if Y_S >= 0:
             y_s += tl.sum(tl.where(ids[None, :] == label[:, None], z_s, 0.0), 1)
@@ -159,7 +146,7 @@ def tiled_kernel(
             )
 
     step = tl.num_programs(1).to(tl.int64) * K  # from slot to slot
-    at = share.to(tl.int64) * K + at
+    at = share.to(tl.int64) * K + rows
     tl.store(sums + M_S * step + at, m_s, mask=inside)
     tl.store(sums + S_S * step + at, s_s, mask=inside)
     if X_S >= 0:
@@ -224,8 +211,8 @@ def tiled_stats(
         argmaxes = torch.empty(2, shares, rows, dtype=torch.int32, device=device)
     with torch.cuda.device_of(student_hidden):
         tiled_kernel[(row_tiles, shares)](
-            **_model("student", student_hidden, student_head, config["BLOCK_H"]),
-            **_model("teacher", teacher_hidden, teacher_head, config["BLOCK_H"]),
+            **_model("student", student_hidden, student_head, config),
+            **_model("teacher", teacher_hidden, teacher_head, config),
             labels=labels,
             sums=sums,
             argmaxes=argmaxes,
@@ -265,25 +252,29 @@ def _shares(row_tiles: int, vocab_size: int, block: int, device: torch.device) -
     return triton.cdiv(tiles, tiles_a_share), tiles_a_share * block
 
 
-def _model(who: str, hidden: Tensor | None, head: LMHead | None, block: int) -> dict[str, object]:
+def _model(who: str, hidden: Tensor | None, head: LMHead | None, config: dict[str, int]) -> dict[str, object]:
     """The kernel's arguments for one model."""
-    given = hidden is not None
-    bias = head.bias if given else None
-    if given and hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    weight = head.weight if given else None
-    if given and weight.stride(1) != 1:
-        weight = weight.contiguous()
+    if hidden is None:
+        return {**dict.fromkeys((f"{who}_hidden", f"{who}_weight", f"{who}_bias")), f"{who}_H": 0} | {
+            f"{who.upper()}_BIAS": False
+        }
+    rows, columns, depth = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_H"]
     return {
-        f"{who}_hidden": hidden,
-        f"{who}_weight": weight,
-        f"{who}_bias": bias,
-        f"{who}_H": hidden.shape[1] if given else 0,
-        f"{who}_hidden_stride": hidden.stride(0) if given else 0,
-        f"{who}_weight_stride": weight.stride(0) if given else 0,
-        f"{who.upper()}_EVEN": given and hidden.shape[1] % block == 0,
-        f"{who.upper()}_BIAS": bias is not None,
+        f"{who}_hidden": TensorDescriptor.from_tensor(_aligned(hidden), [rows, depth]),
+        f"{who}_weight": TensorDescriptor.from_tensor(_aligned(head.weight), [columns, depth]),
+        f"{who}_bias": head.bias,
+        f"{who}_H": hidden.shape[1],
+        f"{who.upper()}_BIAS": head.bias is not None,
     }
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy, as the copy engine takes it: rows that begin at multiples of 16 bytes."""
+    if matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0:
+        return matrix
+    per_row = 16 // matrix.itemsize
+    copy = matrix.new_empty(matrix.shape[0], triton.cdiv(matrix.shape[1], per_row) * per_row)[:, : matrix.shape[1]]
+    return copy.copy_(matrix)
 
 
 def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> dict[str, Tensor]:

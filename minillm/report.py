@@ -127,14 +127,17 @@ def _sample_table(run: RunFiles, answers: dict[str, dict]) -> str:
     if "reference" in latest:
         rows.append(["reference", cell(latest["reference"])])
     for name, sample in by_stage.items():
-        unended = "" if sample["ended"] else " *(cut at the token limit)*"
-        rows.append([f"**{name}**", cell(sample["answer"]) + unended])
-    beside = [sample["teacher"] for sample in by_stage.values() if "teacher" in sample]
+        rows.append([f"**{name}**", _answer(sample["answer"], sample["ended"])])
+    beside = [(sample["teacher"], sample["teacher_ended"]) for sample in by_stage.values() if "teacher" in sample]
     if "teacher" in answers:
-        beside.append(answers["teacher"]["answer"])
+        beside.append((answers["teacher"]["answer"], answers["teacher"]["ended"]))
     if beside:
-        rows.append(["teacher", cell(beside[-1])])
+        rows.append(["teacher", _answer(*beside[-1])])
     return table(["", "text"], rows, numbers=False)
+
+
+def _answer(text: str, ended: bool) -> str:
+    return cell(text) if ended else f"{cell(text)} *(cut at the token limit)*"
 
 
 def _stages(run: RunFiles) -> str:
@@ -187,7 +190,7 @@ def _environment(run: RunFiles) -> str:
         lines.append("Versions: " + ", ".join(f"{name} {version}" for name, version in environment["versions"].items()))
     machine = [str(environment[key]) for key in ("system", "gpu") if environment.get(key)]
     if environment.get("cpus"):
-        machine.append(f"{environment['cpus']} CPUs, {environment.get('cpu_threads', '?')} threads")
+        machine.append(f"CPUs: {environment['cpus']}, threads used: {environment.get('cpu_threads', '?')}")
     if machine:
         lines.append("Machine: " + "; ".join(machine))
     if environment.get("started"):

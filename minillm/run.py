@@ -11,10 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 
 from minillm.checkpoint import clean_partials, newest_whole, sync, write_text_atomic
 from minillm.config.loading import RunPlan, Stage
+from minillm.config.models import TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Stream
@@ -52,6 +54,7 @@ def run(plan: RunPlan, *, resume: bool, console) -> Path:
     write_text_atomic(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
     write_text_atomic(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
 
+    transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
     shared = _Shared(console, output_dir)
@@ -88,6 +91,7 @@ class _Shared:
         self.console, self.output_dir = console, output_dir
         self._teacher = (None, None)  # (configuration, model): the last one alone, so that two never fill the memory
         self._evaluator = (None, None)
+        self._judged: list[TeacherConfig] = []  # teachers whose own answers have been evaluated
 
     def trainer(self, stage: Stage, log, progress: Progress, interrupted, checkpoint: Path | None) -> StageTrainer:
         config = stage.config
@@ -125,8 +129,16 @@ class _Shared:
             log=log,
             console=self.console,
             progress=progress,
+            judge_teacher=self._first_sight(config),
             interrupted=interrupted,
         )
+
+    def _first_sight(self, config) -> bool:
+        """Whether the teacher is one that has not been evaluated in this run."""
+        if config.teacher is None or config.teacher in self._judged:
+            return False
+        self._judged.append(config.teacher)
+        return True
 
     def _load_teacher(self, config, device):
         if config.teacher is None:

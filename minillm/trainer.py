@@ -2,12 +2,14 @@
 
 import json
 import math
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.checkpoint import write_checkpoint
@@ -48,6 +50,13 @@ class Progress:
     stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done
 
 
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far: of the GPU's allocator, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
+
+
 class StageTrainer:
     """Trains one stage's student; `run` returns when the stage is done or `interrupted` turns true."""
 
@@ -62,11 +71,12 @@ class StageTrainer:
         log: MetricsLog,
         console,
         progress: Progress,
+        judge_teacher: bool = False,
         interrupted=lambda: False,
     ):
         self.name, self.config, self.models, self.sources = stage.name, stage.config, models, sources
         self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
-        self.progress, self.interrupted = progress, interrupted
+        self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
         self.method = build_method(stage.config)
         self.total_steps = self._total_steps()
         self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
@@ -76,8 +86,11 @@ class StageTrainer:
     def run(self, *, evaluate_first: bool) -> None:
         config, progress = self.config, self.progress
         self.console.start(self.name, self.total_steps, progress.stage_step)
-        if evaluate_first and progress.stage_step == 0:
-            self.evaluate()
+        if progress.stage_step == 0:
+            if self.judge_teacher:
+                self.evaluate("teacher")
+            if evaluate_first:
+                self.evaluate()
         while not self._done():
             record = self._step()
             if progress.stage_step % config.log.steps == 0 or self._done():
@@ -131,6 +144,7 @@ class StageTrainer:
             "student_tokens": progress.student_tokens,
             "passes": self.sources.prompts.passes,
             "tokens_per_s": result.rows / seconds,
+            "memory/peak_gib": peak_memory_gib(self.models.device),
             **result.metrics,
         }
 
@@ -166,11 +180,11 @@ class StageTrainer:
         spent = progress.position >= len(self.items) and progress.epoch + 1 >= self.method.inner_epochs
         return progress.seconds + self._slowest[not self.items or spent] > limit
 
-    def evaluate(self) -> None:
+    def evaluate(self, who: str = "student") -> None:
         if self.evaluator is None:
             return
         progress = self.progress
-        evaluation = self.evaluator.evaluate(self.models)
+        evaluation = self.evaluator.evaluate(self.models, who)
         record = {
             "kind": "eval",
             "stage": self.name,
@@ -178,7 +192,7 @@ class StageTrainer:
             "stage_step": progress.stage_step,
             "seconds": progress.seconds,
             "student_tokens": progress.student_tokens,
-            "who": "student",
+            "who": who,
             "sets": evaluation.sets,
             "mean": evaluation.mean,
         }
@@ -186,7 +200,8 @@ class StageTrainer:
         for sample in evaluation.samples:
             self.log.sample({"stage": self.name, "step": progress.step, **sample})
         self.console.evaluation(record, evaluation.samples)
-        self._keep_best(evaluation.mean)
+        if who == "student":
+            self._keep_best(evaluation.mean)
 
     def _keep_best(self, mean: dict[str, float]) -> None:
         metric, progress = self.config.eval.metric, self.progress

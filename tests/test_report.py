@@ -175,15 +175,15 @@ def test_a_stage_is_compared_with_what_its_student_was_before_it(tmp_path):
 def test_samples_stand_side_by_side_and_only_the_last_of_each_stage(tmp_path):
     run = arms(tmp_path / "run")
     run.sample("warmup", "first words")
-    run.sample("warmup", "a | warm answer", reference="Right.", teacher="Teacher's.")
-    run.sample("kd", "kd's *answer*", reference="Right.", teacher="Teacher's.", ended=False)
+    run.sample("warmup", "a | warm answer", reference="Right.", teacher="Teacher's.", teacher_ended=True)
+    run.sample("kd", "kd's *answer*", reference="Right.", teacher="Teacher's", teacher_ended=False, ended=False)
     table = rows(run.report(), "### dolly 1")
     assert table == {
         "prompt": {"text": "What?"},
         "reference": {"text": "Right."},
         "**warmup**": {"text": r"a \| warm answer"},
         "**kd**": {"text": r"kd's \*answer\* *(cut at the token limit)*"},
-        "teacher": {"text": "Teacher's."},
+        "teacher": {"text": "Teacher's *(cut at the token limit)*"},
     }
 
 
@@ -258,7 +258,7 @@ def test_environment_and_versions(tmp_path):
     environment = {"versions": {"torch": "2.13"}, "system": "Linux", "gpu": "H100", "cpus": 8, "cpu_threads": 4}
     (run.folder / "env.json").write_text(json.dumps(environment))
     report = run.report()
-    assert "torch 2.13" in report and "Linux; H100; 8 CPUs, 4 threads" in report
+    assert "torch 2.13" in report and "Linux; H100; CPUs: 8, threads used: 4" in report
 
 
 def test_comparison_of_runs(tmp_path, picture):

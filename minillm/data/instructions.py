@@ -81,7 +81,8 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
             continue
         response_ids = [*rest, tokenizer.eos_token_id][: config.max_response_length]
         prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        yield Example(index, prompt_ids, response_ids, prompt, (tokenizer.decode(rest, skip_special_tokens=True),))
+        reference = tokenizer.decode(rest[: config.max_response_length], skip_special_tokens=True)
+        yield Example(index, prompt_ids, response_ids, prompt, (reference,))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

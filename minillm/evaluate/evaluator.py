@@ -188,7 +188,7 @@ class Evaluator:
         if who == "student" and models.teacher is not None and self.config.teacher:
             beside = self._answers(name, shown, models, "teacher", self.config.seeds[0], self.scored)
             for record, answer in zip(records, beside, strict=True):
-                record["teacher"] = _text(models, answer)
+                record |= {"teacher": _text(models, answer), "teacher_ended": answer.ended}
         return records
 
 

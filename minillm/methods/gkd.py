@@ -7,10 +7,11 @@ vanishes, so they mean its limits: beta 0 the forward KL, beta 1 the reverse KL.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from minillm.methods.base import Item, Method, Sources, Supervised, Term
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
-from minillm.rollout.noise import uniforms
 from minillm.rollout.sampling import Sampling, sample
 
 
@@ -25,8 +26,7 @@ class GeneralisedDistillation(Method):
 
     def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
         references = take_references(sources, self.step_size)
-        # one coin a step, drawn apart from the sampling noise, which starts at key 0
-        coin = float(uniforms(self.config.seed, [-1], draw, 1)[0, 0])
+        coin = np.random.default_rng([self.config.seed, draw]).random()  # one a step, keyed like everything random
         if coin >= self.config.method.on_policy:
             return references
         rollout = self.config.rollout

@@ -170,7 +170,7 @@ def _draw_metric(panel: Axes, metric: Metric, curves: list[Curve], axis: Axis) -
         if teacher and metric.key in teacher.mean:
             panel.axhline(scale * teacher.mean[metric.key], color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.1)
     _dress(panel, metric.title, metric.unit, axis.label)
-    if panel.get_ylim()[0] > 0:
+    if all(value >= 0 for line in panel.lines for value in line.get_ydata()):
         panel.set_ylim(bottom=0)
 
 

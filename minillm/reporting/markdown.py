@@ -23,8 +23,8 @@ def number(value: float | None, *, digits: int = 3) -> str:
 
 
 def with_deviation(value: float | None, deviation: float | None) -> str:
-    """value ± deviation, the deviation with two digits."""
-    return number(value) if deviation is None else f"{number(value)} ± {number(deviation, digits=2)}"
+    """value ± deviation, the deviation with two digits; the value alone where there is none."""
+    return number(value) if not deviation else f"{number(value)} ± {number(deviation, digits=2)}"
 
 
 def share(value: float | None) -> str:

@@ -80,8 +80,7 @@ def evaluation_section(run: RunFiles, *, heading: str = "##") -> str:
 
 def _label(stage: StageFiles) -> str:
     last = stage.evaluations[-1].stage_step
-    name = f"{stage.name}, step {last:,}" if last < stage.steps else f"after {stage.name}"
-    return name
+    return f"{stage.name}, step {last:,}" if last < stage.steps else f"after {stage.name}"
 
 
 def _grouped(named: Iterable[tuple[str, Measurement]]) -> Iterable[tuple[list[str], Measurement]]:

@@ -1,25 +1,27 @@
-"""Answers that the teacher writes once, in a file that survives a kill with all but the batch in hand."""
+"""Answers that the teacher writes once, kept in a file that outlives a kill (sequence-level distillation).
+
+A line of JSON an answer, below a line that says how they were sampled. Noise is keyed by the prompt's key, so the
+answers are the same whether the writing was interrupted or not.
+"""
 
 import json
+import os
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from minillm.models.pair import Models
-from minillm.rollout.sampling import Sampling, sample
+from minillm.rollout.sampling import Answer, Sampling, sample
+
+Record = dict
 
 
 class AnswerArchive:
-    """A JSON line an answer: {"key", "response"}."""
+    """See the module. One process writes at a time."""
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def read(self) -> dict[int, list[int]]:
-        """Response ids by key. A last line that a kill cut short is not an answer."""
-        if not self.path.exists():
-            return {}
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return {record["key"]: record["response"] for record in map(json.loads, lines)}
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
 
     def write(
         self,
@@ -32,36 +34,82 @@ class AnswerArchive:
         batch_size: int,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Have the teacher answer the prompts that the file lacks. The noise is keyed by prompt, so an interrupted
-        archive ends up the same as an unbroken one."""
-        done = self.read()
-        missing = [index for index, key in enumerate(keys) if key not in done]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_partial_line()
-        missing.sort(key=lambda index: len(prompts[index]))
+        """Let the teacher answer every prompt whose key has no answer yet; a kill loses the batch in hand at most.
+
+        `progress` is called after every batch with the number of answers there are of these prompts. Raises ValueError
+        where the file holds answers that were sampled in another way or to other prompts, and for repeated keys.
+        """
+        if len(set(keys)) != len(keys) or len(keys) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")
+        header = {"sampling": asdict(sampling), "seed": seed, "vocab_size": models.vocab_size}
+        found = self._prepare(header)
+        prompt_of = dict(zip(keys, prompts, strict=True))
+        for key in prompt_of.keys() & found.keys():
+            if found[key]["prompt_crc"] != _crc(prompt_of[key]):
+                raise ValueError(
+                    f"{self.path}: the answer with key {key} was written to another prompt; the data has changed since. "
+                    "Delete the file to have the answers written anew"
+                )
+        missing = sorted(prompt_of.keys() - found.keys(), key=lambda key: (-len(prompt_of[key]), key))
         with self.path.open("a", encoding="utf-8") as file:
             for start in range(0, len(missing), batch_size):
                 chosen = missing[start : start + batch_size]
                 answers = sample(
                     models,
-                    [prompts[index] for index in chosen],
+                    [prompt_of[key] for key in chosen],
                     sampling,
-                    keys=[keys[index] for index in chosen],
+                    keys=chosen,
                     seed=seed,
                     who="teacher",
                     batch_size=batch_size,
                 )
-                for index, answer in zip(chosen, answers, strict=True):
-                    file.write(json.dumps({"key": keys[index], "response": answer.response}) + "\n")
+                file.write("".join(_line(_record(key, answer)) for key, answer in zip(chosen, answers, strict=True)))
                 file.flush()
+                os.fsync(file.fileno())
                 if progress is not None:
-                    progress(len(done) + start + len(chosen))
+                    progress(len(prompts) - len(missing) + start + len(chosen))
 
-    def _cut_partial_line(self) -> None:
+    def read(self) -> dict[int, list[int]]:
+        """Key -> response ids, with the EOS of those that ended. Empty where there is no file."""
+        return {key: record["response"] for key, record in self._read()[1].items()}
+
+    def _prepare(self, header: Record) -> dict[int, Record]:
+        """The answers that are there; afterwards the file exists, and ends with a whole line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        before, found, whole = self._read()
+        if before is not None and before != header:
+            changed = [name for name in header if before.get(name) != header[name]]
+            raise ValueError(
+                f"{self.path}: its answers were sampled with another {', '.join(changed)}: "
+                f"{[before.get(name) for name in changed]}, now {[header[name] for name in changed]}. "
+                "Delete the file to have them written anew"
+            )
+        with self.path.open("a+b") as file:
+            file.truncate(whole)
+            if before is None:
+                file.write(_line(header).encode())
+        return found
+
+    def _read(self) -> tuple[Record | None, dict[int, Record], int]:
+        """The header, the answers by key, and the bytes up to the end of the last whole line."""
         if not self.path.exists():
-            return
+            return None, {}, 0
         content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
+        whole = content.rfind(b"\n") + 1  # a kill can leave a part of a line behind
+        try:
+            header, *records = [json.loads(line) for line in content[:whole].splitlines()] or [None]
+            return header, {record["key"]: record for record in records}, whole
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ValueError(f"{self.path} is not an archive of answers: {problem}") from problem
+
+
+def _record(key: int, answer: Answer) -> Record:
+    return {"key": key, "prompt_crc": _crc(answer.prompt), "response": answer.response, "ended": answer.ended}
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _crc(ids: Sequence[int]) -> int:
+    return zlib.crc32(" ".join(map(str, ids)).encode())

@@ -1,24 +1,26 @@
-"""Sampled answers with everything that inner epochs need, so that they never run the teacher again."""
+"""The rollout buffer: answers with what was measured on them once, so that inner epochs never run the teacher."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from minillm.data.batch import Pair
 
+VECTOR = "vector."  # prefix of the vectors' names in a state
+
 
 @dataclass
 class Rollout:
-    """One answer of T tokens."""
+    """One sampled answer of T tokens. All tensors lie on the CPU."""
 
-    key: int  # of its prompt
+    key: int  # of the prompt
     prompt: list[int]
-    response: list[int]
+    response: list[int]  # with the EOS that ended it, if one did
     ended: bool
-    vectors: dict[str, Tensor]  # (T,) each: log-probs and rewards from scoring, advantages and weights from the method
-    teacher_hidden: Tensor  # (T, H_t), in the teacher's dtype
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # (T,) each; `score` says which, methods add theirs
+    teacher_hidden: Tensor | None = None  # (T, H_t) in the teacher's dtype: what predicts each response token
 
     @property
     def pair(self) -> Pair:
@@ -26,53 +28,81 @@ class Rollout:
 
 
 class RolloutBuffer(Sequence[Rollout]):
-    """A list of rollouts that goes through safetensors and comes back bit for bit."""
+    """A list of rollouts that can be written to safetensors and read back bit for bit."""
 
-    def __init__(self, rollouts: Sequence[Rollout]):
+    def __init__(self, rollouts: Iterable[Rollout] = ()):
         self.rollouts = list(rollouts)
 
     def __len__(self) -> int:
         return len(self.rollouts)
 
-    def __getitem__(self, index):
-        return self.rollouts[index]
+    def __getitem__(self, index: int | slice) -> "Rollout | RolloutBuffer":
+        return RolloutBuffer(self.rollouts[index]) if isinstance(index, slice) else self.rollouts[index]
+
+    def __iter__(self) -> Iterator[Rollout]:
+        return iter(self.rollouts)
 
     def state(self) -> dict[str, Tensor]:
-        """Concatenated tensors by name."""
-        rollouts = self.rollouts
+        """Everything as a few flat tensors: the tokens of all rollouts one after the other, and their counts.
+
+        Raises ValueError where rollouts hold different vectors, or one has a length other than its response's.
+        """
         state = {
-            "keys": torch.tensor([rollout.key for rollout in rollouts]),
-            "ended": torch.tensor([rollout.ended for rollout in rollouts]),
-            "prompts": torch.tensor([token for rollout in rollouts for token in rollout.prompt]),
-            "prompt_lengths": torch.tensor([len(rollout.prompt) for rollout in rollouts]),
-            "responses": torch.tensor([token for rollout in rollouts for token in rollout.response]),
-            "response_lengths": torch.tensor([len(rollout.response) for rollout in rollouts]),
-            "teacher_hidden": torch.cat([rollout.teacher_hidden for rollout in rollouts]),
+            "keys": _integers(rollout.key for rollout in self),
+            "ended": torch.tensor([rollout.ended for rollout in self], dtype=torch.bool),
         }
-        for name in rollouts[0].vectors:
-            state[f"vectors.{name}"] = torch.cat([rollout.vectors[name] for rollout in rollouts])
+        for name in ("prompt", "response"):
+            sequences = [getattr(rollout, name) for rollout in self]
+            state[f"{name}_lengths"] = _integers(map(len, sequences))
+            state[f"{name}_ids"] = _integers(token for sequence in sequences for token in sequence)
+        for name in self.rollouts[0].vectors if self.rollouts else ():
+            state[VECTOR + name] = self._joined(name, [rollout.vectors.get(name) for rollout in self])
+        if any(rollout.teacher_hidden is not None for rollout in self):
+            state["teacher_hidden"] = self._joined("teacher_hidden", [rollout.teacher_hidden for rollout in self])
         return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "RolloutBuffer":
-        """The inverse of `state`."""
-        responses = state["response_lengths"].tolist()
-        split = {
-            name.removeprefix("vectors."): tensor.split(responses)
-            for name, tensor in state.items()
-            if name.startswith("vectors.")
-        }
-        prompts = state["prompts"].split(state["prompt_lengths"].tolist())
-        texts, hidden = state["responses"].split(responses), state["teacher_hidden"].split(responses)
-        keys, ended = state["keys"].tolist(), state["ended"].tolist()
-        return cls(
-            Rollout(
-                keys[i],
-                prompts[i].tolist(),
-                texts[i].tolist(),
-                ended[i],
-                {name: parts[i] for name, parts in split.items()},
-                hidden[i],
-            )
-            for i in range(len(keys))
+        """The buffer whose `state` this is. Raises ValueError where a part is missing or does not fit the others."""
+        try:
+            return cls(_rollouts(state))
+        except (KeyError, RuntimeError) as problem:
+            raise ValueError(f"not the state of a rollout buffer: {problem}; it holds {sorted(state)}") from problem
+
+    def _joined(self, name: str, parts: list[Tensor | None]) -> Tensor:
+        names = set(self.rollouts[0].vectors)
+        for rollout, part in zip(self, parts, strict=True):
+            if part is None or set(rollout.vectors) != names:
+                raise ValueError(f"rollout {rollout.key} holds {sorted(rollout.vectors)}, the first one {sorted(names)}")
+            if len(part) != len(rollout.response):
+                raise ValueError(
+                    f"rollout {rollout.key}: {name} has {len(part)} rows for a response of {len(rollout.response)} tokens"
+                )
+        return torch.cat(parts)
+
+
+def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
+    prompts = _split(state["prompt_ids"], state["prompt_lengths"])
+    lengths = state["response_lengths"]
+    responses = _split(state["response_ids"], lengths)
+    vectors = {name.removeprefix(VECTOR): _split(value, lengths) for name, value in state.items() if VECTOR in name}
+    hidden = _split(state["teacher_hidden"], lengths) if "teacher_hidden" in state else [None] * len(lengths)
+    return [
+        Rollout(
+            key=int(key),
+            prompt=prompts[row].tolist(),
+            response=responses[row].tolist(),
+            ended=bool(state["ended"][row]),
+            vectors={name: parts[row] for name, parts in vectors.items()},
+            teacher_hidden=hidden[row],
         )
+        for row, key in enumerate(state["keys"])
+    ]
+
+
+def _split(joined: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:  # (sum of lengths, ...), (R,)
+    return joined.split(lengths.tolist())
+
+
+def _integers(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)

@@ -1,47 +1,84 @@
-"""One model with its KV cache alive: prompts in, then a token a row and step, next-token logits out."""
+"""One model in the decode loop: its key-value cache, its forward pass, and the logits of the last position."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from minillm.kernels.head import project
+from minillm.kernels.rows_torch import logits_from_raw
 from minillm.models.access import forward_decoder, lm_head
+from minillm.rollout.cache import make_cache
+from minillm.rollout.distribution import padded_size
 
 
 class Decoder:
-    """Decodes a left-padded batch. Only the last position is projected, and only on the shared vocabulary."""
+    """Answers `forward` with the prompts, then with a token a row at a time, by next-token logits, (B, V padded) fp32.
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int):
-        self.model = model
-        self.head = lm_head(model)
-        self.weight = self.head.weight[:vocab_size]  # (V, H)
-        self.bias = None if self.head.bias is None else self.head.bias[:vocab_size]
-        self.cache = DynamicCache(config=model.config)
+    The vocabulary is cut to the first `vocab_size` ids; columns beyond it are -inf. The logits' memory is written anew
+    by the next call.
+    """
 
-    def step(
+    def __init__(self, model: PreTrainedModel, *, vocab_size: int, room: int):
+        self.model, self.vocab_size = model, vocab_size
+        self.cache = make_cache(model.config, room)
+        head = lm_head(model)
+        self.weight, self.bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
+        self.logit_scale, self.softcap = head.logit_scale, head.softcap
+        self._logits: Tensor | None = None
+
+    def forward(
         self,
-        input_ids: Tensor,  # (B, L): the prompts at first, then (B, 1)
-        attention_mask: Tensor,  # (B, everything so far)
-        position_ids: Tensor,  # (B, L)
-    ) -> Tensor:  # (B, V) fp32 (float64 for a float64 model)
-        """Logits of the next token."""
+        input_ids: Tensor,  # (B, new tokens) int64
+        attention_mask: Tensor,  # (B, tokens so far) int64, 0 on the padding at the left
+        position_ids: Tensor,  # (B, new tokens) int64
+    ) -> Tensor:
+        """Feed tokens and return the logits of what follows the last of them."""
         output = forward_decoder(
             self.model, input_ids, attention_mask, position_ids, past_key_values=self.cache, use_cache=True
         )
-        hidden = output.last_hidden_state[:, -1]
-        logits = torch.empty(
-            len(hidden),
-            len(self.weight),
-            dtype=torch.promote_types(hidden.dtype, torch.float32),
-            device=hidden.device,
-        )
-        project(hidden, self.weight, self.bias, hidden.dtype, logits)
-        if self.head.logit_scale != 1.0:
-            logits *= self.head.logit_scale
-        if self.head.softcap is not None:
-            logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
-        return logits
+        return self._project(output.last_hidden_state[:, -1])
 
-    def keep(self, rows: Tensor) -> None:  # (B',) int64
-        """Drop all rows of the batch but these."""
-        self.cache.batch_select_indices(rows)
+    def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
+        """Drop the other rows of the batch."""
+        self.cache.reorder_cache(rows)
+        self._logits = None
+
+    def _project(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded)
+        if self._logits is None:
+            shape = (hidden.shape[0], padded_size(self.vocab_size))
+            self._logits = torch.full(shape, -torch.inf, device=hidden.device)
+        used = self._logits[:, : self.vocab_size]
+        project(hidden, self.weight, self.bias, hidden.dtype, used)
+        if self.logit_scale != 1.0 or self.softcap is not None:
+            used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))
+        return self._logits
+
+
+@contextmanager
+def sampling_mode(models: Sequence[nn.Module]):
+    """Evaluation mode, no gradient; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        # not inference_mode: buffers that a forward pass replaces (rotary frequencies) must serve training again
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Raises ValueError where a table of learned positions ends before the longest sequence does."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rotates = getattr(config, "rope_parameters", None) is not None
+    if limit is not None and not rotates and longest > limit:
+        raise ValueError(
+            f"{type(model).__name__} has {limit} positions, but the longest prompt with max_new_tokens needs {longest}; "
+            "shorten max_prompt_length or max_new_tokens"
+        )

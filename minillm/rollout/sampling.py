@@ -1,7 +1,7 @@
-"""Sampling answers from the student, the teacher or their mixture, in one decode loop.
+"""Answers sampled from the student, the teacher, or their mixture, token by token with all caches alive.
 
-The mixture is of probabilities, token by token: p~ = alpha p + (1 - alpha) q (MiniLLM, arXiv 2306.08543, section 2.2),
-each model's distribution processed by temperature, top-k and top-p first. Both KV caches stay alive.
+Noise is keyed by (seed, sample, draw, position), so that an answer depends on its prompt and key and not on the batch
+it is drawn in (to the rounding of matrix products, which can differ with the shape of a batch).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,43 +10,57 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    NoRepeatNGramLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from minillm.models.pair import Models
-from minillm.rollout.decoder import Decoder
+from minillm.rollout.decoder import Decoder, check_positions, sampling_mode
+from minillm.rollout.distribution import Component, draw_tokens, likeliest_tokens, process
+from minillm.rollout.ngrams import NgramBan
 from minillm.rollout.noise import uniforms
 
 Who = Literal["student", "teacher", "mixture"]
 
+ENDED_SHARE = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen."""
+    """How tokens are drawn. The defaults are neutral: the model's own distribution.
+
+    temperature 0 takes the likeliest token. top_k 0 and top_p 1 cut nothing. alpha is the teacher's share of a mixture.
+    no_repeat_ngram_size bans tokens that would repeat an n-gram of prompt and answer; 0 bans none.
+    """
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0: the most likely token
-    top_k: int = 0  # 0: all
+    temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
-    alpha: float = 0.0  # the teacher's share in the mixture
-    no_repeat_ngram_size: int = 0  # 0: repetition is allowed
+    alpha: float = 0.0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self):
+        for name, right, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or above"),
+        ):
+            if not right:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass
 class Answer:
-    """One sampled response."""
+    """A prompt and what was sampled for it."""
 
     prompt: list[int]
-    response: list[int]  # with its EOS where it ended
+    response: list[int]  # with the EOS that ended it, if one did
     ended: bool
-    logprobs: Tensor  # (T,) fp32 on the CPU: log-probability under the distribution sampled from (0 where greedy)
+    # (T,) fp32, CPU: under the distribution that each token was drawn from; greedy: under the model at temperature 1
+    logprobs: Tensor
 
 
-@torch.no_grad()
 def sample(
     models: Models,
     prompts: Sequence[list[int]],
@@ -59,121 +73,159 @@ def sample(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """One answer a prompt, in the order given.
+    """One answer a prompt, in the order of the prompts.
 
-    The noise of an answer is keyed by (seed, its key, draw, position): it does not depend on the batch, so the answers
-    do not either, up to ties within rounding. `progress` is called with the number of answers done.
-    Raises ValueError for an empty prompt.
+    Args:
+        keys: a number a prompt, which with `seed` and `draw` decides its noise. Two equal prompts with equal keys get
+            equal answers.
+        who: "mixture" draws from alpha * teacher + (1 - alpha) * student; both models run only where both have a share.
+        batch_size: answers decoded side by side. Prompts of a like length go together, the longest first.
+        progress: called after every batch with the number of answers that are done.
+
+    Raises ValueError for an empty prompt, a missing teacher, keys that do not match the prompts, an alpha without a
+    mixture, sequences beyond a table of positions, and logits that are not finite.
     """
-    empty = [key for prompt, key in zip(prompts, keys, strict=True) if not prompt]
-    if empty:
-        raise ValueError(f"sample: the prompts with keys {empty[:5]} have no tokens; a model needs at least one to go on")
-    answers: dict[int, Answer] = {}
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    modes = [(model, model.training) for model in (models.student, models.teacher) if model is not None]
-    try:
-        for model, _ in modes:  # a model that checkpoints its activations refuses a cache while it is training
-            model.eval()
-        for start in range(0, len(prompts), batch_size):
-            chosen = by_length[start : start + batch_size]
+    roles = _roles(models, sampling, who)
+    _check(models, prompts, sampling, keys, batch_size, roles)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    answers: list[Answer | None] = [None] * len(prompts)
+    with sampling_mode([getattr(models, role) for role in roles]):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
             noise = uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens)
-            batch = _decode(models, [prompts[index] for index in chosen], noise, sampling, who)
-            answers.update(zip(chosen, batch, strict=True))
+            decoded = _decode(models, [prompts[index] for index in chosen], sampling, noise, roles)
+            for index, answer in zip(chosen, decoded, strict=True):
+                answers[index] = answer
             if progress is not None:
-                progress(len(answers))
-    finally:
-        for model, training in modes:
-            model.train(training)
-    return [answers[index] for index in range(len(prompts))]
+                progress(start + len(chosen))
+    return answers
+
+
+def _roles(models: Models, sampling: Sampling, who: Who) -> dict[str, float]:
+    """The models that take part and their shares, which add up to 1."""
+    if who not in ("student", "teacher", "mixture"):
+        raise ValueError(f"who is {who!r}; it must be 'student', 'teacher' or 'mixture'")
+    if who != "mixture" and sampling.alpha:
+        raise ValueError(f"alpha is {sampling.alpha}, the teacher's share of a mixture, but who is {who!r}")
+    alpha = {"student": 0.0, "teacher": 1.0, "mixture": sampling.alpha}[who]
+    roles = {"student": 1.0 - alpha, "teacher": alpha}
+    if alpha and models.teacher is None:
+        raise ValueError(f"who={who!r} with a share of {alpha} for the teacher needs a teacher, and there is none")
+    return {role: share for role, share in roles.items() if share}
+
+
+def _check(
+    models: Models,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    keys: Sequence[int],
+    batch_size: int,
+    roles: dict[str, float],
+) -> None:
+    if len(keys) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(keys)} keys; every prompt needs a key for its noise")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    for key, prompt in zip(keys, prompts, strict=True):
+        if not prompt:
+            raise ValueError(f"the prompt with key {key} has no tokens, so nothing predicts its first answer token")
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    for role in roles:
+        check_positions(getattr(models, role), longest - 1)  # the last token is sampled, never fed
 
 
 def _decode(
     models: Models,
-    prompts: list[list[int]],
-    noise: Tensor,  # (B, max_new_tokens)
+    prompts: Sequence[list[int]],
     sampling: Sampling,
-    who: Who,
+    noise: Tensor,  # (B, max_new_tokens) float64, CPU
+    roles: dict[str, float],
 ) -> list[Answer]:
-    device, B = models.device, len(prompts)
+    """The decode loop of one batch. Rows run on until all have ended; those that have ended leave in groups."""
+    device, batch, steps = models.device, len(prompts), sampling.max_new_tokens
     width = max(map(len, prompts))
-    ids = torch.full((B, width), models.pad_id)
-    mask = torch.zeros(B, width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask, noise = ids.to(device), mask.to(device), noise.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    decoders = _decoders(models, who)
+    room = width + steps - 1
+    decoders = [Decoder(getattr(models, role), vocab_size=models.vocab_size, room=room) for role in roles]
+    shares = list(roles.values())
+    bans = NgramBan(sampling.no_repeat_ngram_size, prompts) if sampling.no_repeat_ngram_size else None
     ends = torch.tensor(models.eos_ids, device=device)
+    noise = noise.to(device)
 
-    tokens = torch.full((B, sampling.max_new_tokens), models.pad_id, device=device)
-    logprobs = torch.zeros(B, sampling.max_new_tokens, device=device)
-    lengths = torch.full((B,), sampling.max_new_tokens, device=device)
-    rows = torch.arange(B, device=device)  # of the batch as it was given, for those still decoded
-    open_ = torch.ones(B, dtype=torch.bool, device=device)  # of those, the ones that have not ended
-    fed = ids
-    for t in range(sampling.max_new_tokens):
-        logits = [decoder.step(fed, mask, positions) for decoder in decoders]
-        token, logprob = choose(logits, noise[rows, t], sampling, ids)
-        tokens[rows, t] = torch.where(open_, token, models.pad_id)
-        logprobs[rows, t] = torch.where(open_, logprob.float(), 0.0)
-        ended = open_ & torch.isin(token, ends)
-        lengths[rows[ended]] = t + 1
-        open_ = open_ & ~ended
-        alive = int(open_.sum())
-        if alive == 0 or t + 1 == sampling.max_new_tokens:
+    fed, mask, position = (part.to(device) for part in _pad_left(prompts, width, room, models.pad_id))
+    tokens = torch.full((batch, steps), models.pad_id, device=device)
+    logprobs = torch.zeros((batch, steps), dtype=torch.float64, device=device)
+    lengths = torch.full((batch,), steps, device=device)
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    rows = torch.arange(batch, device=device)  # of the answers, still in the batch
+    running = torch.ones(batch, dtype=torch.bool, device=device)  # of `rows`
+
+    for step in range(steps):
+        logits = [decoder.forward(fed, mask[:, : width + step], position) for decoder in decoders]
+        if bans is not None:
+            logits = [bans.apply(one) for one in logits]
+        token, logprob = _choose(logits, shares, sampling, noise[:, step])
+        tokens[rows, step], logprobs[rows, step] = token, logprob
+        is_end = torch.isin(token, ends) & running
+        running &= ~is_end
+        finished = rows[is_end]
+        ended[finished], lengths[finished] = True, step + 1
+        left = int(running.sum())
+        if not left or step + 1 == steps:
             break
-        fed, positions = token[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        if sampling.no_repeat_ngram_size:
-            ids = torch.cat([ids, fed], dim=1)
-        if alive <= 0.75 * len(rows):  # copying the caches pays once a quarter of the rows is done
-            kept = open_.nonzero().squeeze(-1)
+        if bans is not None:
+            bans.append(token.tolist())
+        fed, position = token[:, None], position[:, -1:] + 1
+        if len(rows) - left >= ENDED_SHARE * len(rows):
+            kept = running.nonzero()[:, 0]
             for decoder in decoders:
                 decoder.keep(kept)
-            rows, fed, positions, mask, ids = rows[kept], fed[kept], positions[kept], mask[kept], ids[kept]
-            open_ = open_[kept]
-    tokens, logprobs, lengths = tokens.cpu(), logprobs.cpu(), lengths.tolist()
-    answers = []
-    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        response = tokens[row, :length].tolist()
-        answers.append(Answer(prompt, response, response[-1] in models.eos_ids, logprobs[row, :length].clone()))
-    return answers
+            if bans is not None:
+                bans.keep(kept.tolist())
+            fed, mask, position, noise, rows, running = (
+                part[kept] for part in (fed, mask, position, noise, rows, running)
+            )
+    return _answers(prompts, tokens, logprobs, lengths, ended)
 
 
-def _decoders(models: Models, who: Who) -> list[Decoder]:
-    chosen = {"student": [models.student], "teacher": [models.teacher], "mixture": [models.student, models.teacher]}[who]
-    if any(model is None for model in chosen):
-        raise ValueError(f"sample: who={who!r} needs a teacher, and there is none; set teacher.path")
-    return [Decoder(model, models.vocab_size) for model in chosen]
+def _pad_left(
+    prompts: Sequence[list[int]], width: int, room: int, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, width) ids, (B, room) mask, (B, width) positions
+    """Prompts that all end in the last column. The mask reaches over what will be sampled."""
+    padding = torch.tensor([[width - len(prompt)] for prompt in prompts])
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = (torch.arange(room) >= padding).long()
+    return ids, mask, (torch.arange(width) - padding).clamp_min_(0)
 
 
-def choose(
-    logits: list[Tensor],  # (B, V) each: of one model, or of student and teacher
-    noise: Tensor,  # (B,) float64 in [0, 1)
+def _choose(
+    logits: list[Tensor],  # (B, V padded) fp32 a model, overwritten
+    shares: list[float],
     sampling: Sampling,
-    ids: Tensor,  # (B, L) what has been read and written, for the ban of repeated n-grams
-) -> tuple[Tensor, Tensor]:  # (B,) int64 and (B,)
-    """The next tokens and their log-probabilities: the inverse of the cumulative distribution at `noise`."""
-    if sampling.no_repeat_ngram_size:
-        logits = [NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size)(ids, scores) for scores in logits]
+    uniform: Tensor,  # (B,) float64
+) -> tuple[Tensor, Tensor]:  # (B,) int64, (B,) float64
     if sampling.temperature == 0:
-        mean = logits[0] if len(logits) == 1 else _mixed(logits, sampling.alpha)
-        return mean.argmax(-1), torch.zeros(len(mean), device=mean.device)
-    if sampling.temperature != 1:
-        logits = [TemperatureLogitsWarper(sampling.temperature)(None, scores) for scores in logits]
-    if sampling.top_k:
-        logits = [TopKLogitsWarper(sampling.top_k)(None, scores) for scores in logits]
-    if sampling.top_p < 1:
-        logits = [TopPLogitsWarper(sampling.top_p)(None, scores) for scores in logits]
-    probabilities = logits[0].softmax(-1) if len(logits) == 1 else _mixed(logits, sampling.alpha)
-    # summed in float64: in fp32 the tail of a large vocabulary would be lost
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    threshold = (noise * cumulative[:, -1]).unsqueeze(-1)
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[-1] - 1)
-    return token.squeeze(-1), probabilities.gather(-1, token).squeeze(-1).log()
+        return likeliest_tokens(logits, shares)
+    options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    components = [Component(process(one, **options), share) for one, share in zip(logits, shares, strict=True)]
+    return draw_tokens(components, uniform)
 
 
-def _mixed(logits: list[Tensor], alpha: float) -> Tensor:  # (B, V) probabilities
-    student, teacher = logits
-    return torch.lerp(student.softmax(-1), teacher.softmax(-1).to(student.dtype), alpha)
+def _answers(
+    prompts: Sequence[list[int]],
+    tokens: Tensor,  # (B, steps) int64
+    logprobs: Tensor,  # (B, steps) float64
+    lengths: Tensor,  # (B,) int64
+    ended: Tensor,  # (B,) bool
+) -> list[Answer]:
+    tokens, logprobs = tokens.cpu(), logprobs.float().cpu()
+    answers = [
+        Answer(list(prompt), ids[:length].tolist(), bool(end), values[:length].clone())
+        for prompt, ids, length, end, values in zip(prompts, tokens, lengths.tolist(), ended.tolist(), logprobs, strict=True)
+    ]
+    for answer in answers:
+        if not answer.logprobs.isfinite().all():
+            raise ValueError(
+                f"the logits at token {int(answer.logprobs.isfinite().int().argmin())} of an answer are not finite: the "
+                "weights of student or teacher hold NaN or infinity, or overflow in this dtype"
+            )
+    return answers

@@ -1,4 +1,4 @@
-"""One pass of each model over finished answers: log-probs, reverse KL, and the teacher's hidden states to keep."""
+"""One pass of each model over sampled answers: what the buffer keeps, so that inner epochs never run the teacher."""
 
 from collections.abc import Sequence
 
@@ -10,50 +10,71 @@ from minillm.losses import linear_token_stats
 from minillm.models.access import last_hidden, lm_head
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
+from minillm.rollout.decoder import sampling_mode
 from minillm.rollout.sampling import Answer
 
 FIELDS = ("student_logprob", "teacher_logprob", "reverse_kl")
 
 
-@torch.no_grad()
-def row_hidden(model, batch: TokenBatch, device: torch.device) -> Tensor:  # (N, H)
-    """The last hidden states of the batch's rows."""
-    batch = batch.to(device)
+def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], batch_size: int) -> RolloutBuffer:
+    """Answers with, for each of their T tokens, (T,) fp32 each:
+
+    mixture_logprob, log p~(y_t) as it was sampled; student_logprob, log q_old(y_t); teacher_logprob, log p(y_t);
+    reverse_kl, KL(q || p) over the shared vocabulary; all in nats at temperature 1. And the teacher's hidden states.
+    Answers of a like length share a micro-batch of `batch_size`; the buffer keeps their order.
+
+    Raises ValueError without a teacher, or for keys that do not match the answers.
+    """
+    _require_teacher(models)
+    if len(keys) != len(answers):
+        raise ValueError(f"{len(answers)} answers, but {len(keys)} keys")
+    rollouts: list[Rollout | None] = [None] * len(answers)
+    order = sorted(range(len(answers)), key=lambda index: len(answers[index].prompt) + len(answers[index].response))
+    with sampling_mode([models.student, models.teacher]):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([(answers[index].prompt, answers[index].response) for index in chosen], models.pad_id)
+            vectors, hidden = _measure(models, batch.to(models.device))
+            for place, index in enumerate(chosen):
+                answer = answers[index]
+                rollouts[index] = Rollout(
+                    key=keys[index],
+                    prompt=answer.prompt,
+                    response=answer.response,
+                    ended=answer.ended,
+                    vectors={"mixture_logprob": answer.logprobs}
+                    | {name: parts[place].clone() for name, parts in vectors.items()},
+                    teacher_hidden=hidden[place],
+                )
+    return RolloutBuffer(rollouts)
+
+
+def teacher_hidden(models: Models, batch: TokenBatch) -> Tensor:  # (N, H_t)
+    """The teacher's last hidden states at the N rows of a batch, without a gradient, on the device of the models."""
+    _require_teacher(models)
+    with sampling_mode([models.teacher]):
+        return _rows(models.teacher, batch.to(models.device))
+
+
+def _measure(models: Models, batch: TokenBatch) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    hidden = _rows(models.teacher, batch)
+    stats = linear_token_stats(
+        _rows(models.student, batch),
+        lm_head(models.student),
+        hidden,
+        lm_head(models.teacher),
+        batch.labels,
+        fields=FIELDS,
+        vocab_size=models.vocab_size,
+    )
+    return {name: batch.split(getattr(stats, name).cpu()) for name in FIELDS}, batch.split(hidden.cpu())
+
+
+def _rows(model, batch: TokenBatch) -> Tensor:  # (N, H)
     hidden = last_hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 
-def teacher_hidden(models: Models, batch: TokenBatch) -> Tensor:  # (N, H_t)
-    """What the teacher's head would be applied to, for every row of the batch. No gradient."""
-    return row_hidden(models.teacher, batch, models.device)
-
-
-@torch.no_grad()
-def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], batch_size: int) -> RolloutBuffer:
-    """The answers with the vectors student_logprob, teacher_logprob, reverse_kl (both models at temperature 1) and
-    mixture_logprob (recorded while sampling), fp32 on the CPU, and the teacher's hidden states."""
-    rollouts: dict[int, Rollout] = {}
-    by_length = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt) + len(answers[i].response))
-    for start in range(0, len(answers), batch_size):
-        chosen = by_length[start : start + batch_size]
-        batch = collate([(answers[i].prompt, answers[i].response) for i in chosen], models.pad_id)
-        kept_by_teacher = teacher_hidden(models, batch)
-        stats = linear_token_stats(
-            row_hidden(models.student, batch, models.device),
-            lm_head(models.student),
-            kept_by_teacher,
-            lm_head(models.teacher),
-            batch.labels.to(models.device),
-            fields=FIELDS,
-            vocab_size=models.vocab_size,
-        )
-        vectors = {name: batch.split(getattr(stats, name).cpu()) for name in FIELDS}
-        hidden = batch.split(kept_by_teacher.cpu())
-        for row, i in enumerate(chosen):
-            answer = answers[i]
-            own = {name: parts[row].clone() for name, parts in vectors.items()}
-            own["mixture_logprob"] = answer.logprobs
-            rollouts[i] = Rollout(
-                keys[i], answer.prompt, answer.response, answer.ended, own, hidden[row].clone()
-            )
-    return RolloutBuffer([rollouts[i] for i in range(len(answers))])
+def _require_teacher(models: Models) -> None:
+    if models.teacher is None:
+        raise ValueError("this needs the teacher's hidden states, but there is no teacher; configure `teacher`")

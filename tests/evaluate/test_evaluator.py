@@ -210,6 +210,7 @@ def test_samples_show_prompt_reference_answer_and_teacher(make_models, words, ca
     for record, answer, beside in zip(found, student, teacher, strict=False):
         assert record["answer"] == " ".join(f"w{i}" for i in answer.response if i != 0)
         assert record["teacher"] == " ".join(f"w{i}" for i in beside.response if i != 0)
+        assert record["teacher_ended"] == (beside.response[-1] == 0)
         assert (record["length_tokens"], record["ended"]) == (len(answer.response), answer.response[-1] == 0)
 
 

@@ -35,7 +35,7 @@ def test_duration(seconds, text):
 
 def test_deviation_and_share():
     assert with_deviation(23.06, 0.4321) == "23.1 ± 0.43"
-    assert with_deviation(23.06, None) == "23.1"
+    assert with_deviation(23.06, None) == with_deviation(23.06, 0.0) == "23.1"
     assert [share(value) for value in (0.0, 1.0, 0.975, None)] == ["0%", "100%", "97.5%", MISSING]
 
 

@@ -1,0 +1,55 @@
+"""The JSON schema of a configuration file, for completion and hints in editors.
+
+Files are merged and stages inherit, so that no file need have every key: nothing is required here. What must be there,
+and what must hold between keys, is said by `minillm validate`.
+"""
+
+from typing import Any
+
+from minillm.config.root import OF_THE_RUN, StageConfig
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def file_schema() -> dict[str, Any]:
+    """The JSON schema of a file with or without `stages`."""
+    whole = _relaxed(StageConfig.model_json_schema())
+    definitions, properties = whole["$defs"], whole["properties"]
+    shared = {key: value for key, value in properties.items() if key not in OF_THE_RUN}
+    definitions["Stage"] = {
+        "title": "Stage",
+        "description": "The keys that this stage changes",
+        "type": ["object", "null"],
+        "properties": shared,
+        "additionalProperties": False,
+    }
+    stages = {
+        "title": "Stages",
+        "description": "Stages by name, run in order; each is merged over the rest of the file",
+        "type": "object",
+        "propertyNames": {"pattern": "^[A-Za-z0-9_-]+$"},
+        "additionalProperties": {"$ref": "#/$defs/Stage"},
+    }
+    return {
+        "$schema": DIALECT,
+        "title": "minillm configuration",
+        "type": "object",
+        "properties": {**properties, "stages": stages},
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def _relaxed(schema: Any) -> Any:
+    """Without required keys; where one of several groups is meant, any that fits will do.
+
+    Without its required `type` a group fits several of them, which oneOf would refuse.
+    """
+    if isinstance(schema, list):
+        return [_relaxed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    relaxed = {key: _relaxed(value) for key, value in schema.items() if key not in ("required", "discriminator")}
+    if "oneOf" in relaxed:
+        relaxed["anyOf"] = relaxed.pop("oneOf")
+    return relaxed

@@ -1,0 +1,66 @@
+"""The key-value cache of the decode loop: transformers' cache, its growing layers written into room made in advance."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """A full-attention layer that stores new keys and values in place, where DynamicLayer copies all the old ones.
+
+    `keys` and `values` are views of the part in use, (B, heads, tokens, head size), so that whatever reads a
+    DynamicLayer reads this one. `room` is the number of tokens that will come; more than that raises ValueError.
+    """
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._stored = [_make_room(states, self.room) for states in (key_states, value_states)]
+        self._use(0)
+
+    def update(
+        self,
+        key_states: Tensor,  # (B, heads, new tokens, head size)
+        value_states: Tensor,  # (B, heads, new tokens, head size)
+        *args,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.keys.shape[-2]
+        after = before + key_states.shape[-2]
+        if after > self.room:
+            raise ValueError(f"a key-value cache with room for {self.room} tokens was given token {after}")
+        for stored, states in zip(self._stored, (key_states, value_states), strict=True):
+            stored[:, :, before:after] = states
+        self._use(after)
+        return (self.keys, self.values) if before else (key_states, value_states)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # (rows to keep,) int64
+        """Keep these rows of the batch, in this order."""
+        used = self.keys.shape[-2]
+        for place, stored in enumerate(self._stored):
+            kept = stored.new_empty((len(beam_idx), *stored.shape[1:]))
+            torch.index_select(stored[:, :, :used], 0, beam_idx, out=kept[:, :, :used])
+            self._stored[place] = kept
+        self._use(used)
+
+    def _use(self, tokens: int) -> None:
+        self.keys, self.values = (stored[:, :, :tokens] for stored in self._stored)
+
+
+def make_cache(config: PreTrainedConfig, room: int) -> Cache:
+    """A cache for `room` tokens a row. Sliding-window and recurrent layers, bounded anyway, stay transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _make_room(states: Tensor, room: int) -> Tensor:  # (B, heads, any, head size)
+    batch, heads, _, size = states.shape
+    return states.new_empty((batch, heads, room, size))

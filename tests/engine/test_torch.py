@@ -1,0 +1,117 @@
+"""One optimiser step: normalisation over micro-batches, clipping, schedules, non-finite numbers, state."""
+
+import copy
+
+import pytest
+import torch
+
+from minillm.config.training import TorchEngine as TorchEngineConfig
+from minillm.config.training import TrainConfig
+from minillm.data.batch import collate
+from minillm.engine.base import NonFiniteError
+from minillm.engine.torch import TorchEngine, pick_device
+from minillm.methods.base import Term
+
+PAIRS = [([5], [6, 7, 8, 9]), ([1, 2], [3]), ([9, 9], [8, 7]), ([4], [4, 4, 4])]
+
+
+def engine(models, **train) -> TorchEngine:
+    return TorchEngine(models, TrainConfig(**{"max_steps": 4, **train}), TorchEngineConfig(device="cpu"), total_steps=4)
+
+
+def cross_entropy_term(pairs, *, by_tokens=True, name="supervised", weight=1.0) -> Term:
+    batch = collate(pairs, pad_id=256)
+    count = float(len(batch.labels) if by_tokens else len(pairs))
+    return Term(name, batch, lambda stats: -stats.student_logprob, ("student_logprob",), count, weight)
+
+
+def gradients(models, micro_batches):
+    built = engine(models, max_grad_norm=None, learning_rate=1e-12)
+    built.step(micro_batches)
+    return {name: parameter.grad.clone() for name, parameter in models.student.named_parameters()}
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_one_big_batch_and_its_micro_batches_give_the_same_gradient(by_tokens, make_models):
+    models = make_models(teacher=False)
+    whole = gradients(models, [[cross_entropy_term(PAIRS, by_tokens=by_tokens)]])
+    parts = gradients(
+        models, [[cross_entropy_term(part, by_tokens=by_tokens)] for part in (PAIRS[:1], PAIRS[1:2], PAIRS[2:])]
+    )
+    for name in whole:
+        assert (parts[name] - whole[name]).norm() < 1e-5 * whole[name].norm(), name
+
+
+def test_terms_are_divided_by_their_own_counts_and_weighted(make_models):
+    models = make_models(teacher=False)
+    first, second = cross_entropy_term(PAIRS[:2]), cross_entropy_term(PAIRS[2:], name="pretraining", weight=0.5)
+    result = engine(models).step([[first, second]])
+    separate = [engine(make_models(teacher=False)).step([[term]]).metrics["loss"] for term in (first, second)]
+    assert result.metrics["loss"] == pytest.approx(sum(separate), rel=1e-5)
+    assert result.metrics["loss/pretraining"] == pytest.approx(separate[1], rel=1e-5)
+    assert result.rows == 10
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before_it(make_models):
+    models = make_models(teacher=False)
+    built = engine(models, max_grad_norm=0.01)
+    result = built.step([[cross_entropy_term(PAIRS)]])
+    after = torch.stack([p.grad.norm() for p in models.student.parameters()]).norm()
+    assert result.metrics["grad_norm"] > 0.02
+    assert after == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_non_finite_gradient_changes_nothing_and_says_so(make_models):
+    models = make_models(teacher=False)
+    built = engine(models)
+    before = copy.deepcopy(models.student.state_dict())
+    bad = cross_entropy_term(PAIRS)
+    bad = Term(bad.name, bad.batch, lambda stats: stats.student_logprob * float("nan"), bad.fields, bad.count)
+    with pytest.raises(NonFiniteError, match="loss nan"):
+        built.step([[bad]])
+    for name, tensor in models.student.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_vectors_do_not_decay(make_models):
+    built = engine(make_models(teacher=False), weight_decay=0.5)
+    decayed, spared = built.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.5 and all(p.dim() >= 2 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and all(p.dim() < 2 for p in spared["params"]) and spared["params"]
+
+
+def test_checkpointed_activations_give_the_same_step(make_models):
+    plain, checkpointed = make_models(teacher=False), make_models(teacher=False)
+    engine(plain).step([[cross_entropy_term(PAIRS)]])
+    engine(checkpointed, gradient_checkpointing=True).step([[cross_entropy_term(PAIRS)]])
+    for name, tensor in plain.student.state_dict().items():
+        torch.testing.assert_close(checkpointed.student.state_dict()[name], tensor, msg=name)
+
+
+def test_bf16_autocast_stays_near_fp32(make_models):
+    exact = engine(make_models(teacher=False)).step([[cross_entropy_term(PAIRS)]]).metrics["loss"]
+    rounded = engine(make_models(teacher=False), bf16=True).step([[cross_entropy_term(PAIRS)]]).metrics["loss"]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.03)
+
+
+def test_state_goes_through_a_folder_bit_for_bit(make_models, tmp_path):
+    ours, theirs = make_models(teacher=False), make_models(teacher=False)
+    first = engine(ours, lr_scheduler_type="cosine", warmup_steps=2)
+    first.step([[cross_entropy_term(PAIRS)]])
+    first.save_state(tmp_path)
+    theirs.student.load_state_dict(ours.student.state_dict())
+    second = engine(theirs, lr_scheduler_type="cosine", warmup_steps=2)
+    second.load_state(tmp_path)
+    results = [built.step([[cross_entropy_term(PAIRS)]]).metrics for built in (first, second)]
+    assert results[0] == results[1]
+    for name, tensor in ours.student.state_dict().items():
+        assert torch.equal(theirs.student.state_dict()[name], tensor), name
+
+
+def test_a_missing_gpu_is_an_error_that_says_what_to_do():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match="engine.device=cpu"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"

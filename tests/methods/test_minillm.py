@@ -1,0 +1,149 @@
+"""The terms of MiniLLM through real models: against formulas written out on full logits, and the field's known bugs."""
+
+import pytest
+import torch
+
+from minillm.config.root import StageConfig
+from minillm.data.instructions import Example
+from minillm.data.stream import Stream
+from minillm.methods import build_method
+from minillm.methods.base import Sources
+
+
+def stage(**method) -> StageConfig:
+    return StageConfig(
+        output_dir="unused",
+        seed=3,
+        student={"path": "unused"},
+        teacher={"path": "unused"},
+        method={"name": "minillm", **method},
+        rollout={"buffer_size": 6, "batch_size": 6, "max_new_tokens": 7},
+        train={"max_steps": 1, "per_device_train_batch_size": 6},
+    )
+
+
+@pytest.fixture
+def sources(tmp_path):
+    examples = [Example(i, [60 + i, 70, 71 + i][: 1 + i % 3], [90, 91], "", ()) for i in range(6)]
+    corpus = [[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5]]
+    return Sources(Stream(examples, seed=1), Stream(corpus, seed=1), tmp_path)
+
+
+def full_log_probs(model, rollout):  # -> (T, V)
+    """Log-probabilities at every position that predicts a response token, from one unpadded sequence."""
+    ids = torch.tensor([rollout.prompt + rollout.response])
+    logits = model(ids).logits[0].double()
+    return logits.log_softmax(-1)[len(rollout.prompt) - 1 : -1]
+
+
+def term_loss(term, models):
+    from minillm.engine.module import StudentLoss
+
+    loss, _ = StudentLoss(models.student, models.teacher, vocab_size=models.vocab_size, backend="torch")(term)
+    return loss.double() * term.weight / term.count
+
+
+def written_lmops(models, buffer, width):
+    """What the released code computes, on padded matrices: A from gamma 0.95 and the current token, divided by the
+    remaining length, whitened over all positions; w inside the clip; the unweighted reverse KL; token means."""
+    B = len(buffer)
+    reward, mask = torch.zeros(B, width, dtype=torch.float64), torch.zeros(B, width, dtype=torch.float64)
+    new, old, w, kl = (torch.zeros(B, width, dtype=torch.float64) for _ in range(4))
+    for b, rollout in enumerate(buffer):
+        T, index = len(rollout.response), torch.tensor(rollout.response)
+        log_q, log_p = full_log_probs(models.student, rollout), full_log_probs(models.teacher, rollout)
+        token_q, token_p = log_q[torch.arange(T), index], log_p[torch.arange(T), index]
+        mix = (0.8 * token_q.exp() + 0.2 * token_p.exp()).log()
+        reward[b, :T] = ((token_p - token_q) / 0.5).clamp(-100, 100).detach()
+        mask[b, :T] = 1
+        new[b, :T], old[b, :T] = token_q, token_q.detach()
+        w[b, :T] = (token_q - mix).exp().detach()
+        kl[b, :T] = (log_q.exp() * (log_q - log_p)).sum(-1)
+    total, rows = torch.zeros(B, dtype=torch.float64), []
+    for t in reversed(range(width)):
+        total = reward[:, t] + 0.95 * total
+        rows.append(total)
+    remaining = mask.flip(1).cumsum(1).flip(1).clamp(min=1)
+    advantage = torch.stack(rows[::-1], 1) / remaining
+    advantage = (advantage - advantage.mean()) / (advantage.var() + 1e-8).sqrt()
+    ratio = (new - old).exp() * w
+    policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+    return ((policy + kl) * mask).sum() / mask.sum()
+
+
+def written_paper(models, buffer):
+    """The published formulas: w R^Norm_{t+1} with clipping, w times the reverse KL, summed over tokens, sequence mean."""
+    total = 0.0
+    for rollout in buffer:
+        T, index = len(rollout.response), torch.tensor(rollout.response)
+        log_q, log_p = full_log_probs(models.student, rollout), full_log_probs(models.teacher, rollout)
+        token_q, token_p = log_q[torch.arange(T), index], log_p[torch.arange(T), index]
+        r = (token_p - token_q).detach()
+        w = (token_q - (0.8 * token_q.exp() + 0.2 * token_p.exp()).log()).exp().detach()
+        for t in range(T):
+            R = float(r[t + 1 :].mean()) if t + 1 < T else 0.0
+            rho = (token_q[t] - token_q[t].detach()).exp() * w[t]
+            policy = torch.maximum(-R * rho, -R * rho.clamp(0.8, 1.2))
+            total = total + policy + w[t] * (log_q[t].exp() * (log_q[t] - log_p[t])).sum()
+    return total / len(buffer)
+
+
+@pytest.mark.parametrize("preset", ["paper", "lmops"])
+def test_a_preset_is_its_formulas_in_value_and_gradient(preset, make_models, sources):
+    models = make_models()
+    method = build_method(stage(preset=preset, lm_coef=0.0))
+    buffer = method.collect(sources, models, draw=0)
+    width = max(len(rollout.response) for rollout in buffer)
+    (term,) = method.terms(list(buffer), sources, models)
+    got = term_loss(term, models)
+    want = written_paper(models, buffer) if preset == "paper" else written_lmops(models, buffer, width)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=1e-5)
+    parameters = list(models.student.parameters())
+    for ours, theirs in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-5 * float(theirs.abs().max()) + 1e-7)
+
+
+def test_advantages_are_constants_and_know_nothing_of_padding(make_models, sources):
+    models = make_models()
+    method = build_method(stage(lm_coef=0.0))
+    buffer = method.collect(sources, models, draw=0)
+    for rollout in buffer:
+        advantage = rollout.vectors["advantage"]
+        assert len(advantage) == len(rollout.response)
+        assert not advantage.requires_grad
+        reward = (rollout.vectors["teacher_logprob"] - rollout.vectors["student_logprob"]).double()
+        later = [float(reward[t + 1 :].mean()) if t + 1 < len(reward) else 0.0 for t in range(len(reward))]
+        torch.testing.assert_close(advantage.double(), torch.tensor(later, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_inner_epochs_never_run_the_teacher(make_models, sources, monkeypatch):
+    models = make_models()
+    method = build_method(stage(lm_coef=0.0))
+    buffer = method.collect(sources, models, draw=0)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the teacher was run again")
+
+    monkeypatch.setattr(models.teacher.model, "forward", refuse)
+    (term,) = method.terms(list(buffer)[:2], sources, models)
+    assert torch.isfinite(term_loss(term, models))
+
+
+def test_the_pretraining_term_is_the_cross_entropy_of_the_blocks(make_models, sources):
+    models = make_models()
+    method = build_method(stage(lm_coef=0.7))
+    buffer = method.collect(sources, models, draw=0)
+    expected = Stream(sources.corpus.items, seed=1).take(2)
+    _, term = method.terms(list(buffer)[:2], sources, models)
+    ids = torch.tensor(expected)
+    want = torch.nn.functional.cross_entropy(models.student(ids).logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+    torch.testing.assert_close(term_loss(term, models), 0.7 * want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction, count", [("sequences", 6.0), ("tokens", None)])
+def test_the_divisor_counts_sequences_or_tokens(reduction, count, make_models, sources):
+    models = make_models()
+    method = build_method(stage(lm_coef=0.0, reduction=reduction))
+    buffer = method.collect(sources, models, draw=0)
+    (term,) = method.terms(list(buffer), sources, models)
+    assert term.count == (count or sum(len(rollout.response) for rollout in buffer))
