@@ -95,7 +95,7 @@ def tiled_kernel(
     # slots of `sums`, -1 where not wanted
     M_S: tl.constexpr, S_S: tl.constexpr, X_S: tl.constexpr, D_S: tl.constexpr, K_S: tl.constexpr, Y_S: tl.constexpr,
     M_T: tl.constexpr, S_T: tl.constexpr, X_T: tl.constexpr, D_T: tl.constexpr, K_T: tl.constexpr, Y_T: tl.constexpr,
-    STUDENT_ONLY: tl.constexpr, TEACHER_ONLY: tl.constexpr,
+    INFINITE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     TEACHER: tl.constexpr = S_T >= 0
@@ -108,9 +108,11 @@ def tiled_kernel(
         label = tl.load(labels + rows, mask=inside, other=0).to(tl.int32)
     zeros = tl.zeros((BLOCK_M,), tl.float32)
     never = tl.full((BLOCK_M,), _NEVER, tl.int32)
-    m_s, s_s, d_s, x_s, y_s, best_s = zeros + LOWEST, zeros, zeros, zeros, zeros, never
-    m_t, s_t, d_t, x_t, y_t, best_t = zeros + LOWEST, zeros, zeros, zeros, zeros, never
-    k_s, k_t, student_only, teacher_only = zeros, zeros, zeros, zeros
+    m_s, s_s, d_s, x_s, best_s = zeros + LOWEST, zeros, zeros, zeros, never
+    m_t, s_t, d_t, x_t, best_t = zeros + LOWEST, zeros, zeros, zeros, never
+    k_s, k_t = zeros, zeros
+    infinite = tl.zeros((BLOCK_M,), tl.int32)  # bit 0: the reverse KL is, bit 1: the forward KL is
+    step = tl.num_programs(1).to(tl.int64) * K  # from slot to slot
     begin = share * ids_a_share
     for first in range(begin, tl.minimum(begin + ids_a_share, V), BLOCK_N):
         ids = first + tl.arange(0, BLOCK_N)
@@ -123,10 +125,13 @@ def tiled_kernel(
                 teacher_hidden, teacher_weight, teacher_bias, row, first, ids, V, teacher_H,
                 teacher_inner, teacher_outer, TEACHER_MODE, TEACHER_BIAS, BLOCK_M, BLOCK_N, BLOCK_H,
             )  # fmt: skip
+        if Y_S >= 0 or Y_T >= 0:
+            hit = ids[None, :] == label[:, None]
+            here = inside & (label >= first) & (label < first + BLOCK_N)
         if Y_S >= 0:
-            y_s += tl.sum(tl.where(ids[None, :] == label[:, None], z_s, 0.0), 1)
+            tl.store(sums + Y_S * step + rows, tl.sum(tl.where(hit, z_s, 0.0), 1), mask=here)
         if Y_T >= 0:
-            y_t += tl.sum(tl.where(ids[None, :] == label[:, None], z_t, 0.0), 1)
+            tl.store(sums + Y_T * step + rows, tl.sum(tl.where(hit, z_t, 0.0), 1), mask=here)
         d = z_s
         if RATIO:
             if first == begin:
@@ -135,24 +140,18 @@ def tiled_kernel(
                 k_t = tl.where(top_t == NEG_INF, 0.0, top_t)
             no_s, no_t = z_s == NEG_INF, z_t == NEG_INF
             d = tl.where(no_s | no_t, 0.0, (z_s - k_s[:, None]) - (z_t - k_t[:, None]))
-            if STUDENT_ONLY >= 0:
-                student_only = tl.maximum(student_only, tl.max(tl.where(no_t & ~no_s, 1.0, 0.0), 1))
-            if TEACHER_ONLY >= 0:
-                teacher_only = tl.maximum(teacher_only, tl.max(tl.where(no_s & ~no_t, 1.0, 0.0), 1))
+            infinite |= tl.max(tl.where(no_t & ~no_s, 1, 0), 1) | tl.max(tl.where(no_s & ~no_t, 2, 0), 1)
         m_s, s_s, d_s, x_s, best_s = _fold(z_s, d, ids, m_s, s_s, d_s, x_s, best_s, D_S >= 0, X_S >= 0, STUDENT_ARGMAX)
         if TEACHER:
             m_t, s_t, d_t, x_t, best_t = _fold(
                 z_t, d, ids, m_t, s_t, d_t, x_t, best_t, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
             )
 
-    step = tl.num_programs(1).to(tl.int64) * K  # from slot to slot
     at = share.to(tl.int64) * K + rows
     tl.store(sums + M_S * step + at, m_s, mask=inside)
     tl.store(sums + S_S * step + at, s_s, mask=inside)
     if X_S >= 0:
         tl.store(sums + X_S * step + at, x_s, mask=inside)
-    if Y_S >= 0:
-        tl.store(sums + Y_S * step + at, y_s, mask=inside)
     if STUDENT_ARGMAX:
         tl.store(argmaxes + at, best_s, mask=inside)
     if TEACHER:
@@ -160,23 +159,19 @@ def tiled_kernel(
         tl.store(sums + S_T * step + at, s_t, mask=inside)
         if X_T >= 0:
             tl.store(sums + X_T * step + at, x_t, mask=inside)
-        if Y_T >= 0:
-            tl.store(sums + Y_T * step + at, y_t, mask=inside)
         if TEACHER_ARGMAX:
             tl.store(argmaxes + step + at, best_t, mask=inside)
     if RATIO:
         tl.store(sums + K_S * step + at, k_s, mask=inside)
         tl.store(sums + K_T * step + at, k_t, mask=inside)
+        tl.store(sums + INFINITE * step + at, infinite.to(tl.float32), mask=inside)
         if D_S >= 0:
             tl.store(sums + D_S * step + at, d_s, mask=inside)
-            tl.store(sums + STUDENT_ONLY * step + at, student_only, mask=inside)
         if D_T >= 0:
             tl.store(sums + D_T * step + at, d_t, mask=inside)
-            tl.store(sums + TEACHER_ONLY * step + at, teacher_only, mask=inside)
 
 
-SLOTS = ("m_s", "s_s", "x_s", "d_s", "k_s", "y_s", "m_t", "s_t", "x_t", "d_t", "k_t", "y_t")
-SLOTS += ("student_only", "teacher_only")
+SLOTS = ("m_s", "s_s", "x_s", "d_s", "k_s", "y_s", "m_t", "s_t", "x_t", "d_t", "k_t", "y_t", "infinite")
 
 
 def tiled_stats(
@@ -236,8 +231,8 @@ def _slot_names(spec: RowSpec, *, teacher: bool) -> list[str]:
         "teacher_entropy": ("x_t",),
         "student_logprob": ("y_s",),
         "teacher_logprob": ("y_t",),
-        "reverse_kl": ("k_s", "k_t", "d_s", "student_only"),
-        "forward_kl": ("k_s", "k_t", "d_t", "teacher_only"),
+        "reverse_kl": ("k_s", "k_t", "d_s", "infinite"),
+        "forward_kl": ("k_s", "k_t", "d_t", "infinite"),
     }
     wanted |= {name for field in fields & set(needs) for name in needs[field]}
     return [name for name in SLOTS if name in wanted]
@@ -296,7 +291,7 @@ def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> 
         lse[x] = top + log_total
         result[f"{who}_lse"] = lse[x]
         if f"{who}_logprob" in fields:
-            result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top) - log_total
+            result[f"{who}_logprob"] = (sums[f"y_{x}"][0] - top) - log_total
         if f"{who}_entropy" in fields:
             result[f"{who}_entropy"] = log_total - ((sums[f"x_{x}"] + s * (m - top)) * weight).sum(0) / total
         if f"{who}_argmax" in fields:
@@ -307,11 +302,8 @@ def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> 
             mean_d[x] = ((sums[f"d_{x}"] + s * offsets) * weight).sum(0) / total
     if offsets is not None:
         c = (lse["s"] - sums["k_s"][0]) - (lse["t"] - sums["k_t"][0])
-        for name, x, sign, infinite in (
-            ("reverse_kl", "s", 1, "student_only"),
-            ("forward_kl", "t", -1, "teacher_only"),
-        ):
+        for name, x, sign, bit in (("reverse_kl", "s", 1, 1), ("forward_kl", "t", -1, 2)):
             if name in fields:  # infinity is added, so that a NaN stays a NaN
-                forever = torch.where(sums[infinite].amax(0) > 0, torch.inf, 0.0)
+                forever = torch.where((sums["infinite"].int() & bit).amax(0) > 0, torch.inf, 0.0)
                 result[name] = sign * (mean_d[x] - c) + forever
     return {name: value if name.endswith("argmax") else value.float() for name, value in result.items()}

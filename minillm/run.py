@@ -6,6 +6,7 @@ import platform
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,6 @@ import yaml
 
 from minillm.checkpoint import clean_partials, newest_whole, sync, write_text_atomic
 from minillm.config.loading import RunPlan, Stage
-from minillm.config.models import TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Stream
@@ -67,7 +67,14 @@ def run(plan: RunPlan, *, resume: bool, console) -> Path:
             if not resumed:
                 progress = _next_progress(progress, stage.name)
             if not progress.finished:
-                trainer = shared.trainer(stage, log, progress, interrupted, checkpoint if resumed else None)
+                trainer = shared.trainer(
+                    stage,
+                    log,
+                    progress,
+                    interrupted,
+                    checkpoint=checkpoint if resumed else None,
+                    judge_teacher=_first_with_its_teacher(plan, stage),
+                )
                 if resumed:
                     trainer.load(checkpoint)
                 # where this student comes straight from an earlier stage, that stage's last evaluation is this one's first
@@ -91,9 +98,17 @@ class _Shared:
         self.console, self.output_dir = console, output_dir
         self._teacher = (None, None)  # (configuration, model): the last one alone, so that two never fill the memory
         self._evaluator = (None, None)
-        self._judged: list[TeacherConfig] = []  # teachers whose own answers have been evaluated
 
-    def trainer(self, stage: Stage, log, progress: Progress, interrupted, checkpoint: Path | None) -> StageTrainer:
+    def trainer(
+        self,
+        stage: Stage,
+        log: MetricsLog,
+        progress: Progress,
+        interrupted: Callable[[], bool],
+        *,
+        checkpoint: Path | None,
+        judge_teacher: bool,
+    ) -> StageTrainer:
         config = stage.config
         device = pick_device(config.engine.device)
         teacher, teacher_tokenizer = self._load_teacher(config, device)
@@ -129,16 +144,9 @@ class _Shared:
             log=log,
             console=self.console,
             progress=progress,
-            judge_teacher=self._first_sight(config),
+            judge_teacher=judge_teacher,
             interrupted=interrupted,
         )
-
-    def _first_sight(self, config) -> bool:
-        """Whether the teacher is one that has not been evaluated in this run."""
-        if config.teacher is None or config.teacher in self._judged:
-            return False
-        self._judged.append(config.teacher)
-        return True
 
     def _load_teacher(self, config, device):
         if config.teacher is None:
@@ -167,6 +175,17 @@ def _next_progress(before: Progress | None, stage: str) -> Progress:
     if before is None:
         return Progress(stage)
     return Progress(stage, step=before.step, stage_seconds=before.stage_seconds)
+
+
+def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
+    """Whether the teacher's own answers are evaluated in this stage: once a teacher and evaluation."""
+    if stage.config.teacher is None or not stage.config.eval.teacher:
+        return False
+
+    def key(other: Stage):
+        return other.config.teacher, other.config.eval
+
+    return next(other for other in plan.stages if key(other) == key(stage)).name == stage.name
 
 
 def _measured_before(plan: RunPlan, stage: Stage) -> bool:

@@ -59,6 +59,17 @@ def load_run(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunPlan:
     return RunPlan(Path(expand(stages[0].config.output_dir)), stages, document.plain(), list(map(Path, files)))
 
 
+def resolved(plan: RunPlan) -> dict[str, Any]:
+    """The document with nothing left to inherit or to default; it loads to the same plan."""
+    stages = {stage.name: stage.config.model_dump(mode="json") for stage in plan.stages}
+    if not plan.document.get("stages"):
+        return next(iter(stages.values()))
+    report_to = plan.stages[0].config.log.report_to
+    for stage in stages.values():
+        del stage["output_dir"], stage["log"]["report_to"]
+    return {"output_dir": plan.document["output_dir"], "log": {"report_to": list(report_to)}, "stages": stages}
+
+
 @dataclass(frozen=True)
 class EvaluationPlan:
     """What an evaluation without training takes from a configuration: that of its last stage."""
@@ -84,7 +95,10 @@ def load_evaluation(
     """
     problems: list[Problem] = []
     document, whole = load_document(list(map(Path, files)), overrides, problems, base)
-    *before, (name, tree) = stage_trees(document, problems).items()
+    trees = stage_trees(document, problems)
+    if not trees:
+        _raise(problems, files)
+    *before, (name, tree) = trees.items()
     groups = {field.name for field in fields(EvaluationPlan)}
     others = set(STAGE.keys()) - groups
     draft = _Draft.of(Node({key: node for key, node in tree.value.items() if key not in others}, tree.origin))

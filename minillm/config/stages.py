@@ -72,6 +72,7 @@ def _known_stages(document: Node, written: Node, problems: list[Problem]) -> Nod
 
 
 def stage_trees(document: Node, problems: list[Problem]) -> dict[str, Node]:
+    """Each stage's own keys merged over what the stages share, in order; what is no stage is a problem and left out."""
     stages, shared = document.value.get("stages"), _without_stages(document)
     if stages is None or stages.value == {}:
         return {MAIN: shared}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minillm.losses import linear_objective
 from minillm.methods.base import Term
-from minillm.models.access import last_hidden, lm_head
+from minillm.models.access import lm_head, row_hidden
 
 
 class StudentLoss(nn.Module):
@@ -27,10 +27,8 @@ class StudentLoss(nn.Module):
     def forward(self, term: Term) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the term's rows of its objective, and its metrics summed likewise. Scalars, fp32."""
         batch = term.batch
-        hidden = last_hidden(self.student, batch.input_ids, batch.attention_mask, batch.position_ids)
-        kept = hidden.flatten(0, 1).index_select(0, batch.rows)  # (N, H_s)
         return linear_objective(
-            kept,
+            row_hidden(self.student, batch),  # (N, H_s)
             lm_head(self.student),
             term.teacher_hidden,
             lm_head(self._teacher[0]) if term.teacher_hidden is not None else None,
@@ -39,6 +37,7 @@ class StudentLoss(nn.Module):
             inputs=term.inputs,
             fields=term.fields,
             vocab_size=self.vocab_size,
+            kept=len(batch.labels),  # known without asking the device
             backend=self.backend,
             **term.options,
         )

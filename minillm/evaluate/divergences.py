@@ -7,9 +7,9 @@ from torch import Tensor
 
 from minillm.data.batch import Pair, TokenBatch, collate
 from minillm.losses import linear_token_stats
-from minillm.models.access import lm_head
+from minillm.models.access import lm_head, row_hidden
 from minillm.models.pair import Models
-from minillm.rollout.scoring import row_hidden, teacher_hidden
+from minillm.rollout.scoring import teacher_hidden
 
 NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
 
@@ -39,7 +39,7 @@ def token_statistics(
         else:
             teacher = torch.cat([teacher_states[index] for index in chosen]).to(models.device)
         stats = linear_token_stats(
-            row_hidden(models.student, batch, models.device),  # (N, H_s)
+            row_hidden(models.student, batch.to(models.device)),  # (N, H_s)
             lm_head(models.student),
             teacher,  # (N, H_t)
             lm_head(models.teacher) if needs_teacher else None,

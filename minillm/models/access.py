@@ -3,6 +3,7 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minillm.data.batch import TokenBatch
 from minillm.losses import LMHead
 
 
@@ -19,6 +20,12 @@ def last_hidden(
 ) -> Tensor:  # (B, L, H)
     """What the head is applied to, at every position."""
     return forward_decoder(model, input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
+
+
+def row_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:  # (N, H)
+    """The last hidden states at the rows of a batch that is on the model's device."""
+    hidden = last_hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+    return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 
 def forward_decoder(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids, **options):

@@ -34,6 +34,7 @@ def load_student(
         model = _fresh(config, output_dir, seed)
     elif source is not None:
         model = copy.deepcopy(source).to(getattr(torch, config.dtype))
+        model.set_attn_implementation(config.attn_implementation)
     else:
         model = _load(config, output_dir)
     if config.init == "prune":

@@ -31,7 +31,7 @@ def _in_package(text: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"{text}: the package {name} is not installed; pip install {name.replace('_', '-')}")
     for root in spec.submodule_search_locations:
-        found = sorted(Path(root).glob(pattern or "."))
+        found = sorted(Path(root).glob(pattern)) if pattern else [Path(root)]
         if found:
             return found[0]
     raise FileNotFoundError(f"{text}: the package {name} is installed, but holds no {pattern}")

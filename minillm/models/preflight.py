@@ -44,6 +44,8 @@ def preflight(
             "neither the tokenizer nor the generation configuration of the student names an EOS token, so no answer could "
             "end; set eos_token in the tokenizer"
         )
+    if student_tokenizer.eos_token_id is None:  # the data closes answers with the tokenizer's
+        student_tokenizer.eos_token = student_tokenizer.convert_ids_to_tokens(eos_ids[0])
     pad_id = student_tokenizer.pad_token_id
     models = Models(
         student,
@@ -58,11 +60,15 @@ def preflight(
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends an answer: the tokenizer's EOS first, then those of the generation configuration."""
+    """Every id that ends an answer: the tokenizer's EOS first, then those of the generation configuration.
+
+    Ids beyond the vocabulary (defaults of an architecture that was built smaller) are left out.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = listed if isinstance(listed, list) else [listed]
     ids = [tokenizer.eos_token_id, *listed]
-    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None and token < vocab_size))
 
 
 def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -37,6 +37,8 @@ def chosen_layers(layers: int | Sequence[int], total: int) -> list[int]:
         if layers == 1:
             return [0]
         return [round(index * (total - 1) / (layers - 1)) for index in range(layers)]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"student.layers, {list(layers)}, names a layer twice; each can be kept once")
     wrong = [layer for layer in layers if layer >= total]
     if wrong:
         raise ValueError(f"student.layers names {wrong}, but the model has the layers 0 to {total - 1}")
@@ -57,6 +59,6 @@ def prune_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrai
         if key in config.to_dict():
             setattr(config, key, len(keep))
     for key, value in config.to_dict().items():  # lists with an entry a layer, such as layer_types
-        if isinstance(value, (list, tuple)) and len(value) == total:
+        if isinstance(value, (list, tuple)) and len(value) == total and not key.endswith("token_id"):
             setattr(config, key, [value[index] for index in keep])
     return model

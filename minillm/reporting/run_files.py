@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from minillm.config.loading import stage_documents
+from minillm.config.stages import stage_documents
 from minillm.metrics import METRICS, SAMPLES, read_numbers, read_records
 
 

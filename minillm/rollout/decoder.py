@@ -49,8 +49,9 @@ class Decoder:
     def _project(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded)
         if self._logits is None:
             shape = (hidden.shape[0], padded_size(self.vocab_size))
-            self._logits = torch.full(shape, -torch.inf, device=hidden.device)
+            self._logits = torch.empty(shape, device=hidden.device)
         used = self._logits[:, : self.vocab_size]
+        self._logits[:, self.vocab_size :] = -torch.inf  # again in every step: sampling works in this memory
         project(hidden, self.weight, self.bias, hidden.dtype, used)
         if self.logit_scale != 1.0 or self.softcap is not None:
             used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))

@@ -21,11 +21,11 @@ def uniforms(seed: int, keys: Sequence[int], draw: int, length: int) -> Tensor:
     raw = np.empty((len(keys), length), dtype=np.uint64)
     for row, key in enumerate(keys):
         # the lowest of the counter's four words counts positions; the others never reach a neighbour's
-        stream = np.random.Philox(key=(_word(seed), _word(draw)), counter=(0, 0, _word(key), 0))
+        stream = np.random.Philox(key=_words(seed, draw), counter=_words(0, 0, key, 0))
         raw[row] = stream.random_raw(length)
     # 52 bits and a half: exact in float64, and neither 0 nor 1
     return torch.from_numpy(((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
-def _word(number: int) -> np.uint64:
-    return np.uint64(number % WORD)
+def _words(*numbers: int) -> np.ndarray:
+    return np.array([number % WORD for number in numbers], dtype=np.uint64)

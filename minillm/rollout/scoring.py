@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minillm.data.batch import TokenBatch, collate
 from minillm.losses import linear_token_stats
-from minillm.models.access import last_hidden, lm_head
+from minillm.models.access import lm_head, row_hidden
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.decoder import sampling_mode
@@ -53,13 +53,13 @@ def teacher_hidden(models: Models, batch: TokenBatch) -> Tensor:  # (N, H_t)
     """The teacher's last hidden states at the N rows of a batch, without a gradient, on the device of the models."""
     _require_teacher(models)
     with sampling_mode([models.teacher]):
-        return _rows(models.teacher, batch.to(models.device))
+        return row_hidden(models.teacher, batch.to(models.device))
 
 
 def _measure(models: Models, batch: TokenBatch) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    hidden = _rows(models.teacher, batch)
+    hidden = row_hidden(models.teacher, batch)
     stats = linear_token_stats(
-        _rows(models.student, batch),
+        row_hidden(models.student, batch),
         lm_head(models.student),
         hidden,
         lm_head(models.teacher),
@@ -68,11 +68,6 @@ def _measure(models: Models, batch: TokenBatch) -> tuple[dict[str, list[Tensor]]
         vocab_size=models.vocab_size,
     )
     return {name: batch.split(getattr(stats, name).cpu()) for name in FIELDS}, batch.split(hidden.cpu())
-
-
-def _rows(model, batch: TokenBatch) -> Tensor:  # (N, H)
-    hidden = last_hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids)
-    return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 
 def _require_teacher(models: Models) -> None:

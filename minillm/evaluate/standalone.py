@@ -1,0 +1,114 @@
+"""`minillm eval`: a model measured apart from any training, on the sets of a configuration or on one data file."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.checkpoint import write_text_atomic
+from minillm.config.loading import EvaluationPlan, load_evaluation
+from minillm.console import Console
+from minillm.data.instructions import load_prompts
+from minillm.evaluate.evaluator import Evaluator
+from minillm.open_models import model_path, open_models
+
+# What a data file is, by the end of its name; anything else is a configuration.
+DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
+TEACHER = "teacher"
+
+
+def evaluation_plan(
+    files: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    seeds: Sequence[int] | None = None,
+    max_prompts: int | None = None,
+) -> EvaluationPlan:
+    """The sets to measure on and how.
+
+    Args:
+        files: configurations, and data files, each of which becomes a set.
+        overrides: `eval.key=value` and the like.
+        seeds: instead of eval.seeds.
+        max_prompts: of every set the first so many usable ones.
+
+    Raises ConfigErrors with every problem.
+    """
+    kinds = {file: next((kind for end, kind in DATA_FILES.items() if file.name.endswith(end)), None) for file in files}
+    sets = {
+        file.name.partition(".")[0]: {"type": kind, "path": str(file)}
+        for file, kind in kinds.items()
+        if kind is not None
+    }
+    configurations = [file for file in files if kinds[file] is None]
+    plan = load_evaluation(configurations, overrides, base={"eval": {"sets": sets}} if sets else {})
+    changed: dict[str, Any] = {} if seeds is None else {"seeds": list(seeds)}
+    if max_prompts is not None:
+        limits = {
+            name: max_prompts if prompts.limit is None else min(prompts.limit, max_prompts)
+            for name, prompts in plan.eval.sets.items()
+        }
+        sets = plan.eval.sets.items()
+        changed["sets"] = {name: prompts.model_copy(update={"limit": limits[name]}) for name, prompts in sets}
+    return EvaluationPlan(**{**vars(plan), "eval": plan.eval.model_copy(update=changed)})
+
+
+def evaluate_model(
+    model: str, plan: EvaluationPlan, console: Console, *, dtype: str = "float32", output: Path | None = None
+) -> dict[str, Any]:
+    """Measure, show the table, and return (and write) what was found.
+
+    Args:
+        model: as model_path takes it, or "teacher": that of the plan.
+        plan: what to measure on.
+        console: where the tables go.
+        dtype: of the model's weights.
+        output: a JSON file of the result, samples included.
+
+    Raises ValueError for a teacher that the plan has not, and whatever loading raises.
+    """
+    who = "teacher" if model == TEACHER else "student"
+    if who == "teacher" and plan.teacher is None:
+        raise ValueError("there is no teacher to evaluate: the configuration has no `teacher`")
+    models, rows = open_models(
+        None if who == "teacher" else model_path(model),
+        plan.teacher if who == "teacher" or plan.eval.teacher else None,
+        device=plan.engine.device,
+        dtype=dtype,
+        output_dir=plan.output_dir,
+    )
+    sets = {
+        name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}")
+        for name, prompts in plan.eval.sets.items()
+    }
+    rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]
+    console.preflight(rows)
+    evaluation = Evaluator(sets, plan.eval, seed=plan.seed).evaluate(models, who)
+    title = f"Evaluation of {plan.teacher.path if who == 'teacher' else model}"
+    console.measurement(title, evaluation.sets, evaluation.mean, evaluation.samples, who=who)
+    result = {
+        "model": model,
+        "who": who,
+        "teacher": None if plan.teacher is None else plan.teacher.path,
+        "seeds": list(plan.eval.seeds),
+        "prompts": {name: len(prompts) for name, prompts in sets.items()},
+        "sets": evaluation.sets,
+        "mean": evaluation.mean,
+        "samples": evaluation.samples,
+    }
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(output, json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return result
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON has no spelling for by their names, as metrics.jsonl has them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

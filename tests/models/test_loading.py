@@ -1,0 +1,118 @@
+"""Students and teachers as the configuration says: frozen or trained, without dropout, fresh, pruned, copied."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.models.loading import load_student, load_teacher, without_dropout
+from minillm.models.saving import save_model
+from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
+
+CPU = torch.device("cpu")
+FRESH = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(build_model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "gpt2"
+    model = build_model("gpt2", vocab_size=257, attn_pdrop=0.1, resid_pdrop=0.2, embd_pdrop=0.3)
+    save_model(model, byte_tokenizer(), path)
+    return path
+
+
+def student(output_dir=Path("."), *, seed=0, source=None, **config):
+    return load_student(StudentConfig(**config), output_dir=output_dir, device=CPU, seed=seed, source=source)
+
+
+def test_a_teacher_is_frozen_and_in_evaluation_mode(folder):
+    teacher = load_teacher(TeacherConfig(path=str(folder), dtype="bfloat16"), output_dir=folder, device=CPU)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())
+    assert teacher.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_student_trains_what_it_samples_from(folder, ids):
+    """Dropout would make the distribution in training another one than in sampling."""
+    model = student(path=str(folder))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    expected = model.eval()(ids).logits
+    assert torch.equal(model.train()(ids).logits, expected)
+    assert model.config.attn_pdrop == model.config.resid_pdrop == model.config.embd_pdrop == 0.0
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "name, rates",
+    [("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}), ("llama", {"attention_dropout": 0.5}),
+     ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
+     ("bloom", {"hidden_dropout": 0.5, "attention_dropout": 0.5})],
+)  # fmt: skip
+@torch.no_grad()
+def test_every_dropout_is_zeroed(build_model, ids, name, rates, attention):
+    model = build_model(name, **rates)
+    model.set_attn_implementation(attention)
+    expected = model(ids).logits
+    assert not torch.equal(model.train()(ids).logits, expected), "there must be dropout to begin with"
+    assert torch.equal(without_dropout(model).train()(ids).logits, expected)
+
+
+def test_fresh_weights_are_keyed_by_the_seed():
+    state = torch.random.get_rng_state()
+    config = {"init": "random", "config": FRESH, "tokenizer": "byte"}
+    first, again, other = student(**config), student(**config), student(**config, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    weights = [model.lm_head.weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert weights[0].shape == (257, 16) and first.config.eos_token_id == 256
+
+
+def test_fresh_weights_of_another_models_architecture(folder):
+    model = student(path=str(folder), init="random", config={"n_embd": 8, "n_head": 2})
+    assert (model.config.n_embd, model.config.n_layer, model.config.vocab_size) == (8, 4, 257)
+
+
+def test_an_architecture_needs_a_type():
+    with pytest.raises(ValueError, match="needs a model_type"):
+        student(init="random", config={"hidden_size": 8}, tokenizer="byte")
+
+
+def test_pruning(folder):
+    model = student(path=str(folder), init="prune", layers=2)
+    assert len(model.transformer.h) == model.config.n_layer == 2
+
+
+def test_a_source_is_copied_and_left_alone(folder, ids):
+    teacher = load_teacher(TeacherConfig(path=str(folder)), output_dir=folder, device=CPU)
+    copied = student(path=str(folder), source=teacher, attn_implementation="eager", init="prune", layers=[0])
+    assert len(teacher.transformer.h) == 4 and not teacher.lm_head.weight.requires_grad
+    assert teacher.config.attn_pdrop == 0.1 and teacher.config._attn_implementation == "sdpa"
+    assert copied.lm_head.weight.requires_grad and copied.config._attn_implementation == "eager"
+    assert copied.lm_head.weight.data_ptr() != teacher.lm_head.weight.data_ptr()
+    assert copied.lm_head.weight is copied.transformer.wte.weight, "a copy keeps its ties"
+
+
+def test_a_stage(folder, tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "warmup").symlink_to(folder)
+    assert student(tmp_path, path="stage:warmup").config.model_type == "gpt2"
+
+
+@torch.no_grad()
+def test_a_gguf_file_becomes_a_plain_model(assets, tmp_path):
+    files = sorted((assets / "models").rglob("*.gguf"), key=lambda path: path.stat().st_size)
+    if not files or files[0].stat().st_size > 50 * 2**20:
+        pytest.skip("no small .gguf file among the assets")
+    pytest.importorskip("gguf")
+    config = StudentConfig(path=str(files[0]))
+    model = load_student(config, output_dir=tmp_path, device=CPU, seed=0)
+    save_model(model, load_tokenizer(config, tmp_path), tmp_path / "model")
+    again = student(path=str(tmp_path / "model"))
+    some = torch.arange(2, 30)[None]
+    assert torch.equal(again.eval()(some).logits, model.eval()(some).logits)
+    text = load_tokenizer(config, tmp_path)("Once upon a time", return_tensors="pt").input_ids
+    loss = model(text, labels=text).loss
+    assert loss < 6.0, "a model that was read wrongly predicts nothing"

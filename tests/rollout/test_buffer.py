@@ -1,0 +1,83 @@
+"""The buffer's way to a file and back, bit for bit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm.rollout.buffer import Rollout, RolloutBuffer
+
+
+def make_buffer(dtype=torch.bfloat16, lengths=(3, 1, 4)) -> RolloutBuffer:
+    torch.manual_seed(0)
+    return RolloutBuffer(
+        Rollout(
+            key=2**40 + place,
+            prompt=list(range(place + 1)),
+            response=[7] * length,
+            ended=place % 2 == 0,
+            vectors={"student_logprob": torch.randn(length), "advantage": torch.randn(length, dtype=torch.float64)},
+            teacher_hidden=torch.randn(length, 5).to(dtype),
+        )
+        for place, length in enumerate(lengths)
+    )
+
+
+def assert_same(left: RolloutBuffer, right: RolloutBuffer) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert (one.key, one.pair, one.ended) == (other.key, other.pair, other.ended)
+        assert list(one.vectors) == list(other.vectors) or set(one.vectors) == set(other.vectors)
+        for name, vector in one.vectors.items():
+            assert vector.dtype == other.vectors[name].dtype and torch.equal(vector, other.vectors[name])
+        assert (one.teacher_hidden is None) == (other.teacher_hidden is None)
+        if one.teacher_hidden is not None:
+            assert one.teacher_hidden.dtype == other.teacher_hidden.dtype
+            assert torch.equal(one.teacher_hidden, other.teacher_hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_round_trip_through_a_file(tmp_path, dtype):
+    buffer = make_buffer(dtype)
+    save_file(buffer.state(), tmp_path / "buffer.safetensors")
+    assert_same(RolloutBuffer.from_state(load_file(tmp_path / "buffer.safetensors")), buffer)
+
+
+def test_empty_and_without_hidden_states(tmp_path):
+    save_file(RolloutBuffer().state(), tmp_path / "buffer.safetensors")
+    assert len(RolloutBuffer.from_state(load_file(tmp_path / "buffer.safetensors"))) == 0
+    bare = RolloutBuffer([Rollout(1, [2, 3], [4], False)])
+    assert_same(RolloutBuffer.from_state(bare.state()), bare)
+
+
+def test_is_a_sequence():
+    buffer = make_buffer()
+    assert [rollout.key - 2**40 for rollout in buffer] == [0, 1, 2] and buffer[-1].response == [7] * 4
+    part = buffer[1:]
+    assert isinstance(part, RolloutBuffer) and len(part) == 2 and part[0] is buffer[1]
+    assert not RolloutBuffer()
+
+
+def test_rollouts_that_do_not_fit_together():
+    buffer = make_buffer()
+    buffer[1].vectors["weight"] = torch.ones(1)
+    with pytest.raises(ValueError, match="rollout .*1 holds .*weight"):
+        buffer.state()
+    buffer = make_buffer()
+    buffer[2].vectors["advantage"] = torch.ones(3)
+    with pytest.raises(ValueError, match="advantage has 3 rows for a response of 4 tokens"):
+        buffer.state()
+    buffer = make_buffer()
+    buffer[2].teacher_hidden = None
+    with pytest.raises(ValueError, match="teacher_hidden"):
+        buffer.state()
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_state_that_is_not_one(damage):
+    state = make_buffer().state()
+    if damage == "missing":
+        del state["response_ids"]
+    else:
+        state["response_ids"] = state["response_ids"][:-1]
+    with pytest.raises(ValueError, match="not the state of a rollout buffer"):
+        RolloutBuffer.from_state(state)

@@ -1,0 +1,219 @@
+"""Whole runs on generated models: killed at many moments, interrupted, resumed; what they leave behind."""
+
+import itertools
+import json
+import os
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from minillm.config.loading import load_run
+from minillm.run import run
+from minillm.trainer import TrainingError
+
+SENTENCES = ["the cat sat", "a dog ran off", "we saw it", "birds sing", "no rain fell", "she left", "it is late", "go on"]
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+
+
+class Silent:
+    """A console that remembers its notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    records = [{"prompt": f"{text}?", "completion": text} for text in SENTENCES]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "corpus.txt").write_text(" ".join(SENTENCES) * 3)
+    prompts = {"type": "jsonl", "path": str(tmp_path / "prompts.jsonl"), "template": "none",
+               "max_prompt_length": 16, "max_response_length": 8}  # fmt: skip
+    document = {
+        "output_dir": str(tmp_path / "run"),
+        "seed": 5,
+        "student": {"init": "random", "tokenizer": "byte", "config": LLAMA},
+        "data": {"prompts": prompts, "corpus": {"type": "text", "path": str(tmp_path / "corpus.txt"), "block_size": 8}},
+        "rollout": {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 4},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
+        "eval": {"steps": 2, "sets": {"held_out": {**prompts, "limit": 2}}, "max_new_tokens": 4},
+        "save": {"steps": 1, "keep": 2},
+        "log": {"report_to": []},
+        "method": {"name": "sft"},
+        "stages": {
+            "teacher": {"student": {"config": {"hidden_size": 24}}},
+            "distil": {
+                "teacher": {"path": "stage:teacher"},
+                "method": {"name": "minillm", "ppo_epochs": 2},
+                "train": {"max_steps": 6},
+            },
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def train(recipe: Path, *overrides: str, resume: bool = False) -> tuple[Path, Silent]:
+    console = Silent()
+    return run(load_run([recipe], list(overrides)), resume=resume, console=console), console
+
+
+def in_a_child(work) -> int:
+    """The wait status of a forked process that does `work`."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+def die_after(events: int) -> None:
+    """SIGKILL this process at its n-th event: a decode step, an optimiser step, a file synced, renamed or appended to."""
+    from minillm import checkpoint, metrics
+    from minillm.engine.torch import TorchEngine
+    from minillm.rollout.decoder import Decoder
+
+    left = [events]
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for owner, name in (
+        (Decoder, "forward"),
+        (TorchEngine, "step"),
+        (checkpoint, "sync"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (metrics.MetricsLog, "write"),
+    ):
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def without_clock(line: str) -> dict:
+    clock = {"seconds", "tokens_per_s", "memory/peak_gib"}
+    return {key: value for key, value in json.loads(line).items() if key not in clock}
+
+
+def records(folder: Path) -> list[dict]:
+    return [without_clock(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_killed_at_many_moments_the_run_ends_as_an_unbroken_one(recipe, tmp_path):
+    final, _ = train(recipe, f"output_dir={tmp_path / 'unbroken'}")
+    killed, kills, patience = tmp_path / "run", 0, 3
+
+    def go_on():
+        torch.set_num_threads(1)
+        die_after(patience)
+        train(recipe, resume=True)
+
+    while os.WIFSIGNALED(status := in_a_child(go_on)):
+        kills += 1
+        patience += 5  # later each time, so that every part of the run is hit and there is always progress
+        assert kills < 60
+    assert status == 0 and kills >= 8
+    ours, theirs = load_file(final / "model.safetensors"), load_file(killed / "final" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert records(killed) == records(tmp_path / "unbroken")
+    samples = [(folder / "samples.jsonl").read_text() for folder in (killed, tmp_path / "unbroken")]
+    assert samples[0] == samples[1]
+    assert not list(killed.glob(".checkpoint*"))
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(recipe, tmp_path):
+    final, _ = train(recipe, f"output_dir={tmp_path / 'unbroken'}")
+
+    def interrupted():
+        from minillm.engine.torch import TorchEngine
+
+        original, steps = TorchEngine.step, [0]
+
+        def step(self, micro_batches):
+            steps[0] += 1
+            if steps[0] == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, micro_batches)
+
+        TorchEngine.step = step
+        train(recipe, "save.steps=null")
+
+    status = in_a_child(interrupted)
+    assert os.WEXITSTATUS(status) == 130
+    assert (tmp_path / "run" / "checkpoint-5" / "manifest.json").exists()
+    resumed, console = train(recipe, "save.steps=null", resume=True)
+    assert any("step 3" in note for note in console.notes)
+    assert records(tmp_path / "run") == records(tmp_path / "unbroken")
+    assert (resumed / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_what_it_promises(recipe, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final, _ = train(recipe)
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "report.md", "curves.png", "best"} <= names
+    assert {"checkpoint-7", "checkpoint-8", "stages", "final"} <= names
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert (final / "README.md").exists() and not (final / "state").exists()
+    kinds = [(record["kind"], record["stage"], record.get("who")) for record in records(folder)]
+    assert kinds.count(("eval", "distil", "teacher")) == 1
+    assert kinds.count(("train", "distil", None)) == 6
+
+
+def test_a_finished_run_resumes_to_itself(recipe, tmp_path):
+    final, _ = train(recipe)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()
+    train(recipe, resume=True)
+    assert ((tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()) == before
+
+
+def test_a_changed_recipe_is_refused_on_resume_and_named(recipe):
+    train(recipe)
+    with pytest.raises(TrainingError, match="train"):
+        train(recipe, "train.learning_rate=0.1", resume=True)
+    train(recipe, "save.keep=1", resume=True)
+
+
+def test_equal_time_is_that_of_the_stage_it_names(recipe, tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("minillm.trainer.time.perf_counter", lambda: float(next(clock)))  # every step takes a second
+    train(recipe, "stages.teacher.train.max_steps=3", "stages.distil.train.max_seconds=stage:teacher",
+          "stages.distil.train.max_steps=100")  # fmt: skip
+    steps = [record["stage"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert steps == ["teacher"] * 3 + ["distil"] * 3
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_look_at(recipe, tmp_path):
+    with pytest.raises(TrainingError, match="Prompts of the batch") as error:
+        train(recipe, "stages.distil.train.learning_rate=1e30", "stages.distil.train.max_grad_norm=null")
+    assert "learning_rate" in str(error.value) and "stage 'distil'" in str(error.value)
+    assert list((tmp_path / "run").glob("checkpoint-*"))
