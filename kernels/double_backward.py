@@ -26,6 +26,4 @@ def guard(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -
     """
     if not torch.is_grad_enabled():
         return tuple(gradients)
-    return tuple(
-        None if gradient is None else _NoSecondDerivative.apply(gradient, *inputs) for gradient in gradients
-    )
+    return tuple(None if gradient is None else _NoSecondDerivative.apply(gradient, *inputs) for gradient in gradients)

@@ -125,8 +125,7 @@ class HeadGradients:
         if self.hidden is not None:
             # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
             total = sum(
-                torch.mm(dz[:, columns], tile)
-                for columns, tile in _tiles(self.weight_value, self.compute, self.logits)
+                torch.mm(dz[:, columns], tile) for columns, tile in _tiles(self.weight_value, self.compute, self.logits)
             )
             self.hidden[rows] = total.to(self.hidden.dtype)
         if self.weight is not None:

@@ -1,13 +1,13 @@
 """The losses that most callers want: selected log-probabilities, cross-entropy, and one divergence to a teacher."""
 
-import torch
 from torch import Tensor
 
+from minillm.kernels.arguments import prepare
 from minillm.kernels.compiling import outside_compiled_graphs
 from minillm.kernels.divergences import DIVERGENCES
 from minillm.kernels.head import LMHead
 from minillm.kernels.objective import objective_sum
-from minillm.kernels.problem import Problem, Tensors, prepare
+from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import token_stats
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.compiling import outside_compiled_graphs
 from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
 from minillm.kernels.head import HeadGradients, LMHead
-from minillm.kernels.problem import Problem, Tensors, accumulation, prepare
+from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import TokenStats
 
 Objective = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]

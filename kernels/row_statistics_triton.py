@@ -32,7 +32,7 @@ def statistics_kernel(
     STUDENT_ENTROPY: tl.constexpr, TEACHER_ENTROPY: tl.constexpr,
     JSD: tl.constexpr, SKEW_FORWARD_KL: tl.constexpr, SKEW_REVERSE_KL: tl.constexpr, TVD: tl.constexpr,
     MEAN_U_JSD: tl.constexpr, MEAN_U_SKEW_FORWARD_KL: tl.constexpr,
-    MEAN_U_SKEW_REVERSE_KL: tl.constexpr, MEAN_U_TVD: tl.constexpr,
+    MEAN_U_SKEW_REVERSE_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     TEACHER: tl.constexpr = TEACHER_LSE >= 0
@@ -116,7 +116,7 @@ def statistics_kernel(
             tl.store(out + FORWARD_KL * C, c - t_d / t + forever)
 
     if SECOND:
-        jsd, jsd_u, tvd, tvd_u = zeros, zeros, zeros, zeros
+        jsd, jsd_u, tvd = zeros, zeros, zeros
         skew_f, skew_f_u, skew_r, skew_r_u = zeros, zeros, zeros, zeros
         for tail in tl.static_range(2):
             for start in range(whole if tail else 0, V if tail else whole, BLOCK):
@@ -139,7 +139,6 @@ def statistics_kernel(
                     skew_r_u -= q * (over_q + alpha * tl.exp(-over_q))
                 if TVD >= 0:
                     tvd += 0.5 * tl.abs(q - p)
-                    tvd_u += 0.5 * q * tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0))
         broken = (log_s - log_s) + (log_t - log_t)  # NaN where a model's row holds NaN or nothing, else 0
         if JSD >= 0:
             tl.store(out + JSD * C, tl.sum(jsd, 0) + broken)
@@ -152,4 +151,3 @@ def statistics_kernel(
             tl.store(out + MEAN_U_SKEW_REVERSE_KL * C, tl.sum(skew_r_u, 0) + broken)
         if TVD >= 0:
             tl.store(out + TVD * C, tl.sum(tvd, 0) + broken)
-            tl.store(out + MEAN_U_TVD * C, tl.sum(tvd_u, 0) + broken)

@@ -19,12 +19,12 @@ SECOND_PASS = tuple(name for name, field in FIELDS.items() if field.second_pass)
 STATISTIC_SLOTS = (
     *("student_lse", "teacher_lse"),
     *(name for name in FIELDS if not name.endswith("argmax")),
-    *(f"mean_u_{name}" for name in SECOND_PASS),
+    *(f"mean_u_{name}" for name in SECOND_PASS if name != "tvd"),
 )
 ROW_STATISTICS = (  # what the gradient reads, and the coefficient that asks for it
     ("reverse_kl", "reverse_kl"),
     ("student_entropy", "student_entropy"),
-    *((f"mean_u_{name}", name) for name in SECOND_PASS),
+    *((f"mean_u_{name}", name) for name in SECOND_PASS if name != "tvd"),  # the gradient takes tvd's itself
 )
 
 
@@ -36,13 +36,13 @@ def row_statistics(
 ) -> dict[str, Tensor]:
     """The statistics `spec.fields`, each (C,) fp32 (argmaxes int64). The logits stay as they are.
 
-    Besides: `student_lse`, `teacher_lse` (where a teacher is given), and `mean_u_F` = E_q[u_F] for every second-pass
-    field F. `row_gradients` reads them.
+    Besides: `student_lse`, `teacher_lse` (where a teacher is given), and `mean_u_F` = E_q[u_F] for every divergence F
+    from a mixture. `row_gradients` reads them.
     """
     _check(student, teacher)
     C, V = student.shape
     names = {"student_lse"} | {name for name in spec.fields if not name.endswith("argmax")}
-    names |= {f"mean_u_{name}" for name in spec.fields if FIELDS[name].second_pass}
+    names |= {f"mean_u_{name}" for name in spec.fields if f"mean_u_{name}" in STATISTIC_SLOTS}
     if teacher is not None:
         names |= {"teacher_lse"}
     slots = {name: slot for slot, name in enumerate(name for name in STATISTIC_SLOTS if name in names)}

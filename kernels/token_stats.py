@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.compiling import outside_compiled_graphs
 from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
 from minillm.kernels.head import LMHead
-from minillm.kernels.problem import Problem, Tensors, accumulation, prepare
+from minillm.kernels.problem import Problem, Tensors
 
 
 class TokenStats:
@@ -56,7 +57,8 @@ class TokenStats:
         missing = [name for name in names if name not in self.__dict__]
         if missing:
             raise AttributeError(
-                f"{', '.join(missing)} not computed; pass fields=({', '.join(repr(n) for n in (*self.fields, *missing))})"
+                f"{', '.join(missing)} not computed; pass fields=("
+                f"{', '.join(repr(name) for name in (*self.fields, *missing))})"
             )
 
     def __getattr__(self, name: str) -> Tensor:

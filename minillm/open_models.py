@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import transformers
+
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import PACKAGE, STAGE, expand, is_hub_name, package_file
 from minillm.engine.torch import pick_device
@@ -59,6 +61,7 @@ def open_models(
     Raises PreflightError where the two do not go together, ValueError where there is no such device.
     """
     where = pick_device(device)
+    transformers.utils.logging.disable_progress_bar()
     teacher_model = teacher_tokenizer = None
     if teacher is not None:
         teacher_model = load_teacher(teacher, output_dir=output_dir, device=where)

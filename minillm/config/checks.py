@@ -18,7 +18,7 @@ from minillm.config.model_checks import installed, pruned_layers, student_form
 from minillm.config.models import TeacherConfig
 from minillm.config.place_checks import places_exist, stage_problem
 from minillm.config.rollout import RolloutConfig
-from minillm.config.shape import KeyPath
+from minillm.config.shape import KeyPath, walk
 from minillm.config.training import SCHEDULES, TrainConfig
 
 
@@ -136,7 +136,8 @@ CHECKS = (
 def check_stage(facts: Facts) -> list[Finding]:
     """Everything that the checks find in a stage."""
     in_error = [finding.path for finding in facts.findings]
-    in_error += [finding.instead for finding in facts.findings if finding.instead is not None]
+    meant = [finding.instead for finding in facts.findings if finding.instead is not None]
+    in_error += [path for path in meant if walk(None, facts.data, path)[1] is None]  # else it is there as well
     findings = []
     for check in CHECKS:
         groups = list(inspect.signature(check).parameters)[1:]

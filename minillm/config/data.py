@@ -47,7 +47,7 @@ class HfPrompts(InstructionKeys):
     """A dataset of the `datasets` library: a hub name or a folder written by save_to_disk."""
 
     type: Literal["hf"]
-    path: DatasetPath
+    path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
     name: str | None = Field(None, description="The configuration of a hub dataset")
     split: str = "train"
 

@@ -139,11 +139,12 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_list(self, items: list) -> yaml.Node:
         flow = not any(isinstance(item, dict | list) for item in items)
-        return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flow)
+        return self.represent_sequence(f"{_TAG}seq", items, flow_style=flow)
 
 
 _Dumper.add_representer(list, _Dumper.represent_list)
 
+_TAG = "tag:yaml.org,2002:"
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -157,7 +158,7 @@ _SCALARS = {
 }
 for _name, (_pattern, _first) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})$"), _first)
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"(?:{_pattern})$"), _first)
 
 
 def _parse(text: str, origin: Origin, problems: list[Problem]) -> Node | None:
@@ -185,6 +186,9 @@ def _convert(
     if any(node is outer for outer in around):
         problems.append(origin.problem(f"the anchor at line {node.start_mark.line + 1} contains itself"))
         return Node(None, origin)
+    if node.tag.removeprefix(_TAG) not in {*_SCALARS, "str", "seq", "map"}:
+        problems.append(origin.problem(f"the tag {node.tag.replace(_TAG, '!!')} has no meaning here"))
+        return Node(None, origin)
     if isinstance(node, yaml.SequenceNode):
         items = [
             _convert(item, loader, _below(origin, place, item), problems, (*around, node))
@@ -192,12 +196,11 @@ def _convert(
         ]
         return Node(items, origin)
     if isinstance(node, yaml.ScalarNode):
-        if node.tag.removeprefix("tag:yaml.org,2002:") not in {*_SCALARS, "str"}:
-            problems.append(
-                origin.problem(f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} has no meaning here")
-            )
+        try:
+            return Node(node.value if node.tag == f"{_TAG}merge" else loader.construct_object(node), origin)
+        except (ValueError, KeyError):  # !!int three
+            problems.append(origin.problem(f"{node.value!r} is not what the tag before it says"))
             return Node(None, origin)
-        return Node(node.value if node.tag.endswith(":merge") else loader.construct_object(node), origin)
     entries: dict[str, Node] = {}
     for key, value in _entries(node, origin, problems):
         below = _below(origin, key.value, key)
@@ -215,7 +218,7 @@ def _entries(
     """(key, value) of a mapping; what `<<` brings in comes last and gives way to the mapping's own keys."""
     own, brought = [], []
     for key, value in node.value:
-        if key.tag.endswith(":merge"):
+        if key.tag == f"{_TAG}merge":
             sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
             for source in sources:
                 if isinstance(source, yaml.MappingNode) and all(source is not outer for outer in (*around, node)):

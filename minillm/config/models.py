@@ -9,17 +9,17 @@ from minillm.config.base import ModelPath, Strict, TokenizerPath
 AttnImplementation = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
 ]
+MODEL_PATH = (
+    "A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed Python package "
+    "carries), or stage:NAME (the model that an earlier stage left)"
+)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class ModelConfig(Strict):
     """The keys that both models have."""
 
-    path: ModelPath | None = Field(
-        None,
-        description="A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed "
-        "Python package carries), or stage:NAME (the model that an earlier stage left)",
-    )
+    path: ModelPath | None = Field(None, description=MODEL_PATH)
     revision: str | None = Field(None, description="The branch, tag or commit of a hub name")
     tokenizer: TokenizerPath | None = Field(
         None, description="A folder or hub name of the tokenizer; default: the model's own"
@@ -32,7 +32,7 @@ class ModelConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The model that judges. Its weights are never trained."""
 
-    path: ModelPath
+    path: ModelPath = Field(description=MODEL_PATH)
 
 
 class StudentConfig(ModelConfig):

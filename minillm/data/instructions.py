@@ -12,7 +12,13 @@ from minillm.data.pydoc import pydoc_records
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
 from minillm.data.templates import Message, render
 
-FORMS = "instruction/input/output, prompt/completion, question/answer or messages"
+# (question, answer, context); the first whose answer is there, else the first whose question is
+FORMS = (
+    ("instruction", "output", "input"),
+    ("instruction", "response", "context"),
+    ("prompt", "completion", None),
+    ("question", "answer", None),
+)
 
 
 @dataclass(frozen=True)
@@ -118,18 +124,16 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[list[Message], str, tupl
     """(messages up to the answer, context, references) of a record of any known form."""
     if record.get("messages") is not None:
         return _parse_messages(where, record["messages"])
-    for question, answer, context in (
-        ("instruction", "output", "input"),
-        ("prompt", "completion", None),
-        ("question", "answer", None),
-    ):
-        if record.get(question) is not None:
-            text = _text(where, question, record[question])
-            extra = _text(where, context, record.get(context) or "") if context else ""
-            given = record.get(answer)
-            given = [] if given is None else given if isinstance(given, list) else [given]
-            return [{"role": "user", "content": text}], extra, tuple(_text(where, answer, one) for one in given)
-    raise DataError(f"{where}: expected {FORMS}; found the fields {', '.join(record) or 'none'}")
+    asked = [form for form in FORMS if record.get(form[0]) is not None]
+    if not asked:
+        known = ", ".join(f"{question}/{answer}" for question, answer, _ in FORMS)
+        raise DataError(f"{where}: expected {known} or messages; found the fields {', '.join(record) or 'none'}")
+    question, answer, context = next((form for form in asked if record.get(form[1]) is not None), asked[0])
+    text = _text(where, question, record[question])
+    extra = _text(where, context, record.get(context) or "") if context else ""
+    given = record.get(answer)
+    given = [] if given is None else given if isinstance(given, list) else [given]
+    return [{"role": "user", "content": text}], extra, tuple(_text(where, answer, one) for one in given)
 
 
 def _parse_messages(where: str, messages: Any) -> tuple[list[Message], str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -18,6 +19,8 @@ class DataError(ValueError):
 def find_files(pattern: str) -> list[Path]:
     """The files a path or glob names, sorted. Raises DataError where there is none."""
     expanded = str(Path(os.path.expandvars(pattern)).expanduser())
+    if Path(expanded).is_file():  # a name may hold what a glob reads as a pattern
+        return [Path(expanded)]
     files = [Path(name) for name in sorted(glob(expanded, recursive=True)) if Path(name).is_file()]
     if not files:
         raise DataError(f"{pattern}: no such file")
@@ -27,18 +30,17 @@ def find_files(pattern: str) -> list[Path]:
 def read_jsonl(pattern: str) -> Iterator[Record]:
     """JSON objects, a line each, plain or gzipped; blank lines are passed over."""
     for path in find_files(pattern):
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where}: not JSON ({error}); expected one object a line") from None
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
-                yield where, record
+        for number, line in enumerate(read_lines(path), 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # JSON's and UTF-8's
+                raise DataError(f"{where}: not JSON in UTF-8 ({error}); expected one object a line") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+            yield where, record
 
 
 def read_parquet(pattern: str) -> Iterator[Record]:
@@ -76,10 +78,16 @@ def read_texts(pattern: str) -> Iterator[tuple[str, str]]:
                     raise DataError(f"{where}: expected a field `text`; found {', '.join(record) or 'no fields'}")
                 yield where, record["text"]
         else:
-            with open_text(path) as file:
-                yield str(path), file.read()
+            try:
+                yield str(path), b"".join(read_lines(path)).decode("utf-8-sig").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: not UTF-8 ({error}); convert it") from None
 
 
-def open_text(path: Path):
-    """A text file, gzipped or not."""
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, gzipped or not. Raises DataError for a gzipped file that is damaged or cut off."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file ({error}); fetch it again") from None

@@ -10,6 +10,7 @@ from minillm.checkpoint import write_text_atomic
 from minillm.config.loading import EvaluationPlan, load_evaluation
 from minillm.console import Console
 from minillm.data.instructions import load_prompts
+from minillm.data.sources import read_jsonl
 from minillm.evaluate.evaluator import Evaluator
 from minillm.open_models import model_path, open_models
 
@@ -35,7 +36,7 @@ def evaluation_plan(
 
     Raises ConfigErrors with every problem.
     """
-    kinds = {file: next((kind for end, kind in DATA_FILES.items() if file.name.endswith(end)), None) for file in files}
+    kinds = {file: _kind(file) for file in files}
     sets = {
         file.name.partition(".")[0]: {"type": kind, "path": str(file)}
         for file, kind in kinds.items()
@@ -52,6 +53,15 @@ def evaluation_plan(
         sets = plan.eval.sets.items()
         changed["sets"] = {name: prompts.model_copy(update={"limit": limits[name]}) for name, prompts in sets}
     return EvaluationPlan(**{**vars(plan), "eval": plan.eval.model_copy(update=changed)})
+
+
+def _kind(file: Path) -> str | None:
+    """What type of prompts a data file holds, None for a configuration."""
+    kind = next((kind for end, kind in DATA_FILES.items() if file.name.endswith(end)), None)
+    if kind == "jsonl" and file.is_file():
+        _, first = next(read_jsonl(str(file)), (None, {}))
+        return "text" if list(first) == ["text"] else kind
+    return kind
 
 
 def evaluate_model(

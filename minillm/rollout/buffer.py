@@ -55,7 +55,7 @@ class RolloutBuffer(Sequence[Rollout]):
             sequences = [getattr(rollout, name) for rollout in self]
             state[f"{name}_lengths"] = _integers(map(len, sequences))
             state[f"{name}_ids"] = _integers(token for sequence in sequences for token in sequence)
-        for name in self.rollouts[0].vectors if self.rollouts else ():
+        for name in dict.fromkeys(name for rollout in self for name in rollout.vectors):
             state[VECTOR + name] = self._joined(name, [rollout.vectors.get(name) for rollout in self])
         if any(rollout.teacher_hidden is not None for rollout in self):
             state["teacher_hidden"] = self._joined("teacher_hidden", [rollout.teacher_hidden for rollout in self])
@@ -70,15 +70,21 @@ class RolloutBuffer(Sequence[Rollout]):
             raise ValueError(f"not the state of a rollout buffer: {problem}; it holds {sorted(state)}") from problem
 
     def _joined(self, name: str, parts: list[Tensor | None]) -> Tensor:
-        names = set(self.rollouts[0].vectors)
         for rollout, part in zip(self, parts, strict=True):
-            if part is None or set(rollout.vectors) != names:
-                raise ValueError(f"rollout {rollout.key} holds {sorted(rollout.vectors)}, the first one {sorted(names)}")
+            if part is None or set(rollout.vectors) != set(self.rollouts[0].vectors):
+                raise ValueError(
+                    f"rollout {rollout.key} holds {_contents(rollout)}, but the first one {_contents(self.rollouts[0])}; "
+                    "all must hold the same"
+                )
             if len(part) != len(rollout.response):
                 raise ValueError(
                     f"rollout {rollout.key}: {name} has {len(part)} rows for a response of {len(rollout.response)} tokens"
                 )
         return torch.cat(parts)
+
+
+def _contents(rollout: Rollout) -> str:
+    return ", ".join([*rollout.vectors, *(["teacher_hidden"] if rollout.teacher_hidden is not None else [])]) or "nothing"
 
 
 def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:

@@ -148,7 +148,7 @@ def _decode(
     decoders = [Decoder(getattr(models, role), vocab_size=models.vocab_size, room=room) for role in roles]
     shares = list(roles.values())
     bans = NgramBan(sampling.no_repeat_ngram_size, prompts) if sampling.no_repeat_ngram_size else None
-    ends = torch.tensor(models.eos_ids, device=device)
+    ends = torch.tensor(models.eos_ids, dtype=torch.int64, device=device)
     noise = noise.to(device)
 
     fed, mask, position = (part.to(device) for part in _pad_left(prompts, width, room, models.pad_id))
@@ -169,7 +169,12 @@ def _decode(
         running &= ~is_end
         finished = rows[is_end]
         ended[finished], lengths[finished] = True, step + 1
-        left = int(running.sum())
+        left, broken = torch.stack((running.sum(), (~logprob.isfinite()).sum())).tolist()
+        if broken:
+            raise ValueError(
+                f"the logits at token {step} of {broken} answer(s) are not finite: the weights of {' or '.join(roles)} hold "
+                "NaN or infinity, or overflow in their dtype"
+            )
         if not left or step + 1 == steps:
             break
         if bans is not None:
@@ -218,14 +223,8 @@ def _answers(
     ended: Tensor,  # (B,) bool
 ) -> list[Answer]:
     tokens, logprobs = tokens.cpu(), logprobs.float().cpu()
-    answers = [
-        Answer(list(prompt), ids[:length].tolist(), bool(end), values[:length].clone())
-        for prompt, ids, length, end, values in zip(prompts, tokens, lengths.tolist(), ended.tolist(), logprobs, strict=True)
+    columns = zip(prompts, tokens, logprobs, lengths.tolist(), ended.tolist(), strict=True)
+    return [
+        Answer(list(prompt), ids[:length].tolist(), end, values[:length].clone())
+        for prompt, ids, values, length, end in columns
     ]
-    for answer in answers:
-        if not answer.logprobs.isfinite().all():
-            raise ValueError(
-                f"the logits at token {int(answer.logprobs.isfinite().int().argmin())} of an answer are not finite: the "
-                "weights of student or teacher hold NaN or infinity, or overflow in this dtype"
-            )
-    return answers

@@ -231,7 +231,10 @@ def test_strided_inputs(backend, kit):
 def test_nothing_kept_is_a_connected_zero(rows, backend, kit):
     case = kit.make_case(rows=rows, ignored=1.0, bias=True)
     loss, metrics = linear_objective(
-        *case.arguments, lambda stats: (stats.jsd, {"kl": stats.reverse_kl}), fields=("jsd", "reverse_kl"), backend=backend
+        *case.arguments,
+        lambda stats: (stats.jsd, {"kl": stats.reverse_kl}),
+        fields=("jsd", "reverse_kl"),
+        backend=backend,
     )
     stats = stats_of(case, backend, fields=FIELDS)
     values = [loss, metrics["kl"], stats.reverse_kl.sum(), linear_divergence(*case.arguments[:4], labels=case.labels)]
@@ -267,15 +270,13 @@ def test_weight_gradient_of_many_bfloat16_chunks_is_summed_in_float32(backend, k
     weights = {"reverse_kl": torch.ones(rows, device=kit.device)}
     one = gradients(objective_of(case, backend, weights), case)["weight"]
     many = gradients(objective_of(case, backend, weights, chunk_bytes=1), case)["weight"]
-    lossy = gradients(
-        objective_of(case, backend, weights, chunk_bytes=1, weight_grad="bf16"), case
-    )["weight"]
+    lossy = gradients(objective_of(case, backend, weights, chunk_bytes=1, weight_grad="bf16"), case)["weight"]
     exact = expected_gradients(case, weights, kit)[1]["weight"]
     assert kit.relative_error(many, exact) < 1.1 * kit.relative_error(one, exact)
     assert kit.relative_error(lossy, exact) > 1.5 * kit.relative_error(one, exact)
 
 
-# -- hostile numbers ----------------------------------------------------------------------------------------------------
+# -- hostile numbers -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

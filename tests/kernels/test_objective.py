@@ -82,7 +82,9 @@ def test_without_a_teacher_and_without_labels(kit):
 
     loss, _ = linear_objective(hidden, head, None, None, labels, objective)
     assert fields[0] == ("student_logprob", "student_entropy", "student_argmax")
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ head.weight.t(), labels, reduction="sum"))
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(hidden @ head.weight.t(), labels, reduction="sum")
+    )
     entropy, _ = linear_objective(hidden, head, None, None, None, lambda stats: stats.student_entropy)
     expected = torch.distributions.Categorical(logits=hidden @ head.weight.t()).entropy().sum()
     torch.testing.assert_close(entropy, expected)
@@ -157,7 +159,7 @@ def test_token_stats_recompute(kit):
     assert count.total == 40 * 113 * (16 * 4 + 24 * 2)
 
 
-# -- autograd -----------------------------------------------------------------------------------------------------------
+# -- autograd --------------------------------------------------------------------------------------
 
 
 def losses(case):

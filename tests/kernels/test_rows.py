@@ -44,7 +44,10 @@ def test_padded_rows_are_the_same_rows(backend, kit):
     padded = torch.full((5, 48), math.nan, device=kit.device)[:, :37].copy_(student)
     other = torch.full((5, 64), math.nan, device=kit.device)[:, :37].copy_(teacher)
     spec, rows = RowSpec(FLOATS), operations(backend)
-    plain, strided = rows.row_statistics(student, teacher, labels, spec), rows.row_statistics(padded, other, labels, spec)
+    plain, strided = (
+        rows.row_statistics(student, teacher, labels, spec),
+        rows.row_statistics(padded, other, labels, spec),
+    )
     for name in FLOATS:
         torch.testing.assert_close(strided[name], plain[name], rtol=1e-6, atol=1e-6)
     gradients = [

@@ -60,7 +60,10 @@ def test_is_a_sequence():
 def test_rollouts_that_do_not_fit_together():
     buffer = make_buffer()
     buffer[1].vectors["weight"] = torch.ones(1)
-    with pytest.raises(ValueError, match="rollout .*1 holds .*weight"):
+    with pytest.raises(ValueError, match="rollout .* holds student_logprob, advantage, weight"):
+        buffer.state()
+    buffer = RolloutBuffer([Rollout(1, [2], [3], True), make_buffer()[0]])
+    with pytest.raises(ValueError, match="holds nothing, but .*|but the first one nothing"):
         buffer.state()
     buffer = make_buffer()
     buffer[2].vectors["advantage"] = torch.ones(3)

@@ -1,0 +1,83 @@
+"""What each `init` needs, layers that exist, and packages that must be installed."""
+
+from importlib import metadata
+
+import pytest
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Only the distributions of this set are installed."""
+    names = set()
+
+    def version(name):
+        if name not in names:
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("student", "wrong"),
+    [
+        ({}, {"student.path": "init: pretrained takes"}),
+        ({"init": "prune", "layers": 2}, {"student.path": "init: prune takes"}),
+        ({"path": "models/big", "init": "prune"}, {"student.layers": "missing"}),
+        ({"path": "models/big", "layers": [0, 1]}, {"student.layers": "no effect without init: prune"}),
+        ({"path": "models/big", "config": {}}, {"student.config": "no effect without init: random"}),
+        ({"init": "random"}, {"student.config": "missing", "student.tokenizer": "or say byte"}),
+        ({"init": "random", "config": {}, "tokenizer": "byte"}, {"student.config": "model_type"}),
+        ({"init": "random", "config": {"model_type": "llama"}, "tokenizer": "byte"}, {}),
+        ({"init": "random", "path": "models/big"}, {}),
+        ({"path": "models/big", "init": "prune", "layers": [0, 4]}, {}),
+        ({"path": "models/big", "init": "prune", "layers": 5}, {}),
+        ({"path": "models/big", "init": "prune", "layers": 6}, {"student.layers": "has only 5 layers"}),
+        ({"path": "models/big", "init": "prune", "layers": [0, 5, 7]}, {"student.layers": "layers 0 to 4, no 5, 7"}),
+        ({"path": "models/big", "init": "prune", "layers": [1, 2, 1]}, {"student.layers": "names 1 more than once"}),
+        ({"path": "models/big", "init": "prune", "layers": []}, {"student.layers": "must not be empty"}),
+        ({"path": "org/name", "init": "prune", "layers": [0, 99]}, {}),
+    ],
+)
+def test_forms_of_a_student(recipe, student, wrong):
+    found = recipe.problems(student=student)
+    assert set(found) == set(wrong)
+    for path, words in wrong.items():
+        assert words in found[path]
+
+
+def test_a_stage_may_inherit_layers_and_go_on_from_the_pruned_model(recipe):
+    student = {"path": "models/big", "init": "prune", "layers": [0, 4]}
+    own = {"student": {"path": "stage:one", "init": "pretrained"}}
+    assert recipe.problems(student=student, stages={"one": {}, "two": own}) == {}
+    again = {"student": {"path": "stage:one"}}  # inherits init: prune, of a model with two layers
+    found = recipe.problems(student=student, stages={"one": {}, "two": again})
+    assert "stage:one has the layers 0 to 1, no 4" in found["student.layers"]
+    assert found["student.layers"].startswith("in stage two: ")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "distribution", "words"),
+    [
+        ("flash_attention_2", "flash-attn", "pip install flash-attn --no-build-isolation"),
+        ("flash_attention_3", "flash-attn-3", "hopper"),
+        ("flash_attention_4", "flash-attn-4", "pip install flash-attn-4"),
+    ],
+)
+def test_flash_attention_says_how_to_install_it(recipe, installed, implementation, distribution, words):
+    found = recipe.problems(student__attn_implementation=implementation)
+    assert words in found["student.attn_implementation"]
+    installed.add(distribution)
+    assert recipe.problems(student__attn_implementation=implementation) == {}
+    assert recipe.problems(student__attn_implementation="sdpa") == {}
+
+
+def test_gguf_files_need_their_extra(recipe, installed):
+    (recipe.folder / "model.gguf").write_text("")
+    message = recipe.problems(teacher__path="model.gguf")["teacher.path"]
+    assert "gguf and accelerate" in message and "minillm[gguf]" in message
+    installed.add("gguf")
+    assert "needs accelerate:" in recipe.problems(teacher__path="model.gguf")["teacher.path"]
+    installed.add("accelerate")
+    assert recipe.problems(teacher__path="model.gguf") == {}

@@ -1,0 +1,120 @@
+"""Records of every form become prompts with references; what is dropped is counted."""
+
+import gzip
+
+import pytest
+
+from minillm.config.data import JsonlPrompts, PlainPrompts
+from minillm.data.instructions import load_prompts
+from minillm.data.sources import DataError
+
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
+def load(tokenizer, path, **config):
+    return load_prompts(JsonlPrompts(path=path, **{"template": "none"} | config), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "record, prompt, references",
+    [
+        ({"instruction": "Why?", "input": "", "output": "So."}, "Why?", ("So.",)),
+        ({"instruction": "Why?", "input": "Rain.", "output": "So."}, "Why?\n\nRain.", ("So.",)),
+        ({"instruction": "Why?", "output": ["So.", "Thus."]}, "Why?", ("So.", "Thus.")),
+        ({"instruction": "Why?", "prompt": "already rendered", "output": "So."}, "Why?", ("So.",)),
+        ({"instruction": "Why?", "context": "Rain.", "response": "So."}, "Why?\n\nRain.", ("So.",)),
+        ({"instruction": "Why?"}, "Why?", ()),
+        ({"prompt": "Why?", "completion": "So."}, "Why?", ("So.",)),
+        ({"question": "Why?", "answer": "So."}, "Why?", ("So.",)),
+        ({"messages": CHAT}, "Why?", ("So.",)),
+        ({"messages": CHAT[:1]}, "Why?", ()),
+        ({"messages": [{"role": "system", "content": "Be."}, *CHAT]}, "Be.\n\nWhy?", ("So.",)),
+        ({"instruction": None, "messages": None, "prompt": "Why?", "completion": None}, "Why?", ()),
+    ],
+)
+def test_every_form(byte, jsonl, record, prompt, references):
+    (example,) = load(byte, jsonl(record))
+    assert (example.prompt, example.references, example.index) == (prompt, references, 0)
+    assert byte.decode(example.prompt_ids) == prompt
+    expected = [*byte(references[0]).input_ids, byte.eos_token_id] if references else []
+    assert example.response_ids == expected
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"title": "Why?", "body": 1}, "expected instruction/output, .* or messages; found the fields title, body"),
+        ({"instruction": 3}, "instruction: expected text, found int"),
+        ({"instruction": "Why?", "output": [1]}, "output: expected text, found int"),
+        ({"messages": "Why?"}, "messages: expected a list"),
+        ({"messages": [{"role": "user"}]}, "messages: expected a list"),
+        ({"messages": CHAT[1:]}, "messages: an answer without a question"),
+    ],
+)
+def test_a_record_of_no_form_is_named(byte, jsonl, record, message):
+    path = jsonl({"instruction": "Why?"}, record)
+    with pytest.raises(DataError, match=f"{path}:2: {message}"):
+        load(byte, path)
+
+
+def test_prompts_over_the_length_are_dropped_and_counted(byte, jsonl):
+    path = jsonl(*({"instruction": "x" * length, "output": "y"} for length in (3, 9, 4, 5, 1)))
+    prompts = load(byte, path, max_prompt_length=4)
+    assert [len(example.prompt_ids) for example in prompts] == [3, 4, 1] and prompts.dropped_long == 2
+    assert [example.index for example in prompts] == [0, 2, 4], "a dropped prompt must not change the others' noise"
+    assert (len(prompts), prompts[1].index, prompts.source) == (3, 2, path)
+    assert [example.index for example in load(byte, path, max_prompt_length=4, limit=2)] == [0, 2]
+    with pytest.raises(DataError, match=r"data.prompts: no usable prompt \(1 over max_prompt_length=4 tokens\)"):
+        load(byte, jsonl({"instruction": "x" * 9}), max_prompt_length=4)
+
+
+@pytest.mark.parametrize("limit, response", [(4, "abc<|end|>"), (3, "abc"), (2, "ab")])
+def test_the_eos_stands_only_where_nothing_was_cut(byte, jsonl, limit, response):
+    (example,) = load(byte, jsonl({"instruction": "x", "output": "abc"}), max_response_length=limit)
+    assert byte.decode(example.response_ids) == response
+
+
+def test_prompt_and_answer_are_tokenised_together(byte, merging, jsonl):
+    """Where a token spans the border the answer is tokenised alone, so that the prompt stays what is sampled from."""
+    (example,) = load(merging, jsonl({"instruction": "a:", "output": "b:b"}))
+    assert merging.convert_ids_to_tokens(example.prompt_ids) == ["a", ":"]
+    assert merging.convert_ids_to_tokens(example.response_ids) == ["b", ":b", "<end>"]
+    (example,) = load(merging, jsonl({"instruction": "a", "output": ":b"}))
+    assert merging.convert_ids_to_tokens([*example.prompt_ids, *example.response_ids]) == ["a", ":b", "<end>"]
+
+
+def test_an_empty_prompt_has_a_token_to_start_from(byte, jsonl):
+    (example,) = load(byte, jsonl({"prompt": "", "completion": "abc"}))
+    assert example.prompt_ids == [byte.eos_token_id]
+    assert byte.decode(example.response_ids) == "abc<|end|>"
+
+
+def test_chat(byte, jsonl):
+    path = jsonl({"messages": CHAT}, {"instruction": "Why?", "input": "Rain.", "output": "So."})
+    first, second = load(byte, path, template="chat", system="Be.")
+    assert first.prompt == "<system>Be.\n<user>Why?\n<assistant>"
+    assert second.prompt == "<system>Be.\n<user>Why?\n\nRain.\n<assistant>"
+    assert byte.decode(first.response_ids) == "So.<|end|>"
+
+
+def test_beginnings_of_texts(byte, jsonl, tmp_path):
+    path = jsonl(*({"text": text} for text in ("left out", "abcdef", "abc", "ghijklmnop")))
+    config = PlainPrompts(type="text", path=path, prompt_length=3, max_response_length=4, skip=1)
+    first, second = load_prompts(config, byte)
+    assert [(example.index, example.prompt, example.references) for example in (first, second)] == [
+        (1, "abc", ("def",)),
+        (3, "ghi", ("jklm",)),
+    ]
+    assert byte.decode(first.response_ids) == "def<|end|>" and byte.decode(second.response_ids) == "jklm"
+
+
+def test_real_instructions(byte, assets):
+    dev = load_prompts(JsonlPrompts(path=str(assets / "data/dolly/dev.jsonl"), max_prompt_length=700), byte)
+    lines = (assets / "data/dolly/dev.jsonl").read_bytes().count(b"\n")
+    assert len(dev) + dev.dropped_long == lines and len(dev) > 100
+    assert all(example.references and example.prompt.endswith("### Response:\n") for example in dev)
+    train = assets / "data/dolly/train.jsonl.gz"
+    with gzip.open(train) as file:
+        assert file.readline()
+    limited = load_prompts(JsonlPrompts(path=str(train), limit=5, max_prompt_length=2000), byte)
+    assert len(limited) == 5

@@ -1,0 +1,89 @@
+"""Records from every kind of file, and errors that say where."""
+
+import gzip
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from minillm.data.sources import DataError, find_files, read_hf, read_jsonl, read_parquet, read_texts
+
+RECORDS = [{"text": "one"}, {"text": "zwölf\u2028 𝔘"}]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
+def test_jsonl(jsonl, name):
+    path = jsonl(RECORDS[0], "", RECORDS[1], name=name)
+    assert list(read_jsonl(path)) == [(f"{path}:1", RECORDS[0]), (f"{path}:3", RECORDS[1])]
+
+
+def test_jsonl_of_other_systems(tmp_path):
+    """A byte-order mark, CRLF, and a line separator inside a text."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('\ufeff{"text": "a\u2028b"}\r\n{"text": "c"}'.encode())
+    assert [record["text"] for _, record in read_jsonl(str(path))] == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize("line, message", [('{"text": ', "not JSON"), ("[1]", "expected a JSON object, found list")])
+def test_a_wrong_line_is_named(jsonl, line, message):
+    path = jsonl(RECORDS[0], line)
+    with pytest.raises(DataError, match=f"{path}:2: {message}"):
+        list(read_jsonl(path))
+
+
+def test_a_line_of_another_encoding_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    with pytest.raises(DataError, match=f"{path}:2: not JSON in UTF-8"):
+        list(read_jsonl(str(path)))
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=f"{path}: not UTF-8"):
+        list(read_texts(str(path)))
+
+
+def test_a_cut_off_gzip_file_is_named(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-9])
+    with pytest.raises(DataError, match=f"{path}: not a whole gzip file"):
+        list(read_jsonl(str(path)))
+    path.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(DataError, match=f"{path}: not a whole gzip file"):
+        list(read_jsonl(str(path)))
+
+
+def test_globs_are_sorted_and_names_taken_literally(jsonl, tmp_path, monkeypatch):
+    for name in ("b.jsonl", "a.jsonl", "odd[1].jsonl"):
+        jsonl({"text": name}, name=name)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert [record["text"] for _, record in read_jsonl("$PLACE/?.jsonl")] == ["a.jsonl", "b.jsonl"]
+    assert [record["text"] for _, record in read_jsonl(str(tmp_path / "odd[1].jsonl"))] == ["odd[1].jsonl"]
+    with pytest.raises(DataError, match="no such file"):
+        find_files(str(tmp_path / "*.nothing"))
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "data.parquet"
+    Dataset.from_list(RECORDS).to_parquet(path)
+    assert list(read_parquet(str(path))) == [(f"{path}, row {row}", record) for row, record in enumerate(RECORDS)]
+
+
+def test_saved_datasets(tmp_path):
+    dataset = Dataset.from_list(RECORDS)
+    dataset.save_to_disk(tmp_path / "one")
+    DatasetDict(train=dataset.select([0]), test=dataset.select([1])).save_to_disk(tmp_path / "two")
+    assert [record for _, record in read_hf(str(tmp_path / "one"), None, "train")] == RECORDS
+    assert [record for _, record in read_hf(str(tmp_path / "two"), None, "test")] == RECORDS[1:]
+    with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
+        list(read_hf(str(tmp_path / "two"), None, "dev"))
+
+
+def test_texts(jsonl, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"first\r\n\r\nline")
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as file:
+        file.write("second")
+    assert [text for _, text in read_texts(str(tmp_path / "*.txt*"))] == ["first\n\nline", "second"]
+    path = jsonl(*RECORDS, name="data.jsonl.gz")
+    assert [text for _, text in read_texts(path)] == [record["text"] for record in RECORDS]
+    path = jsonl({"text": "a"}, {"body": "b"})
+    with pytest.raises(DataError, match=f"{path}:2: expected a field `text`; found body"):
+        list(read_texts(path))
