@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written beside, checksummed, synced, renamed.
 
-    checkpoint-N/            a Hugging Face folder of the student, and
-      state/                 everything else needed to go on: trainer.json, engine.pt, buffer.safetensors
-      manifest.json          size and SHA-256 of every file, written last
+checkpoint-N/            a Hugging Face folder of the student, and
+  state/                 everything else needed to go on: trainer.json, engine.pt, buffer.safetensors
+  manifest.json          size and SHA-256 of every file, written last
 """
 
 import hashlib

@@ -16,7 +16,16 @@ from minillm.config.loading import load_run
 from minillm.run import run
 from minillm.trainer import TrainingError
 
-SENTENCES = ["the cat sat", "a dog ran off", "we saw it", "birds sing", "no rain fell", "she left", "it is late", "go on"]
+SENTENCES = [
+    "the cat sat",
+    "a dog ran off",
+    "we saw it",
+    "birds sing",
+    "no rain fell",
+    "she left",
+    "it is late",
+    "go on",
+]
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 

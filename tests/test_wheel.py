@@ -10,7 +10,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_wheel_carries_every_package_and_imports_alone(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("minillm-*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -137,9 +137,15 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[list[Message], str, tupl
 
 
 def _parse_messages(where: str, messages: Any) -> tuple[list[Message], str, tuple[str, ...]]:
-    right = isinstance(messages, list) and messages and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
+    right = (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in messages
+        )
     )
     if not right:
         raise DataError(f"{where}: messages: expected a list of {{role, content}}, found {json.dumps(messages)[:80]}")

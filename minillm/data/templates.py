@@ -7,7 +7,9 @@ from minillm.data.sources import DataError
 
 Message = dict[str, str]
 
-_PREAMBLE = "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
+_PREAMBLE = (
+    "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
+)
 
 
 def alpaca(instruction: str, context: str) -> str:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from minillm.config.method import MiniLLM
+from minillm.data.batch import collate
 from minillm.losses import TokenStats
 from minillm.methods.base import Method, Sources, Supervised, Term
 from minillm.methods.returns import discounted_returns, importance_weights, shape_rewards, whiten
 from minillm.methods.supervised import mixed_term
-from minillm.data.batch import collate
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.sampling import Sampling, sample

@@ -77,9 +77,7 @@ def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
         return
     by_id = {index: token for token, index in ours.items()}
     by_id_teacher = {index: token for token, index in theirs.items()}
-    first = min(
-        index for index in {*by_id, *by_id_teacher} if by_id.get(index) != by_id_teacher.get(index)
-    )
+    first = min(index for index in {*by_id, *by_id_teacher} if by_id.get(index) != by_id_teacher.get(index))
     raise PreflightError(
         f"student and teacher have different tokenizers: id {first} is {by_id.get(first)!r} for the student and "
         f"{by_id_teacher.get(first)!r} for the teacher. Token-level distillation needs one tokenizer: choose a student of the "
@@ -101,7 +99,9 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
             f"{str(model.dtype).removeprefix('torch.')}, {config._attn_implementation}",
             f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",
-            ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer)) if tokenizer else "-",
+            ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer))
+            if tokenizer
+            else "-",
             "none" if template is None else f"{len(template)} characters",
         ]
 

@@ -84,7 +84,9 @@ class RolloutBuffer(Sequence[Rollout]):
 
 
 def _contents(rollout: Rollout) -> str:
-    return ", ".join([*rollout.vectors, *(["teacher_hidden"] if rollout.teacher_hidden is not None else [])]) or "nothing"
+    return (
+        ", ".join([*rollout.vectors, *(["teacher_hidden"] if rollout.teacher_hidden is not None else [])]) or "nothing"
+    )
 
 
 def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:

@@ -158,7 +158,9 @@ def test_merging_inside_freely_named_sets():
 
 
 def test_merged_values_remember_where_they_were_written():
-    tree = merge(wrap({"train": {"a": 1, "b": 2}}, Origin("under", 3)), wrap({"train": {"b": 4}}, Origin("over", 9)), STAGE)
+    tree = merge(
+        wrap({"train": {"a": 1, "b": 2}}, Origin("under", 3)), wrap({"train": {"b": 4}}, Origin("over", 9)), STAGE
+    )
     assert tree.closest(("train", "a"))[0].origin == Origin("under", 3, ("train", "a"))
     assert tree.closest(("train", "b"))[0].origin == Origin("over", 9, ("train", "b"))
 

@@ -22,7 +22,21 @@ def test_hub_names(here, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["./x", "/x", "~/x", ".", "x.gguf", "org/x.gguf", "a/b/c", "gpt2", "models/small", "models/smal", "gpt2/", "a b", ""],
+    [
+        "./x",
+        "/x",
+        "~/x",
+        ".",
+        "x.gguf",
+        "org/x.gguf",
+        "a/b/c",
+        "gpt2",
+        "models/small",
+        "models/smal",
+        "gpt2/",
+        "a b",
+        "",
+    ],
 )
 def test_local_paths(here, text):
     assert not is_hub_name(text)

@@ -12,7 +12,18 @@ TYPES = {"object": dict, "array": list, "string": str, "null": type(None), "bool
 
 def accepts(schema: dict, value) -> bool:
     """The part of JSON Schema 2020-12 that the schema uses."""
-    known = {"$ref", "anyOf", "type", "properties", "additionalProperties", "items", "enum", "const", "title", "default"}
+    known = {
+        "$ref",
+        "anyOf",
+        "type",
+        "properties",
+        "additionalProperties",
+        "items",
+        "enum",
+        "const",
+        "title",
+        "default",
+    }
     known |= {"description", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "pattern"}
     assert set(schema) <= known | {"propertyNames", "$schema", "$defs"}, set(schema) - known
     if "$ref" in schema and not accepts(SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")], value):

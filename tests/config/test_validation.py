@@ -137,7 +137,23 @@ def test_usable_groups_leave_out_what_is_wrong_and_no_more():
 
 
 values = st.sampled_from(
-    [None, True, 0, -1, 2.5, "x", "1e-4", [], [1], ["x"], {}, {"type": "hf"}, {"name": "kd"}, {"path": 3}, {"a": {"b": 1}}]
+    [
+        None,
+        True,
+        0,
+        -1,
+        2.5,
+        "x",
+        "1e-4",
+        [],
+        [1],
+        ["x"],
+        {},
+        {"type": "hf"},
+        {"name": "kd"},
+        {"path": 3},
+        {"a": {"b": 1}},
+    ]
 )
 JARGON = re.compile(r"\b(Input|pydantic|union|tag|discriminator|validation|Extra|instance|attributes|NoneType)\b")
 

@@ -136,7 +136,9 @@ def test_the_pretraining_term_is_the_cross_entropy_of_the_blocks(make_models, so
     expected = Stream(sources.corpus.items, seed=1).take(2)
     _, term = method.terms(list(buffer)[:2], sources, models)
     ids = torch.tensor(expected)
-    want = torch.nn.functional.cross_entropy(models.student(ids).logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+    want = torch.nn.functional.cross_entropy(
+        models.student(ids).logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()
+    )
     torch.testing.assert_close(term_loss(term, models), 0.7 * want, rtol=1e-5, atol=1e-6)
 
 

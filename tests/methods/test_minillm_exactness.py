@@ -77,9 +77,7 @@ def method_gradient(**changes):
     names = ("advantage", "policy_weight", "single_step_weight")
     inputs = {name: torch.cat([r.vectors[name] for r in rollouts]).double() for name in names}
     inputs["old_logprob"] = torch.cat([r.vectors["student_logprob"] for r in rollouts])
-    inputs["probability"] = torch.cat(
-        [p.expand(len(r.response)) for p, r in zip(probabilities, rollouts, strict=True)]
-    )
+    inputs["probability"] = torch.cat([p.expand(len(r.response)) for p, r in zip(probabilities, rollouts, strict=True)])
     objective = policy_objective(method)
 
     def expected(stats, *, probability, **vectors):

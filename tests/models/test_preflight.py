@@ -47,7 +47,9 @@ def test_a_missing_token_differs_too(build_model):
 
 
 def test_a_tokenizer_with_ids_beyond_the_heads(build_model):
-    with pytest.raises(PreflightError, match=r"257 tokens, but the heads share only 71 rows \(student 300, teacher 71\)"):
+    with pytest.raises(
+        PreflightError, match=r"257 tokens, but the heads share only 71 rows \(student 300, teacher 71\)"
+    ):
         preflight(build_model("llama", vocab_size=300), build_model("llama"), byte_tokenizer(), byte_tokenizer(), CPU)
 
 

@@ -28,9 +28,7 @@ def test_half_precision_weights_give_fp32_logits(make_models):
     model = make_models(teacher=False).student.bfloat16()
     ids = torch.randint(1, 61, (2, 5))
     with torch.no_grad():
-        logits = Decoder(model, vocab_size=61, room=5).forward(
-            ids, torch.ones_like(ids), torch.arange(5).expand(2, -1)
-        )
+        logits = Decoder(model, vocab_size=61, room=5).forward(ids, torch.ones_like(ids), torch.arange(5).expand(2, -1))
         hidden = model.model(ids).last_hidden_state[:, -1]
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits[:, :61], hidden.float() @ model.lm_head.weight.float().T, atol=1e-5, rtol=1e-5)
