@@ -39,10 +39,10 @@ def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) 
 
 def divergence_options(facts: Facts, method: Method) -> Iterator[Found]:
     """A parameter is written only for the divergence that has it."""
-    written = facts.data["method"]
     if method.name == "kd":
         for key, having in (("beta", ("jsd",)), ("skew", ("skew_forward_kl", "skew_reverse_kl"))):
-            if key in written and method.divergence not in having:
+            changed = getattr(method, key) != type(method).model_fields[key].default
+            if changed and method.divergence not in having:
                 message = f"has no effect on divergence {method.divergence}; it is for {' and '.join(having)}"
                 yield Found(f"method.{key}", message, ("method.divergence",))
 

@@ -63,7 +63,7 @@ WRONG = {
     "vocab_size zero": (dict(vocab_size=0), "vocab_size=0 must be between"),
     "weight shape": (dict(student_head=torch.ones(4)), r"student_head.weight must be \(V, H\)"),
     "bias shape": (dict(student_head=LMHead(torch.ones(V, 4), torch.ones(4))), r"student_head.bias has shape \(4,\)"),
-    "bias dtype": (dict(student_head=LMHead(torch.ones(V, 4), torch.ones(V).double())), "student_head.bias is torch.fl"),
+    "bias dtype": (dict(student_head=LMHead(torch.ones(V, 4), torch.ones(V).double())), "student_head.bias is torch"),
     "LoRA module": (dict(student_head=Adapter()), "student_head is a Adapter.*merge the adapter"),
     "plain module": (dict(teacher_head=torch.nn.Linear(5, V)), r"teacher_head is a Linear.*LMHead\(module.weight"),
     "LoRA inside": (dict(student_head=LMHead(Adapter())), "student_head.weight is a Adapter, not a tensor"),

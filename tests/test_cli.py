@@ -1,0 +1,313 @@
+"""The verbs: what they call with what, what they print where, and the exit status of every kind of failure."""
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+import minillm
+from minillm.cli import BENCHMARKS, main
+
+RECIPE = {
+    "output_dir": "runs/one",
+    "student": {"path": "org/big"},
+    "teacher": {"path": "org/big"},
+    "data": {"prompts": {"path": "train.jsonl"}},
+    "method": {"name": "kd"},
+    "train": {"max_steps": 10},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    Path("train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("run.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """fake("minillm.run", run=...): a module that is there instead of the real one."""
+
+    def put(name: str, **attributes):
+        module = types.ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        monkeypatch.setattr(importlib.import_module(parent), child, module, raising=False)
+
+    return put
+
+
+@pytest.fixture
+def trained(fake):
+    """The calls that `train` made."""
+    calls = []
+
+    def run(plan, *, resume, console):
+        calls.append((plan, resume, console))
+
+    fake("minillm.run", run=run)
+    return calls
+
+
+def failing(error: Exception):
+    def run(plan, *, resume, console):
+        raise error
+
+    return run
+
+
+def test_train_loads_files_and_overrides_in_any_order(folder, trained):
+    Path("more.yaml").write_text("seed: 3\n")
+    assert main(["train", "run.yaml", "train.max_steps=4", "--resume", "more.yaml", "data.prompts.limit=1"]) == 0
+    ((plan, resume, console),) = trained
+    config = plan.stages[0].config
+    assert (config.train.max_steps, config.seed, config.data.prompts.limit, resume) == (4, 3, 1, True)
+    assert hasattr(console, "preflight")
+
+
+def test_a_file_may_have_an_equals_sign(folder, trained):
+    Path("run.yaml").rename("lr=1.yaml")
+    assert main(["train", "lr=1.yaml"]) == 0
+    assert trained[0][0].files == [Path("lr=1.yaml")]
+
+
+def test_train_does_not_write_into_a_folder_that_holds_something(folder, trained, capsys):
+    Path("runs/one").mkdir(parents=True)
+    assert main(["train", "run.yaml"]) == 0  # empty
+    Path("runs/one/metrics.jsonl").write_text("")
+    assert main(["train", "run.yaml"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "runs/one is not empty" in printed.err and "--resume" in printed.err and "output_dir=" in printed.err
+    assert main(["train", "run.yaml", "--resume"]) == 0
+    assert [resume for _, resume, _ in trained] == [False, True]
+
+
+def test_a_launcher_of_several_processes_is_refused(folder, trained, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "run.yaml"]) == 2
+    assert "one process" in capsys.readouterr().err
+    assert trained == []
+
+
+@pytest.mark.parametrize("verb", ["train", "validate"])
+def test_every_problem_is_printed_to_stderr_alone(folder, trained, capsys, verb):
+    assert main([verb, "run.yaml", "train.lr=3", "seed=-1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "minillm: 2 problems in the configuration:",
+        "  command line: seed: must be at least 0, not -1",
+        "  command line: train.lr: unknown key (did you mean learning_rate?)",
+    ]
+    assert trained == []
+
+
+def test_validate_prints_what_loads_to_the_same(folder, capsys):
+    assert main(["validate", "run.yaml", "seed=5"]) == 0
+    first = capsys.readouterr().out
+    assert yaml.safe_load(first)["seed"] == 5
+    Path("again.yaml").write_text(first)
+    assert main(["validate", "again.yaml"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+HEAVY = "print([name for name in ('torch', 'transformers', 'datasets', 'rich', 'matplotlib') if name in sys.modules])"
+
+
+@pytest.mark.parametrize("arguments", [["validate", "run.yaml"], ["validate", "gone.yaml"], ["schema"], ["--help"]])
+def test_what_loads_no_model_imports_nothing_heavy(folder, arguments):
+    code = (
+        f"import sys\nfrom minillm.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass\n{HEAVY}"
+    )
+    result = run_python(code)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_the_installed_command_has_no_traceback_for_a_wrong_file(folder):
+    command = [sys.executable, "-m", "minillm.cli", "train", "gone.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "gone.yaml: no such file" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_errors_by_kind(folder, fake, capsys):
+    from minillm.trainer import TrainingError
+
+    fake("minillm.run", run=failing(TrainingError("step 3: loss nan")))
+    assert main(["train", "run.yaml"]) == 1
+    assert capsys.readouterr().err == "minillm: step 3: loss nan\n"
+
+    fake("minillm.run", run=failing(KeyboardInterrupt()))
+    assert main(["train", "run.yaml"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_error_that_minillm_raises_is_a_message_and_any_other_a_defect(folder, fake, capsys):
+    from minillm.data.sources import find_files
+
+    def for_the_user(plan, *, resume, console):
+        find_files("nothing/*.jsonl")
+
+    fake("minillm.run", run=for_the_user)
+    assert main(["train", "run.yaml"]) == 2
+    assert capsys.readouterr().err == "minillm: nothing/*.jsonl: no such file\n"
+
+    def of_another_library(plan, *, resume, console):
+        json.loads("{")  # a ValueError, but nobody wrote it for the user
+
+    fake("minillm.run", run=of_another_library)
+    with pytest.raises(json.JSONDecodeError):
+        main(["train", "run.yaml"])
+
+    fake("minillm.run", run=failing(KeyError("x")))
+    with pytest.raises(KeyError):
+        main(["train", "run.yaml"])
+
+
+def test_a_mistake_in_minillms_own_code_keeps_its_traceback(folder, monkeypatch):
+    from minillm.config import loading
+
+    monkeypatch.setattr(loading, "load_document", lambda *arguments: (1, 2, 3))  # unpacked into two names
+    with pytest.raises(ValueError, match="too many values"):
+        main(["train", "run.yaml"])
+
+
+def test_a_model_that_the_hub_does_not_have_is_a_message(folder, fake, monkeypatch, capsys):
+    import transformers
+
+    def from_the_hub(plan, *, resume, console):
+        transformers.AutoConfig.from_pretrained("no-such-organisation/no-such-model")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fake("minillm.run", run=from_the_hub)
+    assert main(["train", "run.yaml"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_eval_takes_configurations_data_and_options(folder, fake):
+    calls = []
+
+    def evaluation_plan(files, overrides, *, seeds, max_prompts):
+        calls.append((files, overrides, seeds, max_prompts))
+        return "plan"
+
+    def evaluate_model(model, plan, console, *, dtype, output):
+        calls.append((model, plan, dtype, output))
+
+    fake("minillm.evaluate.standalone", evaluation_plan=evaluation_plan, evaluate_model=evaluate_model)
+    command = ["eval", "runs/one", "run.yaml", "eval.top_k=5", "--seeds", "1", "2", "--max-prompts", "7"]
+    assert main([*command, "--dtype", "bfloat16", "--output", "out.json"]) == 0
+    assert calls == [
+        ([Path("run.yaml")], ["eval.top_k=5"], [1, 2], 7),
+        ("runs/one", "plan", "bfloat16", Path("out.json")),
+    ]
+
+
+def test_generate_passes_every_option(folder, fake):
+    calls = []
+    fake("minillm.generate", generate=lambda model, *, console, **options: calls.append((model, options)))
+    assert main(["generate", "runs/one", "--prompt", "a", "--prompt", "b", "--top-k", "5", "--template", "none"]) == 0
+    ((model, options),) = calls
+    assert (model, options["prompts"], options["top_k"], options["template"]) == ("runs/one", ["a", "b"], 5, "none")
+    assert options["teacher"] is None
+
+
+def test_the_options_of_generate_are_the_parameters_of_the_function():
+    import inspect
+
+    from minillm.cli import _parser
+    from minillm.generate import generate
+
+    options = vars(_parser().parse_args(["generate", "x"])).keys() - {"run", "verb"}
+    assert options | {"console"} == inspect.signature(generate).parameters.keys()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_bench_hands_everything_to_the_benchmark(fake, name):
+    calls = []
+    fake(f"minillm.benchmarks.{name}", main=lambda argv: calls.append(argv) or 3)
+    assert main(["bench", name, "--match", "x", "--help", "a=b"]) == 3
+    assert calls == [["--match", "x", "--help", "a=b"]]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_is_there(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", name, "--help"])
+    assert caught.value.code == 0
+    assert "--output" in capsys.readouterr().out
+
+
+def test_bench_imports_neither_configuration_nor_models():
+    code = (
+        "import sys, types\nsys.modules['minillm.benchmarks'] = types.ModuleType('b')\n"
+        "fake = sys.modules['minillm.benchmarks.kernels'] = types.ModuleType('k'); fake.main = lambda argv: 0\n"
+        "from minillm.cli import main\nmain(['bench', 'kernels'])\n"
+        "print([name for name in ('pydantic', 'transformers', 'rich', 'yaml') if name in sys.modules])"
+    )
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_report_writes_one_and_compares_several(folder, fake, capsys):
+    compared = []
+
+    def compare_reports(runs, *, figure):
+        compared.append((runs, figure))
+        return "# a against b\n"
+
+    fake("minillm.report", write_report=lambda run: run / "report.md", compare_reports=compare_reports)
+    assert main(["report", "runs/a"]) == 0
+    assert capsys.readouterr().out == f"{Path('runs/a/report.md')}\n"
+    assert main(["report", "runs/a", "runs/b", "--figure", "both.png"]) == 0
+    assert capsys.readouterr().out == "# a against b\n"
+    assert compared == [([Path("runs/a"), Path("runs/b")], Path("both.png"))]
+
+
+def test_a_report_of_something_else_is_a_message(folder, capsys):
+    assert main(["report", "runs/none"]) == 2
+    assert "is not a run's folder" in capsys.readouterr().err
+
+
+def test_schema_prints_json(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["stages"]
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["trian"], ["train"], ["train", "x.yaml", "--resum3"], ["bench", "nothing"], ["schema", "extra"]]
+)
+def test_wrong_commands_are_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: minillm" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"minillm {minillm.__version__}\n"
+
+
+def test_a_reader_that_has_seen_enough(folder):
+    command = f"{sys.executable} -m minillm.cli schema | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout == "{\n"
+    assert result.stderr == ""
