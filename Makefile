@@ -17,7 +17,7 @@ tiny: $(VENV)/installed
 
 test: $(VENV)/test.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -7,7 +7,9 @@ both tiles into sums under e = exp(z - m), m the row's running maximum:
 
     S = sum e        X = sum e (z - m)        D = sum e d,  d = (z_s - k_s) - (z_t - k_t)
 
-k_s, k_t are the maxima of the program's first tile. The shares are put together afterwards, in float64:
+k_s, k_t are the maxima of the program's first ids. Ids that the model whose e it is bans are left out of its D; those
+that the other model alone bans make D infinite or NaN, and that, where both lse are finite, means that the divergence
+is infinite. The shares are put together afterwards, in float64:
 
     lse = m + log S,  entropy = log S - X / S,  c = (lse_s - k_s) - (lse_t - k_t)
     reverse_kl = D_s / S_s - c,  forward_kl = c - D_t / S_t
@@ -59,6 +61,12 @@ def _tile_logits(
 
 
 @triton.jit
+def _halves(z):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _fold(z, d, ids, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr):
     """One tile more in every row's maximum and sums."""
     top = tl.max(z, 1)
@@ -73,7 +81,7 @@ def _fold(z, d, ids, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexp
         sx = (sx - s * (new - m)) * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * x), 1)
     s = s * shrink + tl.sum(e, 1)
     if SUM_D:
-        sd = sd * shrink + tl.sum(e * d, 1)
+        sd = sd * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * d), 1)
     return new, s, sd, sx, best
 
 
@@ -95,7 +103,6 @@ def tiled_kernel(
     # slots of `sums`, -1 where not wanted
     M_S: tl.constexpr, S_S: tl.constexpr, X_S: tl.constexpr, D_S: tl.constexpr, K_S: tl.constexpr, Y_S: tl.constexpr,
     M_T: tl.constexpr, S_T: tl.constexpr, X_T: tl.constexpr, D_T: tl.constexpr, K_T: tl.constexpr, Y_T: tl.constexpr,
-    INFINITE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     TEACHER: tl.constexpr = S_T >= 0
@@ -108,11 +115,9 @@ def tiled_kernel(
         label = tl.load(labels + rows, mask=inside, other=0).to(tl.int32)
     zeros = tl.zeros((BLOCK_M,), tl.float32)
     never = tl.full((BLOCK_M,), _NEVER, tl.int32)
-    m_s, s_s, d_s, x_s, best_s = zeros + LOWEST, zeros, zeros, zeros, never
-    m_t, s_t, d_t, x_t, best_t = zeros + LOWEST, zeros, zeros, zeros, never
+    m_s, s_s, d_s, x_s, y_s, best_s = zeros + LOWEST, zeros, zeros, zeros, zeros, never
+    m_t, s_t, d_t, x_t, y_t, best_t = zeros + LOWEST, zeros, zeros, zeros, zeros, never
     k_s, k_t = zeros, zeros
-    infinite = tl.zeros((BLOCK_M,), tl.int32)  # bit 0: the reverse KL is, bit 1: the forward KL is
-    step = tl.num_programs(1).to(tl.int64) * K  # from slot to slot
     begin = share * ids_a_share
     for first in range(begin, tl.minimum(begin + ids_a_share, V), BLOCK_N):
         ids = first + tl.arange(0, BLOCK_N)
@@ -125,33 +130,42 @@ def tiled_kernel(
                 teacher_hidden, teacher_weight, teacher_bias, row, first, ids, V, teacher_H,
                 teacher_inner, teacher_outer, TEACHER_MODE, TEACHER_BIAS, BLOCK_M, BLOCK_N, BLOCK_H,
             )  # fmt: skip
-        if Y_S >= 0 or Y_T >= 0:
-            hit = ids[None, :] == label[:, None]
-            here = inside & (label >= first) & (label < first + BLOCK_N)
-        if Y_S >= 0:
-            tl.store(sums + Y_S * step + rows, tl.sum(tl.where(hit, z_s, 0.0), 1), mask=here)
-        if Y_T >= 0:
-            tl.store(sums + Y_T * step + rows, tl.sum(tl.where(hit, z_t, 0.0), 1), mask=here)
-        d = z_s
-        if RATIO:
-            if first == begin:
-                top_s, top_t = tl.max(z_s, 1), tl.max(z_t, 1)
-                k_s = tl.where(top_s == NEG_INF, 0.0, top_s)
-                k_t = tl.where(top_t == NEG_INF, 0.0, top_t)
-            no_s, no_t = z_s == NEG_INF, z_t == NEG_INF
-            d = tl.where(no_s | no_t, 0.0, (z_s - k_s[:, None]) - (z_t - k_t[:, None]))
-            infinite |= tl.max(tl.where(no_t & ~no_s, 1, 0), 1) | tl.max(tl.where(no_s & ~no_t, 2, 0), 1)
-        m_s, s_s, d_s, x_s, best_s = _fold(z_s, d, ids, m_s, s_s, d_s, x_s, best_s, D_S >= 0, X_S >= 0, STUDENT_ARGMAX)
+        s_0, s_1 = _halves(z_s)  # half the tile at a time: a whole one's temporaries do not fit into the registers
         if TEACHER:
-            m_t, s_t, d_t, x_t, best_t = _fold(
-                z_t, d, ids, m_t, s_t, d_t, x_t, best_t, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
+            t_0, t_1 = _halves(z_t)
+        for half in tl.static_range(2):
+            part = first + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            h_s = s_1 if half else s_0
+            if TEACHER:
+                h_t = t_1 if half else t_0
+            if Y_S >= 0:
+                y_s += tl.sum(tl.where(part[None, :] == label[:, None], h_s, 0.0), 1)
+            if Y_T >= 0:
+                y_t += tl.sum(tl.where(part[None, :] == label[:, None], h_t, 0.0), 1)
+            d = h_s
+            if RATIO:
+                if half == 0:
+                    if first == begin:
+                        top_s, top_t = tl.max(h_s, 1), tl.max(h_t, 1)
+                        k_s = tl.where(top_s == NEG_INF, 0.0, top_s)
+                        k_t = tl.where(top_t == NEG_INF, 0.0, top_t)
+                d = (h_s - k_s[:, None]) - (h_t - k_t[:, None])
+            m_s, s_s, d_s, x_s, best_s = _fold(
+                h_s, d, part, m_s, s_s, d_s, x_s, best_s, D_S >= 0, X_S >= 0, STUDENT_ARGMAX
             )
+            if TEACHER:
+                m_t, s_t, d_t, x_t, best_t = _fold(
+                    h_t, d, part, m_t, s_t, d_t, x_t, best_t, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
+                )
 
+    step = tl.num_programs(1).to(tl.int64) * K  # from slot to slot
     at = share.to(tl.int64) * K + rows
     tl.store(sums + M_S * step + at, m_s, mask=inside)
     tl.store(sums + S_S * step + at, s_s, mask=inside)
     if X_S >= 0:
         tl.store(sums + X_S * step + at, x_s, mask=inside)
+    if Y_S >= 0:
+        tl.store(sums + Y_S * step + at, y_s, mask=inside)
     if STUDENT_ARGMAX:
         tl.store(argmaxes + at, best_s, mask=inside)
     if TEACHER:
@@ -159,19 +173,20 @@ def tiled_kernel(
         tl.store(sums + S_T * step + at, s_t, mask=inside)
         if X_T >= 0:
             tl.store(sums + X_T * step + at, x_t, mask=inside)
+        if Y_T >= 0:
+            tl.store(sums + Y_T * step + at, y_t, mask=inside)
         if TEACHER_ARGMAX:
             tl.store(argmaxes + step + at, best_t, mask=inside)
     if RATIO:
         tl.store(sums + K_S * step + at, k_s, mask=inside)
         tl.store(sums + K_T * step + at, k_t, mask=inside)
-        tl.store(sums + INFINITE * step + at, infinite.to(tl.float32), mask=inside)
         if D_S >= 0:
             tl.store(sums + D_S * step + at, d_s, mask=inside)
         if D_T >= 0:
             tl.store(sums + D_T * step + at, d_t, mask=inside)
 
 
-SLOTS = ("m_s", "s_s", "x_s", "d_s", "k_s", "y_s", "m_t", "s_t", "x_t", "d_t", "k_t", "y_t", "infinite")
+SLOTS = ("m_s", "s_s", "x_s", "d_s", "k_s", "y_s", "m_t", "s_t", "x_t", "d_t", "k_t", "y_t")
 
 
 def tiled_stats(
@@ -231,8 +246,8 @@ def _slot_names(spec: RowSpec, *, teacher: bool) -> list[str]:
         "teacher_entropy": ("x_t",),
         "student_logprob": ("y_s",),
         "teacher_logprob": ("y_t",),
-        "reverse_kl": ("k_s", "k_t", "d_s", "infinite"),
-        "forward_kl": ("k_s", "k_t", "d_t", "infinite"),
+        "reverse_kl": ("k_s", "k_t", "d_s"),
+        "forward_kl": ("k_s", "k_t", "d_t"),
     }
     wanted |= {name for field in fields & set(needs) for name in needs[field]}
     return [name for name in SLOTS if name in wanted]
@@ -291,7 +306,7 @@ def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> 
         lse[x] = top + log_total
         result[f"{who}_lse"] = lse[x]
         if f"{who}_logprob" in fields:
-            result[f"{who}_logprob"] = (sums[f"y_{x}"][0] - top) - log_total
+            result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top) - log_total
         if f"{who}_entropy" in fields:
             result[f"{who}_entropy"] = log_total - ((sums[f"x_{x}"] + s * (m - top)) * weight).sum(0) / total
         if f"{who}_argmax" in fields:
@@ -302,8 +317,9 @@ def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> 
             mean_d[x] = ((sums[f"d_{x}"] + s * offsets) * weight).sum(0) / total
     if offsets is not None:
         c = (lse["s"] - sums["k_s"][0]) - (lse["t"] - sums["k_t"][0])
-        for name, x, sign, bit in (("reverse_kl", "s", 1, 1), ("forward_kl", "t", -1, 2)):
-            if name in fields:  # infinity is added, so that a NaN stays a NaN
-                forever = torch.where((sums["infinite"].int() & bit).amax(0) > 0, torch.inf, 0.0)
-                result[name] = sign * (mean_d[x] - c) + forever
+        known = lse["s"].isfinite() & lse["t"].isfinite()
+        for name, x, sign in (("reverse_kl", "s", 1), ("forward_kl", "t", -1)):
+            if name in fields:
+                infinite = known & ~mean_d[x].isfinite()
+                result[name] = torch.where(infinite, torch.inf, sign * (mean_d[x] - c))
     return {name: value if name.endswith("argmax") else value.float() for name, value in result.items()}

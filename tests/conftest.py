@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# the same examples every time, however slow the machine: a failure is a defect, never the weather
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from minillm.config.document import dump
 from minillm.config.errors import ConfigErrors
 from minillm.config.loading import load_evaluation, load_run, resolved
+from minillm.config.root import StageConfig
+from minillm.config.shape import Group, all_keys
 
 EXAMPLE = """
 output_dir: runs/stories
@@ -187,6 +191,26 @@ def test_the_resolved_document_loads_to_the_same_plan(recipe, staged):
     assert resolved(again) == resolved(plan)
     assert plan.stages[-1].config.method.gamma == 1.0  # given explicitly: the preset does not beat it
     assert plan.stages[-1].config.method.whiten == "all"
+
+
+KEYS = [None, "stages", "one", *sorted({part for key in all_keys(Group(StageConfig)) for part in key.split(".")})]
+values = st.sampled_from(
+    [None, True, 0, -1, 2.5, "x", "stage:one", "./x", "$X", [], [1], ["x"], [{}], "hf", "kd", "sft"]
+)
+nested = st.recursive(values, lambda inner: st.dictionaries(st.sampled_from(KEYS), inner, max_size=4), max_leaves=12)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(KEYS), nested, max_size=4), st.lists(nested, max_size=2), st.booleans())
+def test_any_document_loads_or_is_explained(recipe, document, overrides, valid_below):
+    files = [recipe.write(recipe.document, "base.yaml")] if valid_below else []
+    files.append(recipe.write(dump(document), "any.yaml"))
+    written = [f"train.max_steps={dump(value).strip()}" for value in overrides]
+    for load in (load_run, load_evaluation):
+        try:
+            load(files, written)
+        except ConfigErrors as errors:
+            assert all(problem.message for problem in errors.problems)
 
 
 def test_evaluation_takes_its_groups_and_ignores_the_others(recipe):

@@ -1,0 +1,67 @@
+"""The rollout benchmark: both sides do the same work, and what is written is what was measured."""
+
+import argparse
+import csv
+
+import pytest
+import torch
+
+from minillm.benchmarks.rollout import ALPHA, COLUMNS, TeacherMixing, main, make_model, make_prompts, ours, peer
+from minillm.models.pair import Models
+
+SMALL = argparse.Namespace(prompts=3, prompt_tokens=6, tokens=5, vocab=40, seed=0)
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    student, teacher = (make_model(16, 1, SMALL.vocab, seed) for seed in (0, 1))
+    return Models(student, teacher, None, SMALL.vocab, (), 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mode", ["student", "mixture"])
+def test_both_sides_write_as_many_tokens(models, mode):
+    prompts = make_prompts(SMALL)
+    assert ours(mode, models, prompts, SMALL)(1) == peer(mode, models, prompts, SMALL)(1) == 15
+
+
+@torch.no_grad()
+def test_the_peers_processor_is_the_mixture(models):
+    """Left-padded, and a second token fed through the teacher's cache."""
+    prompts = [[3, 4, 5, 6], [7, 8]]
+    ids = torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]])
+    mixing = TeacherMixing(models.teacher, (torch.arange(4) >= torch.tensor([[0], [2]])).long(), ALPHA)
+    for fed in (ids, torch.cat([ids, torch.tensor([[9], [10]])], 1)):
+        whole = [prompt + fed[row, 4:].tolist() for row, prompt in enumerate(prompts)]
+        student, teacher = (
+            torch.stack([model(torch.tensor([one])).logits[0, -1] for one in whole])
+            for model in (models.student, models.teacher)
+        )
+        expected = (ALPHA * teacher.softmax(-1) + (1 - ALPHA) * student.softmax(-1)).log()
+        torch.testing.assert_close(mixing(fed, student), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_are_of_half_to_the_whole_length():
+    lengths = [len(prompt) for prompt in make_prompts(argparse.Namespace(prompts=50, prompt_tokens=8, vocab=9, seed=0))]
+    assert lengths[0] == 8 and set(lengths) == set(range(4, 9))
+
+
+def test_results_are_written(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    words = "--shapes 16x1 --vocab 40 --prompts 3 --prompt-tokens 6 --tokens 5 --repeats 1 --threads 1 --output"
+    assert main([*words.split(), str(tmp_path / "out")]) == 0
+    assert torch.get_num_threads() == threads
+    with (tmp_path / "out" / "rollout.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == COLUMNS
+    assert [tuple(row[3:5]) for row in rows] == [
+        (mode, answers) for mode in ("student", "mixture") for answers in ("full", "ending")
+    ]
+    assert all(float(value) > 0 for row in rows for value in row[5:])
+    page = (tmp_path / "out" / "rollout.md").read_text()
+    assert page in capsys.readouterr().out and all(f"| {' | '.join(row)} |" in page for row in rows)
+
+
+def test_a_wrong_shape_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        main(["--shapes", "128"])
+    assert "'128' is not HIDDENxLAYERS" in capsys.readouterr().err
