@@ -3,16 +3,17 @@
 Nothing of the size of the vocabulary times the tokens is ever written: for scoring rollouts, for evaluation, and where
 memory is tightest. A program takes a tile of rows and a share of the vocabulary; for each tile of ids it multiplies
 hidden states and weights of the student, then of the teacher, with fp32 accumulators that stay in registers, and folds
-both tiles into sums under e = exp(z - m), m the row's running maximum:
+both tiles into sums under e = exp(x), x = z - m, m the row's running maximum:
 
-    S = sum e        X = sum e (z - m)        D = sum e d,  d = (z_s - k_s) - (z_t - k_t)
+    S = sum e        X = sum e x        D = sum e d,  d = x_s - x_t
 
-k_s, k_t are the maxima of the program's first ids. Ids that the model whose e it is bans are left out of its D; those
-that the other model alone bans make D infinite or NaN, and that, where both lse are finite, means that the divergence
-is infinite. The shares are put together afterwards, in float64:
+The shares are put together afterwards, in float64, and give
 
-    lse = m + log S,  entropy = log S - X / S,  c = (lse_s - k_s) - (lse_t - k_t)
+    lse = m + log S,  entropy = log S - X / S,  c = log S_s - log S_t
     reverse_kl = D_s / S_s - c,  forward_kl = c - D_t / S_t
+
+Ids that the model whose e it is bans are left out of its D; those that the other model alone bans make D infinite or
+NaN, which, where both S are sound, means that the divergence is infinite.
 
 Notation and conventions of `minillm.kernels.divergences`. What needs normalised probabilities (the divergences from a
 mixture) would need every product twice and is not offered; nor is a gradient: `token_stats` recomputes logits a chunk
@@ -31,7 +32,7 @@ from minillm.kernels.logits_triton import LOWEST, NEG_INF, to_logits, transform
 
 TILED_FIELDS = frozenset(name for name, field in FIELDS.items() if not field.second_pass)
 CONFIGS = {  # by bytes of an input element: rows and ids of a tile, depth of a product's step
-    2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_H=64, num_warps=8, num_stages=3),
+    2: dict(BLOCK_M=128, BLOCK_N=64, BLOCK_H=64, num_warps=8, num_stages=3),
     4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_H=32, num_warps=8, num_stages=2),  # fp32 proper, not on the tensor cores
 }
 WAVES = 4  # programs a multiprocessor: enough to even out the last ones
@@ -67,22 +68,23 @@ def _halves(z):
 
 
 @triton.jit
-def _fold(z, d, ids, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr):
-    """One tile more in every row's maximum and sums."""
-    top = tl.max(z, 1)
-    if ARGMAX:
-        place = tl.min(tl.where(z == top[:, None], ids[None, :], _NEVER), 1)
-        best = tl.where(top > m, place, best)
-    new = tl.maximum(m, top)
-    shrink = tl.exp(m - new)
+def _fold(
+    z, new, d, shift, ids, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
+    """Some ids more in every row's sums: m the old maximum, new the new one, shift what d loses on the way."""
+    drop = new - m
+    shrink = tl.exp(-drop)
     x = z - new[:, None]
     e = tl.exp(x)
     if SUM_X:
-        sx = (sx - s * (new - m)) * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * x), 1)
-    s = s * shrink + tl.sum(e, 1)
+        sx = (sx - s * drop) * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * x), 1)
     if SUM_D:
-        sd = sd * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * d), 1)
-    return new, s, sd, sx, best
+        sd = (sd - s * shift) * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * d), 1)
+    s = s * shrink + tl.sum(e, 1)
+    if ARGMAX:
+        place = tl.min(tl.where(z == new[:, None], ids[None, :], _NEVER), 1)
+        best = tl.where(new > m, place, best)
+    return s, sd, sx, best
 
 
 @triton.jit
@@ -101,12 +103,12 @@ def tiled_kernel(
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr,
     STUDENT_ARGMAX: tl.constexpr, TEACHER_ARGMAX: tl.constexpr,
     # slots of `sums`, -1 where not wanted
-    M_S: tl.constexpr, S_S: tl.constexpr, X_S: tl.constexpr, D_S: tl.constexpr, K_S: tl.constexpr, Y_S: tl.constexpr,
-    M_T: tl.constexpr, S_T: tl.constexpr, X_T: tl.constexpr, D_T: tl.constexpr, K_T: tl.constexpr, Y_T: tl.constexpr,
+    M_S: tl.constexpr, S_S: tl.constexpr, X_S: tl.constexpr, D_S: tl.constexpr, Y_S: tl.constexpr,
+    M_T: tl.constexpr, S_T: tl.constexpr, X_T: tl.constexpr, D_T: tl.constexpr, Y_T: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     TEACHER: tl.constexpr = S_T >= 0
-    RATIO: tl.constexpr = K_S >= 0
+    RATIO: tl.constexpr = D_S >= 0 or D_T >= 0
     share = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
@@ -117,7 +119,6 @@ def tiled_kernel(
     never = tl.full((BLOCK_M,), _NEVER, tl.int32)
     m_s, s_s, d_s, x_s, y_s, best_s = zeros + LOWEST, zeros, zeros, zeros, zeros, never
     m_t, s_t, d_t, x_t, y_t, best_t = zeros + LOWEST, zeros, zeros, zeros, zeros, never
-    k_s, k_t = zeros, zeros
     begin = share * ids_a_share
     for first in range(begin, tl.minimum(begin + ids_a_share, V), BLOCK_N):
         ids = first + tl.arange(0, BLOCK_N)
@@ -142,21 +143,22 @@ def tiled_kernel(
                 y_s += tl.sum(tl.where(part[None, :] == label[:, None], h_s, 0.0), 1)
             if Y_T >= 0:
                 y_t += tl.sum(tl.where(part[None, :] == label[:, None], h_t, 0.0), 1)
-            d = h_s
-            if RATIO:
-                if half == 0:
-                    if first == begin:
-                        top_s, top_t = tl.max(h_s, 1), tl.max(h_t, 1)
-                        k_s = tl.where(top_s == NEG_INF, 0.0, top_s)
-                        k_t = tl.where(top_t == NEG_INF, 0.0, top_t)
-                d = (h_s - k_s[:, None]) - (h_t - k_t[:, None])
-            m_s, s_s, d_s, x_s, best_s = _fold(
-                h_s, d, part, m_s, s_s, d_s, x_s, best_s, D_S >= 0, X_S >= 0, STUDENT_ARGMAX
-            )
+            new_s = tl.maximum(m_s, tl.max(h_s, 1))
+            d, shift, new_t = h_s, zeros, zeros
             if TEACHER:
-                m_t, s_t, d_t, x_t, best_t = _fold(
-                    h_t, d, part, m_t, s_t, d_t, x_t, best_t, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
+                new_t = tl.maximum(m_t, tl.max(h_t, 1))
+            if RATIO:
+                d = (h_s - new_s[:, None]) - (h_t - new_t[:, None])
+                shift = (new_s - m_s) - (new_t - m_t)
+            s_s, d_s, x_s, best_s = _fold(
+                h_s, new_s, d, shift, part, m_s, s_s, d_s, x_s, best_s, D_S >= 0, X_S >= 0, STUDENT_ARGMAX
+            )
+            m_s = new_s
+            if TEACHER:
+                s_t, d_t, x_t, best_t = _fold(
+                    h_t, new_t, d, shift, part, m_t, s_t, d_t, x_t, best_t, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
                 )
+                m_t = new_t
 
     step = tl.num_programs(1).to(tl.int64) * K  # from slot to slot
     at = share.to(tl.int64) * K + rows
@@ -177,16 +179,13 @@ def tiled_kernel(
             tl.store(sums + Y_T * step + at, y_t, mask=inside)
         if TEACHER_ARGMAX:
             tl.store(argmaxes + step + at, best_t, mask=inside)
-    if RATIO:
-        tl.store(sums + K_S * step + at, k_s, mask=inside)
-        tl.store(sums + K_T * step + at, k_t, mask=inside)
-        if D_S >= 0:
-            tl.store(sums + D_S * step + at, d_s, mask=inside)
-        if D_T >= 0:
-            tl.store(sums + D_T * step + at, d_t, mask=inside)
+    if D_S >= 0:
+        tl.store(sums + D_S * step + at, d_s, mask=inside)
+    if D_T >= 0:
+        tl.store(sums + D_T * step + at, d_t, mask=inside)
 
 
-SLOTS = ("m_s", "s_s", "x_s", "d_s", "k_s", "y_s", "m_t", "s_t", "x_t", "d_t", "k_t", "y_t")
+SLOTS = ("m_s", "s_s", "x_s", "d_s", "y_s", "m_t", "s_t", "x_t", "d_t", "y_t")
 
 
 def tiled_stats(
@@ -246,8 +245,8 @@ def _slot_names(spec: RowSpec, *, teacher: bool) -> list[str]:
         "teacher_entropy": ("x_t",),
         "student_logprob": ("y_s",),
         "teacher_logprob": ("y_t",),
-        "reverse_kl": ("k_s", "k_t", "d_s"),
-        "forward_kl": ("k_s", "k_t", "d_t"),
+        "reverse_kl": ("d_s",),
+        "forward_kl": ("d_t",),
     }
     wanted |= {name for field in fields & set(needs) for name in needs[field]}
     return [name for name in SLOTS if name in wanted]
@@ -291,35 +290,26 @@ def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> 
     """The statistics from the shares' sums, (shares, K) float64 each."""
     result = {}
     fields = set(spec.fields)
-    offsets = None
-    if "k_s" in sums:  # every share's d has references of its own
-        offsets = (sums["k_s"] - sums["k_s"][0]) - (sums["k_t"] - sums["k_t"][0])
-    lse, mean_d = {}, {}
-    for index, (who, x) in enumerate((("student", "s"), ("teacher", "t"))):
-        if f"m_{x}" not in sums:
-            continue
-        m, s = sums[f"m_{x}"], sums[f"s_{x}"]
-        top = m.amax(0)
-        weight = (m - top).exp()
-        total = (s * weight).sum(0)
-        log_total = total.log().masked_fill(total == 0, torch.nan)  # no id at all: NaN
-        lse[x] = top + log_total
-        result[f"{who}_lse"] = lse[x]
+    models = [(who, x) for who, x in (("student", "s"), ("teacher", "t")) if f"m_{x}" in sums]
+    top = {x: sums[f"m_{x}"].amax(0) for _, x in models}
+    down = {x: sums[f"m_{x}"] - top[x] for _, x in models}  # from a share's maximum to the row's
+    weight = {x: down[x].exp() for _, x in models}
+    total = {x: (sums[f"s_{x}"] * weight[x]).sum(0) for _, x in models}
+    log_total = {x: total[x].log().masked_fill(total[x] == 0, torch.nan) for _, x in models}  # no id at all: NaN
+    for index, (who, x) in enumerate(models):
+        result[f"{who}_lse"] = top[x] + log_total[x]
         if f"{who}_logprob" in fields:
-            result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top) - log_total
+            result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top[x]) - log_total[x]
         if f"{who}_entropy" in fields:
-            result[f"{who}_entropy"] = log_total - ((sums[f"x_{x}"] + s * (m - top)) * weight).sum(0) / total
+            sum_x = ((sums[f"x_{x}"] + sums[f"s_{x}"] * down[x]) * weight[x]).sum(0)
+            result[f"{who}_entropy"] = log_total[x] - sum_x / total[x]
         if f"{who}_argmax" in fields:
-            here = argmaxes[index].long()
-            best = torch.where(m == top, here, _NEVER.value).amin(0)
+            best = torch.where(down[x] == 0, argmaxes[index].long(), _NEVER.value).amin(0)
             result[f"{who}_argmax"] = best.masked_fill(best == _NEVER.value, 0)
-        if f"d_{x}" in sums:
-            mean_d[x] = ((sums[f"d_{x}"] + s * offsets) * weight).sum(0) / total
-    if offsets is not None:
-        c = (lse["s"] - sums["k_s"][0]) - (lse["t"] - sums["k_t"][0])
-        known = lse["s"].isfinite() & lse["t"].isfinite()
-        for name, x, sign in (("reverse_kl", "s", 1), ("forward_kl", "t", -1)):
-            if name in fields:
-                infinite = known & ~mean_d[x].isfinite()
-                result[name] = torch.where(infinite, torch.inf, sign * (mean_d[x] - c))
+    for name, x, sign in (("reverse_kl", "s", 1), ("forward_kl", "t", -1)):
+        if name in fields:
+            sum_d = ((sums[f"d_{x}"] + sums[f"s_{x}"] * (down["s"] - down["t"])) * weight[x]).sum(0)
+            infinite = ~sum_d.isfinite() & log_total["s"].isfinite() & log_total["t"].isfinite()
+            value = sign * (sum_d / total[x] - (log_total["s"] - log_total["t"]))
+            result[name] = torch.where(infinite, torch.inf, value)
     return {name: value if name.endswith("argmax") else value.float() for name, value in result.items()}
