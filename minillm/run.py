@@ -6,6 +6,7 @@ import platform
 import shutil
 import signal
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -131,12 +132,14 @@ class _Shared:
             corpus = load_corpus(config.data.corpus, tokenizer)
             rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
         self.console.preflight(rows)
+        # each stage in an order of its own: one that goes on from another must not see the same records first again
+        order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
         return StageTrainer(
             stage,
             models,
             Sources(
-                prompts=Stream(prompts.examples, seed=config.seed),
-                corpus=None if corpus is None else Stream(corpus.blocks, seed=config.seed),
+                prompts=Stream(prompts.examples, seed=order),
+                corpus=None if corpus is None else Stream(corpus.blocks, seed=order),
                 written=self.output_dir / "written" / stage.name,
             ),
             output_dir=self.output_dir,
