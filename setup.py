@@ -34,6 +34,7 @@ setup(
         "safetensors>=0.5",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
+        "jinja2>=3.1",
         "rich>=13.7",
         "datasets>=4",
         "rouge-score>=0.1.2",

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        hint = "; --resume goes on from the last checkpoint" if argv[:1] == ["train"] else ""
+        print(f"minillm: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ import yaml
 
 from minillm.checkpoint import clean_partials, newest_whole, sync, write_text_atomic
 from minillm.config.loading import RunPlan, Stage
+from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Stream
@@ -116,7 +117,7 @@ class _Shared:
         tokenizer = load_tokenizer(config.student, self.output_dir)
         if checkpoint is None:
             student_config, source = config.student, None
-            if teacher is not None and config.student.path == config.teacher.path:
+            if teacher is not None and _same_weights(config.student, config.teacher):
                 source = teacher
         else:  # the architecture and the weights are the checkpoint's
             student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
@@ -172,6 +173,11 @@ class _Shared:
             }
             self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed))
         return self._evaluator[1]
+
+
+def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:
+    """Whether the loaded teacher holds exactly what the student would be read from."""
+    return (student.path, student.revision, student.dtype) == (teacher.path, teacher.revision, teacher.dtype)
 
 
 def _next_progress(before: Progress | None, stage: str) -> Progress:

@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from minillm.config.loading import load_run
-from minillm.run import run
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.run import _same_weights, run
 from minillm.trainer import TrainingError
 
 SENTENCES = [
@@ -203,6 +204,13 @@ def test_a_finished_run_resumes_to_itself(recipe, tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()
     train(recipe, resume=True)
     assert ((tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()) == before
+
+
+def test_the_student_copies_the_teacher_only_where_it_would_read_the_same_weights():
+    student, teacher = StudentConfig(path="a/b"), TeacherConfig(path="a/b")
+    assert _same_weights(student, teacher)
+    for other in ({"revision": "v2"}, {"dtype": "bfloat16"}, {"path": "a/c"}):
+        assert not _same_weights(student, teacher.model_copy(update=other)), other
 
 
 def test_a_changed_recipe_is_refused_on_resume_and_named(recipe):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config.checks import check_stage
-from minillm.config.document import Node, Origin
+from minillm.config.document import Node
 from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.evaluation import EvalConfig
 from minillm.config.facts import Facts
@@ -140,7 +140,7 @@ class _Draft:
             if nearest(finding.path[0], [*STAGE.keys(), "stages"]) == "stages":
                 message = "unknown key (did you mean stages?)"
         path = (*origin.path, *finding.path[depth:])
-        return Origin(origin.file, origin.line if depth else None).problem(message, path)
+        return origin.problem(message, path)
 
 
 def _stage_problems(drafts: dict[str, _Draft], *, whole: bool) -> list[Problem]:

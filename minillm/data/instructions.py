@@ -11,6 +11,7 @@ from minillm.config.data import PlainPrompts, Prompts
 from minillm.data.pydoc import pydoc_records
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
 from minillm.data.templates import Message, render
+from minillm.models.tokenizers import end_of_turn
 
 # (question, answer, context); the first whose answer is there, else the first whose question is
 FORMS = (
@@ -27,7 +28,7 @@ class Example:
 
     index: int  # its place in the source: stable whatever is dropped, and the key of its sampling noise
     prompt_ids: list[int]
-    response_ids: list[int]  # the first reference and EOS, cut at max_response_length; empty without a reference
+    response_ids: list[int]  # the first reference and its end, cut at max_response_length; empty without a reference
     prompt: str
     references: tuple[str, ...]
 
@@ -66,15 +67,19 @@ def load_prompts(config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: s
 
 
 def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    end = end_of_turn(tokenizer) if config.template == "chat" else None
+    if end is None:
+        end = tokenizer.eos_token_id
     for index, (where, record) in enumerate(_records(config)):
         messages, context, references = _parse(where, record)
-        prompt = render(messages, config, tokenizer, context=context)
+        prompt = render(messages, config, tokenizer, context=context, where=where)
         # a rendered chat already holds its special tokens
         special = config.template != "chat"
         prompt_ids = encode(tokenizer, prompt, special)
         response = references[0] if references else ""
-        response_ids = _response_ids(tokenizer, prompt, prompt_ids, response, special, config.max_response_length)
-        yield Example(index, prompt_ids, response_ids if references else [], prompt, references)
+        ids = _response_ids(tokenizer, prompt, prompt_ids, response, special)
+        response_ids = [*ids, end][: config.max_response_length] if references else []
+        yield Example(index, prompt_ids, response_ids, prompt, references)
 
 
 def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -100,14 +105,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list
     return ids or [start]
 
 
-def _response_ids(tokenizer, prompt: str, prompt_ids: list[int], response: str, special: bool, limit: int) -> list[int]:
+def _response_ids(tokenizer, prompt: str, prompt_ids: list[int], response: str, special: bool) -> list[int]:
     """The joint tokenisation less the prompt's, where the prompt's is its beginning; else the response's own."""
     joint = encode(tokenizer, prompt + response, special)
     if joint[: len(prompt_ids)] == prompt_ids:
-        ids = joint[len(prompt_ids) :]
-    else:
-        ids = tokenizer(response, add_special_tokens=False).input_ids
-    return [*ids, tokenizer.eos_token_id][:limit]
+        return joint[len(prompt_ids) :]
+    return tokenizer(response, add_special_tokens=False).input_ids
 
 
 def _records(config: Prompts) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """How an instruction is put to a model."""
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import InstructionKeys
@@ -21,11 +22,17 @@ def alpaca(instruction: str, context: str) -> str:
 
 
 def render(
-    messages: list[Message], config: InstructionKeys, tokenizer: PreTrainedTokenizerBase, *, context: str = ""
+    messages: list[Message],
+    config: InstructionKeys,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: str = "",
+    where: str = "this prompt",
 ) -> str:
     """The prompt's text: the messages before the answer in the configured template.
 
-    Raises DataError where the template is `chat` and the tokenizer has none.
+    Raises DataError where the template is `chat` and the tokenizer has none, or has one that refuses the messages:
+    some know no system role, others only turns that alternate. `where` says whose messages they are.
     """
     if config.template == "chat":
         if not tokenizer.chat_template:
@@ -36,7 +43,11 @@ def render(
         if context:
             last = messages[-1]
             messages = [*messages[:-1], {**last, "content": f"{last['content']}\n\n{context}"}]
-        return tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in [*system, *messages])
+            raise DataError(f"{where}: the tokenizer's chat template refuses the roles {roles}: {error}") from None
     text = "\n\n".join(message["content"] for message in messages)
     if config.template == "alpaca":
         return alpaca(text, context)

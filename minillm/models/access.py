@@ -1,9 +1,11 @@
 """Hidden states and head of any causal language model of transformers, without its [tokens, vocabulary] logits."""
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.data.batch import TokenBatch
+from minillm.kernels.reference import logits as head_logits
 from minillm.losses import LMHead
 
 
@@ -56,3 +58,20 @@ def lm_head(model: PreTrainedModel) -> LMHead:
         logit_scale=float(scale),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+@torch.no_grad()
+def head_error(model: PreTrainedModel) -> float:
+    """How far `lm_head` on `last_hidden` is from the logits of the model itself: the largest difference, as a share of
+    the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits that
+    `lm_head` does not know."""
+    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    mask = torch.ones_like(ids)
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    head = lm_head(model)
+    ours = head_logits(
+        last_hidden(model, ids, mask), head.weight, head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+    ).float()
+    difference = torch.where(ours == expected, 0.0, (ours - expected).abs()).max()  # banned ids are -inf in both
+    largest = expected.masked_fill(expected == -torch.inf, 0.0).abs().max()
+    return (difference / largest).item() if difference != 0 else 0.0

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
-from minillm.models.paths import resolve_path
-from minillm.models.pruning import prune_layers
+from minillm.models.paths import hub_arguments
+from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.tokenizers import load_tokenizer
 
 
@@ -57,23 +57,22 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _load(config: ModelConfig, output_dir: Path) -> PreTrainedModel:
-    where = resolve_path(config.path, output_dir)
+    where, place = hub_arguments(config.path, output_dir, config.revision)
     options = {
+        **place,
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
     }
-    if isinstance(where, Path) and where.suffix == ".gguf":
+    if "gguf_file" in place:
         return _from_gguf(where, options)
-    if not isinstance(where, Path):
-        options["revision"] = config.revision
     return AutoModelForCausalLM.from_pretrained(where, **options)
 
 
-def _from_gguf(path: Path, options: dict) -> PreTrainedModel:
+def _from_gguf(folder: Path, options: dict) -> PreTrainedModel:
     """A plain model of the dequantised weights: what transformers returns still calls itself quantised and refuses to
     be saved."""
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
     config = copy.deepcopy(loaded.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
@@ -83,7 +82,7 @@ def _from_gguf(path: Path, options: dict) -> PreTrainedModel:
             config, dtype=options["dtype"], attn_implementation=options["attn_implementation"]
         )
     plain = plain.to_empty(device="cpu")
-    plain.load_state_dict(loaded.state_dict(), strict=False)
+    plain.load_state_dict(loaded.state_dict())
     # buffers that no state dict carries (rotary frequencies) come from the loaded model
     buffers = dict(loaded.named_buffers())
     for name, buffer in plain.named_buffers():
@@ -98,20 +97,27 @@ def _from_gguf(path: Path, options: dict) -> PreTrainedModel:
 
 
 def _fresh(config: StudentConfig, output_dir: Path, seed: int) -> PreTrainedModel:
-    """Random weights keyed by `seed`; vocabulary, EOS and padding from the tokenizer unless `config` says them."""
-    overrides = dict(config.config or {})
-    tokenizer = load_tokenizer(config, output_dir)
-    defaults = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    """Random weights keyed by `seed`, of the architecture at `path` or of `config` alone.
+
+    Vocabulary, EOS and padding are the tokenizer's unless `config` says them; with a `path` and no tokenizer of its own
+    they stay as they are there.
+    """
+    keys = dict(config.config or {})
+    if config.path is None or config.tokenizer is not None:
+        tokenizer = load_tokenizer(config, output_dir)
+        keys = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **keys,
+        }
     if config.path is not None:
-        architecture = AutoConfig.from_pretrained(resolve_path(config.path, output_dir))
-        architecture.update(overrides)
-    elif "model_type" in overrides:
-        architecture = AutoConfig.for_model(**{**defaults, **overrides})
+        where, place = hub_arguments(config.path, output_dir, config.revision)
+        architecture = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
+        architecture = _changed(architecture, keys)
+    elif "model_type" in keys:
+        architecture = AutoConfig.for_model(**keys)
     else:
         raise ValueError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
     with torch.random.fork_rng(devices=[]):
@@ -119,3 +125,13 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int) -> PreTrainedMode
         return AutoModelForCausalLM.from_config(
             architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
         )
+
+
+def _changed(architecture: PreTrainedConfig, keys: dict) -> PreTrainedConfig:
+    """The architecture with other values; with another number of layers its lists of an entry a layer are made anew."""
+    count, lists = layer_count(architecture), layer_lists(architecture)
+    architecture.update(keys)
+    if layer_count(architecture) == count:
+        return architecture
+    kept = {key: value for key, value in architecture.to_dict().items() if key not in lists or key in keys}
+    return type(architecture).from_dict(kept)

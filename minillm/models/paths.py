@@ -25,6 +25,19 @@ def resolve_path(text: str, output_dir: Path) -> Path | str:
     return path if path.exists() else text
 
 
+def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> tuple[Path | str, dict[str, str]]:
+    """What from_pretrained takes for a path: the place, and gguf_file or revision where there is one.
+
+    `revision` counts for hub names alone. Raises FileNotFoundError as resolve_path does.
+    """
+    where = resolve_path(text, output_dir)
+    if not isinstance(where, Path):
+        return where, {} if revision is None else {"revision": revision}
+    if where.suffix == ".gguf":
+        return where.parent, {"gguf_file": where.name}
+    return where, {}
+
+
 def _in_package(text: str) -> Path:
     name, _, pattern = text.removeprefix(PACKAGE).partition("/")
     spec = find_spec(name)

@@ -3,8 +3,9 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minillm.models.access import lm_head
+from minillm.models.access import head_error, lm_head
 from minillm.models.pair import Models
+from minillm.models.tokenizers import end_of_turn
 
 Row = tuple[str, str, str]  # (what, student, teacher)
 
@@ -22,8 +23,10 @@ def preflight(
 ) -> tuple[Models, list[Row]]:
     """The pair as `Models`, and the rows of the preflight table.
 
-    Vocabularies padded to different sizes are cut to the shared part. Raises PreflightError for different tokenizers,
-    for a tokenizer with ids beyond a head, and for one without an end of text.
+    Vocabularies padded to different sizes are cut to the shared part. What ends an answer for either model ends it for
+    both: the student's generation configuration is made to say so. Raises PreflightError for different tokenizers, for
+    a tokenizer with ids beyond a head, for one without an end of text, and for an architecture that does something to
+    its logits that the losses would not see.
     """
     vocab_size = rows_s = lm_head(student).weight.shape[0]
     rows_t = None
@@ -38,12 +41,19 @@ def preflight(
             f"{rows_s:,}, teacher {rows_t if rows_t is None else format(rows_t, ',')}); use the tokenizer these models were "
             "trained with"
         )
-    eos_ids = end_ids(student, student_tokenizer)
+    for who, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            _check_head(who, model)
+    ends = [*end_ids(student, student_tokenizer)]
+    if teacher is not None:
+        ends += end_ids(teacher, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
+    eos_ids = tuple(dict.fromkeys(token for token in ends if token < vocab_size))
     if not eos_ids:
         raise PreflightError(
-            "neither the tokenizer nor the generation configuration of the student names an EOS token, so no answer could "
-            "end; set eos_token in the tokenizer"
+            "neither a tokenizer nor a generation configuration names an EOS token, so no answer could end; set eos_token "
+            "in the tokenizer"
         )
+    student.generation_config.eos_token_id = list(eos_ids)
     if student_tokenizer.eos_token_id is None:  # the data closes answers with the tokenizer's
         student_tokenizer.eos_token = student_tokenizer.convert_ids_to_tokens(eos_ids[0])
     pad_id = student_tokenizer.pad_token_id
@@ -60,15 +70,25 @@ def preflight(
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends an answer: the tokenizer's EOS first, then those of the generation configuration.
+    """Every id that ends an answer: the tokenizer's EOS, the chat template's end of turn, the generation configuration's.
 
     Ids beyond the vocabulary (defaults of an architecture that was built smaller) are left out.
     """
     vocab_size = model.config.get_text_config().vocab_size
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = listed if isinstance(listed, list) else [listed]
-    ids = [tokenizer.eos_token_id, *listed]
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *listed]
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None and token < vocab_size))
+
+
+def _check_head(who: str, model: PreTrainedModel) -> None:
+    error = head_error(model)
+    if not error <= (1e-4 if model.dtype in (torch.float32, torch.float64) else 0.05):
+        raise PreflightError(
+            f"{who}: the logits of {type(model).__name__} differ from its LM head on its last hidden states by {error:.1%}, "
+            "so a loss on those would be of another model. Either a weight is not finite, or the architecture does "
+            "something to its logits that minillm does not know; choose another model"
+        )
 
 
 def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -88,11 +108,18 @@ def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
 def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -> list[Row]:
     student, teacher = models.student, models.teacher
 
+    student_template = models.tokenizer.chat_template
+
+    def template_of(tokenizer) -> str:
+        template = getattr(tokenizer, "chat_template", None)
+        if tokenizer is models.tokenizer:
+            return "none" if template is None else "there"
+        return "the same" if template == student_template else "none" if template is None else "another one"
+
     def column(model, tokenizer, rows):
         if model is None:
             return ["-"] * 7
         config = model.config
-        template = getattr(tokenizer, "chat_template", None)
         return [
             type(model).__name__,
             f"{sum(p.numel() for p in model.parameters()):,}",
@@ -102,7 +129,7 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
             ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer))
             if tokenizer
             else "-",
-            "none" if template is None else f"{len(template)} characters",
+            template_of(tokenizer),
         ]
 
     names = ["model", "parameters", "dtype, attention", "head rows", "tokenizer", "end of answer", "chat template"]

@@ -3,10 +3,24 @@
 from collections.abc import Sequence
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # What configurations call their number of layers.
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def layer_count(config: PreTrainedConfig) -> int | None:
+    """The number of layers, None where the configuration calls it something else."""
+    return next((getattr(config, name) for name in COUNTS if hasattr(config, name)), None)
+
+
+def layer_lists(config: PreTrainedConfig) -> dict[str, list]:
+    """The configuration's lists with an entry a layer, such as layer_types."""
+    return {
+        key: list(value)
+        for key, value in config.to_dict().items()
+        if isinstance(value, (list, tuple)) and len(value) == layer_count(config) and not key.endswith("token_id")
+    }
 
 
 def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
@@ -14,7 +28,7 @@ def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
 
     Raises ValueError where there is no such list or more than one.
     """
-    count = next((getattr(model.config, name) for name in COUNTS if hasattr(model.config, name)), None)
+    count = layer_count(model.config)
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -48,17 +62,15 @@ def chosen_layers(layers: int | Sequence[int], total: int) -> list[int]:
 def prune_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
     """Keep some layers, in place; embeddings and head stay (tied where they were), KV-cache indices are renumbered."""
     parent, name, modules = layers_of(model)
-    keep, total = chosen_layers(layers, len(modules)), len(modules)
+    keep = chosen_layers(layers, len(modules))
+    for key, entries in layer_lists(model.config).items():
+        setattr(model.config, key, [entries[index] for index in keep])
     setattr(parent, name, nn.ModuleList(modules[index] for index in keep))
     for position, layer in enumerate(getattr(parent, name)):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = position
-    config = model.config
     for key in COUNTS:
-        if key in config.to_dict():
-            setattr(config, key, len(keep))
-    for key, value in config.to_dict().items():  # lists with an entry a layer, such as layer_types
-        if isinstance(value, (list, tuple)) and len(value) == total and not key.endswith("token_id"):
-            setattr(config, key, [value[index] for index in keep])
+        if key in model.config.to_dict():
+            setattr(model.config, key, len(keep))
     return model

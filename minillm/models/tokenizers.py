@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minillm.config.models import ModelConfig
-from minillm.models.paths import resolve_path
+from minillm.models.paths import hub_arguments
 
 EOS = "<|end|>"
 BYTE_TEMPLATE = (
@@ -35,10 +36,29 @@ def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizer
     """The tokenizer that `config.tokenizer` names (`byte`, a folder, a hub name), or the one of the model's path."""
     if config.tokenizer == "byte":
         return byte_tokenizer()
-    where = resolve_path(config.tokenizer or config.path, output_dir)
-    options = {"trust_remote_code": config.trust_remote_code}
-    if isinstance(where, Path) and where.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(where.parent, gguf_file=where.name, **options)
-    if not isinstance(where, Path):
-        options["revision"] = config.revision
-    return AutoTokenizer.from_pretrained(where, **options)
+    if config.tokenizer is not None:  # the revision is that of the model's path
+        where, options = hub_arguments(config.tokenizer, output_dir)
+    else:
+        where, options = hub_arguments(config.path, output_dir, config.revision)
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template closes an answer, often another than the tokenizer's EOS.
+
+    None where there is no template, where it refuses a plain question and answer, or closes with no special token.
+    """
+    if not tokenizer.chat_template:
+        return None
+    answer = "0123456789"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:
+        return None
+    _, found, closing = text.rpartition(answer)
+    if not found:
+        return None
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    return next((index for index in tokenizer(closing, add_special_tokens=False).input_ids if index in special), None)

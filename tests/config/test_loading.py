@@ -88,6 +88,12 @@ def test_overrides_of_a_choice_come_in_any_order(recipe):
     for overrides in (["method.name=kd", "method.ce_ratio=0.25"], ["method.ce_ratio=0.25", "method.name=kd"]):
         method = recipe.load(*overrides).stages[0].config.method
         assert (method.name, method.ce_ratio) == ("kd", 0.25)
+    for overrides in (
+        ["data.prompts.type=pydoc", "data.prompts.limit=3"],
+        ["data.prompts.limit=3", "data.prompts.type=pydoc"],
+    ):
+        prompts = recipe.load(*overrides).stages[0].config.data.prompts
+        assert (prompts.type, prompts.limit) == ("pydoc", 3)
 
 
 def test_a_group_that_may_be_absent_can_be_taken_out(recipe):

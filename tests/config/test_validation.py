@@ -136,6 +136,16 @@ def test_usable_groups_leave_out_what_is_wrong_and_no_more():
     assert groups["eval"].metric == "rouge_l"
 
 
+def test_one_useless_part_of_a_group_does_not_take_the_others_along():
+    data = changed("data", {"prompts": {"limit": 3}, "corpus": {"type": "pydoc", "block_size": 9}})
+    _, findings = validate_stage(data)
+    group = usable_groups(data, findings)["data"]
+    assert (group.prompts, group.corpus.block_size) == (None, 9)
+    data = changed("data", {"prompts": {"type": "pydok"}, "corpus": {"type": "pydoc", "block_size": 9}})
+    _, findings = validate_stage(data)
+    assert usable_groups(data, findings)["data"] == group
+
+
 values = st.sampled_from(
     [
         None,

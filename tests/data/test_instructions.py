@@ -3,10 +3,12 @@
 import gzip
 
 import pytest
+from tokenizers import AddedToken
 
 from minillm.config.data import JsonlPrompts, PlainPrompts
 from minillm.data.instructions import load_prompts
 from minillm.data.sources import DataError
+from minillm.models.tokenizers import byte_tokenizer
 
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 
@@ -95,6 +97,33 @@ def test_chat(byte, jsonl):
     assert first.prompt == "<system>Be.\n<user>Why?\n<assistant>"
     assert second.prompt == "<system>Be.\n<user>Why?\n\nRain.\n<assistant>"
     assert byte.decode(first.response_ids) == "So.<|end|>"
+
+
+def test_a_chat_answer_ends_as_the_template_ends_it(jsonl):
+    """Base models come with templates whose end of turn is not their EOS."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    path = jsonl({"instruction": "Why?", "output": "So."})
+    (example,) = load(tokenizer, path, template="chat")
+    assert example.prompt == "[user]Why?<|turn|>\n[assistant]"
+    assert tokenizer.decode(example.response_ids) == "So.<|turn|>"
+    assert tokenizer.decode([*example.prompt_ids, *example.response_ids]) + "\n" == tokenizer.apply_chat_template(
+        CHAT, tokenize=False
+    )
+    (example,) = load(tokenizer, path, template="none")
+    assert tokenizer.decode(example.response_ids) == "So.<|end|>"
+
+
+def test_a_template_that_refuses_a_record_is_named(jsonl):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}?"
+    path = jsonl({"messages": CHAT}, {"messages": [*CHAT, *CHAT]})
+    with pytest.raises(DataError, match=f"{path}:2: .* refuses the roles user, assistant, user: too many"):
+        load(tokenizer, path, template="chat")
 
 
 def test_beginnings_of_texts(byte, jsonl, tmp_path):

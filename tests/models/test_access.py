@@ -1,10 +1,12 @@
 """Last hidden states times the head are the logits that the whole model gives."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from minillm.models.access import last_hidden, lm_head
+from minillm.models.access import head_error, last_hidden, lm_head
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt", "gemma2", "cohere", "granite", "phi", "bloom")
 
@@ -62,3 +64,24 @@ def test_a_wrapped_head_is_refused(build_model):
     model.lm_head = wrapped
     with pytest.raises(ValueError, match="wrapped by an adapter"):
         lm_head(model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_every_head_is_known(build_model, name, dtype, bound):
+    assert head_error(build_model(name).to(dtype)) <= bound
+
+
+def test_what_a_head_does_unseen_is_measured(build_model):
+    model = build_model("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 3 * output)
+    assert head_error(model) == pytest.approx(2 / 3, rel=1e-4)
+
+
+def test_a_banned_id_is_no_difference_and_a_nan_is(build_model):
+    model = build_model("phi")
+    with torch.no_grad():
+        model.lm_head.bias[5] = -torch.inf
+        assert head_error(model) <= 1e-5
+        model.lm_head.weight[6] = torch.nan
+    assert math.isnan(head_error(model))

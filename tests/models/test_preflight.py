@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from minillm.config.models import TeacherConfig
+from minillm.models.loading import load_teacher
 from minillm.models.preflight import PreflightError, end_ids, preflight
-from minillm.models.tokenizers import byte_tokenizer
+from minillm.models.saving import save_model
+from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -82,3 +85,65 @@ def test_a_tokenizer_without_an_end_takes_the_models(build_model):
     model.generation_config.eos_token_id = 2
     models, _ = preflight(model, None, tokenizer, None, CPU)
     assert models.eos_ids == (2,) and tokenizer.eos_token_id == 2
+
+
+def test_what_ends_an_answer_for_either_model_ends_it_for_both(build_model, tmp_path):
+    """A base student beside a chat teacher: past the teacher's end of turn there is nothing to learn from it."""
+    student, teacher = build_model("llama"), build_model("llama", vocab_size=75)
+    names = ("a", "b", "c", "d")
+    student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = 1, [2, 1, 73]
+    models, _ = preflight(student, teacher, words(*names, eos_token="b"), words(*names, eos_token="c"), CPU)
+    assert models.eos_ids == (1, 2), "73 is no id of the student's"
+    save_model(student, models.tokenizer, tmp_path / "model")
+    assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == [1, 2]
+
+
+def test_a_templates_end_of_turn_is_an_end(build_model):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}"
+    model = build_model("llama", vocab_size=258, eos_token_id=256)
+    models, rows = preflight(model, None, tokenizer, None, CPU)
+    assert models.eos_ids == (256, 257)
+    assert ("end of answer", "'<|end|>', '<|turn|>'", "-") in rows
+
+
+@pytest.mark.parametrize("change, expected", [(None, "none"), ("{{ messages }}", "another one"), ("", "the same")])
+def test_templates_are_compared(build_model, change, expected):
+    ours, theirs = byte_tokenizer(), byte_tokenizer()
+    theirs.chat_template = ours.chat_template if change == "" else change
+    models = build_model("llama", vocab_size=257), build_model("llama", vocab_size=257)
+    _, rows = preflight(*models, ours, theirs, CPU)
+    assert ("chat template", "there", expected) in rows
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_head_that_does_more_than_the_losses_see_is_refused(build_model, who):
+    models = {name: build_model("llama", vocab_size=257) for name in ("student", "teacher")}
+    models[who].lm_head.register_forward_hook(lambda module, inputs, output: 1.01 * output)
+    with pytest.raises(PreflightError, match=f"{who}: the logits of LlamaForCausalLM differ .* by 1.0%"):
+        preflight(models["student"], models["teacher"], byte_tokenizer(), byte_tokenizer(), CPU)
+
+
+def test_tied_weights_are_counted_once(build_model):
+    sizes = []
+    for tie in (False, True):
+        _, rows = preflight(
+            build_model("llama", vocab_size=257, tie_word_embeddings=tie), None, byte_tokenizer(), None, CPU
+        )
+        sizes.append(int(dict((row[0], row[1]) for row in rows)["parameters"].replace(",", "")))
+    assert sizes[0] - sizes[1] == 257 * 24
+
+
+def test_real_models_of_two_tokenizers(assets):
+    """Both were trained on the same stories, with other vocabularies."""
+    pairs = []
+    for name in ("stories260k", "babyllama105"):
+        config = TeacherConfig(path=str(assets / "models" / name))
+        model = load_teacher(config, output_dir=assets, device=CPU)
+        pairs.append((model, load_tokenizer(config, assets)))
+    (stories, subwords), (baby, letters) = pairs
+    models, _ = preflight(stories, stories, subwords, subwords, CPU)
+    assert models.vocab_size == 512
+    with pytest.raises(PreflightError, match="id \\d+ is .* for the student and .* for the teacher"):
+        preflight(stories, baby, subwords, letters, CPU)

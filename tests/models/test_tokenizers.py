@@ -1,11 +1,13 @@
 """The byte tokenizer takes any text and gives it back; others come from where the configuration says."""
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from minillm.config.models import TeacherConfig
-from minillm.models.tokenizers import EOS, byte_tokenizer, load_tokenizer
+from minillm.models.tokenizers import EOS, byte_tokenizer, end_of_turn, load_tokenizer
 
 BYTES = byte_tokenizer()
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -52,3 +54,39 @@ def test_a_named_tokenizer_beats_the_models_own(tmp_path):
     config = {"path": str(tmp_path)}
     assert len(load_tokenizer(TeacherConfig(**config), tmp_path)) == 258
     assert len(load_tokenizer(TeacherConfig(**config, tokenizer="byte"), tmp_path)) == 257
+
+
+TURNS = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}CLOSE\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (TURNS.replace("CLOSE", "<|turn|>"), "<|turn|>"),
+        (TURNS.replace("CLOSE", EOS), EOS),
+        (TURNS.replace("CLOSE", "<|turn|><|end|>"), "<|turn|>"),  # the first of several
+        (TURNS.replace("CLOSE", ""), None),
+        (TURNS.replace("CLOSE", "</s>"), None),  # text to this tokenizer
+        ("<|start|>nothing of it<|turn|>", None),
+        ("{{ raise_exception('only system messages') }}", None),
+        (None, None),
+    ],
+)
+def test_the_end_of_a_turn_is_the_templates(template, expected):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|start|>", "<|turn|>")])
+    tokenizer.chat_template = template
+    found = end_of_turn(tokenizer)
+    assert (found if found is None else tokenizer.convert_ids_to_tokens(found)) == expected
+
+
+def test_the_revision_is_the_models_and_not_that_of_another_tokenizer(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda where, **options: asked.append((where, options)))
+    config = {"path": "some/model", "revision": "abc"}
+    load_tokenizer(TeacherConfig(**config), tmp_path)
+    load_tokenizer(TeacherConfig(**config, tokenizer="other/tokenizer"), tmp_path)
+    assert [(where, options.get("revision")) for where, options in asked] == [
+        ("some/model", "abc"),
+        ("other/tokenizer", None),
+    ]
