@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, checksummed, synced, renamed.
+"""Checkpoints that are whole or not there, and prove it by their checksums.
 
 checkpoint-N/            a Hugging Face folder of the student, and
   state/                 everything else needed to go on: trainer.json, engine.pt, buffer.safetensors
@@ -7,11 +7,12 @@ checkpoint-N/            a Hugging Face folder of the student, and
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from minillm.atomic import write_folder
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -23,24 +24,14 @@ def write_checkpoint(output_dir: Path, step: int, fill: Callable[[Path], None], 
     A kill at any moment leaves either no folder of that name or a whole one; the older ones go only afterwards.
     """
     folder = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f".checkpoint-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(partial)): _fingerprint(path) for path in files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, partial / MANIFEST, *(path for path in partial.rglob("*") if path.is_dir()), partial]:
-        sync(path)
-    if folder.exists():  # a rerun of the same step after a resume: replace it whole
-        stale = output_dir / f".checkpoint-{step}.stale"
-        shutil.rmtree(stale, ignore_errors=True)
-        folder.rename(stale)
-        partial.rename(folder)
-        shutil.rmtree(stale)
-    else:
-        partial.rename(folder)
-    sync(output_dir)
+
+    def fill_and_sign(partial: Path) -> None:
+        fill(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {str(path.relative_to(partial)): _fingerprint(path) for path in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+    write_folder(folder, fill_and_sign)
     for _, old in list_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -79,35 +70,6 @@ def find_damage(folder: Path) -> str | None:
         if _fingerprint(path) != expected:
             return f"{name} was altered"
     return None
-
-
-def clean_partials(output_dir: Path) -> None:
-    """Remove what a kill in the middle of a save left behind; a set-aside checkpoint without successor comes back."""
-    for stale in output_dir.glob(".checkpoint-*.stale"):
-        folder = output_dir / stale.name[1 : -len(".stale")]
-        if folder.exists():
-            shutil.rmtree(stale)
-        else:
-            stale.rename(folder)
-    for partial in output_dir.glob(".*.partial"):
-        shutil.rmtree(partial)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a small file whole."""
-    partial = path.with_name(f".{path.name}.partial-file")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:

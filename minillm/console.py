@@ -99,6 +99,17 @@ class Console:
             self._last_line = now
             self._line(f"{self._stage} {step}/{'?' if self._total is None else self._total}: {status}")
 
+    def working(self, what: str, done: int, total: int) -> None:
+        """How far something long between two steps is."""
+        status = f"{what} {done:,}/{total:,}"
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], status=status)
+            return
+        now = self._clock()
+        if not self._live and done < total and now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            self._line(f"{self._stage}: {status}")
+
     def evaluation(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """What an evaluation found, against the best so far, and some of its answers."""
         who, stage = record.get("who", "student"), record["stage"]

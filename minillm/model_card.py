@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from minillm.checkpoint import write_text_atomic
+from minillm.atomic import write_text
 from minillm.config.paths import expand, is_hub_name
 from minillm.data.templates import alpaca
 from minillm.reporting.markdown import duration
@@ -54,7 +54,7 @@ def write_model_card(output_dir: Path, folder: Path) -> Path:
         _versions(run),
     ]
     path = Path(folder) / "README.md"
-    write_text_atomic(path, "\n\n".join(section for section in sections if section) + "\n")
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from minillm.checkpoint import write_text_atomic
+from minillm.atomic import write_text
 from minillm.metrics import read_numbers
 from minillm.reporting.curves import draw_comparison, draw_run
 from minillm.reporting.findings import collapses, verdicts
@@ -37,7 +37,7 @@ def write_report(output_dir: Path) -> Path:
         _environment(run),
     ]
     path = run.folder / REPORT
-    write_text_atomic(path, _joined(sections))
+    write_text(path, _joined(sections))
     return path
 
 

@@ -16,7 +16,8 @@ import torch
 import transformers
 import yaml
 
-from minillm.checkpoint import clean_partials, newest_whole, sync, write_text_atomic
+from minillm.atomic import clean, write_folder, write_text
+from minillm.checkpoint import newest_whole
 from minillm.config.loading import RunPlan, Stage
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
@@ -45,7 +46,8 @@ def run(plan: RunPlan, *, resume: bool, console) -> Path:
     """
     output_dir = plan.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
-    clean_partials(output_dir)
+    for folder in (output_dir, output_dir / "stages"):
+        clean(folder)
     checkpoint = newest_whole(output_dir, console.note) if resume else None
     progress = None
     if checkpoint is not None:
@@ -53,15 +55,15 @@ def run(plan: RunPlan, *, resume: bool, console) -> Path:
         progress = Progress(**saved["progress"])
         _check_same_recipe(plan, progress.stage, saved["config"])
         console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
-    write_text_atomic(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
-    write_text_atomic(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
+    write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
+    write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
     shared = _Shared(console, output_dir)
     names = [stage.name for stage in plan.stages]
-    with log, _interruption() as interrupted:
+    with log, _interruption(console.note) as interrupted:
         for stage in plan.stages:
             if progress and names.index(stage.name) < names.index(progress.stage):
                 continue
@@ -142,6 +144,7 @@ class _Shared:
                 prompts=Stream(prompts.examples, seed=order),
                 corpus=None if corpus is None else Stream(corpus.blocks, seed=order),
                 written=self.output_dir / "written" / stage.name,
+                watch=self.console.working,
             ),
             output_dir=self.output_dir,
             evaluator=self._load_evaluator(stage, tokenizer),
@@ -166,12 +169,13 @@ class _Shared:
         if not config.eval.sets:
             return None
         key = (config.eval, config.teacher)
-        if self._evaluator[0] != key:
+        # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
+        if config.teacher is None or self._evaluator[0] != key:
             sets = {
                 name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
                 for name, prompts in config.eval.sets.items()
             }
-            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed))
+            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=self.console.working))
         return self._evaluator[1]
 
 
@@ -223,17 +227,12 @@ def _publish(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint's model to `folder`, whole or not at all; what is there already stays."""
     if folder.exists():
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial, ignore=MODEL_ONLY)
-    for path in partial.rglob("*"):
-        sync(path)
-    partial.rename(folder)
-    sync(folder.parent)
+    folder.parent.mkdir(exist_ok=True)
+    write_folder(folder, lambda partial: shutil.copytree(checkpoint, partial, ignore=MODEL_ONLY, dirs_exist_ok=True))
 
 
 @contextmanager
-def _interruption():
+def _interruption(note: Callable[[str], None]):
     """Turn the first Ctrl-C or SIGTERM into a wish that the loop grants after its step; the second one is immediate."""
     asked = []
 
@@ -241,6 +240,7 @@ def _interruption():
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        note("stopping after this step, with a checkpoint; once more to stop at once without one")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -50,6 +50,16 @@ class Progress:
     stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done
 
 
+def _require_references(stage: Stage, sources: Sources) -> None:
+    bare = [example.index for example in sources.prompts.items if not example.response_ids]
+    if bare:
+        raise TrainingError(
+            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, but {len(bare)} of "
+            f"{len(sources.prompts.items)} prompts of data.prompts have none (the first is record {bare[0] + 1}); give "
+            "them an answer, or use a method that samples its own (minillm, seqkd)"
+        )
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory so far: of the GPU's allocator, or resident in this process."""
     if device.type == "cuda":
@@ -78,6 +88,8 @@ class StageTrainer:
         self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
         self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
         self.method = build_method(stage.config)
+        if self.method.needs_references:
+            _require_references(stage, sources)
         self.total_steps = self._total_steps()
         self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
         self.items: Sequence[Item] | RolloutBuffer = []

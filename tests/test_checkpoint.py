@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from minillm.checkpoint import MANIFEST, clean_partials, find_damage, list_checkpoints, newest_whole, write_checkpoint
+from minillm.atomic import clean
+from minillm.checkpoint import MANIFEST, find_damage, list_checkpoints, newest_whole, write_checkpoint
 
 
 def fill(content: str):
@@ -59,7 +60,7 @@ def test_a_failure_while_writing_leaves_the_old_ones_and_no_new_one(run):
     with pytest.raises(OSError):
         write_checkpoint(run, 12, fail, keep=1)
     assert [step for step, _ in list_checkpoints(run)] == [2, 4, 10]
-    clean_partials(run)
+    clean(run)
     assert not list(run.glob(".*"))
 
 
@@ -72,5 +73,5 @@ def test_writing_a_step_again_replaces_it(run):
 
 def test_a_checkpoint_set_aside_by_a_kill_comes_back(run):
     (run / "checkpoint-10").rename(run / ".checkpoint-10.stale")
-    clean_partials(run)
+    clean(run)
     assert newest_whole(run, pytest.fail).name == "checkpoint-10"

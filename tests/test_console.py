@@ -193,3 +193,19 @@ def test_long_answers_are_whole_when_asked_for():
     lines = plain(("answers", "", {"student": "word " * 200, "teacher": "short\nlines"}))
     assert lines[0] == "[student] " + "word " * 200
     assert lines[1:] == ["[teacher] short", "lines"]
+
+
+def test_long_work_between_steps_shows_how_far_it_is():
+    clock = Clock()
+    file = io.StringIO()
+    console = Console(rank=0, file=file, clock=clock)
+    console.start("distil", 3, 0)
+    for done in (10, 20, 30, 40):
+        console.working("sampling answers", done, 40)
+        clock.seconds += 3.0
+    assert file.getvalue().splitlines()[1:] == ["distil: sampling answers 10/40", "distil: sampling answers 30/40"]
+    terminal = Terminal()
+    with Console(rank=0, file=terminal, clock=clock) as console:
+        console.start("distil", 3, 0)
+        console.working("sampling answers", 10, 40)
+    assert "sampling answers 10/40" in terminal.getvalue()

@@ -100,7 +100,7 @@ def in_a_child(work) -> int:
 
 def die_after(events: int) -> None:
     """SIGKILL this process at its n-th event: a decode step, an optimiser step, a file synced, renamed or appended to."""
-    from minillm import checkpoint, metrics
+    from minillm import atomic, metrics
     from minillm.engine.torch import TorchEngine
     from minillm.rollout.decoder import Decoder
 
@@ -118,7 +118,7 @@ def die_after(events: int) -> None:
     for owner, name in (
         (Decoder, "forward"),
         (TorchEngine, "step"),
-        (checkpoint, "sync"),
+        (atomic, "sync"),
         (Path, "rename"),
         (Path, "replace"),
         (metrics.MetricsLog, "write"),
@@ -211,6 +211,13 @@ def test_the_student_copies_the_teacher_only_where_it_would_read_the_same_weight
     assert _same_weights(student, teacher)
     for other in ({"revision": "v2"}, {"dtype": "bfloat16"}, {"path": "a/c"}):
         assert not _same_weights(student, teacher.model_copy(update=other)), other
+
+
+def test_a_prompt_without_a_reference_is_an_error_before_any_step(recipe, tmp_path):
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": "alone?"}\n')
+    with pytest.raises(TrainingError, match=r"stage 'teacher': method sft .* 1 of 9 .* record 9"):
+        train(recipe)
 
 
 def test_a_changed_recipe_is_refused_on_resume_and_named(recipe):

@@ -5,9 +5,10 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from glob import glob
 from pathlib import Path
 from typing import Any
+
+from minillm.config.paths import expand, matching_files
 
 Record = tuple[str, dict[str, Any]]  # (where it stands, what it says)
 
@@ -18,10 +19,7 @@ class DataError(ValueError):
 
 def find_files(pattern: str) -> list[Path]:
     """The files a path or glob names, sorted. Raises DataError where there is none."""
-    expanded = str(Path(os.path.expandvars(pattern)).expanduser())
-    if Path(expanded).is_file():  # a name may hold what a glob reads as a pattern
-        return [Path(expanded)]
-    files = [Path(name) for name in sorted(glob(expanded, recursive=True)) if Path(name).is_file()]
+    files = matching_files(expand(pattern))
     if not files:
         raise DataError(f"{pattern}: no such file")
     return files

@@ -67,7 +67,7 @@ class TorchEngine:
                 term = to_device(term, self.models.device)
                 with torch.autocast(self.models.device.type, torch.bfloat16, enabled=self.train_config.bf16):
                     loss, metrics = self.module(term)
-                loss = loss * (term.weight / max(divisors[term.name], 1.0))
+                loss = loss * (term.weight / (divisors[term.name] or 1.0))
                 loss.backward()
                 sums["loss"] += loss.detach()
                 sums[f"loss/{term.name}"] += loss.detach()

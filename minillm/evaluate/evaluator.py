@@ -18,6 +18,7 @@ and NAME_std their standard deviation where it was measured more than once.
 import math
 import statistics
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -52,11 +53,18 @@ class Evaluator:
     teacher's dtype, in CPU memory) are kept after the first call, for later steps and stages.
     """
 
-    def __init__(self, sets: dict[str, PromptSet], config: EvalConfig, *, seed: int):
+    def __init__(
+        self,
+        sets: dict[str, PromptSet],
+        config: EvalConfig,
+        *,
+        seed: int,
+        watch: Callable[[str, int, int], None] = lambda what, done, total: None,  # told how far the sampling is
+    ):
         for name, prompts in sets.items():
             if not prompts.examples:
                 raise ValueError(f"eval.sets.{name}: no usable prompts in {prompts.source}; nothing could be measured")
-        self.sets, self.config, self.seed = sets, config, seed
+        self.sets, self.config, self.seed, self.watch = sets, config, seed, watch
         self.scored = Sampling(
             config.max_new_tokens,
             temperature=config.temperature,
@@ -125,6 +133,7 @@ class Evaluator:
                 seed=zlib.crc32(f"evaluation {self.seed} {seed} {name}".encode()),
                 who=who,
                 batch_size=self.config.batch_size,
+                progress=lambda done: self.watch(f"evaluating on {name}", done, len(missing)),
             )
             for example, answer in zip(missing, answers, strict=True):
                 kept[name, example.index, seed, sampling] = answer

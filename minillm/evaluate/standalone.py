@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.checkpoint import write_text_atomic
+from minillm.atomic import write_text
 from minillm.config.loading import EvaluationPlan, load_evaluation
 from minillm.console import Console
 from minillm.data.instructions import load_prompts
@@ -109,7 +109,7 @@ def evaluate_model(
     }
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(output, json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(output, json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 

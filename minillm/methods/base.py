@@ -19,6 +19,7 @@ from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 
 Objective = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
+Watch = Callable[[str, int, int], None]  # (what is being done, how many are, of how many)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Sources:
     prompts: Stream  # of minillm.data.instructions.Example
     corpus: Stream | None  # of token blocks: list[int]
     written: Path  # a folder for answers that are written once and kept
+    watch: Watch = lambda what, done, total: None  # told how far long work inside `collect` is
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Method(ABC):
     """See the module. `step_size` is the number of items that one optimiser step takes over all micro-batches."""
 
     inner_epochs: int = 1  # passes over what one `collect` returned
+    needs_references: bool = True  # prompts without an answer to imitate are an error before the first step
 
     def __init__(self, config: StageConfig):
         self.config = config

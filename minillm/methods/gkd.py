@@ -21,6 +21,7 @@ class GeneralisedDistillation(Method):
     def __init__(self, config):
         super().__init__(config)
         beta = config.method.beta
+        self.needs_references = config.method.on_policy < 1
         self.divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
         self.options = {"beta": beta} if self.divergence == "jsd" else {}
 
@@ -38,6 +39,7 @@ class GeneralisedDistillation(Method):
             seed=self.config.seed,
             draw=draw,
             batch_size=rollout.batch_size,
+            progress=lambda done: sources.watch("sampling answers", done, len(references)),
         )
         return [
             Supervised(item.key, answer.prompt, answer.response)

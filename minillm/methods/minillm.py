@@ -95,6 +95,8 @@ def policy_objective(method: MiniLLM):
 class MiniLLMMethod(Method):
     """See the module; every difference between the paper and its released code is a key of `method`."""
 
+    needs_references = False
+
     def __init__(self, config):
         super().__init__(config)
         self.inner_epochs = config.method.ppo_epochs
@@ -114,6 +116,7 @@ class MiniLLMMethod(Method):
             draw=draw,
             who="mixture" if self.config.method.alpha > 0 else "student",
             batch_size=rollout.batch_size,
+            progress=lambda done: sources.watch("sampling answers", done, len(examples)),
         )
         buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
         add_advantages(buffer, self.config.method)

@@ -44,8 +44,8 @@ def shape_rewards(rewards: Tensor, *, scaling: float | None, cliprange: float | 
 def whiten(advantages: Sequence[Tensor], *, over: str) -> list[Tensor]:  # one (T,) an answer
     """(A - mean) / sqrt(var + 1e-8) with the unbiased variance over the whole buffer.
 
-    over "valid" counts response tokens. "all" also counts the padding up to the longest answer as zeros, which is what
-    the released code computes; it pulls the mean towards zero and shrinks the variance.
+    over "valid" counts response tokens. "all" also counts the padding up to the longest answer as zeros, as the released
+    code does (there over each micro-batch); it pulls the mean towards zero and shrinks the variance.
     """
     if over == "none" or not advantages:
         return list(advantages)

@@ -16,6 +16,8 @@ from minillm.rollout.sampling import Sampling
 class SequenceDistillation(Method):
     """L = kd_ratio * KL(p || q) - (1 - kd_ratio) * log q(y), y sampled from the teacher, mean over its tokens."""
 
+    needs_references = False
+
     def __init__(self, config):
         super().__init__(config)
         self._answers: dict[int, list[int]] | None = None
@@ -39,6 +41,7 @@ class SequenceDistillation(Method):
             keys=[example.index for example in examples],
             seed=self.config.seed,
             batch_size=rollout.batch_size,
+            progress=lambda done: sources.watch("the teacher writes", done, len(examples)),
         )
         return archive.read()
 

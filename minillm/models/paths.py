@@ -1,10 +1,8 @@
 """Where a model's path leads: a folder, a hub name, a .gguf file, a file of an installed package, an earlier stage."""
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGE, STAGE = "package:", "stage:"
+from minillm.config.paths import PACKAGE, STAGE, expand, package_file
 
 
 def resolve_path(text: str, output_dir: Path) -> Path | str:
@@ -20,8 +18,8 @@ def resolve_path(text: str, output_dir: Path) -> Path | str:
             raise FileNotFoundError(f"{text}: {folder} is not there; the stage has not finished")
         return folder
     if text.startswith(PACKAGE):
-        return _in_package(text)
-    path = Path(os.path.expandvars(text)).expanduser()
+        return package_file(text)
+    path = Path(expand(text))
     return path if path.exists() else text
 
 
@@ -36,15 +34,3 @@ def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> t
     if where.suffix == ".gguf":
         return where.parent, {"gguf_file": where.name}
     return where, {}
-
-
-def _in_package(text: str) -> Path:
-    name, _, pattern = text.removeprefix(PACKAGE).partition("/")
-    spec = find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"{text}: the package {name} is not installed; pip install {name.replace('_', '-')}")
-    for root in spec.submodule_search_locations:
-        found = sorted(Path(root).glob(pattern)) if pattern else [Path(root)]
-        if found:
-            return found[0]
-    raise FileNotFoundError(f"{text}: the package {name} is installed, but holds no {pattern}")

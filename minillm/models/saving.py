@@ -1,11 +1,10 @@
 """Hugging Face folders: safetensors, tokenizer, generation configuration, chat template."""
 
-import shutil
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from minillm.checkpoint import sync
+from minillm.atomic import write_folder
 from minillm.models.preflight import end_ids
 
 
@@ -26,26 +25,5 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The same, so that `folder` never holds a part of a model.
-
-    A failure leaves what was there. A kill between the two renames of a replacement leaves no `folder`, and the old one
-    beside it as .NAME.stale.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_model(model, tokenizer, partial)
-    for path in partial.iterdir():
-        sync(path)
-    replace_folder(partial, folder)
-
-
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Put `partial` in the place of `folder`."""
-    stale = folder.with_name(f".{folder.name}.stale")
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        folder.rename(stale)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(stale, ignore_errors=True)
+    """The same in the place of `folder`, which never holds a part of a model."""
+    write_folder(folder, lambda partial: write_model(model, tokenizer, partial))

@@ -1,0 +1,61 @@
+"""Files and folders that are whole or not there: written beside, flushed to the disk, renamed."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+_PARTIAL, _STALE = ".partial", ".stale"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file whole."""
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Put what `fill` writes into an empty folder in the place of `folder`.
+
+    A failure of `fill` leaves what was there. So does a kill, once `clean` has run: between the two renames of a
+    replacement the old folder lies beside, set aside.
+    """
+    partial, stale = _beside(folder, _PARTIAL), _beside(folder, _STALE)
+    for leftover in (partial, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    if folder.exists():
+        folder.rename(stale)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def clean(parent: Path) -> None:
+    """Remove what a kill left beside the files and folders of `parent`; what was set aside without successor returns."""
+    for stale in parent.glob(f".*{_STALE}"):
+        folder = parent / stale.name[1 : -len(_STALE)]
+        if folder.exists():
+            shutil.rmtree(stale)
+        else:
+            stale.rename(folder)
+    for partial in parent.glob(f".*{_PARTIAL}"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}{ending}")
