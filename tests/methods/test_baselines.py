@@ -53,6 +53,8 @@ def eager(name, log_q, log_p):
         return (p * (log_p - log_q)).sum(-1).mean()
     if name == "reverse_kl":
         return (q * (log_q - log_p)).sum(-1).mean()
+    if name == "skew_forward_kl":
+        return (p * (log_p - (0.3 * p + 0.7 * q).log())).sum(-1).mean()
     m = (0.3 * p + 0.7 * q).log()
     return (0.3 * p * (log_p - m) + 0.7 * q * (log_q - m)).sum(-1).mean()
 
@@ -64,6 +66,7 @@ def eager(name, log_q, log_p):
         ({"name": "kd"}, "forward_kl", 0.5),
         ({"name": "kd", "divergence": "reverse_kl", "ce_ratio": 0.0}, "reverse_kl", 0.0),
         ({"name": "kd", "divergence": "jsd", "beta": 0.3, "ce_ratio": 0.25}, "jsd", 0.25),
+        ({"name": "kd", "divergence": "skew_forward_kl", "skew": 0.3, "ce_ratio": 0.0}, "skew_forward_kl", 0.0),
         ({"name": "gkd", "on_policy": 0.0, "beta": 0.3}, "jsd", 0.0),
         ({"name": "gkd", "on_policy": 1.0, "beta": 0.0}, "forward_kl", 0.0),
         ({"name": "gkd", "on_policy": 1.0, "beta": 1.0}, "reverse_kl", 0.0),

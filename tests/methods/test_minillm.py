@@ -129,17 +129,39 @@ def test_inner_epochs_never_run_the_teacher(make_models, sources, monkeypatch):
     assert torch.isfinite(term_loss(term, models))
 
 
-def test_the_pretraining_term_is_the_cross_entropy_of_the_blocks(make_models, sources):
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.3])
+def test_the_pretraining_term_is_the_weighted_loss_of_the_blocks(kd_ratio, make_models, sources):
     models = make_models()
-    method = build_method(stage(lm_coef=0.7))
+    method = build_method(stage(lm_coef=0.7, pt_kd_ratio=kd_ratio))
     buffer = method.collect(sources, models, draw=0)
-    expected = Stream(sources.corpus.items, seed=1).take(2)
+    ids = torch.tensor(Stream(sources.corpus.items, seed=1).take(2))
     _, term = method.terms(list(buffer)[:2], sources, models)
-    ids = torch.tensor(expected)
-    want = torch.nn.functional.cross_entropy(
-        models.student(ids).logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()
+    log_q, log_p = (
+        m(ids).logits[:, :-1].flatten(0, 1).double().log_softmax(-1) for m in (models.student, models.teacher)
     )
-    torch.testing.assert_close(term_loss(term, models), 0.7 * want, rtol=1e-5, atol=1e-6)
+    cross_entropy = torch.nn.functional.nll_loss(log_q, ids[:, 1:].flatten())
+    forward_kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    want = 0.7 * ((1 - kd_ratio) * cross_entropy + kd_ratio * forward_kl)
+    torch.testing.assert_close(term_loss(term, models), want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_presets_are_the_published_and_the_released_settings():
+    differences = {
+        "gamma": (1.0, 0.95),
+        "return_from": ("next", "current"),
+        "whiten": ("none", "all"),
+        "single_step_weighted": (True, False),
+        "reduction": ("sequences", "tokens"),
+        "reward_scaling": (None, 0.5),
+        "cliprange_reward": (None, 100.0),
+        "pt_kd_ratio": (0.0, 0.5),
+    }
+    shared = {"alpha": 0.2, "cliprange": 0.2, "ppo_epochs": 4, "lm_coef": 1.0, "length_norm": True,
+              "importance_weight_in_clip": True, "importance_weight": "token", "single_step": True}  # fmt: skip
+    for place, preset in enumerate(("paper", "lmops")):
+        expected = shared | {key: values[place] for key, values in differences.items()}
+        assert stage(preset=preset).method.model_dump(exclude={"name", "preset"}) == expected
+    assert stage(preset="lmops", gamma=0.5).method.gamma == 0.5
 
 
 @pytest.mark.parametrize("reduction, count", [("sequences", 6.0), ("tokens", None)])
