@@ -49,6 +49,7 @@ class Rows:
     p: Tensor | None = None  # (B, V)
     log_p: Tensor | None = None  # (B, V), 0 where p is 0 because its logit is -inf
     r: Tensor | None = None  # (B, V), see the module
+    student_banned: Tensor | None = None  # (B, V) bool: the student's logit is -inf; None where none is
     student_only: Tensor | None = None  # (B,) bool: some id has q > 0 and p = 0; None where no logit is -inf
     teacher_only: Tensor | None = None  # (B,) bool: some id has p > 0 and q = 0
 

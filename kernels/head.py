@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_BYTES = 2 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
+TILE_BYTES = 4 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
 TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
 
 

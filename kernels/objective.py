@@ -1,7 +1,7 @@
 """linear_objective: any per-token loss of TokenStats, with the gradient computed in the forward pass.
 
-A chunk at a time: logits of both models, statistics, the caller's loss on (C,) vectors, autograd on those vectors for
-each row's coefficients, the gradient with respect to the logits, and its two GEMMs. Three student GEMMs and one
+A chunk at a time: logits of both models, statistics, the caller's loss on vectors, autograd on those vectors for each
+row's coefficients, the gradient with respect to the logits, and its two GEMMs. Three student GEMMs and one
 teacher GEMM in all, the least that exact gradients need without keeping logits.
 """
 
@@ -50,7 +50,7 @@ def linear_objective(
     Args:
         teacher_hidden, teacher_head: None for both where no field needs them.
         labels: None keeps every token and offers no log-probabilities.
-        objective: called as objective(stats, **inputs) with the TokenStats of one chunk of C tokens and the same rows
+        objective: called as objective(stats, **inputs) with the TokenStats of a few tokens, C, and the same rows
             of every input, (C,) each; returns the loss of each token (C,), or (loss, {name: metric (C,)}). It must
             treat tokens independently, be made of differentiable torch operations, and read no other tensor that
             requires grad.
@@ -118,22 +118,22 @@ def _run(
     losses: list[Tensor] = []
     metrics: dict[str, list[Tensor]] = {}
     for chunk in problem.chunks(tensors):
-        statistics = problem.rows.row_statistics(chunk.student, chunk.teacher, chunk.labels, problem.spec)
-        values = {name: statistics[name] for name in problem.spec.fields}
-        here = {name: value[chunk.rows] for name, value in inputs.items()}
-        loss, coefficients = _evaluate(objective, values, here, metrics, graded=sums is not None, first=not losses)
-        losses.append(loss)
-        if coefficients:
-            dz = problem.rows.row_gradients(
-                chunk.student,
-                chunk.teacher,
-                chunk.labels,
-                statistics,
-                coefficients,
-                problem.spec,
-                sums.dz_dtype,
-            )
-            sums.add(dz, chunk.hidden, chunk.rows)
+        given = {name: value[chunk.rows] for name, value in inputs.items()}
+
+        def evaluate(rows: slice, values: dict[str, Tensor], given=given) -> dict[str, Tensor]:
+            here = {name: value[rows] for name, value in given.items()}
+            loss, coefficients = _evaluate(objective, values, here, metrics, graded=sums is not None, first=not losses)
+            losses.append(loss)
+            return coefficients
+
+        logits = chunk.student, chunk.teacher, chunk.labels
+        if sums is None:
+            statistics = problem.rows.row_statistics(*logits, problem.spec)
+            evaluate(slice(None), {name: statistics[name] for name in problem.spec.fields})
+        else:
+            dz = problem.rows.row_loss_gradients(*logits, problem.spec, evaluate, sums.dz_dtype)
+            if dz is not None:
+                sums.add(dz, chunk.hidden, chunk.rows)
     if not losses:  # no row is kept: the objective says which metrics there are
         values = problem.empty_statistics(tensors.student_hidden.device)
         here = {name: value[:0] for name, value in inputs.items()}

@@ -1,17 +1,17 @@
 """The row operations in torch: from raw logits to per-token statistics, and from coefficients to the gradient.
 
 Rows go through in blocks that fit a core's cache, so that the many elementwise passes cost little beside the GEMMs.
-`minillm.kernels.rows_triton` has the same two functions. Both are called without autograd.
+`minillm.kernels.rows_triton` has the same functions. All are called without autograd.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
 
-BLOCK_BYTES = 2**20  # of one (B, V) temporary on a CPU: a few of them stay in its caches
+BLOCK_BYTES = 2 * 2**20  # of one (B, V) temporary on a CPU: they stay in its caches, and calls cost little beside them
 DEVICE_BLOCK_BYTES = 64 * 2**20  # elsewhere
 
 
@@ -31,7 +31,7 @@ def row_statistics(
             None if teacher is None else teacher[block],
             None if labels is None else labels[block, None],
             spec,
-        )
+        )[0]
         for block in _blocks(student)
     ]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
@@ -51,18 +51,44 @@ def row_gradients(
     A coefficient that is exactly 0 contributes exactly nothing, even where its statistic is infinite.
     """
     gradient = student if student.dtype == grad_dtype else torch.empty_like(student, dtype=grad_dtype)
-    needs_teacher = any(FIELDS[name].teacher for name in coefficients)
+    if not any(FIELDS[name].teacher for name in coefficients):
+        teacher = None
     for block in _blocks(student):
-        _block_gradients(
-            gradient[block],
-            student[block],
-            teacher[block] if needs_teacher else None,
-            labels[block, None] if "student_logprob" in coefficients else None,
-            {name: value[block, None] for name, value in statistics.items()},
-            {name: value[block, None] for name, value in coefficients.items()},
-            spec,
-        )
+        here = {name: value[block, None] for name, value in statistics.items()}
+        chosen = {name: value[block, None] for name, value in coefficients.items()}
+        rows = _rows_again(student[block], None if teacher is None else teacher[block], here, chosen, spec)
+        label = labels[block, None] if "student_logprob" in coefficients else None
+        _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
     return gradient
+
+
+def row_loss_gradients(
+    student: Tensor,  # (C, V) raw logits; their memory is overwritten
+    teacher: Tensor | None,  # (C, V), where a field needs it
+    labels: Tensor | None,  # (C,) int64, where a field needs them
+    spec: RowSpec,
+    differentiate: Callable[[slice, dict[str, Tensor]], dict[str, Tensor]],
+    grad_dtype: torch.dtype,
+) -> Tensor | None:
+    """row_statistics and row_gradients in one pass: a block's probabilities are used while a cache still has them.
+
+    differentiate(rows, statistics) is called with a block of rows of this chunk and their statistics, (B,) each, and
+    returns their coefficients, (B,) each. None where it never returned any.
+    """
+    gradient = student if student.dtype == grad_dtype else torch.empty_like(student, dtype=grad_dtype)
+    found = False
+    for block in _blocks(student):
+        label = None if labels is None else labels[block, None]
+        statistics, rows = _block_statistics(student[block], None if teacher is None else teacher[block], label, spec)
+        coefficients = differentiate(block, {name: statistics[name] for name in spec.fields})
+        if coefficients:
+            here = {name: value[:, None] for name, value in statistics.items()}
+            chosen = {name: value[:, None] for name, value in coefficients.items()}
+            _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
+            found = True
+        else:
+            gradient[block] = 0.0
+    return gradient if found else None
 
 
 def logits_from_raw(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
@@ -119,7 +145,7 @@ def _filled(log_q: Tensor, banned: Tensor | None) -> Tensor:
 
 def _block_statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Rows]:
     fields = set(spec.fields)
     second_pass = spec.needs("second_pass")
     z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
@@ -138,10 +164,9 @@ def _block_statistics(
         if "teacher_argmax" in fields:
             result["teacher_argmax"] = z_t.argmax(1)
 
-    if any(FIELDS[name].value for name in fields):
-        rows = Rows(q=q.mul_(sum_s.reciprocal()))
+    rows = Rows(q=q.mul_(sum_s.reciprocal()))
     ratio_needed = second_pass or fields & {"reverse_kl", "forward_kl"}
-    student_banned = _banned(z_s) if ratio_needed or "student_entropy" in fields else None
+    student_banned = _banned(z_s) if ratio_needed or "student_entropy" in fields or spec.student_softcap else None
     if teacher is not None:
         teacher_banned = _banned(z_t) if ratio_needed or "teacher_entropy" in fields else None
         if second_pass or fields & {"forward_kl", "teacher_entropy"}:
@@ -154,34 +179,48 @@ def _block_statistics(
             rows.log_p = _filled(x_t.sub_(sum_t.log()), teacher_banned)
     if "student_entropy" in fields:
         rows.log_q = _filled(x_s.sub_(sum_s.log()), student_banned)
+    rows.student_banned = student_banned
     for name in spec.fields:
         if FIELDS[name].value is not None:
             result[name] = FIELDS[name].value(rows, spec)
-    return {name: value.reshape(-1) for name, value in result.items()}
+    return {name: value.reshape(-1) for name, value in result.items()}, rows
+
+
+def _rows_again(
+    student: Tensor,
+    teacher: Tensor | None,
+    statistics: dict[str, Tensor],
+    coefficients: dict[str, Tensor],
+    spec: RowSpec,
+) -> Rows:
+    """What _block_statistics knew of the rows, from the logits and their log-sum-exps."""
+    z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
+    log_q = z_s - statistics["student_lse"]
+    rows = Rows(q=log_q.exp())
+    if teacher is not None or "student_entropy" in coefficients or spec.student_softcap:
+        rows.student_banned = _banned(z_s)
+    if teacher is not None:
+        z_t = logits_from_raw(teacher, spec.teacher_scale, spec.teacher_softcap, spec.temperature)
+        r = (z_s - z_t).sub_(statistics["student_lse"] - statistics["teacher_lse"])
+        vars(rows).update(_log_ratio(r, rows.student_banned, _banned(z_t)))
+        rows.p = (z_t - statistics["teacher_lse"]).exp_()
+    if "student_entropy" in coefficients:
+        rows.log_q = _filled(log_q, rows.student_banned)
+    return rows
 
 
 def _block_gradients(
     gradient: Tensor,
     student: Tensor,
-    teacher: Tensor | None,
     labels: Tensor | None,
+    rows: Rows,
     statistics: dict[str, Tensor],
     coefficients: dict[str, Tensor],
     spec: RowSpec,
 ) -> None:
+    """Writes the block's gradient; uses up `rows`."""
     chain = spec.student_scale / spec.temperature
     c = coefficients if chain == 1.0 else {name: value * chain for name, value in coefficients.items()}
-    z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
-    log_q = z_s - statistics["student_lse"]
-    rows = Rows(q=log_q.exp())
-    student_banned = _banned(z_s) if teacher is not None or "student_entropy" in c or spec.student_softcap else None
-    if teacher is not None:
-        z_t = logits_from_raw(teacher, spec.teacher_scale, spec.teacher_softcap, spec.temperature)
-        log_p = z_t - statistics["teacher_lse"]
-        r = (z_s - z_t).sub_(statistics["student_lse"] - statistics["teacher_lse"])
-        vars(rows).update(_log_ratio(r, student_banned, _banned(z_t)))
-        rows.p = log_p.exp_()
-
     # what is constant in a row: minus the mean of u under q
     constant = torch.zeros_like(statistics["student_lse"])
     bracket = None
@@ -191,7 +230,7 @@ def _block_gradients(
             # of this very u: where q is almost 1, a saved mean that differs in rounding would ruin tvd's signs
             mean = expectation(rows.q, u)[:, None]
         else:  # these two overwrite what u is read from, so they come last
-            mean, u = statistics[name], rows.r if name == "reverse_kl" else _filled(log_q, student_banned).neg_()
+            mean, u = statistics[name], rows.r if name == "reverse_kl" else rows.log_q.neg_()
         constant = constant - torch.where(c[name] == 0, 0.0, c[name] * mean)
         u = u.mul_(c[name])
         bracket = u if bracket is None else bracket.add_(u)
@@ -205,8 +244,9 @@ def _block_gradients(
     if "student_logprob" in c:
         dz.scatter_add_(1, labels, c["student_logprob"])
     if spec.student_softcap is not None:
+        z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
         slope = (z_s * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
         dz.mul_(slope)
-        if student_banned is not None:
-            dz.masked_fill_(student_banned, 0.0)
+        if rows.student_banned is not None:
+            dz.masked_fill_(rows.student_banned, 0.0)
     gradient.copy_(dz)

@@ -1,8 +1,10 @@
 """The row operations on a GPU: from raw logits to per-token statistics, and from coefficients to the gradient.
 
 Launches the kernels of `row_statistics_triton` and `row_gradients_triton`; `minillm.kernels.rows_torch` has the same
-two functions.
+functions.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -121,6 +123,25 @@ def row_gradients(
                 num_warps=GRADIENT_WARPS,
             )
     return gradient
+
+
+def row_loss_gradients(
+    student: Tensor,  # (C, V) raw logits, fp32; their memory is overwritten
+    teacher: Tensor | None,  # (C, V) likewise, where a field needs it
+    labels: Tensor | None,  # (C,) int64, where a field needs them
+    spec: RowSpec,
+    differentiate: Callable[[slice, dict[str, Tensor]], dict[str, Tensor]],
+    grad_dtype: torch.dtype,  # fp32, bf16 or fp16
+) -> Tensor | None:
+    """row_statistics, then row_gradients with the coefficients that differentiate(rows, statistics) returns.
+
+    It is called once, with all rows of the chunk and their statistics, (C,) each. None where it returns none.
+    """
+    statistics = row_statistics(student, teacher, labels, spec)
+    coefficients = differentiate(slice(None), {name: statistics[name] for name in spec.fields})
+    if not coefficients:
+        return None
+    return row_gradients(student, teacher, labels, statistics, coefficients, spec, grad_dtype)
 
 
 def _check(student: Tensor, teacher: Tensor | None) -> None:

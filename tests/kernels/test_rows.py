@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from minillm.kernels import rows_torch
 from minillm.kernels.divergences import FIELDS, RowSpec
 
 FLOATS = tuple(name for name in FIELDS if not name.endswith("argmax"))
@@ -120,3 +121,37 @@ def test_no_id_at_all_is_nan(backend, kit):
     found = operations(backend).row_statistics(student, teacher, labels, RowSpec(FLOATS))
     for name in ("student_logprob", "student_entropy", "reverse_kl", "jsd", "tvd"):
         assert found[name].isnan().tolist() == [False, True, False], name
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("names", [("reverse_kl",), ("student_logprob", "forward_kl"), ("jsd", "tvd"), DIFFERENTIABLE])
+def test_one_pass_is_the_two_operations(names, softcap, backend, kit, monkeypatch):
+    """Coefficients that differ from row to row, one of them zero, with banned ids in either model and in both."""
+    monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 3 * 40 * 4)  # three rows a block, and a remnant
+    student, teacher, labels = logits(7, 40, kit)
+    student[:, 3] = teacher[:, 3] = -math.inf
+    student[1, 5] = teacher[2, 6] = -math.inf
+    labels[:] = 7
+    spec = RowSpec(tuple(FIELDS), temperature=2.0, student_softcap=softcap)
+    rows = operations(backend)
+    weights = {name: torch.arange(7.0, device=kit.device) - 2 for name in names}
+    for name in names:  # where a divergence is infinite its gradient is not asked for
+        weights[name][1:3] = 0.0
+    found = rows.row_statistics(student, teacher, labels, spec)
+    expected = rows.row_gradients(student.clone(), teacher, labels, found, weights, spec, torch.float32)
+    seen = []
+
+    def differentiate(part, statistics):
+        seen.append(statistics)
+        return {name: value[part] for name, value in weights.items()}
+
+    gradient = rows.row_loss_gradients(student, teacher, labels, spec, differentiate, torch.float32)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    for name in FIELDS:
+        assert torch.equal(torch.cat([statistics[name] for statistics in seen]), found[name])
+
+
+def test_no_coefficients_are_no_gradient(backend, kit):
+    student, teacher, labels = logits(3, 30, kit)
+    rows = operations(backend)
+    assert rows.row_loss_gradients(student, teacher, labels, RowSpec(FLOATS), lambda *_: {}, torch.float32) is None
