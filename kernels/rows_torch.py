@@ -221,6 +221,10 @@ def _block_gradients(
     """Writes the block's gradient; uses up `rows`."""
     chain = spec.student_scale / spec.temperature
     c = coefficients if chain == 1.0 else {name: value * chain for name, value in coefficients.items()}
+    slope = None
+    if spec.student_softcap is not None:  # now: the gradient may take the memory of the logits
+        z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
+        slope = (z_s * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
     # what is constant in a row: minus the mean of u under q
     constant = torch.zeros_like(statistics["student_lse"])
     bracket = None
@@ -238,15 +242,15 @@ def _block_gradients(
         constant = constant + c["forward_kl"]
     if "student_logprob" in c:
         constant = constant - c["student_logprob"]
-    dz = rows.q.mul_(constant if bracket is None else bracket.add_(constant))
+    dz = gradient if gradient.dtype == rows.q.dtype else rows.q
+    torch.mul(rows.q, constant if bracket is None else bracket.add_(constant), out=dz)
     if "forward_kl" in c:
         dz.sub_(rows.p.mul_(c["forward_kl"]))
     if "student_logprob" in c:
         dz.scatter_add_(1, labels, c["student_logprob"])
-    if spec.student_softcap is not None:
-        z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
-        slope = (z_s * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
+    if slope is not None:
         dz.mul_(slope)
         if rows.student_banned is not None:
             dz.masked_fill_(rows.student_banned, 0.0)
-    gradient.copy_(dz)
+    if dz is not gradient:
+        gradient.copy_(dz)
