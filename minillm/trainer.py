@@ -184,6 +184,9 @@ class StageTrainer:
         progress, limit = self.progress, self.config.train.max_seconds
         if self.total_steps is not None and progress.stage_step >= self.total_steps:
             return True
+        tokens = self.config.train.max_student_tokens
+        if tokens is not None and progress.student_tokens >= tokens:
+            return True
         if limit is None:
             return False
         if isinstance(limit, str):

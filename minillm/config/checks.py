@@ -82,11 +82,12 @@ def _multiples_around(number: int, step: int) -> str:
 
 def length_of_training(facts: Facts, train: TrainConfig) -> Iterator[Found]:
     """Training ends, and the schedule has what it needs."""
-    limits = ("train.max_steps", "train.num_train_epochs", "train.max_seconds")
+    limits = ("train.max_steps", "train.num_train_epochs", "train.max_seconds", "train.max_student_tokens")
     schedule, name = SCHEDULES[train.lr_scheduler_type], train.lr_scheduler_type
     if train.max_steps is None and train.num_train_epochs is None:
-        if train.max_seconds is None:
-            yield Found("train.max_steps", "missing: how long to train; or num_train_epochs, or max_seconds", limits)
+        if train.max_seconds is None and train.max_student_tokens is None:
+            message = "missing: how long to train; or num_train_epochs, max_seconds or max_student_tokens"
+            yield Found("train.max_steps", message, limits)
         elif schedule.counts_steps:
             message = f"{name} must know how many steps there will be: give max_steps or num_train_epochs as well"
             yield Found("train.lr_scheduler_type", message, limits)

@@ -52,6 +52,9 @@ class TrainConfig(Strict):
         description="Stop after so much training time (evaluation and saving not counted), or after as much as an "
         "earlier stage took: stage:NAME. Such a run does not repeat bit for bit",
     )
+    max_student_tokens: Positive | None = Field(
+        None, description="Stop at the step after which so many predictions received a gradient, inner epochs counted"
+    )
     per_device_train_batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
