@@ -14,7 +14,7 @@ from pathlib import Path
 import minillm
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-BENCHMARKS = ("kernels", "rollout")
+BENCHMARKS = ("kernels", "rollout", "step")
 DTYPES = ("float32", "bfloat16", "float16")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
