@@ -74,15 +74,17 @@ def document(case: Case, folder: Path) -> dict:
     """The configuration, with the teacher's config.json written into the folder."""
     from transformers import AutoConfig
 
-    teacher = folder / "teacher"
-    AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(teacher)
+    teacher = None
+    if case.method != "sft":
+        teacher = {"path": str(folder / "teacher")}
+        AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(folder / "teacher")
     text = folder / "corpus.txt"
     text.write_text("plain text")
     method = {"minillm": {"ppo_epochs": 2}, "gkd": {"on_policy": 1.0}}.get(case.method, {})
     return {
         "output_dir": str(folder / "run"),
         "student": {"init": "random", "tokenizer": "byte", "config": architecture(case, case.layers)},
-        "teacher": {"path": str(teacher)},
+        "teacher": teacher,
         "data": {
             "prompts": {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer},
             "corpus": {"path": str(text), "block_size": case.prompt + case.answer},

@@ -49,6 +49,10 @@ class Timeline:
             for name, place in _INDEX.items()
         }
 
+    def most(self, part: str) -> int:
+        """The most bytes of one part at any moment."""
+        return int(self.moments[:, _INDEX[part]].max())
+
 
 class Ledger(TorchDispatchMode):
     """Active inside `with`; enter it inside of the FakeTensorMode, so that it sees the tensors that come out."""

@@ -1,11 +1,13 @@
 """From a configuration to its plan: every stage simulated, sharded, fitted to a GPU, and what to change."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from minillm.config.loading import RunPlan, Stage
+from minillm.config.root import StageConfig
 from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
@@ -27,7 +29,7 @@ class StagePlan:
     work: Work
     simulation: Simulation
     memory: list[PhaseMemory]
-    without_checkpointing: int  # activations at the peak of the update, bytes
+    without_checkpointing: int  # the most activations of the update, bytes
     with_checkpointing: int
     speed: Speed
     smallest_world_size: int | None  # None: no size up to the largest tried fits
@@ -68,41 +70,43 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     device = torch.device(gpu.kind)
     student, teacher = architectures.student(stage), architectures.teacher(stage)
 
+    asked = config.train.gradient_checkpointing
+
     @lru_cache(maxsize=None)
-    def simulated(work: Work, checkpointing: bool) -> Simulation:
-        mixed = sharding_of(config, world_size).mixed_precision
-        return simulate(config, work, student, teacher, device, checkpointing=checkpointing, mixed_precision=mixed)
+    def simulated(work: Work, mixed: bool) -> Simulation:
+        return simulate(config, work, student, teacher, device, checkpointing=asked, mixed_precision=mixed)
 
-    def memory(size: int, checkpointing: bool) -> list[PhaseMemory]:
-        work = work_of(config, size)
-        return memory_of(simulated(work, checkpointing), work, sharding_of(config, size), device)
-
-    def activations(checkpointing: bool) -> int:
-        update = next(phase for phase in memory(world_size, checkpointing) if phase.phase == "update")
-        return update.device["activations"]
+    def memory(size: int) -> list[PhaseMemory]:
+        work, sharding = work_of(config, size), sharding_of(config, size)
+        return memory_of(simulated(work.moment, sharding.mixed_precision), work, sharding, device)
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
-    asked = config.train.gradient_checkpointing
+    simulation = simulated(work.moment, sharding.mixed_precision)
+    mixed = sharding.mixed_precision
+    other = simulate(
+        config, work.moment, student, teacher, device, checkpointing=not asked, mixed_precision=mixed, phases=("update",)
+    )
+    activations = {flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))}
     return StagePlan(
         name=stage.name,
         method=config.method.name,
         sharding=sharding,
         work=work,
-        simulation=simulated(work, asked),
-        memory=memory(world_size, asked),
-        without_checkpointing=activations(False),
-        with_checkpointing=activations(True),
+        simulation=simulation,
+        memory=memory(world_size),
+        without_checkpointing=activations[False],
+        with_checkpointing=activations[True],
         speed=speed_of(
-            simulated(work, asked), work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked
+            simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked
         ),
-        smallest_world_size=_smallest(config, memory, gpu, asked),
+        smallest_world_size=_smallest(config, memory, gpu),
     )
 
 
-def _smallest(config, memory, gpu: Gpu, checkpointing: bool) -> int | None:
+def _smallest(config: StageConfig, memory: Callable[[int], list[PhaseMemory]], gpu: Gpu) -> int | None:
     for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
         try:
-            phases = memory(size, checkpointing)
+            phases = memory(size)
         except ValueError:  # the answers of a buffer do not divide over so many ranks
             continue
         if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:

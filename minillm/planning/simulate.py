@@ -5,7 +5,7 @@ scoring   forward passes without a gradient; a collection's, or those of the tea
 update    forward, loss and backward of every term, with checkpointing and autocast as configured; then the optimiser
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -61,15 +61,17 @@ def simulate(
     *,
     checkpointing: bool,
     mixed_precision: bool = False,
+    phases: Collection[str] = ("rollout", "scoring", "update"),
 ) -> Simulation:
     """Run the phases.
 
     Args:
         checkpointing: stands in for train.gradient_checkpointing.
         mixed_precision: bf16 weights and gradients, with fp32 weights and moments in the optimiser, and no autocast.
+        phases: those to run.
     """
     with FakeTensorMode(), Ledger() as ledger:
-        return _Simulator(config, work, student, teacher, device, ledger, checkpointing, mixed_precision).run()
+        return _Simulator(config, work, student, teacher, device, ledger, checkpointing, mixed_precision).run(phases)
 
 
 class _Simulator:
@@ -89,7 +91,7 @@ class _Simulator:
         self.losses: dict[str, LossShape] = {}
         self.kv_bytes = dict.fromkeys(self.models, 0)
 
-    def run(self) -> Simulation:
+    def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
         self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         dtype = torch.float32 if self.mixed else None
@@ -100,14 +102,15 @@ class _Simulator:
         # gradients stay from one step to the next
         with self._gradients():
             ledger.take()
-            if work.decoding is not None:
+            if work.decoding is not None and "rollout" in wanted:
                 self._rollout(work.decoding)
                 phases["rollout"] = ledger.take()
-            if work.scoring is not None:
+            if work.scoring is not None and "scoring" in wanted:
                 self._score(work.scoring)
                 phases["scoring"] = ledger.take()
-        self._update()
-        phases["update"] = ledger.take()
+        if "update" in wanted:
+            self._update()
+            phases["update"] = ledger.take()
         del states
         teacher = self.models.get("teacher")
         return Simulation(
@@ -182,9 +185,12 @@ class _Simulator:
             parameter.register_post_accumulate_grad_hook(lambda p: self.ledger.relabel([p.grad], "gradients"))
             for parameter in self.trained
         ]
-        for _ in range(min(2, self.work.micro_batches)):  # the second one finds gradients
-            for term in self.work.terms:
-                self._term(term)
+        if self.work.micro_batches > 1:  # the worst micro-batch is one that finds gradients
+            with self.ledger.part("gradients"):
+                for parameter in self.trained:
+                    parameter.grad = torch.empty_like(parameter)
+        for term in self.work.terms:
+            self._term(term)
         self._optimizer_step()
         for hook in hooks:
             hook.remove()

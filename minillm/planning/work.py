@@ -3,7 +3,7 @@
 Every prompt and every answer counts at its longest: a plan is for the worst batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillm.config.data import PlainPrompts
 from minillm.config.root import StageConfig
@@ -54,6 +54,18 @@ class Work:
     micro_batches: int
     steps_per_collection: int
     buffered: int  # answers kept with the teacher's hidden states, on one rank
+
+    @property
+    def moment(self) -> "Work":
+        """The same but for how many times it is repeated: what memory on a device depends on."""
+        return replace(
+            self,
+            decoding=None if self.decoding is None else replace(self.decoding, total=0),
+            scoring=None if self.scoring is None else replace(self.scoring, total=0),
+            micro_batches=min(self.micro_batches, 2),
+            steps_per_collection=1,
+            buffered=0,
+        )
 
     def waiting_rows(self, *, from_buffer: bool) -> int:
         """Rows of the teacher's hidden states that all micro-batches of a step hold before it begins."""
