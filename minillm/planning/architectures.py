@@ -25,7 +25,7 @@ class Architectures:
 
     def __init__(self, plan: RunPlan):
         self._stages = {stage.name: stage for stage in plan.stages}
-        self._folders = _folders(plan.files)
+        self._folders = architecture_folders(plan.files)
 
     def student(self, stage: Stage) -> PreTrainedConfig:
         """Of the student as it is trained: pruned, changed or fresh. Raises ValueError where it is not known."""
@@ -43,7 +43,8 @@ class Architectures:
 
     def _random(self, config: StudentConfig) -> PreTrainedConfig:
         keys = dict(config.config or {})
-        if "vocab_size" not in keys and config.tokenizer == BYTE_TOKENIZER:
+        local = config.tokenizer is not None and not is_hub_name(expand(config.tokenizer))
+        if "vocab_size" not in keys and (local or config.tokenizer == BYTE_TOKENIZER):
             keys["vocab_size"] = len(load_tokenizer(config, Path(".")))
         if config.path is not None:
             return changed_architecture(self._read(config), keys)
@@ -56,26 +57,28 @@ class Architectures:
         if path.startswith(STAGE):
             return self.student(self._stages[path.removeprefix(STAGE)])
         if is_hub_name(path):
-            return AutoConfig.from_pretrained(self._known(path, config.revision))
+            return AutoConfig.from_pretrained(known_architecture(path, self._folders, config.revision))
         where, place = hub_arguments(config.path, Path("."))
         return AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
 
-    def _known(self, name: str, revision: str | None) -> Path:
-        file = name.replace("/", "--") + ".json"
-        for folder in self._folders:
-            if (folder / file).is_file():
-                return folder / file
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached)
-        places = ", ".join(map(str, self._folders)) or "none was found"
-        raise ValueError(
-            f"the architecture of {name} is not known here, and hub names are not looked up: put its config.json as "
-            f"{file} into a folder `architectures` beside the configuration (searched: {places})"
-        )
+
+def known_architecture(name: str, folders: Sequence[Path], revision: str | None = None) -> Path:
+    """The config.json of a hub name. Raises ValueError, which says where to put it."""
+    file = name.replace("/", "--") + ".json"
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    places = ", ".join(map(str, folders)) or "none was found"
+    raise ValueError(
+        f"the architecture of {name} is not known here, and hub names are not looked up: put its config.json as "
+        f"{file} into a folder `architectures` beside the configuration (searched: {places})"
+    )
 
 
-def _folders(files: Sequence[Path]) -> list[Path]:
+def architecture_folders(files: Sequence[Path]) -> list[Path]:
     """Folders called architectures: beside the files, in the folders above these, and in ./configs."""
     above = [folder for file in files for folder in file.resolve().parents]
     folders = [folder / "architectures" for folder in [*above, Path.cwd() / "configs"]]

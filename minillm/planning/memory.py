@@ -29,9 +29,7 @@ class PhaseMemory:
         return sum(self.host.values())
 
 
-def memory_of(
-    simulation: Simulation, work: Work, sharding: Sharding, device: torch.device
-) -> list[PhaseMemory]:
+def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: torch.device) -> list[PhaseMemory]:
     """Every phase's worst moment, in the order in which they run."""
     student, teacher = simulation.student, simulation.teacher
     one_memory = device.type == "cpu"
@@ -53,14 +51,19 @@ def memory_of(
         models = reads.get(phase) or ("student",)
         if "student" in models:
             added["gathered layers"] += sharding.gathered(
-                student.parameters, max(student.largest_layer, student.head), student.itemsize, sharded=sharding.stage == 3
+                student.parameters,
+                max(student.largest_layer, student.head),
+                student.itemsize,
+                sharded=sharding.stage == 3,
             )
         if teacher is not None and ("teacher" in models or any(term.teacher for term in work.terms)):
             # the update reads the teacher's head alone
             whole = teacher.parameters if "teacher" in models else teacher.head
             added["gathered layers"] += sharding.gathered(
-                whole, max(teacher.largest_layer, teacher.head) if whole > teacher.head else teacher.head,
-                teacher.itemsize, sharded=sharding.teacher != "replicated",
+                whole,
+                max(teacher.largest_layer, teacher.head) if whole > teacher.head else teacher.head,
+                teacher.itemsize,
+                sharded=sharding.teacher != "replicated",
             )
         on_device = timeline.peak(factors, added)
         everything = timeline.peak({}, {})

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -72,7 +72,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
     asked = config.train.gradient_checkpointing
 
-    @lru_cache(maxsize=None)
+    @cache
     def simulated(work: Work, mixed: bool) -> Simulation:
         return simulate(config, work, student, teacher, device, checkpointing=asked, mixed_precision=mixed)
 
@@ -84,9 +84,18 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     simulation = simulated(work.moment, sharding.mixed_precision)
     mixed = sharding.mixed_precision
     other = simulate(
-        config, work.moment, student, teacher, device, checkpointing=not asked, mixed_precision=mixed, phases=("update",)
+        config,
+        work.moment,
+        student,
+        teacher,
+        device,
+        checkpointing=not asked,
+        mixed_precision=mixed,
+        phases=("update",),
     )
-    activations = {flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))}
+    activations = {
+        flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))
+    }
     return StagePlan(
         name=stage.name,
         method=config.method.name,
@@ -96,9 +105,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         memory=memory(world_size),
         without_checkpointing=activations[False],
         with_checkpointing=activations[True],
-        speed=speed_of(
-            simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked
-        ),
+        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
         smallest_world_size=_smallest(config, memory, gpu),
     )
 

@@ -82,4 +82,11 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         if world_size > 1:
             raise ValueError(f"engine.type torch is one process, not {world_size}; plan with engine.type=deepspeed")
         return Sharding()
-    raise ValueError(engine.type)
+    return Sharding(
+        world_size=world_size,
+        stage=engine.stage,
+        offload_optimizer=engine.offload_optimizer,
+        offload_param=engine.offload_param,
+        teacher="sharded" if engine.stage == 3 else "replicated",
+        mixed_precision=config.train.bf16,
+    )

@@ -30,7 +30,9 @@ class Speed:
         return self.rollout_flops + self.scoring_flops + self.update_flops
 
 
-def speed_of(simulation: Simulation, work: Work, sharding: Sharding, gpu: Gpu, *, bf16: bool, checkpointing: bool) -> Speed:
+def speed_of(
+    simulation: Simulation, work: Work, sharding: Sharding, gpu: Gpu, *, bf16: bool, checkpointing: bool
+) -> Speed:
     """Estimates for the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
     share = 1.0 / work.steps_per_collection if work.buffered else 1.0

@@ -105,14 +105,14 @@ def work_of(config: StageConfig, world_size: int) -> Work:
         if name == "seqkd":  # every prompt once, before the first step
             decoding = Decoding(("teacher",), rollout.batch_size, prompt, rollout.max_new_tokens, 0)
         else:
-            decoding = Decoding(
-                ("student",), min(rollout.batch_size, step), prompt, rollout.max_new_tokens, step
-            )
+            decoding = Decoding(("student",), min(rollout.batch_size, step), prompt, rollout.max_new_tokens, step)
     share = {"kd": lambda: 1 - method.ce_ratio, "seqkd": lambda: method.kd_ratio, "gkd": lambda: 1.0}
     teacher = name == "minillm" or share.get(name, lambda: 0.0)() > 0
     if teacher and name != "minillm":
         scoring = Forward(("teacher",), micro, length, micro * rows, False, micro * accumulation)
-    terms = [Term("policy" if name == "minillm" else "distillation", micro, length, micro * rows, teacher, name == "minillm")]
+    terms = [
+        Term("policy" if name == "minillm" else "distillation", micro, length, micro * rows, teacher, name == "minillm")
+    ]
     if name == "minillm" and method.lm_coef > 0 and config.data.corpus is not None:
         fed = config.data.corpus.block_size - 1
         terms.append(Term("pretraining", micro, fed, micro * fed, method.pt_kd_ratio > 0, False))
