@@ -25,6 +25,7 @@ setup(
         "minillm.engine",
         "minillm.evaluate",
         "minillm.reporting",
+        "minillm.planning",
     ],
     install_requires=[
         "torch>=2.11,<2.14",

@@ -14,7 +14,7 @@ from pathlib import Path
 import minillm
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-BENCHMARKS = ("kernels", "rollout", "step")
+BENCHMARKS = ("kernels", "plan", "rollout", "step")
 DTYPES = ("float32", "bfloat16", "float16")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
@@ -99,6 +99,28 @@ def _validate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from minillm.config.loading import load_run
+    from minillm.planning.advice import advise
+    from minillm.planning.plan import plan_run
+    from minillm.planning.table import assumptions, render, to_json
+
+    files, overrides = _split(arguments.words)
+    plan = load_run(files, overrides)
+    run = plan_run(plan, gpu=arguments.gpu, world_size=arguments.world_size)
+    advice = advise(plan, run, overrides)
+    if arguments.json:
+        print(to_json(run, advice))
+        return 0
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(render(run, advice), highlight=False)
+    for line in assumptions():
+        console.print(f"[dim]{line}[/dim]", highlight=False)
+    return 0
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from minillm.console import Console
     from minillm.evaluate.standalone import evaluate_model, evaluation_plan
@@ -166,6 +188,13 @@ def _parser() -> argparse.ArgumentParser:
     validate = verbs.add_parser("validate", help="all errors of a configuration at once, or what it resolves to")
     _add_files(validate)
     validate.set_defaults(run=_validate)
+
+    plan = verbs.add_parser("plan", help="memory a rank, time a step and ranks needed, without loading a weight")
+    _add_files(plan)
+    plan.add_argument("--gpu", default="H100-80GB", help="H100-80GB, H200, A100-80GB, A100-40GB, L40S, 4090, cpu ...")
+    plan.add_argument("--world-size", type=_positive, default=1, help="ranks, a GPU each (default %(default)s)")
+    plan.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs and seconds")
+    plan.set_defaults(run=_plan)
 
     evaluate = verbs.add_parser("eval", help="measure a model on held-out prompts")
     evaluate.add_argument(

@@ -92,13 +92,23 @@ class TextCorpus(CorpusKeys):
     skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many documents")
 
 
+class HfCorpus(CorpusKeys):
+    """A dataset of the `datasets` library whose records have a field `text`; a hub dataset is read as far as needed."""
+
+    type: Literal["hf"]
+    path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
+    name: str | None = Field(None, description="The configuration of a hub dataset")
+    split: str = "train"
+    skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many documents")
+
+
 class PydocCorpus(CorpusKeys):
     """The docstrings of Python's own library."""
 
     type: Literal["pydoc"]
 
 
-Corpus = Annotated[TextCorpus | PydocCorpus, Field(discriminator="type"), default_type("text")]
+Corpus = Annotated[TextCorpus | HfCorpus | PydocCorpus, Field(discriminator="type"), default_type("text")]
 
 
 class DataConfig(Strict):

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import Corpus as CorpusConfig
 from minillm.data.pydoc import pydoc_documents
-from minillm.data.sources import DataError, read_texts
+from minillm.data.sources import DataError, read_hf, read_texts, texts_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,11 @@ def load_corpus(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Cor
     if config.type == "pydoc":
         texts = pydoc_documents()
     else:
-        texts = (text for number, (_, text) in enumerate(read_texts(config.path)) if number >= config.skip)
+        if config.type == "hf":
+            found = texts_of(read_hf(config.path, config.name, config.split, streaming=True))
+        else:
+            found = read_texts(config.path)
+        texts = (text for number, (_, text) in enumerate(found) if number >= config.skip)
     tokens, documents = [], 0
     for text in texts:
         if documents == config.limit:

@@ -50,8 +50,8 @@ def read_parquet(pattern: str) -> Iterator[Record]:
             yield f"{path}, row {number}", record
 
 
-def read_hf(path: str, name: str | None, split: str) -> Iterator[Record]:
-    """Rows of a dataset folder written by save_to_disk, or of a hub dataset."""
+def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False) -> Iterator[Record]:
+    """Rows of a dataset folder written by save_to_disk, or of a hub dataset; `streaming` fetches what is read alone."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     folder = Path(os.path.expandvars(path)).expanduser()
@@ -62,7 +62,7 @@ def read_hf(path: str, name: str | None, split: str) -> Iterator[Record]:
                 raise DataError(f"{path}: no split {split!r}; it has {', '.join(dataset)}")
             dataset = dataset[split]
     else:
-        dataset = load_dataset(path, name, split=split)
+        dataset = load_dataset(path, name, split=split, streaming=streaming)
     for number, record in enumerate(dataset):
         yield f"{path} ({split}), row {number}", record
 
@@ -71,15 +71,20 @@ def read_texts(pattern: str) -> Iterator[tuple[str, str]]:
     """(where, text): whole .txt files, plain or gzipped, or the field `text` of JSONL records."""
     for path in find_files(pattern):
         if ".jsonl" in path.suffixes:
-            for where, record in read_jsonl(str(path)):
-                if not isinstance(record.get("text"), str):
-                    raise DataError(f"{where}: expected a field `text`; found {', '.join(record) or 'no fields'}")
-                yield where, record["text"]
+            yield from texts_of(read_jsonl(str(path)))
         else:
             try:
                 yield str(path), b"".join(read_lines(path)).decode("utf-8-sig").replace("\r\n", "\n")
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}: not UTF-8 ({error}); convert it") from None
+
+
+def texts_of(records: Iterator[Record]) -> Iterator[tuple[str, str]]:
+    """(where, text) of records with a field `text`. Raises DataError for one without."""
+    for where, record in records:
+        if not isinstance(record.get("text"), str):
+            raise DataError(f"{where}: expected a field `text`; found {', '.join(record) or 'no fields'}")
+        yield where, record["text"]
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

@@ -115,7 +115,7 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int) -> PreTrainedMode
     if config.path is not None:
         where, place = hub_arguments(config.path, output_dir, config.revision)
         architecture = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
-        architecture = _changed(architecture, keys)
+        architecture = changed_architecture(architecture, keys)
     elif "model_type" in keys:
         architecture = AutoConfig.for_model(**keys)
     else:
@@ -127,7 +127,7 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int) -> PreTrainedMode
         )
 
 
-def _changed(architecture: PreTrainedConfig, keys: dict) -> PreTrainedConfig:
+def changed_architecture(architecture: PreTrainedConfig, keys: dict) -> PreTrainedConfig:
     """The architecture with other values; with another number of layers its lists of an entry a layer are made anew."""
     count, lists = layer_count(architecture), layer_lists(architecture)
     architecture.update(keys)

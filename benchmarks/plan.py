@@ -1,0 +1,273 @@
+"""`minillm bench plan`: the peak memory that `minillm plan` predicts beside the one that training steps take on a CPU.
+
+A case is random models and prompts at their longest. Each runs in a process of its own: imports and a tiny run of the
+same kind first, so that what is loaded late is loaded; then the resident memory before the models are made is the
+zero, and the kernel's high-water mark of every phase is the measurement. The allocator returns freed memory at once.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from minillm.benchmarks.machine import describe
+
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+STEPS = 3
+PROMPT, ANSWER = 48, 64
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. The teacher is the student with `teacher_layers`."""
+
+    name: str
+    family: str
+    method: str
+    hidden: int
+    layers: int
+    vocab: int
+    teacher_layers: int
+    batch: int
+    accumulation: int = 1
+    checkpointing: bool = False
+    bf16: bool = False
+    prompt: int = PROMPT
+    answer: int = ANSWER
+
+
+CASES = (
+    Case("sft", "llama", "sft", 512, 6, 8000, 6, batch=8),
+    Case("sft, checkpointing", "llama", "sft", 512, 12, 8000, 12, batch=16, checkpointing=True),
+    Case("sft, gpt2, accumulation", "gpt2", "sft", 512, 6, 16000, 6, batch=8, accumulation=2),
+    Case("kd, large vocabulary", "qwen2", "kd", 384, 6, 60000, 10, batch=8),
+    Case("kd, bf16", "llama", "kd", 384, 6, 8000, 8, batch=4, bf16=True),
+    Case("gkd, opt", "opt", "gkd", 512, 6, 16000, 8, batch=8),
+    Case("minillm", "llama", "minillm", 512, 6, 16000, 10, batch=8),
+    Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=16, answer=192),
+    Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 32000, 10, batch=16, checkpointing=True),
+)
+
+
+def architecture(case: Case, layers: int) -> dict:
+    """Keys of the transformers configuration."""
+    h, heads, context = case.hidden, case.hidden // 64, 1024
+    if case.family == "gpt2":
+        own = {"n_embd": h, "n_layer": layers, "n_head": heads, "n_positions": context}
+    elif case.family == "opt":
+        own = {"hidden_size": h, "ffn_dim": 4 * h, "num_hidden_layers": layers, "num_attention_heads": heads,
+               "word_embed_proj_dim": h, "max_position_embeddings": context}  # fmt: skip
+    else:
+        own = {"hidden_size": h, "intermediate_size": 3 * h, "num_hidden_layers": layers, "num_attention_heads": heads,
+               "num_key_value_heads": max(1, heads // 2), "max_position_embeddings": context}  # fmt: skip
+    return {"model_type": case.family, "vocab_size": case.vocab, "tie_word_embeddings": case.family != "llama", **own}
+
+
+def document(case: Case, folder: Path) -> dict:
+    """The configuration, with the teacher's config.json written into the folder."""
+    from transformers import AutoConfig
+
+    teacher = None
+    if case.method != "sft":
+        teacher = {"path": str(folder / "teacher")}
+        AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(folder / "teacher")
+    text = folder / "corpus.txt"
+    text.write_text("plain text")
+    method = {"minillm": {"ppo_epochs": 2}, "gkd": {"on_policy": 1.0}}.get(case.method, {})
+    return {
+        "output_dir": str(folder / "run"),
+        "student": {"init": "random", "tokenizer": "byte", "config": architecture(case, case.layers)},
+        "teacher": teacher,
+        "data": {
+            "prompts": {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer},
+            "corpus": {"path": str(text), "block_size": case.prompt + case.answer},
+        },
+        "rollout": {"buffer_size": 4 * case.batch, "batch_size": 2 * case.batch, "max_new_tokens": case.answer},
+        "method": {"name": case.method, **method},
+        "train": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": case.batch,
+            "gradient_accumulation_steps": case.accumulation,
+            "gradient_checkpointing": case.checkpointing,
+            "bf16": case.bf16,
+        },
+        "engine": {"type": "torch", "device": "cpu"},
+    }
+
+
+def load(case: Case, folder: Path):
+    """The plan of the one-stage configuration."""
+    import yaml
+
+    from minillm.config.loading import load_run
+
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(document(case, folder)))
+    return load_run([file])
+
+
+def predict(case: Case) -> dict[str, int]:
+    """Bytes at the peak of each phase, as `minillm plan` says."""
+    from minillm.planning.plan import plan_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        (stage,) = plan_run(load(case, Path(folder)), gpu="cpu").stages
+    return {memory.phase: memory.device_bytes for memory in stage.memory}
+
+
+def measure(case: Case) -> dict[str, int]:
+    """Bytes of resident memory over those before the models were made, at the peak of each phase. In this process."""
+    _take_steps(replace(case, hidden=128, layers=1, teacher_layers=1, vocab=512, batch=2))
+    gc.collect()
+    zero = _resident()["VmRSS"]
+    return {phase: peak - zero for phase, peak in _take_steps(case).items()}
+
+
+def _take_steps(case: Case) -> dict[str, int]:
+    """Train as the trainer does; the high-water mark of each phase."""
+    from minillm.engine import build_engine
+    from minillm.methods import build_method
+    from minillm.methods.base import Sources
+    from minillm.models.preflight import preflight
+
+    peaks = {"collect": 0, "terms": 0, "update": 0}
+    with tempfile.TemporaryDirectory() as name:
+        config = load(case, Path(name)).stages[0].config
+        student, teacher, tokenizer = _models(config, case)
+        models, _ = preflight(student, teacher, tokenizer, tokenizer, student.device)
+        del student, teacher
+        method = build_method(config)
+        engine = build_engine(config, models, total_steps=STEPS)
+        sources = Sources(*_streams(case), written=Path(name))
+        items: Sequence = []
+        for step in range(STEPS):
+            with _phase(peaks, "collect"):
+                if case.method != "minillm" or step != 1:  # a second buffer, beside the first
+                    items = method.collect(sources, models, step)
+            taken, size = items[: method.step_size], case.batch
+            with _phase(peaks, "terms"):
+                terms = [
+                    method.terms(taken[start : start + size], sources, models) for start in range(0, len(taken), size)
+                ]
+            with _phase(peaks, "update"):
+                engine.step(terms)
+    return peaks
+
+
+def _models(config, case: Case):
+    import torch
+
+    from minillm.config.models import StudentConfig
+    from minillm.models.loading import load_student
+    from minillm.models.tokenizers import load_tokenizer
+
+    cpu, folder = torch.device("cpu"), Path(".")
+    judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
+    teacher = None
+    if case.method != "sft":
+        teacher = load_student(judge, output_dir=folder, device=cpu, seed=1).eval().requires_grad_(False)
+    student = load_student(config.student, output_dir=folder, device=cpu, seed=0)
+    return student, teacher, load_tokenizer(config.student, folder)
+
+
+def _streams(case: Case):
+    """Prompts, of which every second one is a little shorter so that batches are padded, and blocks of text."""
+    from minillm.data.instructions import Example
+    from minillm.data.stream import Stream
+
+    examples = [
+        Example(index, list(range(1, case.prompt + 1 - 4 * (index % 2))), list(range(1, case.answer + 1)), "", ())
+        for index in range(8 * case.batch)
+    ]
+    blocks = [list(range(1, case.prompt + case.answer + 1)) for _ in range(4 * case.batch)]
+    return Stream(examples, seed=0), Stream(blocks, seed=0)
+
+
+class _phase:
+    """Adds the high-water mark of what runs inside to `peaks`."""
+
+    def __init__(self, peaks: dict[str, int], name: str):
+        self.peaks, self.name = peaks, name
+
+    def __enter__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
+
+    def __exit__(self, *_) -> None:
+        self.peaks[self.name] = max(self.peaks[self.name], _resident()["VmHWM"])
+
+
+def _resident() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
+
+
+def compare(case: Case) -> tuple[int, int]:
+    """(predicted, measured) bytes at the peak of all phases. The measurement in a fresh process."""
+    command = [sys.executable, "-m", "minillm.benchmarks.plan", "--measure", json.dumps(asdict(case))]
+    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{case.name}: {done.stderr[-2000:]}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return max(predict(case).values()), max(measured.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="minillm bench plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose name contains one of these")
+    parser.add_argument("--output", type=Path, metavar="MD", help="write the table")
+    parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.measure:
+        print(json.dumps(measure(Case(**json.loads(arguments.measure)))))
+        return 0
+    cases = [case for case in CASES if not arguments.only or any(name in case.name for name in arguments.only)]
+    if not cases:
+        parser.error(f"no such case; there are {', '.join(case.name for case in CASES)}")
+    rows = []
+    for case in cases:
+        predicted, measured = compare(case)
+        rows.append((case, predicted, measured))
+        print(f"{case.name}: predicted {predicted / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB", flush=True)
+    text = _markdown(rows)
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _markdown(rows: Sequence[tuple[Case, int, int]]) -> str:
+    lines = [
+        "# Peak memory: planned and measured",
+        "",
+        "| case | family, hidden x layers (teacher's layers), vocabulary | batch x accumulation, tokens | planned, MiB | "
+        "measured, MiB | planned / measured |",
+        "|---|---|---|--:|--:|--:|",
+    ]
+    for case, predicted, measured in rows:
+        teacher = "" if case.method == "sft" else f" ({case.teacher_layers})"
+        lines.append(
+            f"| {case.name} | {case.family}, {case.hidden} x {case.layers}{teacher}, {case.vocab:,} | "
+            f"{case.batch} x {case.accumulation}, {case.prompt} + {case.answer} | {predicted / MIB:,.0f} | "
+            f"{measured / MIB:,.0f} | {predicted / measured:.3f} |"
+        )
+    lines += [
+        "",
+        "Measured: the kernel's high-water mark of resident memory over that of the process after its imports and a tiny "
+        "run of the same kind, in the worst phase of three optimiser steps. Made by `minillm bench plan --output FILE`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in describe("cpu").items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

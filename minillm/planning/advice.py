@@ -1,0 +1,87 @@
+"""What to change when a plan does not fit: concrete keys, cheapest first, each tried by planning again."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minillm.config.errors import ConfigErrors
+from minillm.config.loading import RunPlan, load_run
+from minillm.config.root import StageConfig
+from minillm.planning.plan import PlannedRun, plan_run
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys to set, beside those of the changes before it, and the peak that follows."""
+
+    overrides: list[str]
+    why: str
+    peak_bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.overrides)}  ({self.why}; peak {self.peak_bytes / GIB:,.2f} GiB)"
+
+
+def advise(plan: RunPlan, run: PlannedRun, overrides: Sequence[str]) -> list[Change]:
+    """Changes in order until the plan fits; empty where it does. One that does not lower the peak is left out."""
+    changes: list[Change] = []
+    current, taken = run, list(overrides)
+    while not current.fits:
+        step = next(_improvements(plan.files, current, taken), None)
+        if step is None:
+            break
+        keys, why, current = step
+        taken += keys
+        changes.append(Change(keys, why, current.peak_bytes, current.fits))
+        plan = load_run(plan.files, taken)
+    return changes
+
+
+def _improvements(
+    files: Sequence[Path], current: PlannedRun, taken: list[str]
+) -> Iterator[tuple[list[str], str, PlannedRun]]:
+    plan = load_run(files, taken)
+    worst = max(current.stages, key=lambda stage: stage.peak.device_bytes)
+    config = next(stage.config for stage in plan.stages if stage.name == worst.name)
+    prefix = f"stages.{worst.name}." if plan.document.get("stages") else ""
+    for keys, why in _candidates(config, worst.peak.phase, current.world_size):
+        written = [key if key.startswith("engine") and "." not in prefix else prefix + key for key in keys]
+        try:
+            changed = plan_run(load_run(files, [*taken, *written]), gpu=current.gpu.name, world_size=current.world_size)
+        except (ConfigErrors, ValueError):  # not for this configuration
+            continue
+        if changed.peak_bytes < current.peak_bytes:
+            yield written, why, changed
+
+
+def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tuple[list[str], str]]:
+    """What could help in this phase, cheapest first."""
+    train, rollout, engine = config.train, config.rollout, config.engine
+    if phase == "update" and not train.gradient_checkpointing:
+        yield ["train.gradient_checkpointing=true"], "the same numbers, about a third more time in the update"
+    if config.teacher is not None and config.teacher.dtype == "float32":
+        yield ["teacher.dtype=bfloat16"], "halves the teacher, which is never trained"
+    if engine.type == "deepspeed":
+        if engine.stage < 3 and world_size > 1:
+            yield [f"engine.stage={engine.stage + 1}"], "shards more of the student, for more communication"
+    if phase in ("rollout", "scoring") and rollout.batch_size > 1:
+        yield [f"rollout.batch_size={rollout.batch_size // 2}"], "the same answers, decoded fewer at a time"
+    micro = train.per_device_train_batch_size
+    if phase != "rollout" and micro > 1 and micro % 2 == 0:
+        keys = [
+            f"train.per_device_train_batch_size={micro // 2}",
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps * 2}",
+        ]
+        yield keys, "the same step in smaller parts"
+    if engine.type == "deepspeed" and not engine.offload_optimizer:
+        yield ["engine.offload_optimizer=true"], "moments and master weights in the host's memory; slower steps"
+    if engine.type == "deepspeed" and engine.stage == 3 and not engine.offload_param:
+        yield ["engine.offload_param=true"], "weights in the host's memory; much slower"
+    if engine.type == "torch" and world_size == 1:
+        yield (
+            ["engine.type=deepspeed", "engine.stage=3", "engine.offload_optimizer=true"],
+            "weights and moments sharded or in the host's memory: pip install 'minillm[deepspeed]'",
+        )

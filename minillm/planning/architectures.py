@@ -1,0 +1,92 @@
+"""The architecture of each model of a stage as transformers' configuration, from local files alone.
+
+A hub name `organisation/name` is not looked up: its config.json is searched as organisation--name.json in folders
+called `architectures` beside the configuration files and above, and in the local cache of the hub.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, PreTrainedConfig
+
+from minillm.config.loading import RunPlan, Stage
+from minillm.config.models import ModelConfig, StudentConfig
+from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
+from minillm.models.loading import changed_architecture
+from minillm.models.paths import hub_arguments
+from minillm.models.pruning import COUNTS, chosen_layers, layer_count, layer_lists
+from minillm.models.tokenizers import load_tokenizer
+
+
+class Architectures:
+    """Finds the architectures of the models that a plan names."""
+
+    def __init__(self, plan: RunPlan):
+        self._stages = {stage.name: stage for stage in plan.stages}
+        self._folders = architecture_folders(plan.files)
+
+    def student(self, stage: Stage) -> PreTrainedConfig:
+        """Of the student as it is trained: pruned, changed or fresh. Raises ValueError where it is not known."""
+        config = stage.config.student
+        if config.init == "random":
+            return self._random(config)
+        architecture = self._read(config)
+        if config.init == "prune":
+            architecture = _pruned(architecture, config.layers)
+        return architecture
+
+    def teacher(self, stage: Stage) -> PreTrainedConfig | None:
+        """None where the stage has no teacher."""
+        return None if stage.config.teacher is None else self._read(stage.config.teacher)
+
+    def _random(self, config: StudentConfig) -> PreTrainedConfig:
+        keys = dict(config.config or {})
+        local = config.tokenizer is not None and not is_hub_name(expand(config.tokenizer))
+        if "vocab_size" not in keys and (local or config.tokenizer == BYTE_TOKENIZER):
+            keys["vocab_size"] = len(load_tokenizer(config, Path(".")))
+        if config.path is not None:
+            return changed_architecture(self._read(config), keys)
+        if "vocab_size" not in keys:
+            raise ValueError("student.config has no vocab_size; without loading the tokenizer `plan` needs it")
+        return AutoConfig.for_model(**keys)
+
+    def _read(self, config: ModelConfig) -> PreTrainedConfig:
+        path = expand(config.path)
+        if path.startswith(STAGE):
+            return self.student(self._stages[path.removeprefix(STAGE)])
+        if is_hub_name(path):
+            return AutoConfig.from_pretrained(known_architecture(path, self._folders, config.revision))
+        where, place = hub_arguments(config.path, Path("."))
+        return AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
+
+
+def known_architecture(name: str, folders: Sequence[Path], revision: str | None = None) -> Path:
+    """The config.json of a hub name. Raises ValueError, which says where to put it."""
+    file = name.replace("/", "--") + ".json"
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    places = ", ".join(map(str, folders)) or "none was found"
+    raise ValueError(
+        f"the architecture of {name} is not known here, and hub names are not looked up: put its config.json as "
+        f"{file} into a folder `architectures` beside the configuration (searched: {places})"
+    )
+
+
+def architecture_folders(files: Sequence[Path]) -> list[Path]:
+    """Folders called architectures: beside the files, in the folders above these, and in ./configs."""
+    above = [folder for file in files for folder in file.resolve().parents]
+    folders = [folder / "architectures" for folder in [*above, Path.cwd() / "configs"]]
+    return [Path(os.path.relpath(folder)) for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _pruned(architecture: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
+    keep = chosen_layers(layers, layer_count(architecture))
+    keys = {key: [entries[index] for index in keep] for key, entries in layer_lists(architecture).items()}
+    keys |= {key: len(keep) for key in COUNTS if key in architecture.to_dict()}
+    return type(architecture).from_dict({**architecture.to_dict(), **keys})

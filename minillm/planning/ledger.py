@@ -1,0 +1,120 @@
+"""The bytes of all tensors alive, by part, at every allocation: of fake tensors here, of real ones in its test.
+
+The part of a storage is the one named by the innermost `part(...)` around its allocation. A peak depends on how the
+parts are sharded, so the ledger keeps every distinct moment, and `Timeline.peak` looks for the worst one afterwards.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+PARTS = (
+    "student weights",
+    "teacher weights",
+    "gradients",
+    "optimizer states",
+    "fp32 master weights",
+    "activations",
+    "student KV cache",
+    "teacher KV cache",
+    "sampling buffers",
+    "teacher hidden states",
+    "rollout buffer",
+    "loss buffers",
+    "gathered layers",
+    "communication buckets",
+)
+_INDEX = {name: place for place, name in enumerate(PARTS)}
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The moments of one phase."""
+
+    moments: np.ndarray  # (moments, parts) int64, bytes
+
+    def peak(self, factors: Mapping[str, float], added: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of each part at the worst moment, with each part multiplied by its factor and some bytes added."""
+        scale = np.array([factors.get(name, 1.0) for name in PARTS])
+        worst = int((self.moments @ scale).argmax())
+        return {
+            name: int(self.moments[worst, place] * scale[place]) + int(added.get(name, 0))
+            for name, place in _INDEX.items()
+        }
+
+    def most(self, part: str) -> int:
+        """The most bytes of one part at any moment."""
+        return int(self.moments[:, _INDEX[part]].max())
+
+
+class Ledger(TorchDispatchMode):
+    """Active inside `with`; enter it inside of the FakeTensorMode, so that it sees the tensors that come out."""
+
+    def __init__(self):
+        super().__init__()
+        self._part = "activations"
+        self._live: dict[int, tuple[str, int]] = {}  # address of the storage -> (part, bytes)
+        self._bytes = np.zeros(len(PARTS), dtype=np.int64)
+        self._moments: list[np.ndarray] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What is allocated inside belongs to `name`."""
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def relabel(self, tensors: Iterable[Tensor], name: str) -> None:
+        """These tensors' storages belong to `name` from now on."""
+        for tensor in tensors:
+            address = tensor.untyped_storage()._cdata
+            if address in self._live:
+                self._add(address, -1)
+                self._live[address] = name, self._live[address][1]
+                self._add(address, 1)
+        self._moments.append(self._bytes.copy())
+
+    @property
+    def total(self) -> int:
+        """Bytes alive now."""
+        return int(self._bytes.sum())
+
+    def take(self) -> Timeline:
+        """The moments since the last call, from now on forgotten."""
+        moments = np.unique(np.array([*self._moments, self._bytes]), axis=0)
+        self._moments = []
+        return Timeline(moments)
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._live or not storage.nbytes():
+            return
+        self._live[address] = self._part, storage.nbytes()
+        self._add(address, 1)
+        self._moments.append(self._bytes.copy())
+        # a storage keeps its Python object as long as it lives, whichever tensors come and go
+        weakref.finalize(storage, self._free, address).atexit = False
+
+    def _free(self, address: int) -> None:
+        self._add(address, -1)
+        del self._live[address]
+
+    def _add(self, address: int, sign: int) -> None:
+        part, size = self._live[address]
+        self._bytes[_INDEX[part]] += sign * size

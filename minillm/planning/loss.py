@@ -1,0 +1,84 @@
+"""The twin of minillm.losses.linear_objective and linear_token_stats: the same buffers, and no arithmetic.
+
+The chunk is what kernels/chunks.py computes for the device. What full logits would have taken stands beside it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.kernels.chunks import chunk_rows
+from minillm.kernels.head import TILE_BYTES
+from minillm.kernels.rows_torch import BLOCK_BYTES
+from minillm.planning.ledger import Ledger
+
+LOGITS = torch.float32
+BLOCK_TEMPORARIES = 6  # of a block's size, alive at a time in rows_torch: x, e of both models, the log ratio, a product
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """One call of a fused loss."""
+
+    rows: int  # predictions that count
+    vocab_size: int
+    models: int  # 1: the student's logits alone; 2: the teacher's as well
+    device: torch.device  # where it will run, not where this does
+
+    @property
+    def chunk(self) -> int:
+        """Rows whose logits are alive at a time."""
+        return chunk_rows(
+            self.rows,
+            self.vocab_size,
+            models=self.models,
+            itemsize=LOGITS.itemsize,
+            device=self.device,
+            chunk_bytes=None,
+        )
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of the chunk's logits and what the row operations need beside them."""
+        padded = self.vocab_size if self.device.type == "cpu" else -(-self.vocab_size // 16) * 16
+        row = padded * LOGITS.itemsize
+        total = self.models * self.chunk * row
+        if self.device.type == "cpu":
+            block = max(1, BLOCK_BYTES // row) * row
+            total += BLOCK_TEMPORARIES * min(block, self.chunk * row) + TILE_BYTES
+        return total
+
+    def full_logits_bytes(self, *, gradient: bool) -> int:
+        """What log_softmax on whole fp32 logits holds: for each model the logits and the log-probabilities, and for the
+        student their gradient."""
+        whole = self.rows * self.vocab_size * LOGITS.itemsize
+        return whole * (2 * self.models + int(gradient))
+
+
+class LossTwin(torch.autograd.Function):
+    """student hidden states (N, H) and head weight (V, H) -> a scalar, with the memory of linear_objective."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, compute: torch.dtype, shape: LossShape, ledger: Ledger) -> Tensor:
+        hidden_sum, weight_sum = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=LOGITS)
+        casts = []
+        if shape.device.type == "cuda" and weight.dtype != compute:  # one kept by HeadGradients, one in each GEMM
+            casts = [torch.empty_like(weight, dtype=compute) for _ in range(2)]
+        logits = hidden.new_empty(shape.logits_bytes, dtype=torch.uint8)
+        del logits, casts
+        ctx.save_for_backward(hidden, weight, hidden_sum, weight_sum)
+        ctx.ledger = ledger
+        return hidden.new_zeros((), dtype=LOGITS)
+
+    @staticmethod
+    def backward(ctx, _):
+        hidden, weight, hidden_sum, weight_sum = ctx.saved_tensors
+        with ctx.ledger.part("loss buffers"):
+            scaled = [torch.empty_like(s, dtype=of.dtype) for s, of in ((hidden_sum, hidden), (weight_sum, weight))]
+        return (*scaled, None, None, None)
+
+
+def statistics_twin(hidden: Tensor, shape: LossShape) -> None:
+    """What linear_token_stats holds at a time without a gradient."""
+    hidden.new_empty(shape.logits_bytes, dtype=torch.uint8)

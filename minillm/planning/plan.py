@@ -1,0 +1,121 @@
+"""From a configuration to its plan: every stage simulated, sharded, fitted to a GPU, and what to change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from minillm.config.loading import RunPlan, Stage
+from minillm.config.root import StageConfig
+from minillm.planning.architectures import Architectures
+from minillm.planning.gpus import Gpu, find_gpu
+from minillm.planning.memory import PhaseMemory, memory_of
+from minillm.planning.sharding import Sharding, sharding_of
+from minillm.planning.simulate import Simulation, simulate
+from minillm.planning.speed import Speed, speed_of
+from minillm.planning.work import Work, work_of
+
+WORLD_SIZES = tuple(2**power for power in range(11))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on one rank."""
+
+    name: str
+    method: str
+    sharding: Sharding
+    work: Work
+    simulation: Simulation
+    memory: list[PhaseMemory]
+    without_checkpointing: int  # the most activations of the update, bytes
+    with_checkpointing: int
+    speed: Speed
+    smallest_world_size: int | None  # None: no size up to the largest tried fits
+
+    @property
+    def peak(self) -> PhaseMemory:
+        return max(self.memory, key=lambda memory: memory.device_bytes)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """All stages on one kind of device."""
+
+    gpu: Gpu
+    world_size: int
+    stages: list[StagePlan]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.peak.device_bytes for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.gpu.usable_bytes
+
+
+def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> PlannedRun:
+    """Plan every stage. Raises ValueError for an unknown GPU or architecture, and for what one process cannot do."""
+    device = find_gpu(gpu)
+    architectures = Architectures(plan)
+    return PlannedRun(
+        device, world_size, [_plan_stage(stage, architectures, device, world_size) for stage in plan.stages]
+    )
+
+
+def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int) -> StagePlan:
+    config = stage.config
+    device = torch.device(gpu.kind)
+    student, teacher = architectures.student(stage), architectures.teacher(stage)
+
+    asked = config.train.gradient_checkpointing
+
+    @cache
+    def simulated(work: Work, mixed: bool) -> Simulation:
+        return simulate(config, work, student, teacher, device, checkpointing=asked, mixed_precision=mixed)
+
+    def memory(size: int) -> list[PhaseMemory]:
+        work, sharding = work_of(config, size), sharding_of(config, size)
+        return memory_of(simulated(work.moment, sharding.mixed_precision), work, sharding, device)
+
+    sharding, work = sharding_of(config, world_size), work_of(config, world_size)
+    simulation = simulated(work.moment, sharding.mixed_precision)
+    mixed = sharding.mixed_precision
+    other = simulate(
+        config,
+        work.moment,
+        student,
+        teacher,
+        device,
+        checkpointing=not asked,
+        mixed_precision=mixed,
+        phases=("update",),
+    )
+    activations = {
+        flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))
+    }
+    return StagePlan(
+        name=stage.name,
+        method=config.method.name,
+        sharding=sharding,
+        work=work,
+        simulation=simulation,
+        memory=memory(world_size),
+        without_checkpointing=activations[False],
+        with_checkpointing=activations[True],
+        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
+        smallest_world_size=_smallest(config, memory, gpu),
+    )
+
+
+def _smallest(config: StageConfig, memory: Callable[[int], list[PhaseMemory]], gpu: Gpu) -> int | None:
+    for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
+        try:
+            phases = memory(size)
+        except ValueError:  # the answers of a buffer do not divide over so many ranks
+            continue
+        if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
+            return size
+    return None

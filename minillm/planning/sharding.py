@@ -1,0 +1,92 @@
+"""How the parts of one rank's memory shrink with the engine: ZeRO's stages, offloading, a sharded teacher.
+
+Sizes that DeepSpeed chooses by itself are its documented defaults; a user's own DeepSpeed JSON is read for them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minillm.config.root import StageConfig
+
+# DeepSpeed's defaults, in elements
+DEFAULTS = {
+    "reduce_bucket_size": 5e8,
+    "allgather_bucket_size": 5e8,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_max_live_parameters": 1e9,
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Where each part lies. Stage 0 is one process without DeepSpeed."""
+
+    world_size: int = 1
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    teacher: str = "replicated"  # sharded | replicated | offloaded
+    mixed_precision: bool = False  # bf16 weights, with fp32 weights and moments in the optimiser
+    zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's `zero_optimization`
+
+    def factors(self) -> dict[str, float]:
+        """What of each part stays on the device of one rank."""
+        share = 1.0 / self.world_size
+        states = 0.0 if self.offload_optimizer else share if self.stage >= 1 else 1.0
+        weights = 0.0 if self.offload_param else share if self.stage == 3 else 1.0
+        teacher = {"sharded": share, "replicated": 1.0, "offloaded": 0.0}[self.teacher]
+        return {
+            "student weights": weights,
+            "teacher weights": teacher,
+            "gradients": (0.0 if self.offload_optimizer else share) if self.stage >= 2 else 1.0,
+            "optimizer states": states,
+            "fp32 master weights": states,
+        }
+
+    def host_factors(self) -> dict[str, float]:
+        """What of each part a rank keeps in the memory of its host because it is offloaded."""
+        share = 1.0 / self.world_size
+        states = share if self.offload_optimizer else 0.0
+        return {
+            "student weights": share if self.offload_param else 0.0,
+            "teacher weights": share if self.teacher == "offloaded" else 0.0,
+            "gradients": states,
+            "optimizer states": states,
+            "fp32 master weights": states,
+        }
+
+    def gathered(self, parameters: int, largest: int, itemsize: int, *, sharded: bool) -> int:
+        """Bytes of a sharded model's layers that are whole at a time: at most what is allowed to live and prefetched,
+        at least the largest module."""
+        if not sharded or self.world_size == 1 and not self.offload_param:
+            return 0
+        live = self._size("stage3_max_live_parameters") + self._size("stage3_prefetch_bucket_size")
+        return min(parameters, max(largest, int(live))) * itemsize
+
+    def buckets(self, parameters: int, itemsize: int) -> int:
+        """Bytes of the buffers in which gradients travel."""
+        if not self.stage:
+            return 0
+        return int(min(parameters, self._size("reduce_bucket_size"))) * itemsize
+
+    def _size(self, name: str) -> float:
+        value = self.zero.get(name, DEFAULTS[name])
+        return DEFAULTS[name] if value == "auto" else float(value)
+
+
+def sharding_of(config: StageConfig, world_size: int) -> Sharding:
+    """What `engine` says. Raises ValueError for several ranks of the torch engine."""
+    engine = config.engine
+    if engine.type == "torch":
+        if world_size > 1:
+            raise ValueError(f"engine.type torch is one process, not {world_size}; plan with engine.type=deepspeed")
+        return Sharding()
+    return Sharding(
+        world_size=world_size,
+        stage=engine.stage,
+        offload_optimizer=engine.offload_optimizer,
+        offload_param=engine.offload_param,
+        teacher="sharded" if engine.stage == 3 else "replicated",
+        mixed_precision=config.train.bf16,
+    )

@@ -1,0 +1,313 @@
+"""The phases of a stage on fake tensors: what the real modules allocate, moment by moment.
+
+rollout   prompts, then the last token, through the models that sample, with the caches of minillm.rollout
+scoring   forward passes without a gradient; a collection's, or those of the teacher before each step
+update    forward, loss and backward of every term, with checkpointing and autocast as configured; then the optimiser
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from minillm.config.models import ModelConfig
+from minillm.config.root import StageConfig
+from minillm.data.batch import TokenBatch
+from minillm.models.access import forward_decoder, lm_head, row_hidden
+from minillm.models.loading import without_dropout
+from minillm.models.pruning import layers_of
+from minillm.planning.ledger import Ledger, Timeline
+from minillm.planning.loss import LossShape, LossTwin, statistics_twin
+from minillm.planning.work import Decoding, Forward, Term, Work
+from minillm.rollout.cache import RoomyLayer, make_cache
+from minillm.rollout.decoder import sampling_mode
+from minillm.rollout.distribution import padded_size
+
+FEW = 3  # layers: the first, the last, and one between two others
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What one rank would hold if nothing were sharded."""
+
+    phases: dict[str, Timeline]  # rollout, scoring, update: those that the method has
+    student: "ModelSize"
+    teacher: "ModelSize | None"
+    vocab_size: int  # what the heads share
+    losses: dict[str, LossShape]  # by term, and `scoring`
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of one model."""
+
+    parameters: int
+    itemsize: int  # bytes of a stored weight
+    head: int  # weights of the LM head
+    embeddings: int  # weights that no matrix product reads: token and position tables apart from a tied head
+    layers: int
+    largest_layer: int  # weights of the layer that has most
+    hidden_size: int
+    kv_bytes_per_token: int  # of one sequence, all layers
+
+
+def simulate(
+    config: StageConfig,
+    work: Work,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig | None,
+    device: torch.device,
+    *,
+    checkpointing: bool,
+    mixed_precision: bool = False,
+    phases: Collection[str] = ("rollout", "scoring", "update"),
+) -> Simulation:
+    """Run the phases.
+
+    Args:
+        checkpointing: stands in for train.gradient_checkpointing.
+        mixed_precision: bf16 weights and gradients, with fp32 weights and moments in the optimiser, and no autocast.
+        phases: those to run.
+    """
+    with FakeTensorMode(), Ledger() as ledger:
+        return _Simulator(config, work, student, teacher, device, ledger, checkpointing, mixed_precision).run(phases)
+
+
+def count_parameters(architecture: PreTrainedConfig) -> int:
+    """Weights of a model, tied ones once."""
+    with FakeTensorMode():
+        return _count(AutoModelForCausalLM.from_config(architecture))
+
+
+class _Simulator:
+    def __init__(self, config, work, student, teacher, device, ledger: Ledger, checkpointing: bool, mixed: bool):
+        self.config, self.work, self.device, self.ledger, self.mixed = config, work, device, ledger, mixed
+        with ledger.part("student weights"):
+            self.student = without_dropout(_build(student, config.student, "bfloat16" if mixed else None)).train()
+        self.models = {"student": self.student}
+        if teacher is not None:
+            with ledger.part("teacher weights"):
+                self.models["teacher"] = _build(teacher, config.teacher).eval().requires_grad_(False)
+        if checkpointing:
+            # no random state to preserve: there is no dropout
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        self.vocab_size = min(lm_head(model).weight.shape[0] for model in self.models.values())
+        self.losses: dict[str, LossShape] = {}
+        self.kv_bytes = dict.fromkeys(self.models, 0)
+
+    def run(self, wanted: Collection[str]) -> Simulation:
+        ledger, work, phases = self.ledger, self.work, {}
+        self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        dtype = torch.float32 if self.mixed else None
+        with ledger.part("optimizer states"):
+            states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
+        with ledger.part("fp32 master weights"):
+            states += [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained if self.mixed]
+        # gradients stay from one step to the next
+        with self._gradients():
+            ledger.take()
+            if work.decoding is not None and "rollout" in wanted:
+                self._rollout(work.decoding)
+                phases["rollout"] = ledger.take()
+            if work.scoring is not None and "scoring" in wanted:
+                self._score(work.scoring)
+                phases["scoring"] = ledger.take()
+        if "update" in wanted:
+            self._update()
+            phases["update"] = ledger.take()
+        del states
+        teacher = self.models.get("teacher")
+        return Simulation(
+            phases,
+            _size(self.student, self.kv_bytes["student"]),
+            None if teacher is None else _size(teacher, self.kv_bytes["teacher"]),
+            self.vocab_size,
+            self.losses,
+        )
+
+    @contextmanager
+    def _gradients(self) -> Iterator[None]:
+        with self.ledger.part("gradients"):
+            gradients = [torch.empty_like(parameter) for parameter in self.trained]
+        yield
+        del gradients
+
+    def _rollout(self, decoding: Decoding) -> None:
+        models = [self.models[name] for name in decoding.models]
+        room = decoding.prompt + decoding.answer - 1
+        with sampling_mode(models), self._few_layers(decoding.models) as left_out:
+            rest = []
+            for name in decoding.models:
+                cache = self._cache(name, room)
+                self._decode(name, cache, decoding.batch, decoding.prompt, 0)
+                held = sum(tensor.untyped_storage().nbytes() for tensor in _stored(cache))
+                missing = held * left_out[name] // FEW
+                self.kv_bytes[name] = (held + missing) // (decoding.batch * room)
+                with self.ledger.part(f"{name} KV cache"):
+                    rest.append(torch.empty(missing, dtype=torch.uint8))
+                del cache
+            caches = [self._cache(name, room) for name in decoding.models]
+            for fed, seen in ((decoding.prompt, 0), (1, room - 1)):  # the prompts, and the last token fed
+                logits = []
+                for name, cache in zip(decoding.models, caches, strict=True):
+                    self._decode(name, cache, decoding.batch, fed, seen)
+                    with self.ledger.part("sampling buffers"):
+                        logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
+
+    @contextmanager
+    def _few_layers(self, names: Collection[str]) -> Iterator[dict[str, int]]:
+        """Inside, models whose layers are alike run a few of them, which without a gradient have the same worst moment.
+
+        Gives how many layers are left out.
+        """
+        left_out, whole = {}, []
+        for name in names:
+            parent, attribute, layers = layers_of(self.models[name])
+            alike = len(set(getattr(self.models[name].config, "layer_types", None) or [None])) == 1
+            alike = alike and len({_count(layer) for layer in layers}) == 1 and len(layers) > FEW
+            left_out[name] = len(layers) - FEW if alike else 0
+            if alike:
+                whole.append((parent, attribute, layers))
+                setattr(parent, attribute, layers[:FEW])
+        try:
+            yield left_out
+        finally:
+            for place in whole:
+                setattr(*place)
+
+    def _cache(self, name: str, room: int):
+        ledger = self.ledger
+
+        class Layer(RoomyLayer):
+            def lazy_initialization(self, *states: Tensor) -> None:
+                with ledger.part(f"{name} KV cache"):
+                    super().lazy_initialization(*states)
+
+        cache = make_cache(self.models[name].config, room)
+        cache.layers = [Layer(room) if type(layer) is RoomyLayer else layer for layer in cache.layers]
+        return cache
+
+    def _decode(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
+        for layer in cache.layers:
+            if isinstance(layer, RoomyLayer) and layer.is_initialized:
+                layer._use(seen)
+        ids = torch.zeros(batch, fed, dtype=torch.int64)
+        mask = torch.ones(batch, seen + fed, dtype=torch.int64)
+        positions = torch.arange(seen, seen + fed).expand(batch, fed)
+        forward_decoder(self.models[name], ids, mask, positions, past_key_values=cache, use_cache=True)
+        self.ledger.relabel(_stored(cache), f"{name} KV cache")
+
+    def _score(self, forward: Forward) -> None:
+        models = [self.models[name] for name in forward.models]
+        with sampling_mode(models), self._few_layers(forward.models):
+            batch = _batch(forward.batch, forward.length, forward.rows)
+            hidden = []
+            for name, model in zip(forward.models, models, strict=True):
+                hidden.append(row_hidden(model, batch))
+                if name == "teacher":
+                    self.ledger.relabel(hidden, "teacher hidden states")
+            if forward.statistics:
+                shape = LossShape(forward.rows, self.vocab_size, 2, self.device)
+                self.losses["scoring"] = shape
+                with self.ledger.part("loss buffers"):
+                    statistics_twin(hidden[0], shape)
+
+    def _update(self) -> None:
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda p: self.ledger.relabel([p.grad], "gradients"))
+            for parameter in self.trained
+        ]
+        if self.work.micro_batches > 1:  # the worst micro-batch is one that finds gradients
+            with self.ledger.part("gradients"):
+                for parameter in self.trained:
+                    parameter.grad = torch.empty_like(parameter)
+        for term in self.work.terms:
+            self._term(term)
+        self._optimizer_step()
+        for hook in hooks:
+            hook.remove()
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def _term(self, term: Term) -> None:
+        shape = LossShape(term.rows, self.vocab_size, 2 if term.teacher else 1, self.device)
+        self.losses[term.name] = shape
+        bf16 = self.config.train.bf16 and not self.mixed
+        batch = _batch(term.batch, term.length, term.rows)
+        teacher = None
+        if term.teacher and term.from_buffer and self.device.type == "cuda":
+            head = lm_head(self.models["teacher"]).weight
+            with self.ledger.part("teacher hidden states"):
+                teacher = torch.empty(term.rows, head.shape[1], dtype=head.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = row_hidden(self.student, batch)
+            compute = torch.bfloat16 if bf16 else hidden.dtype
+            with self.ledger.part("loss buffers"):
+                loss = LossTwin.apply(hidden, lm_head(self.student).weight, compute, shape, self.ledger)
+        del hidden
+        loss.backward()
+        del teacher
+
+    def _optimizer_step(self) -> None:
+        """The temporaries of torch.optim.AdamW: of all matrices at once where it works on lists, else of one at a time."""
+        matrices = [parameter for parameter in self.trained if parameter.dim() >= 2]
+        with self.ledger.part("optimizer states"):
+            if self.device.type == "cuda":
+                temporaries = [torch.empty_like(parameter) for parameter in matrices]
+            else:
+                largest = max(matrices, key=torch.Tensor.numel)
+                temporaries = [torch.empty_like(largest) for _ in range(2)]
+        del temporaries
+
+
+def _build(architecture: PreTrainedConfig, config: ModelConfig, dtype: str | None = None) -> PreTrainedModel:
+    # the flash packages need a GPU; sdpa, like them, keeps no scores
+    attention = "eager" if config.attn_implementation == "eager" else "sdpa"
+    return AutoModelForCausalLM.from_config(
+        architecture, dtype=getattr(torch, dtype or config.dtype), attn_implementation=attention
+    )
+
+
+def _batch(size: int, length: int, rows: int) -> TokenBatch:
+    ids = torch.zeros(size, length, dtype=torch.int64)
+    return TokenBatch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.arange(length).expand(size, length),
+        rows=torch.zeros(rows, dtype=torch.int64),
+        labels=torch.zeros(rows, dtype=torch.int64),
+        lengths=(rows // size,) * size,
+    )
+
+
+def _stored(cache) -> list[Tensor]:
+    states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return [state for state in states if isinstance(state, Tensor)]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _size(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
+    counts = [_count(layer) for layer in layers_of(model)[2]]
+    head = lm_head(model).weight
+    tables = {
+        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    tables.pop(id(head), None)
+    return ModelSize(
+        parameters=_count(model),
+        itemsize=head.dtype.itemsize,
+        head=head.numel(),
+        embeddings=sum(tables.values()),
+        layers=len(counts),
+        largest_layer=max(counts),
+        hidden_size=head.shape[1],
+        kv_bytes_per_token=kv_bytes,
+    )

@@ -1,0 +1,122 @@
+"""FLOPs of a step, and an estimate of its time on a GPU.
+
+A matrix of P weights costs 2 P FLOPs a token forward and 4 P backward; attention 4 L H a token and layer; the fused
+loss three GEMMs with the student's head and one with the teacher's, on the tokens that count. Decoding is bound by
+whichever is slower, its FLOPs or reading weights and caches once a token.
+"""
+
+from dataclasses import dataclass
+
+from minillm.planning.gpus import BANDWIDTH_SHARE, LINK_SHARE, MFU, Gpu
+from minillm.planning.sharding import Sharding
+from minillm.planning.simulate import ModelSize, Simulation
+from minillm.planning.work import Work
+
+TERA, GIGA = 1e12, 1e9
+ADAM_TRAFFIC = 7  # reads and writes a weight, in words: weight 2, gradient 1, moments 4
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one optimiser step on one rank, with its share of the collection that it uses."""
+
+    rollout_flops: float
+    scoring_flops: float
+    update_flops: float
+    seconds: dict[str, float] | None  # rollout, scoring, update, communication; None where the device is not known
+
+    @property
+    def flops(self) -> float:
+        return self.rollout_flops + self.scoring_flops + self.update_flops
+
+
+def speed_of(
+    simulation: Simulation, work: Work, sharding: Sharding, gpu: Gpu, *, bf16: bool, checkpointing: bool
+) -> Speed:
+    """Estimates for the longest prompts and answers."""
+    sizes = {"student": simulation.student, "teacher": simulation.teacher}
+    share = 1.0 / work.steps_per_collection if work.buffered else 1.0
+    flops = {"rollout": 0.0, "scoring": 0.0, "update": _update_flops(simulation, work, checkpointing)}
+    if work.decoding is not None and work.decoding.total:
+        decoding = work.decoding
+        width = decoding.prompt + decoding.answer - 1
+        for name in decoding.models:
+            tokens = decoding.total * width
+            heads = decoding.total * decoding.answer * 2 * sizes[name].head
+            flops["rollout"] += share * (forward_flops(sizes[name], tokens, width / 2) + heads)
+    if work.scoring is not None:
+        scoring = work.scoring
+        for name in scoring.models:
+            rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
+            body = forward_flops(sizes[name], scoring.total * scoring.length, scoring.length)
+            flops["scoring"] += share * (body + rows * 2 * sizes[name].head)
+    seconds = None
+    if gpu.bf16_tflops is not None:
+        peak = gpu.bf16_tflops if bf16 or simulation.student.itemsize == 2 else gpu.fp32_tflops
+        judge = gpu.bf16_tflops if simulation.teacher and simulation.teacher.itemsize == 2 else gpu.fp32_tflops
+        rate = {"update": peak, "scoring": judge if work.scoring else peak, "rollout": peak}
+        seconds = {name: amount / (rate[name] * TERA * MFU) for name, amount in flops.items()}
+        seconds["update"] += _optimizer_seconds(simulation.student, sharding, gpu)
+        if work.decoding is not None and work.decoding.total:
+            seconds["rollout"] = max(seconds["rollout"], share * _reading_seconds(sizes, work, gpu))
+        seconds["communication"] = _communication_seconds(sizes, work, sharding, gpu, share)
+    return Speed(flops["rollout"], flops["scoring"], flops["update"], seconds)
+
+
+def forward_flops(size: ModelSize, tokens: float, context: float) -> float:
+    """Below the head: matrices, and attention over `context` tokens."""
+    matrices = size.parameters - size.embeddings - size.head
+    return tokens * (2.0 * matrices + 4.0 * context * size.hidden_size * size.layers)
+
+
+def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> float:
+    passes = 4 if checkpointing else 3  # forward, backward twice, and forward again
+    total = 0.0
+    for term in work.terms:
+        total += passes * forward_flops(simulation.student, term.batch * term.length, term.length)
+        total += term.rows * 3 * 2.0 * simulation.student.head
+        if term.teacher:
+            total += term.rows * 2.0 * simulation.teacher.head
+    return total * work.micro_batches
+
+
+def _optimizer_seconds(student: ModelSize, sharding: Sharding, gpu: Gpu) -> float:
+    words = student.parameters / (sharding.world_size if sharding.stage else 1) * ADAM_TRAFFIC
+    return words * 4 / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_SHARE)
+
+
+def _reading_seconds(sizes: dict[str, ModelSize | None], work: Work, gpu: Gpu) -> float:
+    """Weights and half-full caches are read once a token."""
+    decoding = work.decoding
+    batches = -(-decoding.total // decoding.batch)
+    total = 0.0
+    for name in decoding.models:
+        size = sizes[name]
+        weights = (size.parameters - size.embeddings) * size.itemsize
+        caches = decoding.batch * (decoding.prompt + decoding.answer / 2) * size.kv_bytes_per_token
+        total += weights + caches
+    return batches * decoding.answer * total / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_SHARE)
+
+
+def _communication_seconds(
+    sizes: dict[str, ModelSize | None], work: Work, sharding: Sharding, gpu: Gpu, share: float
+) -> float:
+    """Gathers and reductions that nothing hides: each model's shards once a pass, gathered once for a rollout."""
+    if sharding.world_size == 1:
+        return 0.0
+    remote = (sharding.world_size - 1) / sharding.world_size
+    student, teacher = sizes["student"], sizes["teacher"]
+    body = student.parameters * student.itemsize
+    micro = work.micro_batches * len(work.terms)
+    moved = body * 2  # gradients: a reduction and its counterpart
+    if sharding.stage == 3:
+        moved += body * 2 * micro  # forward and backward
+    if work.decoding is not None and "student" in work.decoding.models and sharding.stage == 3:
+        moved += body * share
+    if teacher is not None and sharding.teacher != "replicated":
+        whole = teacher.parameters * teacher.itemsize
+        passes = share * ((work.decoding is not None and "teacher" in work.decoding.models) + 0.0)
+        if work.scoring is not None:
+            passes += share * -(-work.scoring.total // work.scoring.batch)
+        moved += whole * passes + teacher.head * teacher.itemsize * work.micro_batches
+    return moved * remote / (gpu.link_gb_per_s * GIGA * LINK_SHARE)

@@ -1,0 +1,173 @@
+"""The plan as rich tables, and as plain data for --json."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from minillm.planning import gpus
+from minillm.planning.advice import Change
+from minillm.planning.ledger import PARTS
+from minillm.planning.plan import PlannedRun, StagePlan
+
+GIB = 2**30
+
+
+def render(run: PlannedRun, advice: list[Change]) -> RenderableType:
+    """What the terminal shows."""
+    parts: list[RenderableType] = []
+    for stage in run.stages:
+        title = f"stage {stage.name}: {stage.method}" if len(run.stages) > 1 else stage.method
+        parts += [Text(title, style="bold"), _models(stage), _memory(stage, run), *_notes(stage, run)]
+    parts.append(_verdict(run))
+    parts += [Text(f"  {place}. {change}") for place, change in enumerate(advice, 1)]
+    if advice and not advice[-1].fits:
+        parts.append(Text("  That is still not enough: a smaller student or teacher, or a GPU with more memory."))
+    return Group(*parts)
+
+
+def as_data(run: PlannedRun, advice: list[Change]) -> dict[str, Any]:
+    """The same, for programs. Bytes, FLOPs and seconds."""
+    return {
+        "gpu": run.gpu.name,
+        "gpu_memory_bytes": int(run.gpu.memory_gib * GIB),
+        "usable_bytes": run.gpu.usable_bytes,
+        "world_size": run.world_size,
+        "peak_bytes": run.peak_bytes,
+        "fits": run.fits,
+        "stages": {stage.name: _stage_data(stage) for stage in run.stages},
+        "advice": [
+            {"changes": change.overrides, "peak_bytes": change.peak_bytes, "fits": change.fits} for change in advice
+        ],
+        "assumptions": list(assumptions()),
+    }
+
+
+def to_json(run: PlannedRun, advice: list[Change]) -> str:
+    return json.dumps(as_data(run, advice), indent=2)
+
+
+def assumptions() -> Iterator[str]:
+    """What the numbers rest on."""
+    yield "memory: every prompt and answer at its longest, PyTorch's allocations without what its allocator leaves unused"
+    yield f"fits: peak at most {gpus.USABLE_MEMORY:.0%} of the device's memory"
+    yield (
+        f"time (an estimate): {gpus.MFU:.0%} of the data sheet's FLOP/s, {gpus.BANDWIDTH_SHARE:.0%} of its memory bandwidth "
+        f"while decoding, {gpus.LINK_SHARE:.0%} of the link between GPUs of one node, communication not overlapped"
+    )
+
+
+def _stage_data(stage: StagePlan) -> dict[str, Any]:
+    simulation, speed = stage.simulation, stage.speed
+    return {
+        "method": stage.method,
+        "parameters": {
+            "student": simulation.student.parameters,
+            "teacher": None if simulation.teacher is None else simulation.teacher.parameters,
+        },
+        "vocab_size": simulation.vocab_size,
+        "peak_phase": stage.peak.phase,
+        "memory_bytes": {
+            phase.phase: {
+                "device": {part: size for part, size in phase.device.items() if size},
+                "host": {part: size for part, size in phase.host.items() if size},
+            }
+            for phase in stage.memory
+        },
+        "activations_bytes": {
+            "without_checkpointing": stage.without_checkpointing,
+            "with_checkpointing": stage.with_checkpointing,
+        },
+        "loss_bytes": {
+            name: {
+                "rows": shape.rows,
+                "chunk_rows": shape.chunk,
+                "fused_logits": shape.logits_bytes,
+                "full_logits": shape.full_logits_bytes(gradient=name != "scoring"),
+            }
+            for name, shape in simulation.losses.items()
+        },
+        "flops_per_step": {
+            "rollout": speed.rollout_flops,
+            "scoring": speed.scoring_flops,
+            "update": speed.update_flops,
+        },
+        "estimated_seconds_per_step": speed.seconds,
+        "smallest_world_size": stage.smallest_world_size,
+    }
+
+
+def _models(stage: StagePlan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "parameters", "layers", "hidden", "KV cache a token", "vocabulary in use"):
+        table.add_column(name, justify="right" if name else "left")
+    for who, size in (("student", stage.simulation.student), ("teacher", stage.simulation.teacher)):
+        if size is not None:
+            cache = f"{size.kv_bytes_per_token / 1024:,.0f} KiB" if size.kv_bytes_per_token else "-"
+            table.add_row(
+                who,
+                f"{size.parameters:,}",
+                str(size.layers),
+                f"{size.hidden_size:,}",
+                cache,
+                f"{stage.simulation.vocab_size:,}",
+            )
+    return table
+
+
+def _memory(stage: StagePlan, run: PlannedRun) -> Table:
+    ranks = f", on each of {run.world_size} ranks" if run.world_size > 1 else ""
+    table = Table(title=f"Memory in GiB on {run.gpu.name}{ranks}, at each phase's worst moment", title_justify="left")
+    table.add_column("part")
+    for phase in stage.memory:
+        peak = phase is stage.peak
+        table.add_column(phase.phase + (" (peak)" if peak else ""), justify="right", style="bold" if peak else None)
+    for part in PARTS:
+        if any(phase.device[part] for phase in stage.memory):
+            table.add_row(part, *(_gib(phase.device[part]) for phase in stage.memory))
+    table.add_section()
+    table.add_row("device", *(_gib(phase.device_bytes) for phase in stage.memory))
+    if any(phase.host_bytes for phase in stage.memory):
+        table.add_row("host memory, a rank", *(_gib(phase.host_bytes) for phase in stage.memory))
+    return table
+
+
+def _notes(stage: StagePlan, run: PlannedRun) -> Iterator[Text]:
+    yield Text(
+        f"activations of the update: {_gib(stage.without_checkpointing)} GiB without gradient_checkpointing, "
+        f"{_gib(stage.with_checkpointing)} GiB with it"
+    )
+    for name, shape in stage.simulation.losses.items():
+        full = shape.full_logits_bytes(gradient=name != "scoring")
+        yield Text(
+            f"loss `{name}`: {shape.rows:,} rows in chunks of {shape.chunk:,}, logits {_gib(shape.logits_bytes)} GiB; "
+            f"full logits would take {_gib(full)} GiB"
+        )
+    speed = stage.speed
+    yield Text(
+        f"FLOPs of a step and rank: {speed.flops / 1e12:,.1f} T (rollout {speed.rollout_flops / 1e12:,.1f}, "
+        f"scoring {speed.scoring_flops / 1e12:,.1f}, update {speed.update_flops / 1e12:,.1f})"
+    )
+    if speed.seconds is None:
+        yield Text("time: not estimated on this device, whose speed is not known")
+    else:
+        each = ", ".join(f"{name} {value:.2f}" for name, value in speed.seconds.items() if value)
+        yield Text(f"estimated time of a step: {sum(speed.seconds.values()):.2f} s ({each})")
+    if stage.smallest_world_size is None:
+        yield Text("smallest world size that fits: none with these keys")
+    else:
+        yield Text(f"smallest world size that fits: {stage.smallest_world_size}")
+
+
+def _verdict(run: PlannedRun) -> Text:
+    text = f"peak {_gib(run.peak_bytes)} GiB of {run.gpu.memory_gib:,.0f} GiB"
+    if run.fits:
+        return Text(f"fits: {text}", style="green")
+    return Text(f"does not fit: {text}. In this order, until it does:", style="red")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.2f}"

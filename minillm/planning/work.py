@@ -1,0 +1,119 @@
+"""What a stage does in one step, as sizes: batches, lengths and the models that take part, by phase.
+
+Every prompt and every answer counts at its longest: a plan is for the worst batch.
+"""
+
+from dataclasses import dataclass, replace
+
+from minillm.config.data import PlainPrompts
+from minillm.config.root import StageConfig
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Answers sampled side by side."""
+
+    models: tuple[str, ...]  # student, teacher
+    batch: int
+    prompt: int  # tokens
+    answer: int  # tokens
+    total: int  # answers of a buffer, on one rank
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Forward passes without a gradient."""
+
+    models: tuple[str, ...]
+    batch: int
+    length: int  # tokens fed
+    rows: int  # of them predict what counts
+    statistics: bool  # linear_token_stats follows
+    total: int  # sequences of a buffer or step, on one rank
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of the loss of one micro-batch."""
+
+    name: str
+    batch: int
+    length: int
+    rows: int
+    teacher: bool  # reads the teacher's logits
+    from_buffer: bool  # its teacher's hidden states come from the rollout buffer, which lies on the CPU
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step on one rank, with its share of the collection before it."""
+
+    decoding: Decoding | None
+    scoring: Forward | None
+    terms: tuple[Term, ...]
+    micro_batches: int
+    steps_per_collection: int
+    buffered: int  # answers kept with the teacher's hidden states, on one rank
+
+    @property
+    def moment(self) -> "Work":
+        """The same but for how many times it is repeated: what memory on a device depends on."""
+        return replace(
+            self,
+            decoding=None if self.decoding is None else replace(self.decoding, total=0),
+            scoring=None if self.scoring is None else replace(self.scoring, total=0),
+            micro_batches=min(self.micro_batches, 2),
+            steps_per_collection=1,
+            buffered=0,
+        )
+
+    def waiting_rows(self, *, from_buffer: bool) -> int:
+        """Rows of the teacher's hidden states that all micro-batches of a step hold before it begins."""
+        terms = [term for term in self.terms if term.teacher and term.from_buffer == from_buffer]
+        return self.micro_batches * sum(term.rows for term in terms)
+
+
+def work_of(config: StageConfig, world_size: int) -> Work:
+    """The sizes of a stage. Raises ValueError where there are no prompts, or fewer answers than ranks."""
+    method, train, rollout, prompts = config.method, config.train, config.rollout, config.data.prompts
+    if prompts is None:
+        raise ValueError("data.prompts is missing, so no length is known")
+    prompt = prompts.prompt_length if isinstance(prompts, PlainPrompts) else prompts.max_prompt_length
+    micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    name = method.name
+    sampled = name in ("minillm", "seqkd") or name == "gkd" and method.on_policy > 0
+    answer = max(
+        rollout.max_new_tokens if sampled else 0,
+        prompts.max_response_length if name in ("sft", "kd") or name == "gkd" and method.on_policy < 1 else 0,
+    )
+    length, rows = prompt + answer - 1, answer
+    decoding = scoring = None
+    buffered = 0
+    steps = 1
+    if name == "minillm":
+        if rollout.buffer_size % world_size:
+            raise ValueError(f"rollout.buffer_size {rollout.buffer_size} does not divide over {world_size} ranks")
+        buffered = rollout.buffer_size // world_size
+        batch = min(rollout.batch_size, buffered)
+        who = ("student", "teacher") if method.alpha > 0 else ("student",)
+        who = ("teacher",) if method.alpha == 1 else who
+        decoding = Decoding(who, batch, prompt, rollout.max_new_tokens, buffered)
+        scoring = Forward(("teacher", "student"), batch, length, batch * rows, True, buffered)
+        steps = max(1, buffered * method.ppo_epochs // (micro * accumulation))
+    elif sampled:
+        step = micro * accumulation
+        if name == "seqkd":  # every prompt once, before the first step
+            decoding = Decoding(("teacher",), rollout.batch_size, prompt, rollout.max_new_tokens, 0)
+        else:
+            decoding = Decoding(("student",), min(rollout.batch_size, step), prompt, rollout.max_new_tokens, step)
+    share = {"kd": lambda: 1 - method.ce_ratio, "seqkd": lambda: method.kd_ratio, "gkd": lambda: 1.0}
+    teacher = name == "minillm" or share.get(name, lambda: 0.0)() > 0
+    if teacher and name != "minillm":
+        scoring = Forward(("teacher",), micro, length, micro * rows, False, micro * accumulation)
+    terms = [
+        Term("policy" if name == "minillm" else "distillation", micro, length, micro * rows, teacher, name == "minillm")
+    ]
+    if name == "minillm" and method.lm_coef > 0 and config.data.corpus is not None:
+        fed = config.data.corpus.block_size - 1
+        terms.append(Term("pretraining", micro, fed, micro * fed, method.pt_kd_ratio > 0, False))
+    return Work(decoding, scoring, tuple(terms), accumulation, steps, buffered)

@@ -1,0 +1,51 @@
+"""The loss twin holds what the real loss holds on a CPU."""
+
+import pytest
+import torch
+
+from minillm.losses import linear_objective
+from minillm.planning.ledger import Ledger
+from minillm.planning.loss import LossShape, LossTwin
+
+ROWS, HIDDEN, VOCAB = 700, 48, 40000
+
+
+def reverse_kl(stats):
+    return stats.reverse_kl
+
+
+def cross_entropy(stats):
+    return -stats.student_logprob
+
+
+@pytest.mark.parametrize(("models", "objective"), [(1, cross_entropy), (2, reverse_kl)])
+def test_the_twin_holds_what_the_loss_holds(models, objective):
+    labels = torch.zeros(ROWS, dtype=torch.int64)
+    fields = ("reverse_kl",) if models == 2 else ("student_logprob",)
+    peaks = []
+    for twin in (False, True):
+        with Ledger() as ledger:
+            teacher = (torch.randn(ROWS, HIDDEN), torch.randn(VOCAB, HIDDEN)) if models == 2 else (None, None)
+            hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
+            weight = torch.randn(VOCAB, HIDDEN, requires_grad=True)
+            given = ledger.total
+            ledger.take()
+            if twin:
+                shape = LossShape(ROWS, VOCAB, models, torch.device("cpu"))
+                loss = LossTwin.apply(hidden, weight, torch.float32, shape, ledger)
+            else:
+                loss, _ = linear_objective(hidden, weight, *teacher, labels, objective, fields=fields)
+            forward = ledger.take().peak({}, {})
+            loss.backward()
+            backward = ledger.take().peak({}, {})
+        peaks.append((sum(forward.values()) - given, sum(backward.values()) - given))
+    real, ours = peaks
+    assert ours[0] == pytest.approx(real[0], rel=0.1)
+    assert ours[1] == pytest.approx(real[1], rel=0.01)
+
+
+def test_the_chunk_is_that_of_the_kernels_on_a_gpu():
+    shape = LossShape(8192, 151936, 2, torch.device("cuda"))
+    assert shape.chunk == 1024  # 1.25 GiB of fp32 logits of both models, evened out
+    assert shape.logits_bytes == 2 * 1024 * 151936 * 4
+    assert shape.full_logits_bytes(gradient=True) == 5 * 8192 * 151936 * 4

@@ -1,0 +1,136 @@
+"""Whole plans of small configurations: counts that can be computed by hand, and what the command prints."""
+
+import json
+
+import pytest
+import yaml
+
+from minillm.cli import main
+from minillm.config.loading import load_run
+from minillm.planning.advice import advise
+from minillm.planning.plan import plan_run
+
+STUDENT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}  # fmt: skip
+LAYER = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+PARAMETERS = 2 * LAYER + 2 * 512 * 64 + 64
+PROMPT, ANSWER = 10, 6
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a configuration whose teacher has four layers in bfloat16, and returns its path."""
+
+    def write(**groups):
+        folder = tmp_path / "teacher"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**STUDENT, "num_hidden_layers": 4, "vocab_size": 640}))
+        keys = {
+            "output_dir": str(tmp_path / "run"),
+            "student": {"init": "random", "tokenizer": "byte", "config": STUDENT},
+            "teacher": {"path": str(folder), "dtype": "bfloat16"},
+            "data": {"prompts": {"type": "pydoc", "max_prompt_length": PROMPT, "max_response_length": ANSWER}},
+            "rollout": {"buffer_size": 8, "batch_size": 4, "max_new_tokens": ANSWER},
+            "method": {"name": "minillm", "lm_coef": 0.0},
+            "train": {"max_steps": 2, "per_device_train_batch_size": 4},
+            **groups,
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(keys))
+        return path
+
+    return write
+
+
+def planned(path, *overrides, **options):
+    return plan_run(load_run([path], overrides), **{"gpu": "cpu", **options}).stages[0]
+
+
+def test_weights_gradients_moments_and_caches_are_counted(recipe):
+    stage = planned(recipe())
+    assert stage.simulation.student.parameters == PARAMETERS
+    assert stage.simulation.vocab_size == 512  # cut to what both heads have
+    rollout = next(phase for phase in stage.memory if phase.phase == "rollout").device
+    assert rollout["student weights"] >= 4 * PARAMETERS  # and the table of rotary frequencies
+    assert rollout["student weights"] - 4 * PARAMETERS < 1024
+    assert rollout["gradients"] == 4 * PARAMETERS and rollout["optimizer states"] == 8 * PARAMETERS
+    tokens = 4 * (PROMPT + ANSWER - 1)
+    assert rollout["student KV cache"] == tokens * 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, size, fp32
+    assert rollout["teacher KV cache"] == tokens * 4 * 2 * 2 * 16 * 2  # bf16, one layer of it extrapolated
+    assert stage.simulation.teacher.kv_bytes_per_token == 4 * 2 * 2 * 16 * 2
+
+
+def test_the_buffer_is_counted_where_it_lies(recipe):
+    path = recipe()
+    bytes_of_buffer = 8 * ANSWER * (64 * 2 + 7 * 4)
+    for gpu, place in (("cpu", "device"), ("A100-80GB", "host")):
+        scoring = next(phase for phase in planned(path, gpu=gpu).memory if phase.phase == "scoring")
+        assert getattr(scoring, place)["rollout buffer"] == 2 * bytes_of_buffer  # the old one beside the new one
+
+
+@pytest.mark.parametrize(
+    ("method", "phases"),
+    [
+        ({"name": "sft"}, ["update"]),
+        ({"name": "kd"}, ["scoring", "update"]),
+        ({"name": "gkd"}, ["rollout", "scoring", "update"]),
+        ({"name": "seqkd"}, ["rollout", "update"]),
+        ({"name": "minillm", "lm_coef": 0.0}, ["rollout", "scoring", "update"]),
+    ],
+)
+def test_each_method_has_its_phases(recipe, method, phases):
+    assert [phase.phase for phase in planned(recipe(method=method)).memory] == phases
+
+
+def test_checkpointing_and_smaller_parts_need_less(recipe):
+    path = recipe(method={"name": "kd"})
+    keys = ["student.config.num_hidden_layers=6", "train.per_device_train_batch_size=16"]
+    whole = planned(path, *keys)
+    assert whole.with_checkpointing < whole.without_checkpointing
+    checkpointed = planned(path, *keys, "train.gradient_checkpointing=true")
+    assert checkpointed.peak.device_bytes < whole.peak.device_bytes
+    parts = planned(path, *keys, "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4")
+    assert parts.peak.device_bytes < whole.peak.device_bytes
+
+
+def test_advice_lowers_the_peak_until_it_fits(recipe, monkeypatch):
+    from minillm.planning import plan as module
+    from minillm.planning.gpus import Gpu
+
+    # a device that holds what is asked for only with less alive at a time
+    path = recipe(method={"name": "sft"}, teacher=None)
+    keys = ["student.config.num_hidden_layers=6", "train.per_device_train_batch_size=64"]
+    peak = planned(path, *keys).peak.device_bytes
+    small = Gpu("small", peak * 0.75 / 0.92 / 2**30, kind="cpu")
+    monkeypatch.setattr(module, "find_gpu", lambda name: small)
+    plan = load_run([path], keys)
+    run = plan_run(plan, gpu="small")
+    assert not run.fits
+    changes = advise(plan, run, keys)
+    assert changes[0].overrides == ["train.gradient_checkpointing=true"]
+    assert changes[-1].fits and changes[-1].peak_bytes <= small.usable_bytes
+    assert all(one.peak_bytes < peak for one in changes)
+
+
+def test_the_command_and_its_json(recipe, capsys):
+    path = str(recipe())
+    assert main(["plan", path, "--gpu", "4090"]) == 0
+    shown = capsys.readouterr().out
+    for text in (f"{PARAMETERS:,}", "student KV cache", "full logits would take", "fits: peak", "(an estimate)"):
+        assert text in shown
+    assert main(["plan", path, "--gpu", "cpu", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    stage = data["stages"]["main"]
+    assert stage["parameters"]["student"] == PARAMETERS and data["fits"] is True and data["advice"] == []
+    assert stage["estimated_seconds_per_step"] is None  # nothing is known of this machine's speed
+    assert sum(stage["memory_bytes"][stage["peak_phase"]]["device"].values()) == data["peak_bytes"]
+
+
+def test_what_cannot_be_planned_is_said(recipe, capsys):
+    path = recipe(student={"path": "someone/unheard-of"})
+    assert main(["plan", str(path)]) == 2
+    assert "someone--unheard-of.json" in capsys.readouterr().err
+    assert main(["plan", str(recipe()), "--gpu", "abacus"]) == 2
+    assert "H100-80GB" in capsys.readouterr().err
+    assert main(["plan", str(recipe()), "--world-size", "2"]) == 2
+    assert "one process" in capsys.readouterr().err

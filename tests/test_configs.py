@@ -1,0 +1,81 @@
+"""Every recipe in configs/ is valid without a network, and fits the hardware that its header names."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from minillm.cli import main
+from minillm.config.loading import load_run
+from minillm.planning.architectures import known_architecture
+from minillm.planning.plan import plan_run
+from minillm.planning.simulate import count_parameters
+
+ROOT = Path(__file__).parents[1]
+# configs that are not a run by themselves
+LAYERS = {"base.yaml", "zero3.yaml"}
+RECIPES = sorted(
+    path
+    for folder in ("paper", "modern")
+    for path in (ROOT / "configs" / folder).glob("*.yaml")
+    if path.name not in LAYERS
+)
+NEEDS_DEEPSPEED = "engine: {type: deepspeed"
+
+PARAMETERS = {
+    "openai-community/gpt2": 124_439_808,
+    "openai-community/gpt2-medium": 354_823_168,
+    "openai-community/gpt2-large": 774_030_080,
+    "openai-community/gpt2-xl": 1_557_611_200,
+    "facebook/opt-1.3b": 1_315_758_080,
+    "facebook/opt-2.7b": 2_651_596_800,
+    "facebook/opt-6.7b": 6_658_473_984,
+    "facebook/opt-13b": 12_853_473_280,
+    "huggyllama/llama-7b": 6_738_415_616,
+    "huggyllama/llama-13b": 13_015_864_320,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+}
+
+
+def command(path: Path, verb: str) -> list[str]:
+    """The words after `minillm VERB` of the command in a recipe's header."""
+    header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    line = next(line for line in header if re.search(rf"\b{verb}\s+configs/", line))
+    return shlex.split(line)[shlex.split(line).index(verb) + 1 :]
+
+
+@pytest.fixture
+def recipe(request, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = request.param
+    text = "".join(Path(word).read_text() for word in command(path, "train"))
+    if NEEDS_DEEPSPEED in text and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    return path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, indirect=True, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_by_the_command_in_its_header(recipe, capsys):
+    assert main(["validate", *command(recipe, "train")]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, indirect=True, ids=lambda path: path.stem)
+def test_a_recipe_fits_the_hardware_in_its_header(recipe):
+    words = command(recipe, "plan")
+    options = dict(zip(words[:-1], words[1:], strict=True))
+    files = [Path(word) for word in words if word.endswith(".yaml")]
+    run = plan_run(load_run(files), gpu=options["--gpu"], world_size=int(options.get("--world-size", 1)))
+    assert run.fits, {stage.name: stage.peak for stage in run.stages}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_an_architecture_has_as_many_parameters_as_the_model(name, parameters):
+    architecture = AutoConfig.from_pretrained(known_architecture(name, [ROOT / "configs" / "architectures"]))
+    assert count_parameters(architecture) == parameters
