@@ -11,7 +11,7 @@ from minillm.reporting.markdown import MISSING, cell, duration, number, table
 from minillm.reporting.metric import METRICS
 from minillm.reporting.run_files import RunFiles, StageFiles, read_run, stage_label
 from minillm.reporting.settings import differing_keys, settings_table
-from minillm.reporting.tables import Row, evaluation_section, metrics_table, trained_stages
+from minillm.reporting.tables import Row, evaluation_section, metrics_table, seed_rows, trained_stages
 
 REPORT, CURVES = "report.md", "curves.png"
 SHOWN_SAMPLES = 8
@@ -44,6 +44,8 @@ def write_report(output_dir: Path) -> Path:
 def compare_reports(folders: Sequence[Path], *, figure: Path | None = None) -> str:
     """Several runs in one Markdown text: their last evaluations, and the keys in which they differ.
 
+    Where that is the seed alone, a table of means and deviations over the runs comes first.
+
     Args:
         folders: runs' folders.
         figure: where a PNG of their curves goes; the text then shows it by its name.
@@ -60,10 +62,16 @@ def compare_reports(folders: Sequence[Path], *, figure: Path | None = None) -> s
     differences = differing_keys(
         {label: {stage.name: stage.settings for stage in run.stages.values()} for label, run in runs.items()}
     )
+    seeds = seed_rows(list(runs.values()))
+    over_seeds = (
+        f"## Over seeds\n\nMean ± standard deviation of {len(runs)} runs that differ in their seed alone.\n\n"
+        f"{metrics_table(seeds)}\n\n## Each run"
+    )
     return _joined(
         [
             "# " + " against ".join(runs),
             f"![Curves of the runs]({figure.name})" if drawn else "",
+            over_seeds if seeds else "",
             metrics_table(rows) if rows else "None of these runs has been evaluated after training yet.",
             f"## Keys that differ\n\n{differences}" if differences else "",
         ]

@@ -275,6 +275,22 @@ def test_comparison_of_runs(tmp_path, picture):
     assert "| main: `train.learning_rate` | – | 0.5 |" in text
 
 
+def test_runs_that_differ_in_their_seed_have_means_and_deviations(tmp_path):
+    for seed, rouge in ((1, 10.0), (2, 14.0), (3, 12.0)):
+        run = Run(tmp_path / f"run-{seed}", {**DOCUMENT, "seed": seed, "output_dir": f"run-{seed}"})
+        run.train("main", 4)
+        run.evaluate("main", 0, rouge_l=1.0, reverse_kl_nats=5.0)
+        run.evaluate("main", 4, seconds=2.0 * seed, rouge_l=rouge)
+    folders = [tmp_path / f"run-{seed}" for seed in (1, 2, 3)]
+    text = compare_reports(folders)
+    table = rows("## Evaluation\n" + text.partition("## Over seeds\n")[2].partition("## Each run")[0])
+    assert list(table) == ["before main", "after main"]
+    assert table["before main"]["Rouge-L (F1 × 100) ↑"] == "1.00"
+    assert table["after main"]["Rouge-L (F1 × 100) ↑"] == "12.0 ± 2.0" and "4.00 s" in table["after main"].values()
+    (tmp_path / "run-3" / "config.yaml").write_text(yaml.safe_dump({**DOCUMENT, "train": {"max_steps": 9}}))
+    assert "Over seeds" not in compare_reports(folders)
+
+
 @pytest.mark.parametrize("content", [None, "- a list", "a: [unclosed"])
 def test_what_is_not_a_run_is_named(tmp_path, content):
     if content is not None:

@@ -1,7 +1,8 @@
 """The evaluations of a run as tables: every student before, after each stage, and the teacher."""
 
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillm.reporting.markdown import MISSING, duration, table
 from minillm.reporting.metric import METRICS
@@ -47,6 +48,38 @@ def evaluation_rows(run: RunFiles) -> list[Row]:
 def trained_stages(run: RunFiles) -> list[StageFiles]:
     """The stages that were evaluated after some training."""
     return [stage for stage in run.stages.values() if stage.evaluations and stage.evaluations[-1].stage_step > 0]
+
+
+def seed_rows(runs: Sequence[RunFiles]) -> list[Row]:
+    """One row a student, over runs that differ in nothing but their seed: means, and deviations over the runs.
+
+    Empty where the runs are of different configurations, or have not all been evaluated.
+    """
+    first = runs[0].stages
+    if len(runs) < 2 or any(list(run.stages) != list(first) for run in runs):
+        return []
+    if any(_seedless(run.stages[name]) != _seedless(stage) for run in runs for name, stage in first.items()):
+        return []
+    lines = [evaluation_rows(run) for run in runs]
+    if any([row.label for row in rows] != [row.label for row in lines[0]] for rows in lines):
+        return []
+    return [_over_seeds(rows) for rows in zip(*lines, strict=True)]
+
+
+def _seedless(stage: StageFiles) -> dict:
+    return {key: value for key, value in stage.settings.items() if key not in ("seed", "output_dir")}
+
+
+def _over_seeds(rows: Sequence[Row]) -> Row:
+    means = [row.measurement.mean for row in rows]
+    values: dict[str, float] = {}
+    for metric in METRICS:
+        found = [mean[metric.key] for mean in means if metric.key in mean]
+        if len(found) == len(means):
+            values |= {metric.key: statistics.mean(found), f"{metric.key}_std": statistics.stdev(found)}
+    one = rows[0].measurement
+    seconds = None if rows[0].seconds is None else statistics.mean(row.seconds or 0.0 for row in rows)
+    return Row(rows[0].label, replace(one, mean=values, sets={}), seconds)
 
 
 def metrics_table(rows: Sequence[Row], set_name: str | None = None) -> str:

@@ -4,7 +4,20 @@ import csv
 
 from minillm.benchmarks.step import COLUMNS, Case, Row, _ratio, main
 
-TINY = ["--threads", "1", "--match", "128x2", "--vocab", "300", "--answers", "2", "--tokens", "3", "--prompt-tokens", "4"]
+TINY = [
+    "--threads",
+    "1",
+    "--match",
+    "128x2",
+    "--vocab",
+    "300",
+    "--answers",
+    "2",
+    "--tokens",
+    "3",
+    "--prompt-tokens",
+    "4",
+]
 
 
 def test_our_trainer_is_measured_and_a_missing_one_is_named(tmp_path, capfd):
