@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except KeyboardInterrupt:
         hint = "; --resume goes on from the last checkpoint" if argv[:1] == ["train"] else ""
+        hint = "; the same command goes on" if argv[:1] == ["experiment"] else hint
         print(f"minillm: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -97,6 +98,32 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     print(dump(resolved(load_run(*_split(arguments.words)))), end="")
     return 0
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from minillm.config.paths import expand
+    from minillm.experiment.jobs import commands
+    from minillm.experiment.loading import chosen_arms, chosen_seeds, load_experiment
+    from minillm.experiment.report import write_experiment_report
+    from minillm.experiment.runner import run_experiment
+
+    experiment = load_experiment(arguments.name, arguments.words)
+    seeds = chosen_seeds(experiment, arguments.seeds)
+    arms = chosen_arms(experiment, arguments.arms)
+    output = arguments.output or Path(expand(experiment.config.output_dir))
+    if arguments.list:
+        print("\n".join(commands(experiment, output, seeds, arms)))
+        return 0
+    failures = []
+    if not arguments.report:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("an experiment is one process a run; start it without a launcher of several")
+        own = seeds if arguments.seed is None else [arguments.seed]
+        failures = run_experiment(experiment, output, seeds=own, arms=arms, report_seeds=seeds)
+    print(write_experiment_report(experiment, output, seeds))
+    for failure in failures:
+        print(f"minillm: {failure}", file=sys.stderr)
+    return STOPPED if failures else 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -196,6 +223,21 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs and seconds")
     plan.set_defaults(run=_plan)
 
+    experiment = verbs.add_parser(
+        "experiment", help="train and measure every arm of an experiment; goes on where it was"
+    )
+    experiment.add_argument("name", metavar="NAME_OR_FILE", help="of configs/experiments, or a .yaml file")
+    experiment.add_argument("words", nargs="*", metavar="KEY=VALUE", help="base.train.learning_rate=..., arms.kd....")
+    experiment.add_argument("--seeds", type=_positive, metavar="N", help="the first N, instead of those of the file")
+    experiment.add_argument("--seed", type=_natural, metavar="S", help="work on this seed alone")
+    experiment.add_argument("--arms", metavar="A,B", help="work on these arms alone, and on what they start from")
+    experiment.add_argument("--output", type=Path, metavar="DIR", help="instead of output_dir of the file")
+    experiment.add_argument("--list", action="store_true", help="print a command a run instead, for a cluster")
+    experiment.add_argument(
+        "--report", action="store_true", help="write the report of what is there, and train nothing"
+    )
+    experiment.set_defaults(run=_experiment)
+
     evaluate = verbs.add_parser("eval", help="measure a model on held-out prompts")
     evaluate.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run's folder, a model's, a hub name, or `teacher`: FILE's teacher"
@@ -246,6 +288,13 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="+", metavar="FILE|KEY=VALUE", help="YAML files, merged left to right, and group.key=value"
     )
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
+    return number
 
 
 def _positive(text: str) -> int:

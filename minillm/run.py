@@ -39,8 +39,10 @@ MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
 FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
 
 
-def run(plan: RunPlan, *, resume: bool, console) -> Path:
+def run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None" = None) -> Path:
     """Train every stage of the plan; returns the folder final/.
+
+    `shared` holds what an earlier run of this process loaded, for runs that have it in common.
 
     Raises TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
     """
@@ -61,7 +63,8 @@ def run(plan: RunPlan, *, resume: bool, console) -> Path:
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
-    shared = _Shared(console, output_dir)
+    shared = shared or Shared()
+    shared.begin(console, output_dir)
     names = [stage.name for stage in plan.stages]
     with log, _interruption(console.note) as interrupted:
         for stage in plan.stages:
@@ -95,13 +98,17 @@ def run(plan: RunPlan, *, resume: bool, console) -> Path:
     return final
 
 
-class _Shared:
-    """What is loaded once and used by several stages: teachers, the weights students start from, evaluators."""
+class Shared:
+    """What is loaded once and used by several stages or runs: teachers, the weights students start from, evaluators."""
 
-    def __init__(self, console, output_dir: Path):
-        self.console, self.output_dir = console, output_dir
+    def __init__(self):
+        self.console, self.output_dir = None, Path(".")
         self._teacher = (None, None)  # (configuration, model): the last one alone, so that two never fill the memory
         self._evaluator = (None, None)
+
+    def begin(self, console, output_dir: Path) -> None:
+        """A run begins: where it writes, which is where the models of its stages are, and who is told."""
+        self.console, self.output_dir = console, output_dir
 
     def trainer(
         self,
@@ -115,7 +122,7 @@ class _Shared:
     ) -> StageTrainer:
         config = stage.config
         device = pick_device(config.engine.device)
-        teacher, teacher_tokenizer = self._load_teacher(config, device)
+        teacher, teacher_tokenizer = self.teacher(config.teacher, device)
         tokenizer = load_tokenizer(config.student, self.output_dir)
         if checkpoint is None:
             student_config, source = config.student, None
@@ -155,27 +162,36 @@ class _Shared:
             interrupted=interrupted,
         )
 
-    def _load_teacher(self, config, device):
-        if config.teacher is None:
+    def teacher(self, config: TeacherConfig | None, device: torch.device):
+        """(model, tokenizer); the model that was loaded last is kept."""
+        if config is None:
             return None, None
-        if self._teacher[0] != config.teacher:
+        key = self._of_this_run(config)
+        if self._teacher[0] != key:
             self._teacher = (None, None)
-            model = load_teacher(config.teacher, output_dir=self.output_dir, device=device)
-            self._teacher = (config.teacher, (model, load_tokenizer(config.teacher, self.output_dir)))
+            model = load_teacher(config, output_dir=self.output_dir, device=device)
+            self._teacher = (key, (model, load_tokenizer(config, self.output_dir)))
         return self._teacher[1]
+
+    def _of_this_run(self, config: TeacherConfig | None) -> tuple:
+        """A teacher that a stage left is another one in another run."""
+        names = () if config is None else (config.path, config.tokenizer or "")
+        return config, self.output_dir if any(name.startswith("stage:") for name in names) else None
 
     def _load_evaluator(self, stage: Stage, tokenizer) -> Evaluator | None:
         config = stage.config
         if not config.eval.sets:
             return None
-        key = (config.eval, config.teacher)
+        key = (config.eval, config.seed, self._of_this_run(config.teacher))
         # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
         if config.teacher is None or self._evaluator[0] != key:
             sets = {
                 name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
                 for name, prompts in config.eval.sets.items()
             }
-            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=self.console.working))
+            # the console of the moment: an evaluator may outlive the run it was made for
+            watch = lambda *progress: self.console.working(*progress)  # noqa: E731
+            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=watch))
         return self._evaluator[1]
 
 

@@ -52,11 +52,19 @@ def load_run(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunPlan:
     """
     problems: list[Problem] = []
     document, whole = load_document(list(map(Path, files)), overrides, problems)
+    stages = checked_stages(document, problems, whole=whole)
+    raise_problems(problems, files)
+    return RunPlan(Path(expand(stages[0].config.output_dir)), stages, document.plain(), list(map(Path, files)))
+
+
+def checked_stages(document: Node, problems: list[Problem], *, whole: bool = True) -> list[Stage]:
+    """The stages of a merged document; what is wrong with them goes to `problems`, and then the stages mean nothing.
+
+    `whole` says that nothing of the document is missing because a file could not be read.
+    """
     drafts = {name: _Draft.of(tree) for name, tree in stage_trees(document, problems).items()}
     problems += _stage_problems(drafts, whole=whole)
-    _raise(problems, files)
-    stages = [Stage(name, draft.config) for name, draft in drafts.items()]
-    return RunPlan(Path(expand(stages[0].config.output_dir)), stages, document.plain(), list(map(Path, files)))
+    return [Stage(name, draft.config) for name, draft in drafts.items()]
 
 
 def resolved(plan: RunPlan) -> dict[str, Any]:
@@ -97,21 +105,37 @@ def load_evaluation(
     document, whole = load_document(list(map(Path, files)), overrides, problems, base)
     trees = stage_trees(document, problems)
     if not trees:
-        _raise(problems, files)
+        raise_problems(problems, files)
     *before, (name, tree) = trees.items()
-    groups = {field.name for field in fields(EvaluationPlan)}
-    others = set(STAGE.keys()) - groups
+    evaluation = checked_evaluation(tree, problems, name=name, before=[other for other, _ in before], whole=whole)
+    raise_problems(problems, files)
+    return evaluation
+
+
+def checked_evaluation(
+    tree: Node, problems: list[Problem], *, name: str, before: Sequence[str] = (), whole: bool = True
+) -> EvaluationPlan | None:
+    """The groups of a stage that an evaluation needs; None, and what is wrong with them in `problems`.
+
+    Args:
+        tree: the stage's keys.
+        problems: what is wrong is added here.
+        name: of the stage.
+        before: the stages before it, of which models are there.
+        whole: nothing of the tree is missing because a file could not be read.
+    """
+    others = set(STAGE.keys()) - {field.name for field in fields(EvaluationPlan)}
     draft = _Draft.of(Node({key: node for key, node in tree.value.items() if key not in others}, tree.origin))
     findings = [one for one in draft.findings if one.path[0] not in others and one.path != ("output_dir",)]
     typed = {key: group for key, group in usable_groups(draft.data, findings).items() if key not in others}
     if whole:
-        earlier = {other: Facts(other, {}, {}, [], {}, ()) for other, _ in before}
+        earlier = {other: Facts(other, {}, {}, [], {}, ()) for other in before}
         findings += check_stage(Facts(name, draft.data, typed, findings, earlier, all_stages=(*earlier, name)))
     if "eval" in typed and not typed["eval"].sets:
         findings.append(Finding(("eval", "sets"), "missing: held-out prompts to evaluate on", "missing"))
-    problems += [draft.problem(finding) for finding in findings if whole or finding.kind != "missing"]
-    _raise(problems, files)
-    return EvaluationPlan(**{**typed, "output_dir": Path(typed.get("output_dir", "."))})
+    found = [draft.problem(finding) for finding in findings if whole or finding.kind != "missing"]
+    problems += found
+    return None if found else EvaluationPlan(**{**typed, "output_dir": Path(typed.get("output_dir", "."))})
 
 
 @dataclass(frozen=True)
@@ -164,7 +188,7 @@ def _stage_problems(drafts: dict[str, _Draft], *, whole: bool) -> list[Problem]:
     return problems
 
 
-def _raise(problems: list[Problem], files: Sequence[Path]) -> None:
+def raise_problems(problems: list[Problem], files: Sequence[Path]) -> None:
     """Raise them as someone reads: file by file, top to bottom, the command line last."""
     order = {str(file): place for place, file in enumerate(files)}
     if problems:

@@ -1,4 +1,4 @@
-"""One stage's keys against the schema: typed groups, and everything that is wrong in plain words."""
+"""Keys against the schema: typed groups, and everything that is wrong in plain words."""
 
 import copy
 from collections.abc import Mapping
@@ -16,10 +16,15 @@ _GROUPS = {name: TypeAdapter(Annotated[field.annotation, field]) for name, field
 
 def validate_stage(data: Mapping[str, Any]) -> tuple[StageConfig | None, list[Finding]]:
     """The configuration that `data` is, or None and all that is wrong with it."""
+    return validate_group(STAGE, data)
+
+
+def validate_group(root: Group, data: Mapping[str, Any]) -> tuple[Any, list[Finding]]:
+    """The instance of the group's class that `data` is, or None and all that is wrong with it."""
     try:
-        return StageConfig.model_validate(data), []
+        return root.model.model_validate(data), []
     except ValidationError as error:
-        return None, _findings(error, data)
+        return None, _findings(error, root, data)
 
 
 def usable_groups(data: Mapping[str, Any], findings: list[Finding]) -> dict[str, Any]:
@@ -41,32 +46,32 @@ def usable_groups(data: Mapping[str, Any], findings: list[Finding]) -> dict[str,
     return groups
 
 
-def _findings(error: ValidationError, data: Mapping[str, Any]) -> list[Finding]:
+def _findings(error: ValidationError, root: Group, data: Mapping[str, Any]) -> list[Finding]:
     of_several_types: dict[KeyPath, list[tuple[KeyPath, dict]]] = {}  # errors of values that may be a number or a text
     findings = []
     for one in error.errors(include_url=False):
-        path, shape, above = _locate(one["loc"], data)
+        path, shape, above = _locate(one["loc"], root, data)
         if above is None:
-            findings.append(explain(one, path, shape, STAGE, data))
+            findings.append(explain(one, path, shape, root, data))
         else:
             of_several_types.setdefault(above, []).append((path, one))
     for above, errors in of_several_types.items():
-        shape, value = walk(STAGE, data, above)
+        shape, value = walk(root, data, above)
         # an error that says more than "another type" is about the type that was meant
         meant = [(path, one) for path, one in errors if path != above or not one["type"].endswith("_type")]
-        findings += [explain(one, path, shape, STAGE, data) for path, one in meant]
+        findings += [explain(one, path, shape, root, data) for path, one in meant]
         if not meant:
             findings.append(Finding(above, expected(describe(shape.annotation), value)))
     likely = {finding.instead for finding in findings}
     return [one for one in findings if one.kind != "missing" or one.path not in likely]
 
 
-def _locate(location: KeyPath, data: Mapping[str, Any]) -> tuple[KeyPath, Shape | None, KeyPath | None]:
+def _locate(location: KeyPath, root: Group, data: Mapping[str, Any]) -> tuple[KeyPath, Shape | None, KeyPath | None]:
     """(path, shape there, path of the value of several types that it lies in or None) of a location as pydantic has it.
 
     pydantic puts the names of the alternatives that it tried among the keys.
     """
-    path, shape, value, rest = (), STAGE, data, list(location)
+    path, shape, value, rest = (), root, data, list(location)
     while rest:
         if isinstance(shape, Choice):
             shape = shape.options[rest.pop(0)]

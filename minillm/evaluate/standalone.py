@@ -109,16 +109,16 @@ def evaluate_model(
     }
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(output, json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Numbers that JSON has no spelling for by their names, as metrics.jsonl has them."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

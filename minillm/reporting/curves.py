@@ -66,7 +66,7 @@ def draw_run(run: RunFiles, path: Path) -> bool:
     """Write the PNG of one run. False, and no file, where nothing has been measured yet."""
     stages = [stage for stage in run.stages.values() if stage.started]
     curves = [
-        Curve(stage.name, _pick(COLOURS, place), _pick(MARKERS, place), "-", stage, run)
+        Curve(stage.name, pick(COLOURS, place), pick(MARKERS, place), "-", stage, run)
         for place, stage in enumerate(stages)
     ]
     return _draw(curves, path, with_losses=True)
@@ -77,9 +77,9 @@ def draw_comparison(runs: dict[str, RunFiles], path: Path) -> bool:
     curves = [
         Curve(
             stage_label(label, run, stage),
-            _pick(COLOURS, place),
-            _pick(MARKERS, order),
-            _pick(DASHES, order),
+            pick(COLOURS, place),
+            pick(MARKERS, order),
+            pick(DASHES, order),
             stage,
             run,
         )
@@ -89,7 +89,8 @@ def draw_comparison(runs: dict[str, RunFiles], path: Path) -> bool:
     return _draw(curves, path, with_losses=False)
 
 
-def _pick(choices: Sequence, place: int):
+def pick(choices: Sequence, place: int):
+    """The choice of a place; they come round again."""
     return choices[place % len(choices)]
 
 
@@ -169,7 +170,7 @@ def _draw_metric(panel: Axes, metric: Metric, curves: list[Curve], axis: Axis) -
         teacher = curve.run.teachers.get(curve.stage.name)
         if teacher and metric.key in teacher.mean:
             panel.axhline(scale * teacher.mean[metric.key], color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.1)
-    _dress(panel, metric.title, metric.unit, axis.label)
+    dress(panel, metric.title, metric.unit, axis.label)
     if all(value >= 0 for line in panel.lines for value in line.get_ydata()):
         panel.set_ylim(bottom=0)
 
@@ -186,13 +187,13 @@ def _draw_losses(panel: Axes, curve: Curve, *, alone: bool) -> None:
                 places,
                 values,
                 color=curve.colour,
-                linestyle=_pick(DASHES, place),
+                linestyle=pick(DASHES, place),
                 linewidth=1.8 if place == 0 else 1.3,
                 alpha=1.0 if place == 0 else 0.75,
                 marker="o" if len(points) == 1 else None,
                 label="total" if name == "loss" else name.removeprefix("loss/"),
             )
-    _dress(panel, "Training loss" if alone else f"Training loss: {curve.stage.name}", "", "steps of the stage")
+    dress(panel, "Training loss" if alone else f"Training loss: {curve.stage.name}", "", "steps of the stage")
     if len(drawn) > 1:
         panel.legend(fontsize=8, frameon=False, handlelength=2.8)
 
@@ -204,7 +205,8 @@ def _smoothed(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray
     return means[:, 0], means[:, 1]
 
 
-def _dress(panel: Axes, title: str, unit: str, along: str) -> None:
+def dress(panel: Axes, title: str, unit: str, along: str) -> None:
+    """A panel's title, axes and grid as all pictures have them."""
     panel.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
     panel.set_ylabel(unit, fontsize=9)
     panel.set_xlabel(along, fontsize=9)

@@ -1,0 +1,5 @@
+"""An experiment: every arm with every seed trained and measured alike, one table, and a verdict on each claim.
+
+config.py says what a file may hold, loading.py reads it, jobs.py orders the work, runner.py does it, measuring.py
+measures a finished arm, results.py reads everything back, and verdicts.py, curves.py and report.py write it down.
+"""

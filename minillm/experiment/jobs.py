@@ -1,0 +1,108 @@
+"""The work of an experiment in the order in which it can be done: shared stages, then arms, seed by seed.
+
+OUTPUT/seed-1/warmup/      a shared stage: a run's folder
+OUTPUT/seed-1/kd/          an arm: a run's folder, and evaluation.json once it has been measured
+"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minillm.config.paths import STAGE
+from minillm.experiment.loading import STUDENT, Experiment
+
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm or shared stage with one seed."""
+
+    name: str
+    seed: int
+    folder: Path
+    trained: bool  # false for an arm that is a model as it is
+    measured: bool  # false for a shared stage
+
+
+def folder_of(output: Path, seed: int, name: str) -> Path:
+    """Where a run of the experiment lies."""
+    return output / f"seed-{seed}" / name
+
+
+def model_folder(output: Path, seed: int, path: str) -> Path:
+    """The model that stage:NAME means in an experiment."""
+    return folder_of(output, seed, path.removeprefix(STAGE)) / FINAL
+
+
+def plan_jobs(experiment: Experiment, output: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[Job]:
+    """The shared stages and other arms that the chosen arms need, and these, seed by seed: a cut-off loses one run."""
+    needed = _needed(experiment, arms)
+    jobs = []
+    for seed in seeds:
+        for name in [*experiment.shared, *experiment.arms]:
+            # a model that no seed has a part in is measured once
+            fixed = name in experiment.as_is and not references(experiment, name)
+            if name in needed and (not fixed or seed == experiment.config.seeds[0]):
+                trained = name not in experiment.as_is
+                measured = name in arms and name not in experiment.shared
+                jobs.append(Job(name, seed, folder_of(output, seed, name), trained, measured))
+    return jobs
+
+
+def _needed(experiment: Experiment, arms: Sequence[str]) -> set[str]:
+    needed, left = set(), list(arms)
+    while left:
+        name = left.pop()
+        if name not in needed:
+            needed.add(name)
+            left += references(experiment, name)
+    return needed
+
+
+def references(experiment: Experiment, name: str) -> list[str]:
+    """The stages and arms whose model or training time a job takes."""
+    if name in experiment.as_is:
+        texts: list = [experiment.as_is[name], experiment.base.config.teacher and experiment.base.config.teacher.path]
+        if texts[0] == STUDENT:
+            texts.append(experiment.base.config.student.path)
+    else:
+        config = experiment.stage(name).config
+        teacher = config.teacher
+        texts = [config.student.path, config.student.tokenizer, config.train.max_seconds]
+        texts += [teacher.path, teacher.tokenizer] if teacher else []
+    return [text.removeprefix(STAGE) for text in texts if isinstance(text, str) and text.startswith(STAGE)]
+
+
+def command_of(experiment: Experiment, output: Path, seeds: Sequence[int]) -> list[str]:
+    """The words of the command that does all of it."""
+    words = ["minillm", "experiment", str(experiment.file), *experiment.overrides]
+    return [*words, "--output", str(output), "--seeds", str(len(seeds))]
+
+
+def commands(experiment: Experiment, output: Path, seeds: Sequence[int], arms: Sequence[str]) -> Iterator[str]:
+    """One command a run, for machines of a cluster: comments say which have to be done before which."""
+    start = command_of(experiment, output, seeds)
+    jobs = plan_jobs(experiment, output, seeds, arms)
+    waves = _waves(experiment, jobs)
+    for wave, names in enumerate(waves):
+        yield (
+            "# these first, all at once"
+            if wave == 0 and len(waves) > 1
+            else ("# these at once" if wave == 0 else "# when those above are done, these at once")
+        )
+        for job in jobs:
+            if job.name in names:
+                yield shlex.join([*start, "--arms", job.name, "--seed", str(job.seed)])
+    yield "# in the end, the report"
+    yield shlex.join([*start, "--report"])
+
+
+def _waves(experiment: Experiment, jobs: Sequence[Job]) -> list[set[str]]:
+    """Names of jobs by how many others have to be done before them."""
+    names = dict.fromkeys(job.name for job in jobs)
+    depth: dict[str, int] = {}
+    for name in names:  # what is referred to stands before
+        depth[name] = max((depth[other] + 1 for other in references(experiment, name) if other in depth), default=0)
+    return [{name for name in names if depth[name] == wave} for wave in range(max(depth.values(), default=-1) + 1)]

@@ -1,0 +1,138 @@
+"""A finished arm measured: the same held-out prompts and random numbers for all arms and seeds, beside its teacher."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from minillm.atomic import write_text
+from minillm.config.loading import Stage
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.paths import STAGE
+from minillm.data.instructions import load_prompts
+from minillm.engine.torch import pick_device
+from minillm.evaluate.evaluator import Evaluator, Who
+from minillm.evaluate.standalone import finite
+from minillm.experiment.jobs import FINAL, Job, model_folder
+from minillm.experiment.loading import STUDENT, Experiment
+from minillm.models.loading import load_student
+from minillm.models.pair import Models
+from minillm.models.preflight import preflight
+from minillm.models.tokenizers import load_tokenizer
+from minillm.run import Shared
+from minillm.trainer import TrainingError
+
+EVALUATION, TEACHERS = "evaluation.json", "teachers"
+SEED = 0  # of the evaluation's samples
+
+
+class Measuring:
+    """Measures arm after arm; the teacher, its answers and its hidden states are kept from one to the next."""
+
+    def __init__(self, experiment: Experiment, output: Path, shared: Shared):
+        self.experiment, self.output, self.shared = experiment, output, shared
+        self._evaluator: tuple[Any, Evaluator | None] = (None, None)
+
+    def is_done(self, job: Job) -> bool:
+        """Whether nothing of a job is left to do."""
+        trained = not job.trained or (job.folder / FINAL).is_dir()
+        return trained and (not job.measured or self._is_measured(job.folder))
+
+    def measure(self, job: Job, console) -> None:
+        """Write evaluation.json into the job's folder, and that of its teacher where there is none yet.
+
+        Raises TrainingError where a model that it needs is not there.
+        """
+        self.shared.begin(console, job.folder)
+        student, teacher = self._configs(job)
+        folder = self.output / TEACHERS / f"{zlib.crc32(repr(teacher).encode()):08x}"
+        if self._is_measured(job.folder):
+            return
+        models = self._load(job, student, teacher, console)
+        evaluator = self._load_evaluator(models, teacher)
+        if teacher is not None and not self._is_measured(folder):
+            self._write(folder, "teacher", evaluator, models, console, model=teacher.path)
+        name = None if teacher is None else folder.name
+        self._write(job.folder, "student", evaluator, models, console, model=student.path, arm=job.name, teacher=name)
+
+    def _write(self, folder: Path, who: Who, evaluator: Evaluator, models: Models, console, **about) -> None:
+        evaluation = evaluator.evaluate(models, who)
+        console.measurement(
+            f"Evaluation of {about.get('arm', 'the teacher')}", evaluation.sets, evaluation.mean, [], who=who
+        )
+        result = {
+            **about,
+            "who": who,
+            "asked": self._asked(),
+            "sets": evaluation.sets,
+            "mean": evaluation.mean,
+            "samples": evaluation.samples,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / EVALUATION, json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False))
+
+    def _asked(self) -> dict:
+        return self.experiment.evaluation.model_dump(mode="json")
+
+    def _is_measured(self, folder: Path) -> bool:
+        found = read_evaluation(folder)
+        return found is not None and found.get("asked") == self._asked()
+
+    def _configs(self, job: Job) -> tuple[StudentConfig, TeacherConfig | None]:
+        """The finished student of a job and its teacher, with folders for stage:NAME."""
+        base = self.experiment.stage(job.name).config
+        teacher = base.teacher and _found(base.teacher, self.output, job)
+        common = {key: getattr(base.student, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
+        if job.trained:
+            return StudentConfig(path=str(job.folder / FINAL), **common), teacher
+        path = self.experiment.as_is[job.name]
+        student = base.student if path == STUDENT else StudentConfig(path=path, **common)
+        return _found(student, self.output, job), teacher
+
+    def _load(self, job: Job, student: StudentConfig, teacher: TeacherConfig | None, console) -> Models:
+        stage: Stage = self.experiment.stage(job.name)
+        device = pick_device(stage.config.engine.device)
+        teacher_model, teacher_tokenizer = self.shared.teacher(teacher, device)
+        model = load_student(student, output_dir=job.folder, device=device, seed=job.seed).eval()
+        tokenizer = load_tokenizer(student, job.folder)
+        models, _ = preflight(model.requires_grad_(False), teacher_model, tokenizer, teacher_tokenizer, device)
+        return models
+
+    def _load_evaluator(self, models: Models, teacher: TeacherConfig | None) -> Evaluator:
+        # with one teacher the tokenizer is one; without, every arm reads the sets with its own
+        if teacher is None or self._evaluator[0] != teacher:
+            config = self.experiment.evaluation
+            sets = {
+                name: load_prompts(prompts, models.tokenizer, name=f"evaluation.sets.{name}")
+                for name, prompts in config.sets.items()
+            }
+            watch = lambda *progress: self.shared.console.working(*progress)  # noqa: E731
+            self._evaluator = (teacher, Evaluator(sets, config, seed=SEED, watch=watch))
+        return self._evaluator[1]
+
+
+def _found(config, output: Path, job: Job):
+    """A model's configuration with the folder of what stage:NAME means."""
+    found = {}
+    for key in ("path", "tokenizer"):
+        text = getattr(config, key) or ""
+        if text.startswith(STAGE):
+            folder = model_folder(output, job.seed, text)
+            if not folder.is_dir():
+                raise TrainingError(f"{text.removeprefix(STAGE)} with seed {job.seed} has left no model")
+            found[key] = str(folder)
+    return config.model_copy(update=found)
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What `measure` wrote into a folder, None where it has not.
+
+    Raises ValueError where the file cannot be read.
+    """
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; delete it to have the arm measured again") from error

@@ -1,0 +1,98 @@
+"""What the folders of an experiment hold: a number for every arm, seed and measure that is there."""
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minillm.experiment.jobs import FINAL, folder_of
+from minillm.experiment.loading import TEACHER, Experiment
+from minillm.experiment.measures import COSTS
+from minillm.experiment.measuring import TEACHERS, read_evaluation
+from minillm.metrics import METRICS, read_numbers, read_records
+
+FAILURE = "failure.txt"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm with one seed, or a teacher."""
+
+    mean: dict[str, float]  # over the sets; and what the training took
+    sets: dict[str, dict[str, float]]
+    source: str = ""  # the folder of its evaluation
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # while training
+
+    def value(self, measure: str) -> float | None:
+        """Of METRIC or METRIC@SET, None where it was not measured."""
+        metric, _, set_name = measure.partition("@")
+        return (self.sets.get(set_name, {}) if set_name else self.mean).get(metric)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that is there."""
+
+    arms: dict[str, dict[int, Result]]  # arm -> seed -> result
+    teachers: dict[str, dict[int, Result]]  # arm -> seed -> the result of its teacher
+    shared: dict[str, dict[int, Result]]  # stages before the arms: no evaluation, but what the training took
+    failures: dict[tuple[str, int], str]
+
+    def values(self, arm: str, measure: str, *, other: str | None = None) -> dict[int, float]:
+        """seed -> value. The teacher's are those of the teacher of `other`."""
+        results = self.teachers.get(other or "", {}) if arm == TEACHER else self.arms.get(arm, {})
+        found = {seed: result.value(measure) for seed, result in results.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def read_results(experiment: Experiment, output: Path, seeds: list[int]) -> Results:
+    """Read everything that the arms with these seeds have left.
+
+    Raises ValueError where a file cannot be read.
+    """
+    arms, teachers, shared, failures = {}, {}, {}, {}
+    for name in [*experiment.shared, *experiment.arms]:
+        for seed in seeds:
+            folder = folder_of(output, seed, name)
+            if (folder / FAILURE).is_file():
+                failures[name, seed] = (folder / FAILURE).read_text(encoding="utf-8").strip()
+            records = read_records(folder / METRICS)
+            costs = _costs(records) if (folder / FINAL).is_dir() else {}
+            if name in experiment.shared:
+                if costs:
+                    shared.setdefault(name, {})[seed] = Result(costs, {})
+                continue
+            found = read_evaluation(folder)
+            if found is None:
+                continue
+            arms.setdefault(name, {})[seed] = _result(folder, found, costs, records)
+            if found.get("teacher"):
+                place = output / TEACHERS / found["teacher"]
+                beside = read_evaluation(place)
+                if beside is not None:
+                    teachers.setdefault(name, {})[seed] = _result(place, beside, {}, [])
+    return Results(arms, teachers, shared, failures)
+
+
+def _result(folder: Path, found: dict[str, Any], costs: dict[str, float], records: list[dict]) -> Result:
+    sets = {name: read_numbers(metrics) for name, metrics in found["sets"].items()}
+    evaluations = [record for record in records if record["kind"] == "eval" and record["who"] == "student"]
+    return Result({**read_numbers(found["mean"]), **costs}, sets, str(folder), found["samples"], evaluations)
+
+
+def _costs(records: list[dict]) -> dict[str, float]:
+    trained = [record for record in records if record["kind"] == "train"]
+    if not trained:
+        return {}
+    last = trained[-1]
+    values = {"train_seconds": last["seconds"], "student_tokens": last["student_tokens"], "steps": last["stage_step"]}
+    return {metric.key: values[metric.key] for metric in COSTS}
+
+
+def over_seeds(values: dict[int, float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None for a deviation of fewer than two values."""
+    numbers = list(values.values())
+    if not numbers:
+        return None, None
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None

@@ -1,0 +1,153 @@
+"""Runs what is left of an experiment, one run after the other; the report is written anew after each."""
+
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from minillm.atomic import write_text
+from minillm.config.loading import RunPlan, Stage
+from minillm.config.models import ModelConfig
+from minillm.config.paths import STAGE
+from minillm.console import Console
+from minillm.experiment.jobs import FINAL, Job, folder_of, model_folder, plan_jobs
+from minillm.experiment.loading import Experiment
+from minillm.experiment.measuring import Measuring
+from minillm.experiment.report import write_experiment_report
+from minillm.experiment.results import FAILURE
+from minillm.metrics import METRICS, read_records
+from minillm.reporting.markdown import duration
+from minillm.run import FREE_ON_RESUME, Shared, run
+from minillm.trainer import TrainingError
+
+
+def run_experiment(
+    experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str], report_seeds: Sequence[int]
+) -> list[str]:
+    """Train and measure what is not done yet; returns the failures, one line each.
+
+    Args:
+        experiment: what to do.
+        output: the experiment's folder.
+        seeds: those to work on.
+        arms: the arms to work on.
+        report_seeds: those that the report is about.
+
+    A run that stops with a TrainingError is recorded, those that need its model are left out, and the others go on.
+    Raises KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = plan_jobs(experiment, output, seeds, arms)
+    check_finished(experiment, output, jobs)
+    shared, failures, began, done = Shared(), [], time.monotonic(), 0
+    measuring = Measuring(experiment, output, shared)
+    todo = [job for job in jobs if not measuring.is_done(job)]
+    for place, job in enumerate(todo, 1):
+        with Console() as console:
+            console.note(f"[{place}/{len(todo)}] {job.name}, seed {job.seed}{_remaining(began, done, len(todo))}")
+            try:
+                with _alone(job):
+                    if job.trained and not (job.folder / FINAL).is_dir():
+                        run(plan_of(experiment, output, job), resume=True, console=console, shared=shared)
+                    if job.measured:
+                        measuring.measure(job, console)
+                (job.folder / FAILURE).unlink(missing_ok=True)
+            except TrainingError as error:
+                failures.append(f"{job.name}, seed {job.seed}: {error}")
+                write_text(job.folder / FAILURE, f"{error}\n")
+                console.note(f"{job.name}, seed {job.seed} has failed: {error}")
+            done += 1
+        write_experiment_report(experiment, output, report_seeds)
+    return failures
+
+
+def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) -> None:
+    """Raises ValueError where a finished run was trained with other keys than it would be now."""
+    for job in jobs:
+        if job.trained and (job.folder / FINAL).is_dir():
+            before = yaml.safe_load((job.folder / "config.yaml").read_text(encoding="utf-8"))
+            now = plan_of(experiment, output, job).document
+            changed = sorted(key for key in {*before, *now} - FREE_ON_RESUME if before.get(key) != now.get(key))
+            if changed:
+                raise ValueError(
+                    f"{job.folder} was trained with another {', '.join(changed)} than {experiment.file} has now: choose "
+                    "another --output, or delete that folder to have it trained anew"
+                )
+
+
+def plan_of(experiment: Experiment, output: Path, job: Job) -> RunPlan:
+    """The run of one arm or shared stage: its stage with the seed, and with folders for stage:NAME.
+
+    Raises TrainingError where what it starts from is not there.
+    """
+    config = experiment.stage(job.name).config
+    changes = {"seed": job.seed, "output_dir": str(job.folder)}
+    for who in ("student", "teacher"):
+        model: ModelConfig | None = getattr(config, who)
+        paths = {} if model is None else {key: getattr(model, key) for key in ("path", "tokenizer")}
+        found = {key: str(_existing(output, job, path)) for key, path in paths.items() if _is_stage(path)}
+        if found:
+            changes[who] = model.model_copy(update=found)
+    if _is_stage(config.train.max_seconds):
+        seconds = _seconds_of(output, job, config.train.max_seconds)
+        changes["train"] = config.train.model_copy(update={"max_seconds": seconds})
+    config = config.model_copy(update=changes)
+    # a stage called after the arm: the order of its data is its own, and its records carry its name
+    document = {**_with(experiment.documents[job.name], config), "stages": {job.name: {}}}
+    return RunPlan(job.folder, [Stage(job.name, config)], document, [experiment.file])
+
+
+def _with(document: dict, config) -> dict:
+    """The keys as they were written, with those that the experiment has filled in."""
+    changed = {**document, "output_dir": config.output_dir, "seed": config.seed}
+    for who in ("student", "teacher"):
+        for key in ("path", "tokenizer"):
+            if _is_stage((document.get(who) or {}).get(key)):
+                changed[who] = {**changed[who], key: getattr(getattr(config, who), key)}
+    if _is_stage(document["train"].get("max_seconds")):
+        changed["train"] = {**document["train"], "max_seconds": config.train.max_seconds}
+    return changed
+
+
+def _is_stage(value) -> bool:
+    return isinstance(value, str) and value.startswith(STAGE)
+
+
+def _existing(output: Path, job: Job, path: str) -> Path:
+    folder = model_folder(output, job.seed, path)
+    if not folder.is_dir():
+        raise TrainingError(
+            f"it starts from {path.removeprefix(STAGE)} with seed {job.seed}, of which there is no model"
+        )
+    return folder
+
+
+def _seconds_of(output: Path, job: Job, path: str) -> float:
+    """How long the training of another arm took."""
+    folder = folder_of(output, job.seed, path.removeprefix(STAGE))
+    records = [record for record in read_records(folder / METRICS) if record["kind"] == "train"]
+    if not records or not (folder / FINAL).is_dir():
+        raise TrainingError(f"its time is that of {path.removeprefix(STAGE)} with seed {job.seed}, which is not done")
+    return records[-1]["seconds"]
+
+
+@contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """One process works on a run at a time."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingError(f"another process is at work in {job.folder}") from None
+        yield
+
+
+def _remaining(began: float, done: int, total: int) -> str:
+    if not done:
+        return ""
+    spent = time.monotonic() - began
+    return f" ({duration(spent)} so far, about {duration(spent / done * (total - done))} left)"

@@ -1,0 +1,58 @@
+"""Whether a claim holds, seed by seed: arms that started from the same seed are compared with each other."""
+
+import statistics
+from dataclasses import dataclass
+
+from minillm.experiment.config import Claim
+from minillm.experiment.loading import TEACHER
+from minillm.experiment.results import Results, over_seeds
+
+HOLDS, FAILS, MIXED, OPEN = "holds", "does not hold", "undecided", "not measured"
+WORDS = {"below": "below", "above": "above", "at_most": "at most", "at_least": "at least"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the measurements say of one claim."""
+
+    claim: Claim
+    word: str  # HOLDS: for every seed; FAILS: for none; MIXED: for some; OPEN: no seed has both values
+    holds: int  # seeds for which it holds
+    seeds: int  # seeds that have both values
+    left: float | None  # means over these seeds
+    right: float | None
+    difference: float | None  # mean of arm - than, over the seeds
+    deviation: float | None  # of the difference; None for one seed
+
+
+def judge(claim: Claim, results: Results) -> Verdict:
+    """Compare the two of a claim on every seed that has both.
+
+    Not one test of significance: with as few seeds as experiments have, that all of them agree is what can be said.
+    """
+    left = results.values(claim.arm, claim.measure, other=claim.than)
+    right = results.values(claim.than, claim.measure, other=claim.arm)
+    seeds = sorted(left.keys() & right.keys())
+    if not seeds:
+        return Verdict(claim, OPEN, 0, 0, None, None, None, None)
+    holds = sum(_holds(claim, left[seed], right[seed]) for seed in seeds)
+    word = HOLDS if holds == len(seeds) else FAILS if holds == 0 else MIXED
+    difference, deviation = over_seeds({seed: left[seed] - right[seed] for seed in seeds})
+    means = (statistics.fmean(values[seed] for seed in seeds) for values in (left, right))
+    return Verdict(claim, word, holds, len(seeds), *means, difference, deviation)
+
+
+def _holds(claim: Claim, left: float, right: float) -> bool:
+    """With slack in favour of at_most and at_least, and against below and above; a NaN never holds."""
+    slack = claim.margin * abs(right)
+    return {
+        "below": left < right - slack,
+        "above": left > right + slack,
+        "at_most": left <= right + slack,
+        "at_least": left >= right - slack,
+    }[claim.relation]
+
+
+def name_of(arm: str) -> str:
+    """An arm as a sentence has it."""
+    return "the teacher" if arm == TEACHER else arm
