@@ -24,6 +24,7 @@ setup(
         "minillm.methods",
         "minillm.engine",
         "minillm.evaluate",
+        "minillm.experiment",
         "minillm.reporting",
         "minillm.planning",
     ],

@@ -155,7 +155,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     files, overrides = _split(arguments.words)
     plan = evaluation_plan(files, overrides, seeds=arguments.seeds, max_prompts=arguments.max_prompts)
     with Console() as console:
-        evaluate_model(arguments.model, plan, console, dtype=arguments.dtype, output=arguments.output)
+        options = {name: getattr(arguments, name) for name in ("dtype", "output", "figures")}
+        evaluate_model(arguments.model, plan, console, **options)
     return 0
 
 
@@ -249,6 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-prompts", type=_positive, help="of every set the first so many")
     evaluate.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     evaluate.add_argument("--output", type=Path, metavar="JSON", help="write the result, with samples")
+    evaluate.add_argument(
+        "--figures", type=Path, metavar="DIR", help="draw the analyses: exposure bias, calibration ..."
+    )
     evaluate.set_defaults(run=_eval)
 
     generate = verbs.add_parser("generate", help="answers on the terminal, the student's beside the teacher's")

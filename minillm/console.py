@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minillm.reporting.markdown import MISSING, duration, number
-from minillm.reporting.metric import METRICS, Metric
+from minillm.reporting.metric import Metric, metrics_in
 
 SHOWN_SAMPLES = 3  # of an evaluation; samples.jsonl has all of them
 PLAIN_SECONDS = 5.0  # between lines of progress without a terminal
@@ -128,10 +128,9 @@ class Console:
         """The metrics of a student or teacher, a student's best values before, and some of the answers."""
         several = sets if len(sets) > 1 else {}
         rows = []
-        for metric in METRICS:
-            if metric.key in mean:
-                best = self._best_before(metric, mean[metric.key]) if who == "student" else ""
-                rows.append([metric.heading, metric.show(mean), best, *map(metric.show, several.values())])
+        for metric in metrics_in([mean]):
+            best = self._best_before(metric, mean[metric.key]) if who == "student" else ""
+            rows.append([metric.heading, metric.show(mean), best, *map(metric.show, several.values())])
         self.table(title, ["", "mean" if several else "value", "best before", *several], rows)
         self._samples(_of_every_set(samples, SHOWN_SAMPLES), who)
 

@@ -189,8 +189,10 @@ class Shared:
                 name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
                 for name, prompts in config.eval.sets.items()
             }
-            # the console of the moment: an evaluator may outlive the run it was made for
-            watch = lambda *progress: self.console.working(*progress)  # noqa: E731
+
+            def watch(*progress) -> None:  # the console of the moment: an evaluator may outlive the run it was made for
+                self.console.working(*progress)
+
             self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=watch))
         return self._evaluator[1]
 

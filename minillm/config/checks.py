@@ -7,6 +7,7 @@ one of these groups is itself in error, and what it finds is not said where a ke
 import inspect
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
@@ -111,6 +112,11 @@ def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherConfig | None) ->
     if eval.sets and "_kl_" in eval.metric and (teacher is None or not eval.teacher):
         why = "there is no teacher" if teacher is None else "eval.teacher is false"
         yield Found("eval.metric", f"{eval.metric} is a distance to the teacher, and {why}", ("eval.teacher",))
+    if eval.exposure_bias is not None and (teacher is None or not eval.teacher):
+        why = "there is no teacher" if teacher is None else "eval.teacher is false"
+        yield Found("eval.exposure_bias", f"is measured against the teacher, and {why}", ("eval.teacher",))
+    if any(low >= high for low, high in pairwise(eval.length_buckets)):
+        yield Found("eval.length_buckets", f"must rise from one to the next, not {eval.length_buckets}")
     repeated = [str(seed) for seed, count in Counter(eval.seeds).items() if count > 1]
     if repeated:
         yield Found("eval.seeds", f"names {', '.join(repeated)} more than once, which would measure the same twice")

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from minillm.config.analyses import ExposureBias, Labels
 from minillm.config.base import Strict
 from minillm.config.data import Prompts
 
@@ -26,6 +27,18 @@ class EvalConfig(Strict):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] = Field(
         0, description="Ban repeated n-grams in the scored answers (the released MiniLLM code evaluates with 6)"
+    )
+    distinct: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="n of n-grams: the share of those of all answers that are different (the paper: 4)"
+    )
+    length_buckets: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="Rouge-L by tokens of the reference as well, up to each of these and above (the paper: 5, 10)"
+    )
+    exposure_bias: ExposureBias | None = Field(
+        None, description="Measured by `minillm eval` and `minillm experiment`, never while training"
+    )
+    calibration: dict[str, Labels] = Field(
+        {}, description="Named classification sets, measured by `minillm eval` and `minillm experiment` alone"
     )
     teacher: bool = Field(True, description="Measure the divergences to the teacher, where there is one")
     samples: Annotated[int, Field(ge=0)] = Field(

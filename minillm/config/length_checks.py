@@ -44,6 +44,10 @@ def evaluation_fits(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
         where = ("eval", "sets", name)
         yield from _pair(prompts, where, eval.max_new_tokens, ("eval", "max_new_tokens"), readers)
         yield from _pair(prompts, where, prompts.max_response_length, (*where, "max_response_length"), students)
+        if eval.exposure_bias is not None:
+            yield from _pair(
+                prompts, where, max(eval.exposure_bias.lengths), ("eval", "exposure_bias", "lengths"), readers
+            )
 
 
 def _pair(

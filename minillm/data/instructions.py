@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from minillm.config.analyses import Labels
 from minillm.config.data import PlainPrompts, Prompts
 from minillm.data.pydoc import pydoc_records
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
@@ -70,14 +71,14 @@ def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterat
     end = end_of_turn(tokenizer) if config.template == "chat" else None
     if end is None:
         end = tokenizer.eos_token_id
-    for index, (where, record) in enumerate(_records(config)):
+    for index, (where, record) in enumerate(records_of(config)):
         messages, context, references = _parse(where, record)
         prompt = render(messages, config, tokenizer, context=context, where=where)
         # a rendered chat already holds its special tokens
         special = config.template != "chat"
         prompt_ids = encode(tokenizer, prompt, special)
         response = references[0] if references else ""
-        ids = _response_ids(tokenizer, prompt, prompt_ids, response, special)
+        ids = continuation_ids(tokenizer, prompt, prompt_ids, response, special)
         response_ids = [*ids, end][: config.max_response_length] if references else []
         yield Example(index, prompt_ids, response_ids, prompt, references)
 
@@ -105,7 +106,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list
     return ids or [start]
 
 
-def _response_ids(tokenizer, prompt: str, prompt_ids: list[int], response: str, special: bool) -> list[int]:
+def continuation_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], response: str, special: bool
+) -> list[int]:
     """The joint tokenisation less the prompt's, where the prompt's is its beginning; else the response's own."""
     joint = encode(tokenizer, prompt + response, special)
     if joint[: len(prompt_ids)] == prompt_ids:
@@ -113,7 +116,8 @@ def _response_ids(tokenizer, prompt: str, prompt_ids: list[int], response: str, 
     return tokenizer(response, add_special_tokens=False).input_ids
 
 
-def _records(config: Prompts) -> Iterator[Record]:
+def records_of(config: Prompts | Labels) -> Iterator[Record]:
+    """The records of a source, whatever it is."""
     if config.type == "jsonl":
         return read_jsonl(config.path)
     if config.type == "parquet":

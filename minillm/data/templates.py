@@ -3,6 +3,7 @@
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from minillm.config.analyses import LabelKeys
 from minillm.config.data import InstructionKeys
 from minillm.data.sources import DataError
 
@@ -23,7 +24,7 @@ def alpaca(instruction: str, context: str) -> str:
 
 def render(
     messages: list[Message],
-    config: InstructionKeys,
+    config: InstructionKeys | LabelKeys,
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: str = "",

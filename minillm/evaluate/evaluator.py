@@ -4,7 +4,9 @@ Reverse KL, forward KL and entropy belong together: a reverse KL that falls whil
 KL rises is a student that collapsed onto a few answers.
 
     rouge_l, exact_match       of the scored answers, the best over the references, 0 to 100
+    rouge_l_LOW_HIGH           the same of the references of LOW to HIGH tokens, for eval.length_buckets
     length_tokens, ended_share of the scored answers
+    distinct_N                 share of different N-grams among those of all scored answers, 0 to 100
     entropy_nats               token mean of the entropy of q     ) on the student's own samples at temperature 1:
     reverse_kl_nats            token mean of KL(q || p)           ) the scored answers where those are such samples,
     sequence_reverse_kl_nats   its sum over an answer, their mean ) else others, drawn for this alone
@@ -19,7 +21,7 @@ import math
 import statistics
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -28,7 +30,9 @@ from torch import Tensor
 from minillm.config.evaluation import EvalConfig
 from minillm.data.instructions import Example, PromptSet
 from minillm.evaluate.divergences import teacher_hidden_states, token_statistics
+from minillm.evaluate.diversity import distinct
 from minillm.evaluate.exact_match import exact_match
+from minillm.evaluate.length_buckets import mean_by_length
 from minillm.evaluate.rouge import rouge_l
 from minillm.models.pair import Models
 from minillm.rollout.sampling import Answer, Sampling, sample
@@ -44,6 +48,7 @@ class Evaluation:
     sets: dict[str, dict[str, float]]  # set -> metric -> value
     mean: dict[str, float]  # metric -> mean over the sets that have it
     samples: list[dict]  # of each set the first answers: who, set, index, prompt, reference, answer, teacher, ...
+    curves: dict[str, dict[str, dict]] = field(default_factory=dict)  # analysis -> set -> numbers to draw: analyses.py
 
 
 class Evaluator:
@@ -106,6 +111,7 @@ class Evaluator:
             scores = _score_texts(texts, examples)
             for metric, values in {**scores, **_shape(answers)}.items():
                 _add(measured, metric, statistics.fmean(value for value in values if value is not None))
+            self._measure_text(measured, examples, answers, scores.get("rouge_l"))
             if seed == self.config.seeds[0]:
                 shown = self._samples(name, examples, models, who, answers, texts, scores)
             if self.scored == self.neutral:
@@ -138,6 +144,21 @@ class Evaluator:
             for example, answer in zip(missing, answers, strict=True):
                 kept[name, example.index, seed, sampling] = answer
         return [kept[name, example.index, seed, sampling] for example in examples]
+
+    def _measure_text(
+        self,
+        measured: Measurements,
+        examples: list[Example],
+        answers: list[Answer],
+        rouge: list[float | None] | None,
+    ) -> None:
+        """What the answers of one seed are as a whole."""
+        for size in self.config.distinct:
+            _add(measured, f"distinct_{size}", distinct([answer.response for answer in answers], size))
+        if rouge is not None and self.config.length_buckets:
+            lengths = [max(len(example.response_ids) - 1, 0) for example in examples]  # without the end of the answer
+            for bucket, (mean, _) in mean_by_length(rouge, lengths, self.config.length_buckets).items():
+                _add(measured, f"rouge_l_{bucket}", mean)
 
     def _measure_samples(
         self, measured: Measurements, subject: Models, examples: list[Example], answers: list[Answer], compares: bool

@@ -10,9 +10,12 @@ from minillm.atomic import write_text
 from minillm.config.loading import EvaluationPlan, load_evaluation
 from minillm.console import Console
 from minillm.data.instructions import load_prompts
+from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl
+from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
 from minillm.open_models import model_path, open_models
+from minillm.reporting.analyses import draw_analyses
 
 # What a data file is, by the end of its name; anything else is a configuration.
 DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
@@ -65,7 +68,13 @@ def _kind(file: Path) -> str | None:
 
 
 def evaluate_model(
-    model: str, plan: EvaluationPlan, console: Console, *, dtype: str = "float32", output: Path | None = None
+    model: str,
+    plan: EvaluationPlan,
+    console: Console,
+    *,
+    dtype: str = "float32",
+    output: Path | None = None,
+    figures: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, show the table, and return (and write) what was found.
 
@@ -75,6 +84,7 @@ def evaluate_model(
         console: where the tables go.
         dtype: of the model's weights.
         output: a JSON file of the result, samples included.
+        figures: a folder for a picture of every analysis.
 
     Raises ValueError for a teacher that the plan has not, and whatever loading raises.
     """
@@ -92,9 +102,16 @@ def evaluate_model(
         name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}")
         for name, prompts in plan.eval.sets.items()
     }
+    labels = {
+        name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}")
+        for name, source in plan.eval.calibration.items()
+    }
     rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]
+    rows += [(name, f"{len(one)} questions, {one.dropped_long} too long", "") for name, one in labels.items()]
     console.preflight(rows)
-    evaluation = Evaluator(sets, plan.eval, seed=plan.seed).evaluate(models, who)
+    watch = console.working
+    evaluation = Evaluator(sets, plan.eval, seed=plan.seed, watch=watch).evaluate(models, who)
+    evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, watch=watch).add_to(evaluation, models, who)
     title = f"Evaluation of {plan.teacher.path if who == 'teacher' else model}"
     console.measurement(title, evaluation.sets, evaluation.mean, evaluation.samples, who=who)
     result = {
@@ -106,7 +123,11 @@ def evaluate_model(
         "sets": evaluation.sets,
         "mean": evaluation.mean,
         "samples": evaluation.samples,
+        "curves": evaluation.curves,
     }
+    if figures is not None:
+        for path in draw_analyses({model: [result]}, figures):
+            console.note(f"drawn: {path}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")

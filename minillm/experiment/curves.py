@@ -1,17 +1,17 @@
 """The pictures of an experiment: every arm's evaluations while training, and where the arms ended, over the seeds."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from minillm.experiment.measures import metric_of
 from minillm.experiment.results import Result, Results, over_seeds
 from minillm.metrics import read_numbers
-from minillm.reporting.curves import COLOURS, DPI, MARKERS, PANEL_HEIGHT, PANEL_WIDTH, TEACHER, dress, pick
-from minillm.reporting.metric import METRICS
+from minillm.reporting.curves import COLOURS, MARKERS, TEACHER, dress, pick
+from minillm.reporting.metric import find_metric
+from minillm.reporting.panels import draw_panels
 
 AXES = {"student_tokens": "student tokens", "seconds": "training time (s)"}
 
@@ -21,7 +21,7 @@ def draw_curves(results: Results, measures: Sequence[str], path: Path, *, along:
 
     A seed that evaluated at other places than the first one is left out of the mean at these places.
     """
-    keys = [key for key in measures if any(metric.key == key for metric in METRICS)]
+    keys = [key for key in measures if find_metric(key) is not None]
     lines = {key: {arm: _line(list(seeds.values()), key, along) for arm, seeds in results.arms.items()} for key in keys}
     keys = [key for key in keys if any(len(line) > 1 for line in lines[key].values())]
 
@@ -79,36 +79,3 @@ def draw_ends(results: Results, measures: Sequence[str], path: Path) -> bool:
         panel.invert_yaxis()
 
     return draw_panels(keys, draw, path, height=0.9 + 0.24 * len(results.arms), legend=False)
-
-
-def draw_panels(
-    keys: Sequence[str],
-    draw: Callable[[Axes, str], None],
-    path: Path,
-    *,
-    height: float = PANEL_HEIGHT,
-    legend: bool = True,
-) -> bool:
-    """A PNG with a panel a key, each drawn by `draw`; no file, and False, where there are no keys."""
-    if not keys:
-        path.unlink(missing_ok=True)
-        return False
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(columns * PANEL_WIDTH, rows * height + 0.6), dpi=DPI, layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, key in zip(panels, keys, strict=False):
-        draw(panel, key)
-    for panel in panels[len(keys) :]:
-        panel.set_axis_off()
-    if legend:
-        labelled = dict(
-            (label, handle)
-            for panel in panels
-            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-        )
-        figure.legend(labelled.values(), labelled.keys(), loc="outside upper left", ncols=6, fontsize=9, frameon=False)
-    partial = path.with_name(f".{path.name}.partial-file")
-    figure.savefig(partial, format="png", facecolor="white")
-    partial.replace(path)
-    return True

@@ -198,8 +198,8 @@ def _sense(document: Node, config: ExperimentConfig, evaluation: EvalConfig | No
         where = document.closest(("measures", place))[0].origin
         if metric not in known:
             yield where.problem(f"{metric!r} is not measured{_hint(metric, known)}")
-        elif set_name and set_name not in evaluation.sets and set_name not in known[metric]:
-            yield where.problem(f"evaluation.sets has no {set_name!r}{_hint(set_name, list(evaluation.sets))}")
+        elif set_name and set_name not in known[metric]:
+            yield where.problem(f"{metric} is not measured on {set_name!r}{_hint(set_name, known[metric])}")
     for place, claim in enumerate(config.claims):
         for key, value, names in (
             ("arm", claim.arm, [*config.arms, TEACHER]),
@@ -213,7 +213,7 @@ def _sense(document: Node, config: ExperimentConfig, evaluation: EvalConfig | No
 
 def _hint(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.6)
-    return f" (did you mean {close[0]}?)" if close else f" (there are {', '.join(known)})"
+    return f" (did you mean {close[0]}?)" if close else f" (there are {', '.join(known) or 'none'})"
 
 
 def chosen_seeds(experiment: Experiment, count: int | None) -> list[int]:

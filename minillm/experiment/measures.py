@@ -1,24 +1,34 @@
 """What can stand in an experiment's table: the metrics of an evaluation, and what the training took."""
 
 from minillm.config.evaluation import EvalConfig
-from minillm.reporting.metric import METRICS, Metric
+from minillm.evaluate.length_buckets import bucket_names
+from minillm.reporting.metric import METRICS, Metric, find_metric
 
 COSTS = (
     Metric("train_seconds", "Training time", "s", 0),
-    Metric("student_tokens", "Student tokens", "tokens", 0),
-    Metric("steps", "Steps", "steps", 0),
+    Metric("student_tokens", "Trained on", "student tokens", 0),
+    Metric("steps", "Trained for", "steps", 0),
 )
 
 
 def known_measures(evaluation: EvalConfig) -> dict[str, list[str]]:
-    """Every measure that an evaluation of this configuration gives, with the sets beside eval.sets that have it."""
-    return {metric.key: [] for metric in (*METRICS, *COSTS)}
+    """Every measure that an evaluation of this configuration gives, with the sets that have it."""
+    usual = [metric.key for metric in METRICS]
+    usual += [f"distinct_{size}" for size in evaluation.distinct]
+    if evaluation.length_buckets:
+        usual += [f"rouge_l_{bucket}" for bucket in bucket_names(evaluation.length_buckets)]
+    if evaluation.exposure_bias is not None:
+        usual += [f"excess_error_{length}" for length in evaluation.exposure_bias.lengths]
+    of_labels = ["accuracy", "ece"] if evaluation.calibration else []
+    return {
+        **{key: list(evaluation.sets) for key in usual},
+        **{key: list(evaluation.calibration) for key in of_labels},
+        **{metric.key: [] for metric in COSTS},
+    }
 
 
 def metric_of(measure: str) -> Metric:
     """How a measure is called, in which unit, and which way is better."""
     key, _, set_name = measure.partition("@")
-    metric = next(metric for metric in (*METRICS, *COSTS) if metric.key == key)
-    if not set_name:
-        return metric
-    return Metric(metric.key, f"{set_name}: {metric.title}", metric.unit, metric.better)
+    metric = find_metric(key) or next(metric for metric in COSTS if metric.key == key)
+    return Metric(metric.key, f"{set_name}: {metric.title}", metric.unit, metric.better) if set_name else metric

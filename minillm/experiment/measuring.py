@@ -10,7 +10,9 @@ from minillm.config.loading import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
+from minillm.data.labels import load_labels
 from minillm.engine.torch import pick_device
+from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
 from minillm.evaluate.standalone import finite
 from minillm.experiment.jobs import FINAL, Job, model_folder
@@ -24,6 +26,7 @@ from minillm.trainer import TrainingError
 
 EVALUATION, TEACHERS = "evaluation.json", "teachers"
 SEED = 0  # of the evaluation's samples
+Evaluators = tuple[Evaluator, Analyses]
 
 
 class Measuring:
@@ -31,7 +34,7 @@ class Measuring:
 
     def __init__(self, experiment: Experiment, output: Path, shared: Shared):
         self.experiment, self.output, self.shared = experiment, output, shared
-        self._evaluator: tuple[Any, Evaluator | None] = (None, None)
+        self._evaluators: tuple[Any, Evaluators | None] = (None, None)
 
     def is_done(self, job: Job) -> bool:
         """Whether nothing of a job is left to do."""
@@ -49,14 +52,15 @@ class Measuring:
         if self._is_measured(job.folder):
             return
         models = self._load(job, student, teacher, console)
-        evaluator = self._load_evaluator(models, teacher)
+        evaluators = self._load_evaluators(models, teacher)
         if teacher is not None and not self._is_measured(folder):
-            self._write(folder, "teacher", evaluator, models, console, model=teacher.path)
+            self._write(folder, "teacher", evaluators, models, console, model=teacher.path)
         name = None if teacher is None else folder.name
-        self._write(job.folder, "student", evaluator, models, console, model=student.path, arm=job.name, teacher=name)
+        self._write(job.folder, "student", evaluators, models, console, model=student.path, arm=job.name, teacher=name)
 
-    def _write(self, folder: Path, who: Who, evaluator: Evaluator, models: Models, console, **about) -> None:
-        evaluation = evaluator.evaluate(models, who)
+    def _write(self, folder: Path, who: Who, evaluators: Evaluators, models: Models, console, **about) -> None:
+        evaluator, analyses = evaluators
+        evaluation = analyses.add_to(evaluator.evaluate(models, who), models, who)
         console.measurement(
             f"Evaluation of {about.get('arm', 'the teacher')}", evaluation.sets, evaluation.mean, [], who=who
         )
@@ -67,6 +71,7 @@ class Measuring:
             "sets": evaluation.sets,
             "mean": evaluation.mean,
             "samples": evaluation.samples,
+            "curves": evaluation.curves,
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / EVALUATION, json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False))
@@ -98,17 +103,25 @@ class Measuring:
         models, _ = preflight(model.requires_grad_(False), teacher_model, tokenizer, teacher_tokenizer, device)
         return models
 
-    def _load_evaluator(self, models: Models, teacher: TeacherConfig | None) -> Evaluator:
+    def _load_evaluators(self, models: Models, teacher: TeacherConfig | None) -> Evaluators:
         # with one teacher the tokenizer is one; without, every arm reads the sets with its own
-        if teacher is None or self._evaluator[0] != teacher:
-            config = self.experiment.evaluation
+        if teacher is None or self._evaluators[0] != teacher:
+            config, tokenizer = self.experiment.evaluation, models.tokenizer
             sets = {
-                name: load_prompts(prompts, models.tokenizer, name=f"evaluation.sets.{name}")
+                name: load_prompts(prompts, tokenizer, name=f"evaluation.sets.{name}")
                 for name, prompts in config.sets.items()
             }
-            watch = lambda *progress: self.shared.console.working(*progress)  # noqa: E731
-            self._evaluator = (teacher, Evaluator(sets, config, seed=SEED, watch=watch))
-        return self._evaluator[1]
+            labels = {
+                name: load_labels(source, tokenizer, name=f"evaluation.calibration.{name}")
+                for name, source in config.calibration.items()
+            }
+
+            def watch(*progress) -> None:
+                self.shared.console.working(*progress)
+
+            evaluator = Evaluator(sets, config, seed=SEED, watch=watch)
+            self._evaluators = (teacher, (evaluator, Analyses(sets, labels, config, seed=SEED, watch=watch)))
+        return self._evaluators[1]
 
 
 def _found(config, output: Path, job: Job):

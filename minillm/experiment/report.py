@@ -13,6 +13,7 @@ from minillm.experiment.loading import TEACHER, Experiment
 from minillm.experiment.measures import metric_of
 from minillm.experiment.results import Result, Results, over_seeds, read_results
 from minillm.experiment.verdicts import OPEN, WORDS, Verdict, judge, name_of
+from minillm.reporting.analyses import draw_analyses
 from minillm.reporting.markdown import MISSING, cell, duration, number, share, table, with_deviation
 from minillm.reporting.settings import differing_keys
 
@@ -35,6 +36,8 @@ def write_experiment_report(experiment: Experiment, output: Path, seeds: Sequenc
             "curves-time.png",
         ),
     ]
+    found = {arm: [result.found for result in row.values()] for arm, row in results.arms.items()}
+    analyses = [path.name for path in draw_analyses(found, output)]
     verdicts = [judge(claim, results) for claim in config.claims]
     rows = _rows(results)
     sections = [
@@ -44,6 +47,7 @@ def write_experiment_report(experiment: Experiment, output: Path, seeds: Sequenc
         _verdicts(verdicts),
         _table(rows, config.measures),
         *(f"![{title}]({name})" for drawn, title, name in pictures if drawn),
+        *(f"![{name.removesuffix('.png')}]({name})" for name in analyses),
         _failures(results),
         _samples(results),
         _settings(experiment),
@@ -112,7 +116,7 @@ def _shown(measure: str, mean: float | None, deviation: float | None) -> str:
         return share(mean)
     if metric.unit == "s":
         return duration(mean)
-    return f"{mean:,.0f}" if metric.unit in ("tokens", "steps") and mean >= 1000 else with_deviation(mean, deviation)
+    return f"{mean:,.0f}" if metric.unit in ("student tokens", "steps") else with_deviation(mean, deviation)
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:

@@ -22,6 +22,7 @@ class Result:
     sets: dict[str, dict[str, float]]
     source: str = ""  # the folder of its evaluation
     samples: list[dict[str, Any]] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)  # evaluation.json
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # while training
 
     def value(self, measure: str) -> float | None:
@@ -78,7 +79,7 @@ def read_results(experiment: Experiment, output: Path, seeds: list[int]) -> Resu
 def _result(folder: Path, found: dict[str, Any], costs: dict[str, float], records: list[dict]) -> Result:
     sets = {name: read_numbers(metrics) for name, metrics in found["sets"].items()}
     evaluations = [record for record in records if record["kind"] == "eval" and record["who"] == "student"]
-    return Result({**read_numbers(found["mean"]), **costs}, sets, str(folder), found["samples"], evaluations)
+    return Result({**read_numbers(found["mean"]), **costs}, sets, str(folder), found["samples"], found, evaluations)
 
 
 def _costs(records: list[dict]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from minillm.metrics import read_numbers
-from minillm.reporting.metric import METRICS, Metric
+from minillm.reporting.metric import METRICS, Metric, metrics_in
 from minillm.reporting.run_files import RunFiles, StageFiles, stage_label
 
 COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf", "#e08e0b", "#3aa6b9", "#7a5c46", "#c2569b")
@@ -95,7 +95,9 @@ def pick(choices: Sequence, place: int):
 
 
 def _draw(curves: list[Curve], path: Path, *, with_losses: bool) -> bool:
-    metrics = [metric for metric in METRICS if any(_has(curve, metric) for curve in curves)]
+    measured = [one.mean for curve in curves for one in curve.stage.evaluations]
+    trained = [metric for metric in METRICS if any(_has(curve, metric) for curve in curves)]
+    metrics = [*trained, *(metric for metric in metrics_in(measured) if metric not in trained)]
     losses = [curve for curve in curves if curve.stage.train] if with_losses else []
     if not metrics and not losses:
         path.unlink(missing_ok=True)

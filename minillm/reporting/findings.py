@@ -3,7 +3,7 @@
 import math
 
 from minillm.reporting.markdown import duration, number, with_deviation
-from minillm.reporting.metric import METRICS, Metric
+from minillm.reporting.metric import Metric, metrics_in
 from minillm.reporting.run_files import Measurement, RunFiles, StageFiles
 
 # Collapse: reverse KL falls while the forward KL rises by a tenth and less than half of the entropy is left.
@@ -61,7 +61,8 @@ def _verdict(timed: StageFiles, model: StageFiles) -> str:
         f"**{model.name} against {timed.name}, from the same student with the same training time** "
         f"({_effort(model)}; {_effort(timed)})."
     ]
-    compared = [metric for metric in METRICS if metric.better and metric.key in first.mean.keys() & second.mean.keys()]
+    both = {key: value for key, value in first.mean.items() if key in second.mean}
+    compared = [metric for metric in metrics_in([both]) if metric.better]
     ahead: dict[str, list[str]] = {model.name: [], timed.name: []}
     level = []
     for metric in compared:

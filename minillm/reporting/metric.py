@@ -1,6 +1,7 @@
 """How every metric of an evaluation is called, and which way is better."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from minillm.reporting.markdown import share, with_deviation
@@ -41,3 +42,33 @@ METRICS = (
     Metric("length_tokens", "Answer length", "tokens", 0),
     Metric("ended_share", "Answers that end", "%", 0),
 )
+
+# those whose names hold a number: (pattern of the key, title, unit, better)
+_NUMBERED = (
+    (r"rouge_l_(\d+)_up", "Rouge-L, references from {} tokens", "F1 × 100", +1),
+    (r"rouge_l_(\d+)_(\d+)", "Rouge-L, references of {} to {} tokens", "F1 × 100", +1),
+    (r"distinct_(\d+)", "Distinct {}-grams", "%", 0),
+    (r"excess_error_(\d+)", "Excess error at {} tokens", "%", -1),
+    (r"accuracy", "Accuracy on label words", "%", +1),
+    (r"ece", "Expected calibration error", "0 to 1", -1),
+)
+
+
+def find_metric(key: str) -> Metric | None:
+    """The metric of that key, None where it is none (a deviation, for one)."""
+    for metric in METRICS:
+        if metric.key == key:
+            return metric
+    for pattern, title, unit, better in _NUMBERED:
+        match = re.fullmatch(pattern, key)
+        if match:
+            return Metric(key, title.format(*match.groups()), unit, better)
+    return None
+
+
+def metrics_in(means: Iterable[Mapping[str, float]]) -> list[Metric]:
+    """Every metric that some evaluation has: the usual ones in their order, then the others as they come."""
+    keys = dict.fromkeys(key for mean in means for key in mean)
+    usual = [metric for metric in METRICS if metric.key in keys]
+    others = [find_metric(key) for key in keys if all(metric.key != key for metric in usual)]
+    return [*usual, *(metric for metric in others if metric is not None)]

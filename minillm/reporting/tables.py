@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from minillm.reporting.markdown import MISSING, duration, table
-from minillm.reporting.metric import METRICS
+from minillm.reporting.metric import metrics_in
 from minillm.reporting.run_files import Measurement, RunFiles, StageFiles
 
 READING = (
@@ -73,7 +73,7 @@ def _seedless(stage: StageFiles) -> dict:
 def _over_seeds(rows: Sequence[Row]) -> Row:
     means = [row.measurement.mean for row in rows]
     values: dict[str, float] = {}
-    for metric in METRICS:
+    for metric in metrics_in(means):
         found = [mean[metric.key] for mean in means if metric.key in mean]
         if len(found) == len(means):
             values |= {metric.key: statistics.mean(found), f"{metric.key}_std": statistics.stdev(found)}
@@ -84,12 +84,12 @@ def _over_seeds(rows: Sequence[Row]) -> Row:
 
 def metrics_table(rows: Sequence[Row], set_name: str | None = None) -> str:
     """The rows' metrics on one set, or their means over the sets with the training time."""
-    lines = []
-    for row in rows:
-        values = row.measurement.mean if set_name is None else row.measurement.sets.get(set_name, {})
+    found = [row.measurement.mean if set_name is None else row.measurement.sets.get(set_name, {}) for row in rows]
+    metrics, lines = metrics_in(found), []
+    for row, values in zip(rows, found, strict=True):
         seconds = duration(row.seconds) if set_name is None else MISSING
-        lines.append([row.label, *(metric.show(values) for metric in METRICS), seconds])
-    return table(["", *(metric.heading for metric in METRICS), "Training time"], lines)
+        lines.append([row.label, *(metric.show(values) for metric in metrics), seconds])
+    return table(["", *(metric.heading for metric in metrics), "Training time"], lines)
 
 
 def evaluation_section(run: RunFiles, *, heading: str = "##") -> str:

@@ -1,0 +1,70 @@
+"""Classification sets: questions and label words, as the calibration analysis compares them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from minillm.config.analyses import Labels
+from minillm.data.instructions import continuation_ids, encode, records_of
+from minillm.data.sources import DataError
+from minillm.data.templates import render
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, and the tokens of every label word as its answer."""
+
+    prompt_ids: list[int]
+    word_ids: list[list[int]]  # one a word, without an end
+    label: int  # the place of the right word
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """The usable questions of a source."""
+
+    questions: list[Question]
+    dropped_long: int  # questions over max_prompt_length
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+
+def load_labels(config: Labels, tokenizer: PreTrainedTokenizerBase, *, name: str) -> LabelSet:
+    """Read, render and tokenise. Raises DataError naming file and line for a record without the fields or the label."""
+    questions, dropped = [], 0
+    special = config.template != "chat"
+    for where, record in records_of(config):
+        try:
+            text = config.question.format(**record)
+        except (KeyError, IndexError, ValueError) as error:
+            found = ", ".join(record)
+            raise DataError(f"{where}: question {config.question!r}: no field {error}; there are {found}") from None
+        prompt = render([{"role": "user", "content": text}], config, tokenizer, context="", where=where)
+        prompt_ids = encode(tokenizer, prompt, special)
+        if len(prompt_ids) > config.max_prompt_length:
+            dropped += 1
+            continue
+        words = [continuation_ids(tokenizer, prompt, prompt_ids, word, special) for word in config.words]
+        empty = [word for word, ids in zip(config.words, words, strict=True) if not ids]
+        if empty:
+            raise DataError(f"{name}.words: {empty[0]!r} has no token after the prompt")
+        questions.append(Question(prompt_ids, words, _label(where, record, config.label, config.words)))
+        if len(questions) == config.limit:
+            break
+    if not questions:
+        limit = config.max_prompt_length
+        raise DataError(f"{name}: no usable question ({dropped} over max_prompt_length={limit} tokens); raise it")
+    return LabelSet(questions, dropped)
+
+
+def _label(where: str, record: dict[str, Any], field: str, words: Sequence[str]) -> int:
+    value = record.get(field)
+    if isinstance(value, bool | int) and 0 <= int(value) < len(words):
+        return int(value)
+    stripped = [word.strip().lower() for word in words]
+    if isinstance(value, str) and value.strip().lower() in stripped:
+        return stripped.index(value.strip().lower())
+    raise DataError(f"{where}: {field} is {value!r}; expected one of {', '.join(words)}, or a place among them from 0")

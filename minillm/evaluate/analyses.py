@@ -1,0 +1,103 @@
+"""The analyses that an evaluation adds where nothing is trained: exposure bias, and calibration on label words.
+
+excess_error_L   exposure_bias.py: what the student's own prefixes cost it by L tokens, in per cent
+accuracy, ece    calibration.py: of the classification sets, each a set of its own
+"""
+
+import statistics
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minillm.config.evaluation import EvalConfig
+from minillm.data.instructions import PromptSet
+from minillm.data.labels import LabelSet
+from minillm.evaluate.calibration import calibration
+from minillm.evaluate.divergences import token_statistics
+from minillm.evaluate.evaluator import Evaluation, Who
+from minillm.evaluate.exposure_bias import accumulated_error
+from minillm.models.pair import Models
+from minillm.rollout.sampling import Answer, Sampling, sample
+
+
+class Analyses:
+    """Measures what eval.exposure_bias and eval.calibration ask for. It belongs to one teacher, whose answers it keeps."""
+
+    def __init__(
+        self,
+        sets: Mapping[str, PromptSet],
+        labels: Mapping[str, LabelSet],
+        config: EvalConfig,
+        *,
+        seed: int,
+        watch: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ):
+        self.sets, self.labels, self.config, self.seed, self.watch = sets, labels, config, seed, watch
+        self._teacher_answers: dict[tuple[str, int], list[Answer]] = {}  # by set and draw
+
+    def add_to(self, evaluation: Evaluation, models: Models, who: Who = "student") -> Evaluation:
+        """The evaluation with what the analyses find. Exposure bias is a student's with a teacher alone."""
+        sets = {name: dict(metrics) for name, metrics in evaluation.sets.items()}
+        curves: dict[str, dict[str, dict]] = {}
+        if self.config.exposure_bias is not None and who == "student" and models.teacher is not None:
+            for name in self.sets:
+                metrics, curve = self._exposure_bias(name, models)
+                sets[name] |= metrics
+                curves.setdefault("exposure_bias", {})[name] = curve
+        for name in self.labels:
+            metrics, curve = self._calibration(name, models, who)
+            sets[name] = {**sets.get(name, {}), **metrics}
+            curves.setdefault("calibration", {})[name] = curve
+        added = dict.fromkeys(
+            key for name, one in sets.items() for key in one if key not in evaluation.sets.get(name, {})
+        )
+        mean = {key: statistics.fmean(one[key] for one in sets.values() if key in one) for key in added}
+        return replace(evaluation, sets=sets, mean={**evaluation.mean, **mean}, curves={**evaluation.curves, **curves})
+
+    def _exposure_bias(self, name: str, models: Models) -> tuple[dict[str, float], dict[str, list[float]]]:
+        lengths, draws = self.config.exposure_bias.lengths, range(self.config.exposure_bias.samples)
+        on_student, on_teacher = [], []
+        for draw in draws:
+            on_student += self._forward_kl(name, models, self._answers(name, models, "student", draw))
+            if (name, draw) not in self._teacher_answers:
+                self._teacher_answers[name, draw] = self._answers(name, models, "teacher", draw)
+            on_teacher += self._forward_kl(name, models, self._teacher_answers[name, draw])
+        error = accumulated_error(on_student, on_teacher, max(lengths))
+        metrics = {f"excess_error_{length}": error.excess(length) for length in lengths}
+        return metrics, {"on_student": error.on_student.tolist(), "on_teacher": error.on_teacher.tolist()}
+
+    def _answers(self, name: str, models: Models, who: Who, draw: int) -> list[Answer]:
+        examples = self.sets[name].examples
+        return sample(
+            models,
+            [example.prompt_ids for example in examples],
+            Sampling(max(self.config.exposure_bias.lengths)),
+            keys=[example.index for example in examples],
+            seed=zlib.crc32(f"exposure bias {self.seed} {name}".encode()),
+            draw=draw,
+            who=who,
+            batch_size=self.config.batch_size,
+            progress=lambda done: self.watch(f"exposure bias on {name}", done, len(examples)),
+        )
+
+    def _forward_kl(self, name: str, models: Models, answers: list[Answer]) -> list[Tensor]:
+        pairs = [
+            (example.prompt_ids, answer.response)
+            for example, answer in zip(self.sets[name].examples, answers, strict=True)
+        ]
+        return token_statistics(models, pairs, ("forward_kl",), batch_size=self.config.batch_size)["forward_kl"]
+
+    def _calibration(self, name: str, models: Models, who: Who) -> tuple[dict[str, float], dict[str, list]]:
+        subject = models if who == "student" else replace(models, student=models.teacher)
+        questions = self.labels[name].questions
+        pairs = [(question.prompt_ids, ids) for question in questions for ids in question.word_ids]
+        stats = token_statistics(
+            replace(subject, teacher=None), pairs, ("student_logprob",), batch_size=self.config.batch_size
+        )
+        sums = torch.stack([vector.double().sum() for vector in stats["student_logprob"]])
+        found = calibration(sums.reshape(len(questions), -1), torch.tensor([question.label for question in questions]))
+        curve = {"counts": found.counts, "confidence": found.confidence, "correct": found.correct}
+        return {"accuracy": found.accuracy, "ece": found.ece}, curve
