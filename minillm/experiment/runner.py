@@ -49,7 +49,7 @@ def run_experiment(
         with Console() as console:
             console.note(f"[{place}/{len(todo)}] {job.name}, seed {job.seed}{_remaining(began, done, len(todo))}")
             try:
-                with _alone(job):
+                with alone(job):
                     if job.trained and not (job.folder / FINAL).is_dir():
                         run(plan_of(experiment, output, job), resume=True, console=console, shared=shared)
                     if job.measured:
@@ -135,7 +135,7 @@ def _seconds_of(output: Path, job: Job, path: str) -> float:
 
 
 @contextmanager
-def _alone(job: Job) -> Iterator[None]:
+def alone(job: Job) -> Iterator[None]:
     """One process works on a run at a time."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / ".lock").open("w") as file:

@@ -1,0 +1,132 @@
+"""Whole experiments on tiny models: everything once, killed and gone on with, failures that stop one arm alone."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minillm.cli import main
+from minillm.experiment import runner
+from minillm.experiment.loading import load_experiment
+from minillm.experiment.report import write_experiment_report
+from minillm.metrics import read_records
+
+
+def do(*arguments: str) -> int:
+    return main(["experiment", *arguments])
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[tuple[str, int, int]]:
+    """(arm, seed, steps taken so far) of every run that was started."""
+    started, real = [], runner.run
+
+    def spy(plan, **options):
+        name = plan.stages[0].name
+        started.append((name, plan.stages[0].config.seed))
+        return real(plan, **options)
+
+    monkeypatch.setattr(runner, "run", spy)
+    return started
+
+
+def test_everything_is_done_once_and_written_down(write, runs, capsys):
+    name = write()
+    assert do(name) == 0
+    assert runs == [(arm, seed) for seed in (1, 2) for arm in ("warmup", "sft", "kd", "timed")]
+    output = Path("out")
+    report = (output / "report.md").read_text()
+    assert "# Three arms" in report and "Not there yet" not in report and "## Claims" in report
+    rows = {row["arm"]: row for row in csv.DictReader((output / "table.csv").open())}
+    assert list(rows) == ["start", "sft", "kd", "timed", "teacher of kd"] or list(rows)[:4] == ["start", "sft", "kd", "timed"]
+    values = [row for row in csv.DictReader((output / "values.csv").open()) if row["arm"] == "sft"]
+    losses = [float(row["value"]) for row in values if row["measure"] == "loss_nats"]
+    assert len(losses) == 2 and float(rows["sft"]["loss_nats"]) == pytest.approx(sum(losses) / 2)
+    tokens = [float(row["value"]) for row in values if row["measure"] == "student_tokens"]
+    assert all(20 <= value < 40 for value in tokens) and rows["start"]["student_tokens"] == ""
+    evaluation = json.loads((output / "seed-1" / "kd" / "evaluation.json").read_text())
+    assert evaluation["arm"] == "kd" and "reverse_kl_nats" in evaluation["mean"] and evaluation["teacher"]
+    capsys.readouterr()
+
+    assert do(name) == 0 and len(runs) == 8, "what is done is not done again"
+    (output / "seed-2" / "kd" / "evaluation.json").unlink()
+    assert do(name) == 0 and len(runs) == 8
+    assert (output / "seed-2" / "kd" / "evaluation.json").is_file()
+
+
+def test_runs_of_one_seed_start_from_one_student(write, runs):
+    do(write(), "--arms", "kd,sft", "--seeds", "1")
+    assert runs == [("warmup", 1), ("sft", 1), ("kd", 1)]
+    for arm in ("sft", "kd"):
+        config = yaml.safe_load(Path(f"out/seed-1/{arm}/config.yaml").read_text())
+        assert (config["seed"], config["student"]["path"]) == (1, "out/seed-1/warmup/final")
+        assert list(config["stages"]) == [arm]
+        assert {record["stage"] for record in read_records(Path(f"out/seed-1/{arm}/metrics.jsonl"))} == {arm}
+    assert config["teacher"]["path"] == "out/seed-1/warmup/final"
+
+
+def test_an_arm_may_have_the_time_of_another(write):
+    do(write(), "--arms", "timed", "--seeds", "1")
+    seconds = read_records(Path("out/seed-1/sft/metrics.jsonl"))[-1]["seconds"]
+    config = yaml.safe_load(Path("out/seed-1/timed/config.yaml").read_text())
+    assert config["train"]["max_seconds"] == pytest.approx(seconds)
+
+
+def test_an_interrupted_arm_goes_on_from_its_checkpoint(write, monkeypatch):
+    from minillm.trainer import StageTrainer
+
+    real, taken = StageTrainer._step, []
+
+    def stop_once(self):
+        if len(taken) == 5:  # two steps of the warm-up, three of the arm
+            taken.append(None)
+            raise KeyboardInterrupt
+        taken.append((self.name, self.progress.stage_step))
+        return real(self)
+
+    monkeypatch.setattr(StageTrainer, "_step", stop_once)
+    name = write(arms={"sft": {"train": {"max_steps": 5}}, "start": "stage:warmup"})
+    assert do(name, "--seeds", "1", "--arms", "start,sft") == 130
+    assert do(name, "--seeds", "1", "--arms", "start,sft") == 0
+    steps = [entry[1] for entry in taken if entry and entry[0] == "sft"]
+    assert sorted(steps) == [0, 1, 2, 3, 4] or steps == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_stops_is_written_down_and_the_others_go_on(write, capsys):
+    name = write(
+        shared={"warmup": {}, "broken": {"train": {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 9}}},
+        arms__after={"student": {"path": "stage:broken", "init": "pretrained", "config": None}},
+    )
+    assert do(name, "--seeds", "1", "--arms", "after,sft") == 1
+    error = capsys.readouterr().err
+    assert "broken, seed 1" in error and "after, seed 1: it starts from broken" in error
+    report = Path("out/report.md").read_text()
+    assert "## Runs that stopped" in report and "broken, seed 1" in report
+    assert Path("out/seed-1/sft/evaluation.json").is_file()
+
+
+def test_a_finished_run_with_other_keys_is_not_taken_for_this_one(write, capsys):
+    do(write(), "--arms", "sft", "--seeds", "1")
+    assert do("three.yaml", "arms.sft.train.learning_rate=0.5", "--arms", "sft", "--seeds", "1") == 2
+    assert "was trained with another train" in capsys.readouterr().err
+    assert do("three.yaml", "evaluation.max_new_tokens=3", "--arms", "sft", "--seeds", "1") == 0
+
+
+def test_two_processes_do_not_work_on_one_run(write, capsys):
+    experiment = load_experiment(write())
+    job = runner.plan_jobs(experiment, Path("out"), [1], ["warmup"])[0]
+    with runner.alone(job):
+        assert do("three.yaml", "--arms", "warmup", "--seed", "1") == 1
+    assert "another process is at work" in capsys.readouterr().err
+    assert not (job.folder / "failure.txt").exists()
+
+
+def test_a_report_of_nothing_and_of_the_list(write, capsys):
+    experiment = load_experiment(write())
+    text = write_experiment_report(experiment, Path("new"), [1]).read_text() if Path("new").mkdir() is None else ""
+    assert "Nothing has been measured yet" in text and "**Not there yet:** start (seed 1)" in text
+    assert do("three.yaml", "--list") == 0
+    assert "--arms kd --seed 2" in capsys.readouterr().out
+    assert do("three.yaml", "--arms", "nobody") == 2
