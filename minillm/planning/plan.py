@@ -29,6 +29,7 @@ class StagePlan:
     work: Work
     simulation: Simulation
     memory: list[PhaseMemory]
+    whole_rollout: bool  # sharded models are gathered once for a rollout, not layer by layer
     without_checkpointing: int  # the most activations of the update, bytes
     with_checkpointing: int
     speed: Speed
@@ -76,11 +77,17 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     def simulated(work: Work, mixed: bool) -> Simulation:
         return simulate(config, work, student, teacher, device, checkpointing=asked, mixed_precision=mixed)
 
-    def memory(size: int) -> list[PhaseMemory]:
+    def memory(size: int) -> tuple[list[PhaseMemory], bool]:
+        """The phases, and whether sharded models are gathered once for a rollout: where that fits."""
         work, sharding = work_of(config, size), sharding_of(config, size)
-        return memory_of(simulated(work.moment, sharding.mixed_precision), work, sharding, device)
+        simulation = simulated(work.moment, sharding.mixed_precision)
+        phases = memory_of(simulation, work, sharding, device, whole_rollout=True)
+        if all(phase.device_bytes <= gpu.usable_bytes for phase in phases if phase.phase == "rollout"):
+            return phases, True
+        return memory_of(simulation, work, sharding, device), False
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
+    phases, whole_rollout = memory(world_size)
     simulation = simulated(work.moment, sharding.mixed_precision)
     mixed = sharding.mixed_precision
     other = simulate(
@@ -102,18 +109,27 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         sharding=sharding,
         work=work,
         simulation=simulation,
-        memory=memory(world_size),
+        memory=phases,
+        whole_rollout=whole_rollout,
         without_checkpointing=activations[False],
         with_checkpointing=activations[True],
-        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
+        speed=speed_of(
+            simulation,
+            work,
+            sharding,
+            gpu,
+            bf16=config.train.bf16,
+            checkpointing=asked,
+            whole_rollout=whole_rollout,
+        ),
         smallest_world_size=_smallest(config, memory, gpu),
     )
 
 
-def _smallest(config: StageConfig, memory: Callable[[int], list[PhaseMemory]], gpu: Gpu) -> int | None:
+def _smallest(config: StageConfig, memory: Callable[[int], tuple[list[PhaseMemory], bool]], gpu: Gpu) -> int | None:
     for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
         try:
-            phases = memory(size)
+            phases, _ = memory(size)
         except ValueError:  # the answers of a buffer do not divide over so many ranks
             continue
         if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:

@@ -56,6 +56,10 @@ class Sharding:
             "fp32 master weights": states,
         }
 
+    def is_sharded(self, who: str) -> bool:
+        """Whether a rank holds less than all of the weights of the student or teacher."""
+        return self.stage == 3 if who == "student" else self.teacher != "replicated"
+
     def gathered(self, parameters: int, largest: int, itemsize: int, *, sharded: bool) -> int:
         """Bytes of a sharded model's layers that are whole at a time: at most what is allowed to live and prefetched,
         at least the largest module."""
