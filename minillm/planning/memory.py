@@ -61,7 +61,7 @@ def memory_of(
                 student.itemsize,
                 sharded=sharding.stage == 3,
             )
-        if teacher is not None and ("teacher" in models or any(term.teacher for term in work.terms)):
+        if teacher is not None and ("teacher" in models or phase == "update" and any(t.teacher for t in work.terms)):
             # the update reads the teacher's head alone
             whole = teacher.parameters if "teacher" in models else teacher.head
             added["gathered layers"] += sharding.gathered(
