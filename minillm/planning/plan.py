@@ -12,7 +12,7 @@ from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.sharding import Sharding, sharding_of
-from minillm.planning.simulate import Simulation, simulate
+from minillm.planning.simulate import PHASES, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
 from minillm.planning.work import Work, work_of
 
@@ -74,13 +74,23 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     asked = config.train.gradient_checkpointing
 
     @cache
-    def simulated(work: Work, mixed: bool) -> Simulation:
-        return simulate(config, work, student, teacher, device, checkpointing=asked, mixed_precision=mixed)
+    def simulated(work: Work, phases: tuple[str, ...] = PHASES, checkpointing: bool = asked) -> Simulation:
+        return simulate(
+            config,
+            work,
+            student,
+            teacher,
+            device,
+            checkpointing=checkpointing,
+            mixed_precision=config.engine.type == "deepspeed" and config.train.bf16,
+            master_weights=config.engine.type == "deepspeed",
+            phases=phases,
+        )
 
     def memory(size: int) -> tuple[list[PhaseMemory], bool]:
         """The phases, and whether sharded models are gathered once for a rollout: where that fits."""
         work, sharding = work_of(config, size), sharding_of(config, size)
-        simulation = simulated(work.moment, sharding.mixed_precision)
+        simulation = simulated(work.moment)
         phases = memory_of(simulation, work, sharding, device, whole_rollout=True)
         if all(phase.device_bytes <= gpu.usable_bytes for phase in phases if phase.phase == "rollout"):
             return phases, True
@@ -88,18 +98,8 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
     phases, whole_rollout = memory(world_size)
-    simulation = simulated(work.moment, sharding.mixed_precision)
-    mixed = sharding.mixed_precision
-    other = simulate(
-        config,
-        work.moment,
-        student,
-        teacher,
-        device,
-        checkpointing=not asked,
-        mixed_precision=mixed,
-        phases=("update",),
-    )
+    simulation = simulated(work.moment)
+    other = simulated(work.moment, ("update",), not asked)
     activations = {
         flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))
     }
