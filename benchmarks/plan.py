@@ -51,8 +51,8 @@ CASES = (
     Case("kd, bf16", "llama", "kd", 384, 6, 8000, 8, batch=4, bf16=True),
     Case("gkd, opt", "opt", "gkd", 512, 6, 16000, 8, batch=8),
     Case("minillm", "llama", "minillm", 512, 6, 16000, 10, batch=8),
-    Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=16, answer=192),
-    Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 32000, 10, batch=16, checkpointing=True),
+    Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=8, answer=144),
+    Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 16000, 10, batch=8, checkpointing=True),
 )
 
 

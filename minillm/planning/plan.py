@@ -12,7 +12,7 @@ from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.sharding import Sharding, sharding_of
-from minillm.planning.simulate import Simulation, simulate
+from minillm.planning.simulate import PHASES, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
 from minillm.planning.work import Work, work_of
 
@@ -29,6 +29,7 @@ class StagePlan:
     work: Work
     simulation: Simulation
     memory: list[PhaseMemory]
+    whole_rollout: bool  # sharded models are gathered once for a rollout, not layer by layer
     without_checkpointing: int  # the most activations of the update, bytes
     with_checkpointing: int
     speed: Speed
@@ -73,26 +74,32 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     asked = config.train.gradient_checkpointing
 
     @cache
-    def simulated(work: Work, mixed: bool) -> Simulation:
-        return simulate(config, work, student, teacher, device, checkpointing=asked, mixed_precision=mixed)
+    def simulated(work: Work, phases: tuple[str, ...] = PHASES, checkpointing: bool = asked) -> Simulation:
+        return simulate(
+            config,
+            work,
+            student,
+            teacher,
+            device,
+            checkpointing=checkpointing,
+            mixed_precision=config.engine.type == "deepspeed" and config.train.bf16,
+            master_weights=config.engine.type == "deepspeed",
+            phases=phases,
+        )
 
-    def memory(size: int) -> list[PhaseMemory]:
+    def memory(size: int) -> tuple[list[PhaseMemory], bool]:
+        """The phases, and whether sharded models are gathered once for a rollout: where that fits."""
         work, sharding = work_of(config, size), sharding_of(config, size)
-        return memory_of(simulated(work.moment, sharding.mixed_precision), work, sharding, device)
+        simulation = simulated(work.moment)
+        phases = memory_of(simulation, work, sharding, device, whole_rollout=True)
+        if all(phase.device_bytes <= gpu.usable_bytes for phase in phases if phase.phase == "rollout"):
+            return phases, True
+        return memory_of(simulation, work, sharding, device), False
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
-    simulation = simulated(work.moment, sharding.mixed_precision)
-    mixed = sharding.mixed_precision
-    other = simulate(
-        config,
-        work.moment,
-        student,
-        teacher,
-        device,
-        checkpointing=not asked,
-        mixed_precision=mixed,
-        phases=("update",),
-    )
+    phases, whole_rollout = memory(world_size)
+    simulation = simulated(work.moment)
+    other = simulated(work.moment, ("update",), not asked)
     activations = {
         flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))
     }
@@ -102,18 +109,27 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         sharding=sharding,
         work=work,
         simulation=simulation,
-        memory=memory(world_size),
+        memory=phases,
+        whole_rollout=whole_rollout,
         without_checkpointing=activations[False],
         with_checkpointing=activations[True],
-        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
+        speed=speed_of(
+            simulation,
+            work,
+            sharding,
+            gpu,
+            bf16=config.train.bf16,
+            checkpointing=asked,
+            whole_rollout=whole_rollout,
+        ),
         smallest_world_size=_smallest(config, memory, gpu),
     )
 
 
-def _smallest(config: StageConfig, memory: Callable[[int], list[PhaseMemory]], gpu: Gpu) -> int | None:
+def _smallest(config: StageConfig, memory: Callable[[int], tuple[list[PhaseMemory], bool]], gpu: Gpu) -> int | None:
     for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
         try:
-            phases = memory(size)
+            phases, _ = memory(size)
         except ValueError:  # the answers of a buffer do not divide over so many ranks
             continue
         if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:

@@ -27,6 +27,7 @@ from minillm.rollout.cache import RoomyLayer, make_cache
 from minillm.rollout.decoder import sampling_mode
 from minillm.rollout.distribution import padded_size
 
+PHASES = ("rollout", "scoring", "update")
 FEW = 3  # layers: the first, the last, and one between two others
 
 
@@ -64,17 +65,21 @@ def simulate(
     *,
     checkpointing: bool,
     mixed_precision: bool = False,
-    phases: Collection[str] = ("rollout", "scoring", "update"),
+    master_weights: bool = False,
+    phases: Collection[str] = PHASES,
 ) -> Simulation:
     """Run the phases.
 
     Args:
         checkpointing: stands in for train.gradient_checkpointing.
-        mixed_precision: bf16 weights and gradients, with fp32 weights and moments in the optimiser, and no autocast.
+        mixed_precision: bf16 weights and gradients, with fp32 moments in the optimiser, and no autocast.
+        master_weights: the optimiser has an fp32 copy of the weights, as DeepSpeed's always has.
         phases: those to run.
     """
     with FakeTensorMode(), Ledger() as ledger:
-        return _Simulator(config, work, student, teacher, device, ledger, checkpointing, mixed_precision).run(phases)
+        return _Simulator(
+            config, work, student, teacher, device, ledger, checkpointing, mixed_precision, master_weights
+        ).run(phases)
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
@@ -84,8 +89,11 @@ def count_parameters(architecture: PreTrainedConfig) -> int:
 
 
 class _Simulator:
-    def __init__(self, config, work, student, teacher, device, ledger: Ledger, checkpointing: bool, mixed: bool):
-        self.config, self.work, self.device, self.ledger, self.mixed = config, work, device, ledger, mixed
+    def __init__(
+        self, config, work, student, teacher, device, ledger: Ledger, checkpointing: bool, mixed: bool, master: bool
+    ):
+        self.config, self.work, self.device, self.ledger = config, work, device, ledger
+        self.mixed, self.master = mixed, master
         with ledger.part("student weights"):
             self.student = without_dropout(_build(student, config.student, "bfloat16" if mixed else None)).train()
         self.models = {"student": self.student}
@@ -107,7 +115,7 @@ class _Simulator:
         with ledger.part("optimizer states"):
             states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
         with ledger.part("fp32 master weights"):
-            states += [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained if self.mixed]
+            states += [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained if self.master]
         # gradients stay from one step to the next
         with self._gradients():
             ledger.take()

@@ -55,8 +55,11 @@ def test_weights_gradients_moments_and_caches_are_counted(recipe):
     assert rollout["student weights"] - 4 * PARAMETERS < 1024
     assert rollout["gradients"] == 4 * PARAMETERS and rollout["optimizer states"] == 8 * PARAMETERS
     tokens = 4 * (PROMPT + ANSWER - 1)
-    assert rollout["student KV cache"] == tokens * 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, size, fp32
-    assert rollout["teacher KV cache"] == tokens * 4 * 2 * 2 * 16 * 2  # bf16, one layer of it extrapolated
+    timeline = stage.simulation.phases["rollout"]
+    assert (
+        timeline.most("student KV cache") == tokens * 2 * 2 * 2 * 16 * 4
+    )  # layers, keys and values, heads, size, fp32
+    assert timeline.most("teacher KV cache") == tokens * 4 * 2 * 2 * 16 * 2  # bf16, one layer of it extrapolated
     assert stage.simulation.teacher.kv_bytes_per_token == 4 * 2 * 2 * 16 * 2
 
 
