@@ -236,6 +236,13 @@ def test_equal_time_is_that_of_the_stage_it_names(recipe, tmp_path, monkeypatch)
     assert steps == ["teacher"] * 3 + ["distil"] * 3
 
 
+def test_a_stage_ends_with_the_step_that_uses_up_its_tokens(recipe, tmp_path):
+    train(recipe, "stages.teacher.train.max_steps=null", "stages.teacher.train.max_student_tokens=60")
+    tokens = [record["student_tokens"] for record in records(tmp_path / "run")
+              if record["kind"] == "train" and record["stage"] == "teacher"]  # fmt: skip
+    assert len(tokens) > 1 and tokens[-2] < 60 <= tokens[-1]
+
+
 def test_a_loss_that_is_not_finite_stops_with_what_to_look_at(recipe, tmp_path):
     with pytest.raises(TrainingError, match="Prompts of the batch") as error:
         train(recipe, "stages.distil.train.learning_rate=1e30", "stages.distil.train.max_grad_norm=null")

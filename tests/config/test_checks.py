@@ -48,7 +48,7 @@ def test_a_buffer_divides_into_steps(recipe):
 
 def test_training_must_end(recipe):
     assert "how long to train" in recipe.problems(train={})["train.max_steps"]
-    for limit in ({"num_train_epochs": 0.5}, {"max_seconds": 60}):
+    for limit in ({"num_train_epochs": 0.5}, {"max_seconds": 60}, {"max_student_tokens": 1000}):
         assert recipe.problems(train=limit) == {}
 
 
