@@ -236,9 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         predicted, measured = compare(case)
         rows.append((case, predicted, measured))
         print(f"{case.name}: predicted {predicted / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB", flush=True)
-    text = _markdown(rows)
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
+        if arguments.output:  # after every case: a long run that is stopped leaves a table
+            arguments.output.write_text(_markdown(rows), encoding="utf-8")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -12,7 +11,7 @@ from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.sharding import Sharding, sharding_of
-from minillm.planning.simulate import PHASES, Simulation, simulate
+from minillm.planning.simulate import PHASES, Setting, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
 from minillm.planning.work import Work, work_of
 
@@ -30,8 +29,7 @@ class StagePlan:
     simulation: Simulation
     memory: list[PhaseMemory]
     whole_rollout: bool  # sharded models are gathered once for a rollout, not layer by layer
-    without_checkpointing: int  # the most activations of the update, bytes
-    with_checkpointing: int
+    activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
     speed: Speed
     smallest_world_size: int | None  # None: no size up to the largest tried fits
 
@@ -73,24 +71,18 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
     asked = config.train.gradient_checkpointing
 
-    @cache
-    def simulated(work: Work, phases: tuple[str, ...] = PHASES, checkpointing: bool = asked) -> Simulation:
-        return simulate(
-            config,
-            work,
-            student,
-            teacher,
-            device,
-            checkpointing=checkpointing,
-            mixed_precision=config.engine.type == "deepspeed" and config.train.bf16,
-            master_weights=config.engine.type == "deepspeed",
-            phases=phases,
-        )
+    def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
+        setting = Setting.of(config, checkpointing=checkpointing)
+        return simulate(setting, work.moment, student, teacher, device, phases=phases)
+
+    def activations(checkpointing: bool) -> int:
+        update = simulated(work, checkpointing, PHASES if checkpointing == asked else ("update",))
+        return update.phases["update"].most("activations")
 
     def memory(size: int) -> tuple[list[PhaseMemory], bool]:
         """The phases, and whether sharded models are gathered once for a rollout: where that fits."""
         work, sharding = work_of(config, size), sharding_of(config, size)
-        simulation = simulated(work.moment)
+        simulation = simulated(work)
         phases = memory_of(simulation, work, sharding, device, whole_rollout=True)
         if all(phase.device_bytes <= gpu.usable_bytes for phase in phases if phase.phase == "rollout"):
             return phases, True
@@ -98,11 +90,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
     phases, whole_rollout = memory(world_size)
-    simulation = simulated(work.moment)
-    other = simulated(work.moment, ("update",), not asked)
-    activations = {
-        flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))
-    }
+    simulation = simulated(work)
     return StagePlan(
         name=stage.name,
         method=config.method.name,
@@ -111,8 +99,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         simulation=simulation,
         memory=phases,
         whole_rollout=whole_rollout,
-        without_checkpointing=activations[False],
-        with_checkpointing=activations[True],
+        activations=activations,
         speed=speed_of(
             simulation,
             work,

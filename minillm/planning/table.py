@@ -80,8 +80,8 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
             for phase in stage.memory
         },
         "activations_bytes": {
-            "without_checkpointing": stage.without_checkpointing,
-            "with_checkpointing": stage.with_checkpointing,
+            "without_checkpointing": stage.activations(False),
+            "with_checkpointing": stage.activations(True),
         },
         "loss_bytes": {
             name: {
@@ -139,8 +139,8 @@ def _memory(stage: StagePlan) -> Table:
 
 def _notes(stage: StagePlan) -> Iterator[Text]:
     yield Text(
-        f"activations of the update: {_gib(stage.without_checkpointing)} GiB without gradient_checkpointing, "
-        f"{_gib(stage.with_checkpointing)} GiB with it"
+        f"activations of the update: {_gib(stage.activations(False))} GiB without gradient_checkpointing, "
+        f"{_gib(stage.activations(True))} GiB with it"
     )
     for name, shape in stage.simulation.losses.items():
         full = shape.full_logits_bytes(gradient=name != "scoring")
