@@ -44,9 +44,10 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
+        "deepspeed": ["deepspeed>=0.19,<0.20"],
         "gguf": ["gguf>=0.10", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.7"],
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.9"],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.9", "deepspeed>=0.19,<0.20"],
     },
     entry_points={"console_scripts": ["minillm=minillm.cli:main"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from minillm import distributed
+
 _PARTIAL, _STALE = ".partial", ".stale"
 
 
@@ -16,17 +18,30 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(
+    folder: Path, fill: Callable[[Path], None], *, sign: Callable[[Path], None] = lambda partial: None
+) -> None:
     """Put what `fill` writes into an empty folder in the place of `folder`.
 
-    A failure of `fill` leaves what was there. So does a kill, once `clean` has run: between the two renames of a
+    All ranks call it, and each fills the same folder with files of its own; when all are done, rank 0 calls `sign` on
+    it and puts it in place. A failure of `fill` leaves what was there. So does a kill, once `clean` has run: between the two renames of a
     replacement the old folder lies beside, set aside.
     """
     partial, stale = _beside(folder, _PARTIAL), _beside(folder, _STALE)
-    for leftover in (partial, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if distributed.rank() == 0:
+        for leftover in (partial, stale):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    distributed.barrier()
     fill(partial)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        sign(partial)
+        _put_in_place(folder, partial, stale)
+    distributed.barrier()
+
+
+def _put_in_place(folder: Path, partial: Path, stale: Path) -> None:
     for path in [*partial.rglob("*"), partial]:
         sync(path)
     if folder.exists():

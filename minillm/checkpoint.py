@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from minillm import distributed
 from minillm.atomic import write_folder
 
 MANIFEST = "manifest.json"
@@ -25,15 +26,15 @@ def write_checkpoint(output_dir: Path, step: int, fill: Callable[[Path], None], 
     """
     folder = output_dir / f"checkpoint-{step}"
 
-    def fill_and_sign(partial: Path) -> None:
-        fill(partial)
+    def sign(partial: Path) -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {str(path.relative_to(partial)): _fingerprint(path) for path in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
-    write_folder(folder, fill_and_sign)
-    for _, old in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
+    write_folder(folder, fill, sign=sign)
+    if distributed.rank() == 0:
+        for _, old in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
     return folder
 
 

@@ -76,10 +76,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from minillm.config.loading import load_run
 
     plan = load_run(*_split(arguments.words))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("engine.type torch is one process; start it without a launcher of several")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and any(stage.config.engine.type == "torch" for stage in plan.stages):
+        raise ValueError(
+            "engine.type torch is one process; start it without a launcher of several, or set engine.type=deepspeed"
+        )
     folder = plan.output_dir
-    if not arguments.resume and folder.is_dir() and any(folder.iterdir()):
+    first = os.environ.get("RANK", "0") == "0"  # the others come to a folder that it may have begun to fill
+    if first and not arguments.resume and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir {folder} is not empty: add --resume to go on from its newest checkpoint, or choose another "
             "folder with output_dir=..."

@@ -94,6 +94,28 @@ class MetricsLog:
             self._board = None
 
 
+class SilentLog:
+    """The log of the ranks above 0: it writes nothing."""
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Rank 0 has the same record."""
+
+    def sample(self, record: Mapping[str, Any]) -> None:
+        """Rank 0 has the same record."""
+
+    def state(self) -> dict[str, int]:
+        return {}
+
+    def truncate(self, state: Mapping[str, int]) -> None:
+        """There is no file."""
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file of a run: [] where there is no file, without a last line cut short by a kill.
 

@@ -6,6 +6,7 @@ import platform
 import shutil
 import signal
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,20 +17,22 @@ import torch
 import transformers
 import yaml
 
+from minillm import distributed
 from minillm.atomic import clean, write_folder, write_text
 from minillm.checkpoint import newest_whole
 from minillm.config.loading import RunPlan, Stage
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
-from minillm.data.stream import Stream
-from minillm.engine.torch import pick_device
+from minillm.data.stream import Share, Stream
+from minillm.engine.torch import engine_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
-from minillm.metrics import MetricsLog
+from minillm.metrics import MetricsLog, SilentLog
 from minillm.model_card import write_model_card
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight
+from minillm.models.sharded import is_sharded, whole
 from minillm.models.tokenizers import load_tokenizer
 from minillm.report import write_report
 from minillm.trainer import Progress, StageTrainer, TrainingError
@@ -47,21 +50,40 @@ def run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None" = None)
     Raises TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
     """
     output_dir = plan.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for folder in (output_dir, output_dir / "stages"):
-        clean(folder)
-    checkpoint = newest_whole(output_dir, console.note) if resume else None
+    if all(stage.config.engine.type == "torch" for stage in plan.stages):
+        return _run(plan, resume=resume, console=console, shared=shared)
+    distributed.join(output_dir)
+    try:
+        final = _run(plan, resume=resume, console=console, shared=shared)
+        distributed.leave()
+        return final
+    except TrainingError:
+        raise
+    except Exception as error:
+        time.sleep(2.0)  # a rank that was killed is only known to be gone when its parent has noticed
+        lost = distributed.lost_ranks()
+        distributed.record_failure(output_dir, traceback.format_exc())
+        if lost is None:
+            raise
+        raise TrainingError(distributed.stopped_message(lost)) from error
+
+
+def _run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None") -> Path:
+    output_dir = plan.output_dir
+    checkpoint = distributed.on_rank_0(lambda: _prepare(output_dir, resume, console))
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     progress = None
     if checkpoint is not None:
         saved = json.loads((checkpoint / "state" / "trainer.json").read_text())
         progress = Progress(**saved["progress"])
         _check_same_recipe(plan, progress.stage, saved["config"])
         console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
-    write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
-    write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
+    if distributed.rank() == 0:
+        write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
+        write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
-    log = MetricsLog(output_dir, plan.stages[0].config.log.report_to)
+    log = SilentLog() if distributed.rank() else MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
     shared = shared or Shared()
     shared.begin(console, output_dir)
@@ -89,13 +111,26 @@ def run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None" = None)
                 checkpoint = output_dir / f"checkpoint-{progress.step}"
             if len(plan.stages) > 1 or stage.name != "main":
                 _publish(checkpoint, output_dir / "stages" / stage.name)
-            write_report(output_dir)
+            distributed.on_rank_0(lambda: str(write_report(output_dir)))
     final = output_dir / "final"
     _publish(checkpoint, final)
-    write_model_card(output_dir, final)
-    write_report(output_dir)
+    distributed.on_rank_0(lambda: _describe(output_dir, final))
     console.finish(output_dir)
     return final
+
+
+def _prepare(output_dir: Path, resume: bool, console) -> str | None:
+    """A folder without what a kill left; the checkpoint to go on from."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (output_dir, output_dir / "stages"):
+        clean(folder)
+    checkpoint = newest_whole(output_dir, console.note) if resume else None
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _describe(output_dir: Path, final: Path) -> None:
+    write_model_card(output_dir, final)
+    write_report(output_dir)
 
 
 class Shared:
@@ -121,12 +156,12 @@ class Shared:
         judge_teacher: bool,
     ) -> StageTrainer:
         config = stage.config
-        device = pick_device(config.engine.device)
+        device = engine_device(config.engine)
         teacher, teacher_tokenizer = self.teacher(config.teacher, device)
         tokenizer = load_tokenizer(config.student, self.output_dir)
         if checkpoint is None:
             student_config, source = config.student, None
-            if teacher is not None and _same_weights(config.student, config.teacher):
+            if teacher is not None and not is_sharded(teacher) and _same_weights(config.student, config.teacher):
                 source = teacher
         else:  # the architecture and the weights are the checkpoint's
             student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
@@ -134,7 +169,8 @@ class Shared:
         student = load_student(
             student_config, output_dir=self.output_dir, device=device, seed=config.seed, source=source
         )
-        models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
+        with whole(teacher):  # an earlier stage may have sharded it
+            models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
         prompts = load_prompts(config.data.prompts, tokenizer)
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         corpus = None
@@ -149,7 +185,7 @@ class Shared:
             models,
             Sources(
                 prompts=Stream(prompts.examples, seed=order),
-                corpus=None if corpus is None else Stream(corpus.blocks, seed=order),
+                corpus=None if corpus is None else _corpus_share(Stream(corpus.blocks, seed=order)),
                 written=self.output_dir / "written" / stage.name,
                 watch=self.console.working,
             ),
@@ -195,6 +231,12 @@ class Shared:
 
             self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=watch))
         return self._evaluator[1]
+
+
+def _corpus_share(stream: Stream) -> Stream | Share:
+    if distributed.world_size() == 1:
+        return stream
+    return Share(stream, rank=distributed.rank(), world_size=distributed.world_size())
 
 
 def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:
@@ -243,10 +285,14 @@ def _check_same_recipe(plan: RunPlan, stage_name: str, saved: dict) -> None:
 
 def _publish(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint's model to `folder`, whole or not at all; what is there already stays."""
-    if folder.exists():
+    if distributed.on_rank_0(folder.exists):
         return
-    folder.parent.mkdir(exist_ok=True)
-    write_folder(folder, lambda partial: shutil.copytree(checkpoint, partial, ignore=MODEL_ONLY, dirs_exist_ok=True))
+
+    def fill(partial: Path) -> None:
+        if distributed.rank() == 0:
+            shutil.copytree(checkpoint, partial, ignore=MODEL_ONLY, dirs_exist_ok=True)
+
+    write_folder(folder, fill)
 
 
 @contextmanager

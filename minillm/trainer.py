@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from minillm import distributed
 from minillm.checkpoint import write_checkpoint
 from minillm.config.loading import Stage
 from minillm.engine import build_engine
@@ -113,9 +114,10 @@ class StageTrainer:
             if config.eval.steps and progress.stage_step % config.eval.steps == 0:
                 self.evaluate()
             due = config.save.steps and progress.stage_step % config.save.steps == 0
-            if due or self.interrupted():
+            stop = any(distributed.gather(bool(self.interrupted())))
+            if due or stop:
                 self.save()
-            if self.interrupted():
+            if stop:
                 raise KeyboardInterrupt
         self.evaluate()
         progress.finished = True
@@ -129,6 +131,8 @@ class StageTrainer:
             self.items = method.collect(self.sources, self.models, progress.draw)
             progress.draw, progress.epoch, progress.position = progress.draw + 1, 0, 0
         items = self._next_items()
+        share = len(items) // self.engine.world_size  # every rank steps through its own part of the items
+        items, all_items = items[self.engine.rank * share :][:share], items
         size = self.config.train.per_device_train_batch_size
         micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
         terms = [method.terms(micro_batch, self.sources, self.models) for micro_batch in micro_batches]
@@ -137,14 +141,17 @@ class StageTrainer:
         except NonFiniteError as error:
             raise TrainingError(
                 f"step {progress.step + 1} of stage {self.name!r}: {error}. Prompts of the batch (by index): "
-                f"{[item.key for item in items]}. The weights were not touched and the last checkpoint is good. Look at "
+                f"{[item.key for item in all_items]}. The weights were not touched and the last checkpoint is good. Look at "
                 "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
             ) from None
-        seconds = time.perf_counter() - started
+        seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)
+        if self.engine.world_size > 1:  # all must decide alike when time is up: by the clock of rank 0
+            clocks = distributed.gather([seconds, peak])
+            seconds, peak = clocks[0][0], max(other for _, other in clocks)
         self._slowest[collects] = max(self._slowest[collects], seconds)
         progress.step += 1
         progress.stage_step += 1
-        progress.position += len(items)
+        progress.position += len(all_items)
         progress.seconds += seconds
         progress.student_tokens += result.rows
         return {
@@ -156,7 +163,7 @@ class StageTrainer:
             "student_tokens": progress.student_tokens,
             "passes": self.sources.prompts.passes,
             "tokens_per_s": result.rows / seconds,
-            "memory/peak_gib": peak_memory_gib(self.models.device),
+            "memory/peak_gib": peak,
             **result.metrics,
         }
 
@@ -239,18 +246,28 @@ class StageTrainer:
         def fill(folder: Path) -> None:
             write_model(self.models.student, self.models.tokenizer, folder)
             state = folder / "state"
-            state.mkdir()
+            state.mkdir(exist_ok=True)
             self.engine.save_state(state)
+            if self.engine.rank:
+                return
             if not progress.finished and isinstance(self.items, RolloutBuffer):
                 save_file(self.items.state(), state / "buffer.safetensors")
             config = self.config.model_dump(mode="json")
-            (state / "trainer.json").write_text(json.dumps({"progress": asdict(progress), "config": config}, indent=1))
+            content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
+            (state / "trainer.json").write_text(json.dumps(content, indent=1))
 
         write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
 
     def load(self, folder: Path) -> None:
         """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
         state = folder / "state"
+        before = json.loads((state / "trainer.json").read_text()).get("world_size", 1)
+        if before != self.engine.world_size:
+            self.console.note(
+                f"{folder.name} was written by {before} ranks, and there are {self.engine.world_size}: the weights go on, "
+                "optimiser, schedule, data order and rollouts start anew"
+            )
+            return
         self.engine.load_state(state)
         self.sources.prompts.load_state_dict(self.progress.streams["prompts"])
         if self.sources.corpus is not None:

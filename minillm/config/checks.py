@@ -5,6 +5,7 @@ one of these groups is itself in error, and what it finds is not said where a ke
 """
 
 import inspect
+import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,7 +16,7 @@ from minillm.config.facts import Facts, Found
 from minillm.config.length_checks import answers_fit, corpus_fits, evaluation_fits
 from minillm.config.messages import Finding
 from minillm.config.method import Method
-from minillm.config.model_checks import installed, pruned_layers, student_form
+from minillm.config.model_checks import deepspeed_usable, installed, pruned_layers, student_form
 from minillm.config.models import TeacherConfig
 from minillm.config.place_checks import places_exist, stage_problem
 from minillm.config.rollout import RolloutConfig
@@ -65,12 +66,14 @@ def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> It
 
 def whole_batches(facts: Facts, rollout: RolloutConfig, train: TrainConfig, method: Method) -> Iterator[Found]:
     """A buffer is used up in whole steps."""
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # of the launcher, where there is one
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+    of_ranks = f" x {ranks} ranks" if ranks > 1 else ""
     if method.name == "minillm" and rollout.buffer_size % step:
         yield Found(
             "rollout.buffer_size",
             f"{rollout.buffer_size} answers do not divide into steps of {step} (per_device_train_batch_size "
-            f"{train.per_device_train_batch_size} x gradient_accumulation_steps {train.gradient_accumulation_steps}); "
+            f"{train.per_device_train_batch_size} x gradient_accumulation_steps {train.gradient_accumulation_steps}{of_ranks}); "
             f"the nearest that do: {_multiples_around(rollout.buffer_size, step)}",
             ("train.per_device_train_batch_size", "train.gradient_accumulation_steps", "method.name"),
         )
@@ -127,6 +130,7 @@ CHECKS = (
     student_form,
     pruned_layers,
     installed,
+    deepspeed_usable,
     material,
     teacher_needed,
     divergence_options,

@@ -19,7 +19,7 @@ from minillm.config.paths import expand
 from minillm.config.root import StageConfig
 from minillm.config.shape import places, walk
 from minillm.config.stages import load_document, stage_trees
-from minillm.config.training import TorchEngine
+from minillm.config.training import DeepSpeedEngine, TorchEngine
 from minillm.config.validation import STAGE, usable_groups, validate_stage
 
 
@@ -85,7 +85,7 @@ class EvaluationPlan:
     output_dir: Path  # where stage:NAME points
     seed: int
     teacher: TeacherConfig | None
-    engine: TorchEngine
+    engine: TorchEngine | DeepSpeedEngine
     eval: EvalConfig
 
 

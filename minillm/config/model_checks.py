@@ -1,11 +1,14 @@
 """What a student or teacher needs beyond its path: the keys of its `init`, layers that exist, installed packages."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 from minillm.config.facts import Facts, Found, architecture_of
 from minillm.config.models import StudentConfig
+from minillm.config.training import Engine
 
 # attn_implementation -> (distribution, how to get it)
 _FLASH = {
@@ -76,6 +79,66 @@ def installed(facts: Facts) -> Iterator[Found]:
         if (model.path or "").endswith(".gguf") and missing:
             message = f"a .gguf file needs {' and '.join(missing)}: pip install 'minillm[gguf]'"
             yield Found(f"{who}.path", message)
+
+
+def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
+    """DeepSpeed is there, and its own file says nothing else than the YAML."""
+    if engine.type != "deepspeed":
+        return
+    if not _has("deepspeed"):
+        message = "deepspeed needs the package of that name: pip install 'minillm[deepspeed]'"
+        yield Found("engine.type", message)
+    if engine.offload_param and engine.stage != 3:
+        message = f"stage {engine.stage} leaves the weights whole on every rank; only stage 3 can keep them in the host"
+        yield Found("engine.offload_param", message, ("engine.stage",))
+    path = facts.data["engine"].get("config")
+    if path is None or not Path(path).is_file():
+        return
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as problem:
+        yield Found("engine.config", f"{path} is not JSON: {problem}")
+        return
+    train = facts.groups.get("train")
+    zero = given.get("zero_optimization", {})
+    says = {
+        "engine.stage": ("zero_optimization.stage", zero.get("stage"), engine.stage),
+        "engine.offload_optimizer": (
+            "zero_optimization.offload_optimizer.device",
+            None if "offload_optimizer" not in zero else zero["offload_optimizer"].get("device") not in (None, "none"),
+            engine.offload_optimizer,
+        ),
+        "engine.offload_param": (
+            "zero_optimization.offload_param.device",
+            None if "offload_param" not in zero else zero["offload_param"].get("device") not in (None, "none"),
+            engine.offload_param,
+        ),
+    }
+    if train is not None:
+        says |= {
+            "train.per_device_train_batch_size": (
+                "train_micro_batch_size_per_gpu",
+                given.get("train_micro_batch_size_per_gpu"),
+                train.per_device_train_batch_size,
+            ),
+            "train.gradient_accumulation_steps": (
+                "gradient_accumulation_steps",
+                given.get("gradient_accumulation_steps"),
+                train.gradient_accumulation_steps,
+            ),
+            "train.max_grad_norm": ("gradient_clipping", given.get("gradient_clipping"), train.max_grad_norm or 0.0),
+            "train.bf16": ("bf16.enabled", given.get("bf16", {}).get("enabled"), train.bf16),
+        }
+    for key, (name, theirs, ours) in says.items():
+        if theirs not in (None, "auto", ours):
+            yield Found(
+                "engine.config",
+                f"its {name} is {json.dumps(theirs)}, but {key} is {json.dumps(ours)}; leave it out there or say auto",
+                (key,),
+            )
+    for name in ("optimizer", "scheduler", "fp16"):
+        if name in given:
+            yield Found("engine.config", f"its {name} has no effect here: `train` says that; leave it out there")
 
 
 def _has(distribution: str) -> bool:

@@ -10,7 +10,7 @@ from minillm.config.evaluation import EvalConfig
 from minillm.config.method import Method
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.rollout import RolloutConfig
-from minillm.config.training import LogConfig, SaveConfig, TorchEngine, TrainConfig
+from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, TrainConfig
 
 
 class StageConfig(Strict):
@@ -26,7 +26,7 @@ class StageConfig(Strict):
     rollout: RolloutConfig = RolloutConfig()
     method: Method
     train: TrainConfig
-    engine: TorchEngine = TorchEngine()
+    engine: Engine = TorchEngine()
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()

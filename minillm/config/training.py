@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minillm.config.base import Strict
+from minillm.config.base import FilesPath, Strict, default_type
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -78,6 +78,20 @@ class TorchEngine(Strict):
         "auto", description="auto (a GPU where there is one), cpu, cuda or cuda:N"
     )
     backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")
+
+
+class DeepSpeedEngine(Strict):
+    """ZeRO in one process or many, started by torchrun, deepspeed or Slurm. A sharded student has a sharded teacher."""
+
+    type: Literal["deepspeed"]
+    stage: Literal[1, 2, 3] = Field(3, description="What is sharded: 1 the optimiser, 2 gradients too, 3 weights too")
+    offload_optimizer: bool = Field(False, description="Keep the optimiser in the memory of the host")
+    offload_param: bool = Field(False, description="Stage 3: keep the weights in the memory of the host")
+    config: FilesPath | None = Field(None, description="A DeepSpeed JSON for what these keys do not say")
+    backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")
+
+
+Engine = Annotated[TorchEngine | DeepSpeedEngine, Field(discriminator="type"), default_type("torch")]
 
 
 class SaveConfig(Strict):

@@ -4,14 +4,27 @@ import copy
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from minillm.config.messages import Finding, expected, explain
 from minillm.config.root import StageConfig
 from minillm.config.shape import Choice, Group, KeyPath, Leaf, Shape, child_shape, child_value, describe, walk
 
 STAGE = Group(StageConfig)
-_GROUPS = {name: TypeAdapter(Annotated[field.annotation, field]) for name, field in StageConfig.model_fields.items()}
+
+
+def _adapter(field: FieldInfo) -> TypeAdapter:
+    """A field's validator by itself: its discriminator first, so that what fills it in comes before it is read."""
+    group = field.annotation
+    if field.discriminator is not None:
+        group = Annotated[group, Field(discriminator=field.discriminator)]
+    for mark in field.metadata:
+        group = Annotated[group, mark]
+    return TypeAdapter(group)
+
+
+_GROUPS = {name: _adapter(field) for name, field in StageConfig.model_fields.items()}
 
 
 def validate_stage(data: Mapping[str, Any]) -> tuple[StageConfig | None, list[Finding]]:

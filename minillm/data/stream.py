@@ -50,3 +50,20 @@ class Stream(Generic[T]):
                 "restore the data to go on from it"
             )
         self.taken = state["taken"]
+
+
+class Share(Generic[T]):
+    """A stream of which a rank takes its part alone; all ranks take equally many at the same time."""
+
+    def __init__(self, stream: Stream[T], *, rank: int, world_size: int):
+        self.stream, self.rank, self.world_size = stream, rank, world_size
+
+    def take(self, n: int) -> list[T]:
+        """The rank's n of the next n * world_size items."""
+        return self.stream.take(n, self.rank, self.world_size)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.stream.load_state_dict(state)

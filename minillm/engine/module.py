@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minillm.losses import linear_objective
 from minillm.methods.base import Term
 from minillm.models.access import lm_head, row_hidden
+from minillm.models.sharded import whole
 
 
 class StudentLoss(nn.Module):
@@ -27,20 +28,24 @@ class StudentLoss(nn.Module):
     def forward(self, term: Term) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the term's rows of its objective, and its metrics summed likewise. Scalars, fp32."""
         batch = term.batch
-        return linear_objective(
-            row_hidden(self.student, batch),  # (N, H_s)
-            lm_head(self.student),
-            term.teacher_hidden,
-            lm_head(self._teacher[0]) if term.teacher_hidden is not None else None,
-            batch.labels,
-            term.objective,
-            inputs=term.inputs,
-            fields=term.fields,
-            vocab_size=self.vocab_size,
-            kept=len(batch.labels),  # known without asking the device
-            backend=self.backend,
-            **term.options,
-        )
+        hidden = row_hidden(self.student, batch)  # (N, H_s)
+        teacher = None if term.teacher_hidden is None else self._teacher[0]
+        # gradients are taken in the forward pass, so that the teacher's head is not read again after it
+        with whole(None if teacher is None else teacher.get_output_embeddings()):
+            return linear_objective(
+                hidden,
+                lm_head(self.student),
+                term.teacher_hidden,
+                None if teacher is None else lm_head(teacher),
+                batch.labels,
+                term.objective,
+                inputs=term.inputs,
+                fields=term.fields,
+                vocab_size=self.vocab_size,
+                kept=len(batch.labels),  # known without asking the device
+                backend=self.backend,
+                **term.options,
+            )
 
 
 def to_device(term: Term, device: torch.device) -> Term:

@@ -1,6 +1,7 @@
 """The engine of one process: a CPU or one GPU, AdamW, a schedule of transformers, optional bfloat16 autocast."""
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
 from minillm.engine.base import NonFiniteError, StepResult
@@ -27,6 +29,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def engine_device(engine: TorchEngineConfig | DeepSpeedConfig) -> torch.device:
+    """Where the engine's models go: a rank of DeepSpeed has the GPU that its launcher counts it to."""
+    if engine.type == "torch":
+        return pick_device(engine.device)
+    return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
 class TorchEngine:
     """See the module; the protocol is minillm.engine.base.Engine."""
 
@@ -41,7 +50,7 @@ class TorchEngine:
         self.module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            _decay_groups(student, train.weight_decay),
+            decay_groups(student, train.weight_decay),
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
@@ -109,7 +118,7 @@ class TorchEngine:
             torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
 
-def _decay_groups(student: nn.Module, weight_decay: float) -> list[dict]:
+def decay_groups(student: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; biases and norms (vectors) do not."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     return [

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minillm import distributed
 from minillm.data.batch import Pair, TokenBatch, collate
 from minillm.losses import linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.pair import Models
+from minillm.models.sharded import whole
 from minillm.rollout.scoring import teacher_hidden
 
 NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
@@ -30,7 +32,34 @@ def token_statistics(
     """
     results: dict[str, list[Tensor]] = {field: [torch.empty(0)] * len(pairs) for field in fields}
     needs_teacher = bool(NEEDS_TEACHER & set(fields))
-    for chosen in _micro_batches(pairs, batch_size):
+    mine = distributed.share(len(pairs))
+    with whole(models.student, models.teacher if needs_teacher else None):
+        _measure(results, _micro_batches(pairs, mine, batch_size), models, pairs, teacher_states)
+    if distributed.world_size() == 1:
+        return results
+    joined = {
+        field: torch.cat([torch.empty(0), *(vectors[index] for index in mine)]) for field, vectors in results.items()
+    }
+    lengths = torch.tensor([len(pairs[index][1]) for index in mine], dtype=torch.int64)
+    parts = distributed.gather_tensors({**joined, "lengths": lengths})
+    return {
+        field: distributed.interleave(
+            [part[field].split(part["lengths"].tolist()) if len(part["lengths"]) else () for part in parts]
+        )
+        for field in fields
+    }
+
+
+def _measure(
+    results: dict[str, list[Tensor]],
+    batches: Sequence[Sequence[int]],
+    models: Models,
+    pairs: Sequence[Pair],
+    teacher_states: Sequence[Tensor] | None,
+) -> None:
+    fields = tuple(results)
+    needs_teacher = bool(NEEDS_TEACHER & set(fields))
+    for chosen in batches:
         batch = collate([pairs[index] for index in chosen], models.pad_id)
         if not needs_teacher:
             teacher = None
@@ -49,23 +78,26 @@ def token_statistics(
         )
         for field in fields:
             _put(results[field], chosen, batch, getattr(stats, field))
-    return results
 
 
 @torch.no_grad()
 def teacher_hidden_states(models: Models, pairs: Sequence[Pair], *, batch_size: int) -> list[Tensor]:
-    """The teacher's last hidden states at the response tokens, to be kept: one (T, H_t) CPU tensor a pair."""
+    """The teacher's last hidden states at the response tokens, to be kept: one (T, H_t) CPU tensor a pair.
+
+    Of several ranks each has those of its own share, which are the ones that `token_statistics` asks it for.
+    """
     states: list[Tensor] = [torch.empty(0)] * len(pairs)
-    for chosen in _micro_batches(pairs, batch_size):
-        batch = collate([pairs[index] for index in chosen], models.pad_id)
-        _put(states, chosen, batch, teacher_hidden(models, batch))
+    with whole(models.teacher):
+        for chosen in _micro_batches(pairs, distributed.share(len(pairs)), batch_size):
+            batch = collate([pairs[index] for index in chosen], models.pad_id)
+            _put(states, chosen, batch, teacher_hidden(models, batch))
     return states
 
 
-def _micro_batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
+def _micro_batches(pairs: Sequence[Pair], mine: range, batch_size: int) -> list[list[int]]:
     """Indices of the pairs, those of a like length side by side, so that little is padded."""
-    by_length = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
-    return [by_length[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    by_length = sorted(mine, key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
+    return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
 
 
 def _put(target: list[Tensor], chosen: list[int], batch: TokenBatch, values: Tensor) -> None:  # (N, ...)

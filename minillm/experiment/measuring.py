@@ -11,7 +11,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
-from minillm.engine.torch import pick_device
+from minillm.engine.torch import engine_device
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
 from minillm.evaluate.standalone import finite
@@ -96,7 +96,7 @@ class Measuring:
 
     def _load(self, job: Job, student: StudentConfig, teacher: TeacherConfig | None, console) -> Models:
         stage: Stage = self.experiment.stage(job.name)
-        device = pick_device(stage.config.engine.device)
+        device = engine_device(stage.config.engine)
         teacher_model, teacher_tokenizer = self.shared.teacher(teacher, device)
         model = load_student(student, output_dir=job.folder, device=device, seed=job.seed).eval()
         tokenizer = load_tokenizer(student, job.folder)

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from minillm import distributed
 from minillm.config.root import StageConfig
 from minillm.data.batch import Pair, TokenBatch
-from minillm.data.stream import Stream
+from minillm.data.stream import Share, Stream
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 
@@ -46,7 +47,7 @@ class Sources:
     """Where a method gets its material. The streams carry their own position."""
 
     prompts: Stream  # of minillm.data.instructions.Example
-    corpus: Stream | None  # of token blocks: list[int]
+    corpus: Stream | Share | None  # of token blocks: list[int]
     written: Path  # a folder for answers that are written once and kept
     watch: Watch = lambda what, done, total: None  # told how far long work inside `collect` is
 
@@ -68,14 +69,19 @@ Item = Supervised | Rollout
 
 
 class Method(ABC):
-    """See the module. `step_size` is the number of items that one optimiser step takes over all micro-batches."""
+    """See the module. `step_size` is the number of items that one optimiser step takes over all
+    micro-batches and ranks."""
 
     inner_epochs: int = 1  # passes over what one `collect` returned
     needs_references: bool = True  # prompts without an answer to imitate are an error before the first step
 
     def __init__(self, config: StageConfig):
         self.config = config
-        self.step_size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+        self.step_size = (
+            config.train.per_device_train_batch_size
+            * config.train.gradient_accumulation_steps
+            * distributed.world_size()
+        )
 
     @abstractmethod
     def collect(self, sources: Sources, models: Models, draw: int) -> Sequence[Item] | RolloutBuffer:

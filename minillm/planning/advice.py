@@ -48,7 +48,7 @@ def _improvements(
     config = next(stage.config for stage in plan.stages if stage.name == worst.name)
     prefix = f"stages.{worst.name}." if plan.document.get("stages") else ""
     for keys, why in _candidates(config, worst.peak.phase, current.world_size):
-        written = [key if key.startswith("engine") and "." not in prefix else prefix + key for key in keys]
+        written = [prefix + key for key in keys]
         try:
             changed = plan_run(load_run(files, [*taken, *written]), gpu=current.gpu.name, world_size=current.world_size)
         except (ConfigErrors, ValueError):  # not for this configuration

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from minillm.kernels.chunks import chunk_rows
-from minillm.kernels.head import TILE_BYTES
 from minillm.kernels.rows_torch import BLOCK_BYTES
 from minillm.planning.ledger import Ledger
 
 LOGITS = torch.float32
-BLOCK_TEMPORARIES = 6  # of a block's size, alive at a time in rows_torch: x, e of both models, the log ratio, a product
+BLOCK_TEMPORARIES = (
+    3  # a model, of a block's size and alive at a time in rows_torch: shifted logits, their exp, a product
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LossShape:
         total = self.models * self.chunk * row
         if self.device.type == "cpu":
             block = max(1, BLOCK_BYTES // row) * row
-            total += BLOCK_TEMPORARIES * min(block, self.chunk * row) + TILE_BYTES
+            total += BLOCK_TEMPORARIES * self.models * min(block, self.chunk * row)
         return total
 
     def full_logits_bytes(self, *, gradient: bool) -> int:

@@ -29,8 +29,13 @@ class PhaseMemory:
         return sum(self.host.values())
 
 
-def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: torch.device) -> list[PhaseMemory]:
-    """Every phase's worst moment, in the order in which they run."""
+def memory_of(
+    simulation: Simulation, work: Work, sharding: Sharding, device: torch.device, *, whole_rollout: bool = False
+) -> list[PhaseMemory]:
+    """Every phase's worst moment, in the order in which they run.
+
+    With `whole_rollout` sharded models are gathered once for a rollout, else layer by layer for every token.
+    """
     student, teacher = simulation.student, simulation.teacher
     one_memory = device.type == "cpu"
     factors, host_factors = sharding.factors(), sharding.host_factors()
@@ -56,7 +61,7 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
                 student.itemsize,
                 sharded=sharding.stage == 3,
             )
-        if teacher is not None and ("teacher" in models or any(term.teacher for term in work.terms)):
+        if teacher is not None and ("teacher" in models or phase == "update" and any(t.teacher for t in work.terms)):
             # the update reads the teacher's head alone
             whole = teacher.parameters if "teacher" in models else teacher.head
             added["gathered layers"] += sharding.gathered(
@@ -64,6 +69,11 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
                 max(teacher.largest_layer, teacher.head) if whole > teacher.head else teacher.head,
                 teacher.itemsize,
                 sharded=sharding.teacher != "replicated",
+            )
+        if phase == "rollout" and whole_rollout and added["gathered layers"]:
+            sizes = {"student": student, "teacher": teacher}
+            added["gathered layers"] = sum(
+                sizes[name].parameters * sizes[name].itemsize for name in models if sharding.is_sharded(name)
             )
         on_device = timeline.peak(factors, added)
         everything = timeline.peak({}, {})

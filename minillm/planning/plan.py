@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -12,7 +11,7 @@ from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.sharding import Sharding, sharding_of
-from minillm.planning.simulate import Simulation, simulate
+from minillm.planning.simulate import PHASES, Setting, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
 from minillm.planning.work import Work, work_of
 
@@ -29,8 +28,8 @@ class StagePlan:
     work: Work
     simulation: Simulation
     memory: list[PhaseMemory]
-    without_checkpointing: int  # the most activations of the update, bytes
-    with_checkpointing: int
+    whole_rollout: bool  # sharded models are gathered once for a rollout, not layer by layer
+    activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
     speed: Speed
     smallest_world_size: int | None  # None: no size up to the largest tried fits
 
@@ -72,48 +71,52 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
     asked = config.train.gradient_checkpointing
 
-    @cache
-    def simulated(work: Work, mixed: bool) -> Simulation:
-        return simulate(config, work, student, teacher, device, checkpointing=asked, mixed_precision=mixed)
+    def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
+        setting = Setting.of(config, checkpointing=checkpointing)
+        return simulate(setting, work.moment, student, teacher, device, phases=phases)
 
-    def memory(size: int) -> list[PhaseMemory]:
+    def activations(checkpointing: bool) -> int:
+        update = simulated(work, checkpointing, PHASES if checkpointing == asked else ("update",))
+        return update.phases["update"].most("activations")
+
+    def memory(size: int) -> tuple[list[PhaseMemory], bool]:
+        """The phases, and whether sharded models are gathered once for a rollout: where that fits."""
         work, sharding = work_of(config, size), sharding_of(config, size)
-        return memory_of(simulated(work.moment, sharding.mixed_precision), work, sharding, device)
+        simulation = simulated(work)
+        phases = memory_of(simulation, work, sharding, device, whole_rollout=True)
+        if all(phase.device_bytes <= gpu.usable_bytes for phase in phases if phase.phase == "rollout"):
+            return phases, True
+        return memory_of(simulation, work, sharding, device), False
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
-    simulation = simulated(work.moment, sharding.mixed_precision)
-    mixed = sharding.mixed_precision
-    other = simulate(
-        config,
-        work.moment,
-        student,
-        teacher,
-        device,
-        checkpointing=not asked,
-        mixed_precision=mixed,
-        phases=("update",),
-    )
-    activations = {
-        flag: one.phases["update"].most("activations") for flag, one in ((asked, simulation), (not asked, other))
-    }
+    phases, whole_rollout = memory(world_size)
+    simulation = simulated(work)
     return StagePlan(
         name=stage.name,
         method=config.method.name,
         sharding=sharding,
         work=work,
         simulation=simulation,
-        memory=memory(world_size),
-        without_checkpointing=activations[False],
-        with_checkpointing=activations[True],
-        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
+        memory=phases,
+        whole_rollout=whole_rollout,
+        activations=activations,
+        speed=speed_of(
+            simulation,
+            work,
+            sharding,
+            gpu,
+            bf16=config.train.bf16,
+            checkpointing=asked,
+            whole_rollout=whole_rollout,
+        ),
         smallest_world_size=_smallest(config, memory, gpu),
     )
 
 
-def _smallest(config: StageConfig, memory: Callable[[int], list[PhaseMemory]], gpu: Gpu) -> int | None:
+def _smallest(config: StageConfig, memory: Callable[[int], tuple[list[PhaseMemory], bool]], gpu: Gpu) -> int | None:
     for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
         try:
-            phases = memory(size)
+            phases, _ = memory(size)
         except ValueError:  # the answers of a buffer do not divide over so many ranks
             continue
         if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:

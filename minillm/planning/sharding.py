@@ -3,10 +3,13 @@
 Sizes that DeepSpeed chooses by itself are its documented defaults; a user's own DeepSpeed JSON is read for them.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from minillm.config.paths import expand
 from minillm.config.root import StageConfig
 
 # DeepSpeed's defaults, in elements
@@ -27,7 +30,6 @@ class Sharding:
     offload_optimizer: bool = False
     offload_param: bool = False
     teacher: str = "replicated"  # sharded | replicated | offloaded
-    mixed_precision: bool = False  # bf16 weights, with fp32 weights and moments in the optimiser
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's `zero_optimization`
 
     def factors(self) -> dict[str, float]:
@@ -55,6 +57,10 @@ class Sharding:
             "optimizer states": states,
             "fp32 master weights": states,
         }
+
+    def is_sharded(self, who: str) -> bool:
+        """Whether a rank holds less than all of the weights of the student or teacher."""
+        return self.stage == 3 if who == "student" else self.teacher != "replicated"
 
     def gathered(self, parameters: int, largest: int, itemsize: int, *, sharded: bool) -> int:
         """Bytes of a sharded model's layers that are whole at a time: at most what is allowed to live and prefetched,
@@ -87,6 +93,10 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         stage=engine.stage,
         offload_optimizer=engine.offload_optimizer,
         offload_param=engine.offload_param,
-        teacher="sharded" if engine.stage == 3 else "replicated",
-        mixed_precision=config.train.bf16,
+        teacher="replicated" if engine.stage < 3 else "offloaded" if engine.offload_param else "sharded",
+        zero={} if engine.config is None else _zero_settings(Path(expand(engine.config))),
     )
+
+
+def _zero_settings(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})

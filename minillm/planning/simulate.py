@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from minillm.config.models import ModelConfig
 from minillm.config.root import StageConfig
 from minillm.data.batch import TokenBatch
 from minillm.models.access import forward_decoder, lm_head, row_hidden
@@ -27,6 +26,7 @@ from minillm.rollout.cache import RoomyLayer, make_cache
 from minillm.rollout.decoder import sampling_mode
 from minillm.rollout.distribution import padded_size
 
+PHASES = ("rollout", "scoring", "update")
 FEW = 3  # layers: the first, the last, and one between two others
 
 
@@ -55,26 +55,56 @@ class ModelSize:
     kv_bytes_per_token: int  # of one sequence, all layers
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What of a stage's configuration the shapes depend on, beside its architectures and sizes."""
+
+    student_dtype: str
+    teacher_dtype: str
+    student_attention: str
+    teacher_attention: str
+    autocast: bool  # bf16, over weights of another dtype
+    states_dtype: str  # of the optimiser's moments
+    master_weights: bool  # the optimiser has an fp32 copy of the weights
+    checkpointing: bool
+
+    @classmethod
+    def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
+        """`checkpointing` stands in for train.gradient_checkpointing."""
+        deepspeed = config.engine.type == "deepspeed"
+        mixed = deepspeed and config.train.bf16  # DeepSpeed casts the weights, torch's autocast each use of them
+        teacher = config.teacher or config.student
+        return cls(
+            student_dtype="bfloat16" if mixed else config.student.dtype,
+            teacher_dtype=teacher.dtype,
+            student_attention=config.student.attn_implementation,
+            teacher_attention=teacher.attn_implementation,
+            autocast=config.train.bf16 and not mixed,
+            states_dtype="float32" if deepspeed else config.student.dtype,
+            master_weights=deepspeed,
+            checkpointing=checkpointing,
+        )
+
+
+_DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
+
+
 def simulate(
-    config: StageConfig,
+    setting: Setting,
     work: Work,
     student: PreTrainedConfig,
     teacher: PreTrainedConfig | None,
     device: torch.device,
     *,
-    checkpointing: bool,
-    mixed_precision: bool = False,
-    phases: Collection[str] = ("rollout", "scoring", "update"),
+    phases: tuple[str, ...] = PHASES,
 ) -> Simulation:
-    """Run the phases.
-
-    Args:
-        checkpointing: stands in for train.gradient_checkpointing.
-        mixed_precision: bf16 weights and gradients, with fp32 weights and moments in the optimiser, and no autocast.
-        phases: those to run.
-    """
-    with FakeTensorMode(), Ledger() as ledger:
-        return _Simulator(config, work, student, teacher, device, ledger, checkpointing, mixed_precision).run(phases)
+    """Run the phases on fake tensors; what was run before in this process is remembered."""
+    texts = [None if one is None else one.to_json_string() for one in (student, teacher)]
+    key = (setting, work, *texts, device.type, phases)
+    if key not in _DONE:
+        with FakeTensorMode(), Ledger() as ledger:
+            _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger).run(phases)
+    return _DONE[key]
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
@@ -84,15 +114,17 @@ def count_parameters(architecture: PreTrainedConfig) -> int:
 
 
 class _Simulator:
-    def __init__(self, config, work, student, teacher, device, ledger: Ledger, checkpointing: bool, mixed: bool):
-        self.config, self.work, self.device, self.ledger, self.mixed = config, work, device, ledger, mixed
+    def __init__(self, setting: Setting, work: Work, student, teacher, device: torch.device, ledger: Ledger):
+        self.setting, self.work, self.device, self.ledger = setting, work, device, ledger
         with ledger.part("student weights"):
-            self.student = without_dropout(_build(student, config.student, "bfloat16" if mixed else None)).train()
+            model = _build(student, setting.student_dtype, setting.student_attention)
+            self.student = without_dropout(model).train()
         self.models = {"student": self.student}
         if teacher is not None:
             with ledger.part("teacher weights"):
-                self.models["teacher"] = _build(teacher, config.teacher).eval().requires_grad_(False)
-        if checkpointing:
+                model = _build(teacher, setting.teacher_dtype, setting.teacher_attention)
+                self.models["teacher"] = model.eval().requires_grad_(False)
+        if setting.checkpointing:
             # no random state to preserve: there is no dropout
             options = {"use_reentrant": False, "preserve_rng_state": False}
             self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -103,11 +135,12 @@ class _Simulator:
     def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
         self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        dtype = torch.float32 if self.mixed else None
+        dtype = getattr(torch, self.setting.states_dtype)
         with ledger.part("optimizer states"):
             states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
         with ledger.part("fp32 master weights"):
-            states += [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained if self.mixed]
+            if self.setting.master_weights:
+                states += [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
         # gradients stay from one step to the next
         with self._gradients():
             ledger.take()
@@ -237,7 +270,7 @@ class _Simulator:
     def _term(self, term: Term) -> None:
         shape = LossShape(term.rows, self.vocab_size, 2 if term.teacher else 1, self.device)
         self.losses[term.name] = shape
-        bf16 = self.config.train.bf16 and not self.mixed
+        bf16 = self.setting.autocast
         batch = _batch(term.batch, term.length, term.rows)
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
@@ -265,12 +298,10 @@ class _Simulator:
         del temporaries
 
 
-def _build(architecture: PreTrainedConfig, config: ModelConfig, dtype: str | None = None) -> PreTrainedModel:
+def _build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
     # the flash packages need a GPU; sdpa, like them, keeps no scores
-    attention = "eager" if config.attn_implementation == "eager" else "sdpa"
-    return AutoModelForCausalLM.from_config(
-        architecture, dtype=getattr(torch, dtype or config.dtype), attn_implementation=attention
-    )
+    attention = "eager" if attention == "eager" else "sdpa"
+    return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype), attn_implementation=attention)
 
 
 def _batch(size: int, length: int, rows: int) -> TokenBatch:

@@ -31,7 +31,14 @@ class Speed:
 
 
 def speed_of(
-    simulation: Simulation, work: Work, sharding: Sharding, gpu: Gpu, *, bf16: bool, checkpointing: bool
+    simulation: Simulation,
+    work: Work,
+    sharding: Sharding,
+    gpu: Gpu,
+    *,
+    bf16: bool,
+    checkpointing: bool,
+    whole_rollout: bool,
 ) -> Speed:
     """Estimates for the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
@@ -59,7 +66,7 @@ def speed_of(
         seconds["update"] += _optimizer_seconds(simulation.student, sharding, gpu)
         if work.decoding is not None and work.decoding.total:
             seconds["rollout"] = max(seconds["rollout"], share * _reading_seconds(sizes, work, gpu))
-        seconds["communication"] = _communication_seconds(sizes, work, sharding, gpu, share)
+        seconds["communication"] = _communication_seconds(sizes, work, sharding, gpu, share, whole_rollout)
     return Speed(flops["rollout"], flops["scoring"], flops["update"], seconds)
 
 
@@ -99,24 +106,32 @@ def _reading_seconds(sizes: dict[str, ModelSize | None], work: Work, gpu: Gpu) -
 
 
 def _communication_seconds(
-    sizes: dict[str, ModelSize | None], work: Work, sharding: Sharding, gpu: Gpu, share: float
+    sizes: dict[str, ModelSize | None],
+    work: Work,
+    sharding: Sharding,
+    gpu: Gpu,
+    share: float,
+    whole_rollout: bool,
 ) -> float:
-    """Gathers and reductions that nothing hides: each model's shards once a pass, gathered once for a rollout."""
+    """Gathers and reductions that nothing hides: a sharded model's weights once a pass, or once for a whole rollout."""
     if sharding.world_size == 1:
         return 0.0
-    remote = (sharding.world_size - 1) / sharding.world_size
     student, teacher = sizes["student"], sizes["teacher"]
     body = student.parameters * student.itemsize
-    micro = work.micro_batches * len(work.terms)
-    moved = body * 2  # gradients: a reduction and its counterpart
-    if sharding.stage == 3:
-        moved += body * 2 * micro  # forward and backward
-    if work.decoding is not None and "student" in work.decoding.models and sharding.stage == 3:
-        moved += body * share
-    if teacher is not None and sharding.teacher != "replicated":
-        whole = teacher.parameters * teacher.itemsize
-        passes = share * ((work.decoding is not None and "teacher" in work.decoding.models) + 0.0)
-        if work.scoring is not None:
-            passes += share * -(-work.scoring.total // work.scoring.batch)
-        moved += whole * passes + teacher.head * teacher.itemsize * work.micro_batches
+    moved = body * 2.0  # gradients: a reduction and its counterpart
+    if sharding.is_sharded("student"):
+        moved += body * 2 * work.micro_batches * len(work.terms)  # forward and backward
+    if teacher is not None and sharding.is_sharded("teacher"):
+        heads = work.micro_batches * sum(term.teacher for term in work.terms)
+        moved += teacher.head * teacher.itemsize * heads
+    for collection in (work.decoding, work.scoring):
+        if collection is None or not collection.total:
+            continue
+        passes = -(-collection.total // collection.batch)
+        if collection is work.decoding:
+            passes = 1 if whole_rollout else passes * collection.answer
+        for name in collection.models:
+            if sharding.is_sharded(name):
+                moved += share * passes * sizes[name].parameters * sizes[name].itemsize
+    remote = (sharding.world_size - 1) / sharding.world_size
     return moved * remote / (gpu.link_gb_per_s * GIGA * LINK_SHARE)

@@ -21,7 +21,9 @@ def render(run: PlannedRun, advice: list[Change]) -> RenderableType:
     parts: list[RenderableType] = []
     for stage in run.stages:
         title = f"stage {stage.name}: {stage.method}" if len(run.stages) > 1 else stage.method
-        parts += [Text(title, style="bold"), _models(stage), _memory(stage, run), *_notes(stage, run)]
+        where = f"{run.gpu.name}, on each of {run.world_size} ranks" if run.world_size > 1 else run.gpu.name
+        heading = Text(f"memory in GiB on {where}, at each phase's worst moment")
+        parts += [Text(title, style="bold"), _models(stage), heading, _memory(stage), *_notes(stage)]
     parts.append(_verdict(run))
     parts += [Text(f"  {place}. {change}") for place, change in enumerate(advice, 1)]
     if advice and not advice[-1].fits:
@@ -78,8 +80,8 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
             for phase in stage.memory
         },
         "activations_bytes": {
-            "without_checkpointing": stage.without_checkpointing,
-            "with_checkpointing": stage.with_checkpointing,
+            "without_checkpointing": stage.activations(False),
+            "with_checkpointing": stage.activations(True),
         },
         "loss_bytes": {
             name: {
@@ -96,6 +98,7 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
             "update": speed.update_flops,
         },
         "estimated_seconds_per_step": speed.seconds,
+        "gather_whole_for_rollout": stage.whole_rollout,
         "smallest_world_size": stage.smallest_world_size,
     }
 
@@ -118,9 +121,8 @@ def _models(stage: StagePlan) -> Table:
     return table
 
 
-def _memory(stage: StagePlan, run: PlannedRun) -> Table:
-    ranks = f", on each of {run.world_size} ranks" if run.world_size > 1 else ""
-    table = Table(title=f"Memory in GiB on {run.gpu.name}{ranks}, at each phase's worst moment", title_justify="left")
+def _memory(stage: StagePlan) -> Table:
+    table = Table()
     table.add_column("part")
     for phase in stage.memory:
         peak = phase is stage.peak
@@ -135,10 +137,10 @@ def _memory(stage: StagePlan, run: PlannedRun) -> Table:
     return table
 
 
-def _notes(stage: StagePlan, run: PlannedRun) -> Iterator[Text]:
+def _notes(stage: StagePlan) -> Iterator[Text]:
     yield Text(
-        f"activations of the update: {_gib(stage.without_checkpointing)} GiB without gradient_checkpointing, "
-        f"{_gib(stage.with_checkpointing)} GiB with it"
+        f"activations of the update: {_gib(stage.activations(False))} GiB without gradient_checkpointing, "
+        f"{_gib(stage.activations(True))} GiB with it"
     )
     for name, shape in stage.simulation.losses.items():
         full = shape.full_logits_bytes(gradient=name != "scoring")
@@ -146,6 +148,9 @@ def _notes(stage: StagePlan, run: PlannedRun) -> Iterator[Text]:
             f"loss `{name}`: {shape.rows:,} rows in chunks of {shape.chunk:,}, logits {_gib(shape.logits_bytes)} GiB; "
             f"full logits would take {_gib(full)} GiB"
         )
+    if stage.work.decoding is not None and any(stage.sharding.is_sharded(name) for name in stage.work.decoding.models):
+        how = "whole, once for a rollout" if stage.whole_rollout else "layer by layer, for every token"
+        yield Text(f"sharded weights are gathered for sampling {how}")
     speed = stage.speed
     yield Text(
         f"FLOPs of a step and rank: {speed.flops / 1e12:,.1f} T (rollout {speed.rollout_flops / 1e12:,.1f}, "

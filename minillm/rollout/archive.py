@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from minillm import distributed
 from minillm.models.pair import Models
 from minillm.rollout.sampling import Answer, Sampling, sample
 
@@ -18,7 +19,7 @@ Record = dict
 
 
 class AnswerArchive:
-    """See the module. One process writes at a time."""
+    """See the module. One run writes at a time: of its ranks the first, while all of them sample."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -42,7 +43,8 @@ class AnswerArchive:
         if len(set(keys)) != len(keys) or len(keys) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")
         header = {"sampling": asdict(sampling), "seed": seed, "vocab_size": models.vocab_size}
-        found = self._prepare(header)
+        found = self._on_rank_0(lambda: self._prepare(header))
+        at_once = batch_size * distributed.world_size()
         prompt_of = dict(zip(keys, prompts, strict=True))
         for key in prompt_of.keys() & found.keys():
             if found[key]["prompt_crc"] != _crc(prompt_of[key]):
@@ -51,9 +53,10 @@ class AnswerArchive:
                     "Delete the file to have the answers written anew"
                 )
         missing = sorted(prompt_of.keys() - found.keys(), key=lambda key: (-len(prompt_of[key]), key))
-        with self.path.open("a", encoding="utf-8") as file:
-            for start in range(0, len(missing), batch_size):
-                chosen = missing[start : start + batch_size]
+        path = self.path if distributed.rank() == 0 else Path(os.devnull)
+        with path.open("a", encoding="utf-8") as file:
+            for start in range(0, len(missing), at_once):
+                chosen = missing[start : start + at_once]
                 answers = sample(
                     models,
                     [prompt_of[key] for key in chosen],
@@ -65,13 +68,20 @@ class AnswerArchive:
                 )
                 file.write("".join(_line(_record(key, answer)) for key, answer in zip(chosen, answers, strict=True)))
                 file.flush()
-                os.fsync(file.fileno())
+                if distributed.rank() == 0:
+                    os.fsync(file.fileno())
                 if progress is not None:
                     progress(len(prompts) - len(missing) + start + len(chosen))
 
     def read(self) -> dict[int, list[int]]:
         """Key -> response ids, with the EOS of those that ended. Empty where there is no file."""
-        return {key: record["response"] for key, record in self._read()[1].items()}
+        found = self._on_rank_0(lambda: self._read()[1])
+        return {key: record["response"] for key, record in found.items()}
+
+    def _on_rank_0(self, work: Callable[[], dict[int, Record]]) -> dict[int, Record]:
+        if distributed.world_size() == 1:
+            return work()
+        return {record["key"]: record for record in distributed.on_rank_0(lambda: list(work().values()))}
 
     def _prepare(self, header: Record) -> dict[int, Record]:
         """The answers that are there; afterwards the file exists, and ends with a whole line."""

@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minillm import distributed
 from minillm.models.pair import Models
+from minillm.models.sharded import whole
 from minillm.rollout.decoder import Decoder, check_positions, sampling_mode
 from minillm.rollout.distribution import Component, draw_tokens, likeliest_tokens, process
 from minillm.rollout.ngrams import NgramBan
@@ -73,7 +75,7 @@ def sample(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """One answer a prompt, in the order of the prompts.
+    """One answer a prompt, in the order of the prompts. All ranks call it with the same prompts and get all answers.
 
     Args:
         keys: a number a prompt, which with `seed` and `draw` decides its noise. Two equal prompts with equal keys get
@@ -87,9 +89,11 @@ def sample(
     """
     roles = _roles(models, sampling, who)
     _check(models, prompts, sampling, keys, batch_size, roles)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    answers: list[Answer | None] = [None] * len(prompts)
-    with sampling_mode([getattr(models, role) for role in roles]):
+    mine = distributed.share(len(prompts))
+    order = sorted(mine, key=lambda index: len(prompts[index]), reverse=True)
+    answers: dict[int, Answer] = {}
+    taking_part = [getattr(models, role) for role in roles]
+    with whole(*taking_part), sampling_mode(taking_part):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             noise = uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens)
@@ -97,8 +101,37 @@ def sample(
             for index, answer in zip(chosen, decoded, strict=True):
                 answers[index] = answer
             if progress is not None:
-                progress(start + len(chosen))
-    return answers
+                progress(min(len(prompts), (start + len(chosen)) * distributed.world_size()))
+    return _of_all_ranks(prompts, [answers[index] for index in mine])
+
+
+def _of_all_ranks(prompts: Sequence[list[int]], mine: list[Answer]) -> list[Answer]:
+    """Every rank samples its share of the prompts, and all of them get all answers."""
+    if distributed.world_size() == 1:
+        return mine
+    parts = distributed.gather_tensors(
+        {
+            "lengths": torch.tensor([len(answer.response) for answer in mine], dtype=torch.int64),
+            "ids": torch.tensor([token for answer in mine for token in answer.response], dtype=torch.int64),
+            "ended": torch.tensor([answer.ended for answer in mine], dtype=torch.bool),
+            "logprobs": torch.cat([torch.empty(0), *(answer.logprobs for answer in mine)]),
+        }
+    )
+    columns = [
+        list(
+            zip(
+                part["ids"].split(part["lengths"].tolist()) if len(part["lengths"]) else (),
+                part["ended"].tolist(),
+                part["logprobs"].split(part["lengths"].tolist()) if len(part["lengths"]) else (),
+                strict=True,
+            )
+        )
+        for part in parts
+    ]
+    return [
+        Answer(list(prompt), ids.tolist(), ended, logprobs.clone())
+        for prompt, (ids, ended, logprobs) in zip(prompts, distributed.interleave(columns), strict=True)
+    ]
 
 
 def _roles(models: Models, sampling: Sampling, who: Who) -> dict[str, float]:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from minillm import distributed
 from minillm.data.batch import TokenBatch, collate
 from minillm.losses import linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.pair import Models
+from minillm.models.sharded import whole
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.decoder import sampling_mode
 from minillm.rollout.sampling import Answer
@@ -27,9 +29,10 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     _require_teacher(models)
     if len(keys) != len(answers):
         raise ValueError(f"{len(answers)} answers, but {len(keys)} keys")
-    rollouts: list[Rollout | None] = [None] * len(answers)
-    order = sorted(range(len(answers)), key=lambda index: len(answers[index].prompt) + len(answers[index].response))
-    with sampling_mode([models.student, models.teacher]):
+    rollouts: dict[int, Rollout] = {}
+    mine = distributed.share(len(answers))
+    order = sorted(mine, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
+    with whole(models.student, models.teacher), sampling_mode([models.student, models.teacher]):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([(answers[index].prompt, answers[index].response) for index in chosen], models.pad_id)
@@ -45,7 +48,13 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
                     | {name: parts[place].clone() for name, parts in vectors.items()},
                     teacher_hidden=hidden[place],
                 )
-    return RolloutBuffer(rollouts)
+    scored = RolloutBuffer(rollouts[index] for index in mine)
+    if distributed.world_size() == 1:
+        return scored
+    parts = distributed.gather_tensors(scored.state() if len(scored) else {})
+    return RolloutBuffer(
+        distributed.interleave([list(RolloutBuffer.from_state(part)) if part else [] for part in parts])
+    )
 
 
 def teacher_hidden(models: Models, batch: TokenBatch) -> Tensor:  # (N, H_t)

@@ -71,7 +71,7 @@ def test_values_never_change_after_loading():
         ("method.name", "minilm", "is not one of minillm, sft, kd, seqkd, gkd (did you mean minillm?)"),
         ("data.prompts.type", "parket", "did you mean parquet?"),
         ("data.prompts.type", ["hf"], "is not one of jsonl"),
-        ("engine.type", "deepspeed", "there is no 'deepspeed' here, only torch"),
+        ("engine.type", "fsdp", "'fsdp' is not one of torch, deepspeed"),
         ("log.report_to", ["wandb"], "only tensorboard"),
         ("student.init", "pruned", "did you mean prune?"),
         ("train.max_steps", "3", "leave the quotes out"),

@@ -1,0 +1,186 @@
+"""The processes of a run: who this one is, and how they exchange small things. With one process all of it is a no-op.
+
+What crosses over is JSON or safetensors, never a pickle.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+T = TypeVar("T")
+GRACE_SECONDS = 10.0  # for a rank to stop by itself after another one is gone
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_peers: list[dict] = []
+_left = threading.Event()
+
+
+def launched_size() -> int:
+    """How many processes the launcher's environment says there are; before any of them has joined."""
+    size = os.environ.get("WORLD_SIZE")
+    if size is None and "SLURM_STEP_ID" in os.environ:
+        size = os.environ.get("SLURM_NTASKS")
+    return int(size or 1)
+
+
+def join(output_dir: Path) -> None:
+    """Join the group that the environment names (torchrun, deepspeed or Slurm); alone where it names none.
+
+    From then on a rank of this machine that dies is noticed: the others say which one it was and stop.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ and launched_size() > 1:
+        for name, of_slurm in _SLURM.items():
+            os.environ[name] = os.environ[of_slurm]
+        os.environ.setdefault("MASTER_PORT", "29500")
+        if "MASTER_ADDR" not in os.environ:
+            raise ValueError("Slurm starts several tasks, but MASTER_ADDR, the host of the first one, is not set")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if launched_size() > 1:
+        dist.init_process_group(backend)
+    else:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _left.clear()
+    _peers[:] = gather({"rank": rank(), "host": socket.gethostname(), "pid": os.getpid()})
+    if world_size() > 1:
+        threading.Thread(target=_watch, args=(output_dir,), daemon=True).start()
+
+
+def leave() -> None:
+    """The work of all ranks is done."""
+    if dist.is_initialized():
+        barrier()
+        _left.set()
+        dist.destroy_process_group()
+
+
+def lost_ranks() -> str | None:
+    """The ranks of this machine that are gone, in words; None where none is."""
+    here = socket.gethostname()
+    gone = [peer for peer in _peers if peer["host"] == here and not _alive(peer["pid"])]
+    return ", ".join(f"rank {peer['rank']} (process {peer['pid']} on {here})" for peer in gone) or None
+
+
+def stopped_message(lost: str) -> str:
+    """What the remaining ranks say."""
+    return f"{lost} was killed or crashed; the others stop. Start again with --resume to go on from the last checkpoint"
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(count: int) -> range:
+    """The indices of `count` things that are this rank's: every world_size-th."""
+    return range(rank(), count, world_size())
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    gather(None)
+
+
+def gather(value: Any) -> list[Any]:
+    """What every rank has, in the order of ranks: anything that JSON can say."""
+    return [json.loads(part) for part in _gather_bytes(json.dumps(value).encode())]
+
+
+def gather_tensors(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Every rank's named tensors, on the CPU."""
+    if world_size() == 1:
+        return [dict(tensors)]
+    return [load(part) for part in _gather_bytes(save({name: t.contiguous() for name, t in tensors.items()}))]
+
+
+def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
+    """What was dealt out by `share`, in its first order."""
+    return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
+
+
+def total(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over the ranks by name; a rank need not have all names."""
+    sums: dict[str, float] = {}
+    for part in gather(dict(values)):
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """Do it on rank 0 alone; the others get its result (what JSON can say), or its error."""
+    if world_size() == 1:
+        return work()
+    result, problem = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            problem = error
+    told = gather([result, None if problem is None else f"{type(problem).__name__}: {problem}"])[0]
+    if problem is not None:
+        raise problem
+    if told[1] is not None:
+        raise RuntimeError(f"rank 0: {told[1]}")
+    return told[0]
+
+
+def _gather_bytes(data: bytes) -> list[bytes]:
+    if world_size() == 1:
+        return [data]
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(data)]))
+    longest = max(int(length) for length in lengths)
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(parts, mine)
+    return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in ("Z", "X")
+
+
+def _watch(output_dir: Path) -> None:
+    """End this process where another one of this machine is gone and the main thread waits for it."""
+    while not _left.wait(1.0):
+        lost = lost_ranks()
+        if lost is None:
+            continue
+        if _left.wait(GRACE_SECONDS):
+            return
+        message = stopped_message(lost)
+        record_failure(output_dir, message)
+        print(f"minillm: {message}", flush=True)
+        os._exit(1)
+
+
+def record_failure(output_dir: Path, text: str) -> None:
+    """Append to this rank's log of failures, ranks/rank-N.log in the run's folder."""
+    folder = output_dir / "ranks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"rank-{rank()}.log").open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")

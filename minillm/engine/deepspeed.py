@@ -1,0 +1,175 @@
+"""The engine of several processes: DeepSpeed's ZeRO-1, 2 or 3 around the module whose forward is the loss.
+
+Gradients are those of one process with the whole batch: divisors are summed over the ranks, and what DeepSpeed divides
+by their number is multiplied by it before.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from minillm import distributed
+from minillm.atomic import sync
+from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
+from minillm.config.training import TrainConfig
+from minillm.engine.base import NonFiniteError, StepResult
+from minillm.engine.module import StudentLoss, to_device
+from minillm.engine.torch import decay_groups
+from minillm.methods.base import Term
+from minillm.models.pair import Models
+from minillm.models.sharded import is_sharded
+
+# what an optimiser of DeepSpeed says of itself that is plain data of this rank
+_STATES = ("optimizer_state_dict", "base_optimizer_state")
+
+
+class DeepSpeedEngine:
+    """See the module; the protocol is minillm.engine.base.Engine. Every rank of the group makes one."""
+
+    def __init__(self, models: Models, train: TrainConfig, config: DeepSpeedConfig, *, total_steps: int):
+        deepspeed = _deepspeed()
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.models = models
+        settings = engine_settings(train, config, world_size=self.world_size)
+        if config.stage == 3 and models.teacher is not None and not is_sharded(models.teacher):
+            frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}
+            zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
+            if models.teacher.dtype == torch.bfloat16:
+                frozen["bf16"] = {"enabled": True}
+            # the engine is kept alive with the model whose weights it gathers
+            models.teacher.zero_engine = [
+                deepspeed.initialize(model=models.teacher, config={**frozen, "zero_optimization": zero})[0]
+            ]
+        student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
+        if train.gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
+        client = torch.optim.AdamW(
+            decay_groups(student, train.weight_decay),
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+        )
+        self.scheduler = get_scheduler(
+            train.lr_scheduler_type,
+            client,
+            num_warmup_steps=train.warmup_steps,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs) or None,
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+
+    def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
+        terms = [term for micro_batch in micro_batches for term in micro_batch]
+        counts: dict[str, float] = defaultdict(float)
+        for term in terms:
+            counts[term.name] += term.count
+        divisors = distributed.total(counts)
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.models.device))
+        rows: dict[str, float] = defaultdict(float)
+        for place, term in enumerate(terms):
+            self.engine.set_gradient_accumulation_boundary(place == len(terms) - 1)
+            loss, metrics = self.engine(to_device(term, self.models.device))
+            loss = loss * (term.weight / (divisors[term.name] or 1.0))
+            self.engine.backward(loss * self.world_size)
+            sums["loss"] += loss.detach()
+            sums[f"loss/{term.name}"] += loss.detach()
+            rows[f":{term.name}"] += len(term.batch.labels)
+            for name, value in metrics.items():
+                sums[f"{term.name}:{name}"] += value
+        totals = distributed.total({name: value.item() for name, value in sums.items()} | rows)
+        result = {name: value for name, value in totals.items() if ":" not in name}
+        if not math.isfinite(result["loss"]):
+            raise NonFiniteError(", ".join(f"{name} {value}" for name, value in result.items()))
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.engine.step()
+        result["grad_norm"] = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(result["grad_norm"]) or not self.engine.was_step_applied():
+            raise NonFiniteError(", ".join(f"{name} {value}" for name, value in result.items()))
+        self.scheduler.step()
+        result["learning_rate"] = learning_rate
+        for name, value in totals.items():
+            term, _, metric = name.partition(":")
+            if term and metric:
+                result[metric] = value / max(totals[f":{term}"], 1.0)
+        return StepResult(result, int(sum(value for name, value in totals.items() if name.startswith(":"))))
+
+    def save_state(self, folder: Path) -> None:
+        """This rank's part: its share of the optimiser and of the exact weights, and its random generators."""
+        state = {
+            "optimizer": {name: value for name, value in self.optimizer.state_dict().items() if name in _STATES},
+            "weights": [part.detach().cpu().clone() for part in self._partitions()],
+            "scheduler": self.scheduler.state_dict(),
+            "cpu_rng": torch.get_rng_state(),
+        }
+        if self.models.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.models.device)
+        path = folder / f"engine-{self.rank}-of-{self.world_size}.pt"
+        torch.save(state, path)
+        sync(path)
+
+    def load_state(self, folder: Path) -> None:
+        """Raises FileNotFoundError where the state was saved by another number of ranks."""
+        path = folder / f"engine-{self.rank}-of-{self.world_size}.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        mine = self.optimizer.state_dict() | state["optimizer"]
+        if "fp32_flat_groups" in mine:
+            mine["fp32_flat_groups"] = state["weights"]
+        self.optimizer.load_state_dict([mine] * self.world_size, load_optimizer_states=True)
+        for part, saved in zip(self._partitions(), state["weights"], strict=True):
+            part.data.copy_(saved)
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["cpu_rng"])
+        if "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """This rank's share of the weights in fp32, which the optimiser steps."""
+        if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+
+def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration: the user's file, with what minillm decides put over it."""
+    given = {} if config.config is None else json.loads(Path(config.config).read_text(encoding="utf-8"))
+    zero: dict[str, Any] = {**given.get("zero_optimization", {}), "stage": config.stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_param:
+        zero["offload_param"] = {"device": "cpu"}
+    settings = {
+        **given,
+        "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,  # minillm says itself where a step ends
+        "train_batch_size": train.per_device_train_batch_size * world_size,
+        "gradient_clipping": train.max_grad_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, which needs no compiling
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    settings["steps_per_print"] = given.get("steps_per_print", 1_000_000_000)
+    if train.bf16:
+        settings["bf16"] = {**given.get("bf16", {}), "enabled": True}
+    return settings
+
+
+def _deepspeed():
+    """DeepSpeed, without the shared-memory operation that it would compile for minutes on a machine without GPU."""
+    import logging
+    import os
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
+    return deepspeed

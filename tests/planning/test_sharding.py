@@ -1,0 +1,40 @@
+"""What ZeRO's stages leave on a rank, and what DeepSpeed's own file says."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from minillm.planning.sharding import Sharding, sharding_of
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "states"), [(1, 1, 1, 1 / 4), (2, 1, 1 / 4, 1 / 4), (3, 1 / 4, 1 / 4, 1 / 4)]
+)
+def test_stages_shard_more_and_more(stage, weights, gradients, states):
+    factors = Sharding(world_size=4, stage=stage).factors()
+    assert (factors["student weights"], factors["gradients"], factors["optimizer states"]) == (
+        weights,
+        gradients,
+        states,
+    )
+
+
+def test_what_is_offloaded_is_in_the_host():
+    sharding = Sharding(world_size=4, stage=3, offload_optimizer=True, offload_param=True, teacher="offloaded")
+    for part in ("student weights", "teacher weights", "optimizer states", "fp32 master weights"):
+        assert sharding.factors()[part] == 0 and sharding.host_factors()[part] == 1 / 4
+
+
+def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):
+    sharding = Sharding(world_size=2, stage=3)
+    assert sharding.gathered(7_000_000_000, 200_000_000, 2, sharded=True) == 2 * (1_000_000_000 + 50_000_000)
+    assert sharding.gathered(500_000_000, 200_000_000, 2, sharded=True) == 2 * 500_000_000
+    assert sharding.gathered(500_000_000, 200_000_000, 2, sharded=False) == 0
+    file = tmp_path / "ds.json"
+    zero = {"stage3_max_live_parameters": 1e6, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": "auto"}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    engine = SimpleNamespace(type="deepspeed", stage=3, offload_optimizer=False, offload_param=True, config=str(file))
+    read = sharding_of(SimpleNamespace(engine=engine), 2)
+    assert read.teacher == "offloaded" and read.gathered(7_000_000_000, 200_000_000, 2, sharded=True) == 400_000_000
+    assert read.buckets(7_000_000_000, 2) == 1_000_000_000
