@@ -106,10 +106,11 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 def _experiment(arguments: argparse.Namespace) -> int:
     from minillm.config.paths import expand
+    from minillm.distributed import launched_size
     from minillm.experiment.jobs import commands
     from minillm.experiment.loading import chosen_arms, chosen_seeds, load_experiment
     from minillm.experiment.report import write_experiment_report
-    from minillm.experiment.runner import run_experiment
+    from minillm.experiment.runner import run_experiment, train_together
 
     experiment = load_experiment(arguments.name, arguments.words)
     seeds = chosen_seeds(experiment, arguments.seeds)
@@ -118,11 +119,12 @@ def _experiment(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(commands(experiment, output, seeds, arms)))
         return 0
+    own = seeds if arguments.seed is None else [arguments.seed]
+    if launched_size() > 1:
+        train_together(experiment, output, seeds=own, arms=arms)
+        return 0
     failures = []
     if not arguments.report:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("an experiment is one process a run; start it without a launcher of several")
-        own = seeds if arguments.seed is None else [arguments.seed]
         failures = run_experiment(experiment, output, seeds=own, arms=arms, report_seeds=seeds)
     print(write_experiment_report(experiment, output, seeds))
     for failure in failures:

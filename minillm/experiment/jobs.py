@@ -83,7 +83,7 @@ def command_of(experiment: Experiment, output: Path, seeds: Sequence[int]) -> li
 
 def commands(experiment: Experiment, output: Path, seeds: Sequence[int], arms: Sequence[str]) -> Iterator[str]:
     """One command a run, for machines of a cluster: comments say which have to be done before which."""
-    start = command_of(experiment, output, seeds)
+    whole = shlex.join(command_of(experiment, output, seeds))
     jobs = plan_jobs(experiment, output, seeds, arms)
     waves = _waves(experiment, jobs)
     for wave, names in enumerate(waves):
@@ -94,9 +94,15 @@ def commands(experiment: Experiment, output: Path, seeds: Sequence[int], arms: S
         )
         for job in jobs:
             if job.name in names:
-                yield shlex.join([*start, "--arms", job.name, "--seed", str(job.seed)])
-    yield "# in the end, the report"
-    yield shlex.join([*start, "--report"])
+                yield f"{_launcher(experiment, job)}{whole} --arms {job.name} --seed {job.seed}"
+    yield "# in the end, what is left to be measured, and the report"
+    yield whole
+
+
+def _launcher(experiment: Experiment, job: Job) -> str:
+    """What stands before the command of a run of several processes; it trains, and measures nothing."""
+    several = job.trained and experiment.stage(job.name).config.engine.type != "torch"
+    return "torchrun --nproc-per-node $GPUS --no-python " if several else ""
 
 
 def _waves(experiment: Experiment, jobs: Sequence[Job]) -> list[set[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config.base import Place
-from minillm.config.document import COMMAND_LINE, Node, Origin, merge, read_file, read_override
+from minillm.config.document import COMMAND_LINE, Node, Origin, merge, read_file, read_override, wrap
 from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.evaluation import EvalConfig
 from minillm.config.facts import Facts
@@ -153,23 +153,40 @@ def _as_stages(document: Node, config: ExperimentConfig, problems: list[Problem]
     stages = {}
     for group in ("shared", "arms"):
         for name, node in document.value[group].value.items() if group in document.value else ():
-            if name in stages or name in (STUDENT, TEACHER):
+            if name in stages or group == "arms" and name in (STUDENT, TEACHER):
                 problems.append(
                     node.origin.problem(f"{name} is taken: every arm and shared stage has a name of its own")
                 )
             elif not isinstance(node.value, str):
                 stages[name] = node
-    if not stages:  # every arm is a model: what base says is checked as if it were trained
-        stages["base"] = Node({}, base.origin)
     origin = document.origin
     keys = {key: node for key, node in base.value.items() if key not in OF_THE_EXPERIMENT}
+    if not stages:  # every arm is a model: nothing is trained, and base need not say how
+        stages["base"] = Node({}, base.origin)
+        keys = {**_never_trained(document, config), **keys}
     keys |= {"output_dir": Node(config.output_dir, origin), "seed": Node(config.seeds[0], origin)}
-    return Node({**keys, "stages": Node(stages, origin)}, origin)
+    return Node({**keys, "stages": Node(stages, origin)}, base.origin)
+
+
+def _never_trained(document: Node, config: ExperimentConfig) -> dict[str, Node]:
+    """What a stage must have and an experiment that only measures models has no need to say."""
+    model = next((text for text in config.arms.values() if text != STUDENT), None)
+    sets = document.value["evaluation"].plain().get("sets") or {}
+    filled = {
+        "student": {"path": model},
+        "method": {"name": "sft"},
+        "train": {"max_steps": 1},
+        "data": {"prompts": next(iter(sets.values()), None)},
+    }
+    return {key: wrap(value, document.value["arms"].origin) for key, value in filled.items()}
 
 
 def _evaluation(document: Node, trees: dict[str, Node], config: ExperimentConfig, problems: list[Problem]):
     """What every arm is measured with."""
-    base = {key: node for key, node in document.value["base"].value.items() if key in ("teacher", "engine")}
+    base = {key: node for key, node in document.value["base"].value.items() if key == "engine"}
+    # every arm is measured beside its own teacher; where base names none, that of the first arm that has one
+    having = [tree.value["teacher"] for tree in (document.value["base"], *trees.values()) if "teacher" in tree.value]
+    base |= {"teacher": having[0]} if having else {}
     tree = Node({**base, "eval": document.value["evaluation"]}, document.origin)
     return checked_evaluation(tree, problems, name="evaluation", before=list(config.shared))
 

@@ -19,35 +19,36 @@ from minillm.reporting.settings import differing_keys
 
 REPORT, TABLE, VALUES = "report.md", "table.csv", "values.csv"
 SHOWN_SAMPLES = 2
+PICTURES = {
+    "arms": "The arms, with a dot a seed",
+    "curves": "While training, by tokens",
+    "curves-time": "While training, by time",
+    "exposure-bias": "Excess accumulated error by length",
+    "calibration": "Accuracy by confidence",
+    "diversity": "Distinct n-grams by loss",
+    "length-buckets": "Rouge-L by the length of the reference",
+}
 
 
-def write_experiment_report(experiment: Experiment, output: Path, seeds: Sequence[int]) -> Path:
+def write_experiment_report(
+    experiment: Experiment, output: Path, seeds: Sequence[int], *, pictures: bool = True
+) -> Path:
     """Write everything anew from the folders of the runs; returns the path of report.md.
 
-    Raises ValueError where a file of theirs cannot be read.
+    Without `pictures`, which take some seconds, those that are there stay. Raises ValueError where a file of the runs
+    cannot be read.
     """
     results, config = read_results(experiment, output, list(seeds)), experiment.config
-    pictures = [
-        (draw_ends(results, config.measures, output / "arms.png"), "The arms, with a dot a seed", "arms.png"),
-        (draw_curves(results, config.measures, output / "curves.png"), "While training, by tokens", "curves.png"),
-        (
-            draw_curves(results, config.measures, output / "curves-time.png", along="seconds"),
-            "While training, by time",
-            "curves-time.png",
-        ),
-    ]
-    found = {arm: [result.found for result in row.values()] for arm, row in results.arms.items()}
-    analyses = [path.name for path in draw_analyses(found, output)]
-    verdicts = [judge(claim, results) for claim in config.claims]
+    if pictures:
+        _draw(results, config.measures, output)
     rows = _rows(results)
     sections = [
         f"# {config.title}",
         config.description.strip(),
         _state(experiment, results, seeds),
-        _verdicts(verdicts),
+        _verdicts([judge(claim, results) for claim in config.claims]),
         _table(rows, config.measures),
-        *(f"![{title}]({name})" for drawn, title, name in pictures if drawn),
-        *(f"![{name.removesuffix('.png')}]({name})" for name in analyses),
+        *(f"![{title}]({name}.png)" for name, title in PICTURES.items() if (output / f"{name}.png").is_file()),
         _failures(results),
         _samples(results),
         _settings(experiment),
@@ -58,6 +59,13 @@ def write_experiment_report(experiment: Experiment, output: Path, seeds: Sequenc
     path = output / REPORT
     write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+def _draw(results: Results, measures: Sequence[str], output: Path) -> None:
+    draw_ends(results, measures, output / "arms.png")
+    draw_curves(results, measures, output / "curves.png")
+    draw_curves(results, measures, output / "curves-time.png", along="seconds")
+    draw_analyses({arm: [one.found for one in row.values()] for arm, row in results.arms.items()}, output)
 
 
 def _rows(results: Results) -> dict[str, dict[int, Result]]:

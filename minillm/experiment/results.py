@@ -1,5 +1,6 @@
 """What the folders of an experiment hold: a number for every arm, seed and measure that is there."""
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,8 +93,9 @@ def _costs(records: list[dict]) -> dict[str, float]:
 
 
 def over_seeds(values: dict[int, float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None for a deviation of fewer than two values."""
+    """Mean and sample standard deviation; None for a deviation of fewer than two values, or of some not finite."""
     numbers = list(values.values())
     if not numbers:
         return None, None
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
+    spread = len(numbers) > 1 and all(map(math.isfinite, numbers))
+    return statistics.fmean(numbers), statistics.stdev(numbers) if spread else None

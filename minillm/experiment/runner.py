@@ -24,6 +24,10 @@ from minillm.run import FREE_ON_RESUME, Shared, run
 from minillm.trainer import TrainingError
 
 
+class BusyError(TrainingError):
+    """A run that another process has in hand."""
+
+
 def run_experiment(
     experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str], report_seeds: Sequence[int]
 ) -> list[str]:
@@ -57,11 +61,28 @@ def run_experiment(
                 (job.folder / FAILURE).unlink(missing_ok=True)
             except TrainingError as error:
                 failures.append(f"{job.name}, seed {job.seed}: {error}")
-                write_text(job.folder / FAILURE, f"{error}\n")
+                if not isinstance(error, BusyError):
+                    write_text(job.folder / FAILURE, f"{error}\n")
                 console.note(f"{job.name}, seed {job.seed} has failed: {error}")
             done += 1
-        write_experiment_report(experiment, output, report_seeds)
+        write_experiment_report(experiment, output, report_seeds, pictures=False)
     return failures
+
+
+def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str]) -> None:
+    """One run as one of several processes that a launcher has started; nothing is measured.
+
+    Raises ValueError where there is not exactly one run to train, and TrainingError as `run` does.
+    """
+    jobs = plan_jobs(experiment, output, seeds, arms)
+    left = [job for job in jobs if job.trained and not (job.folder / FINAL).is_dir()]
+    if len(left) != 1:
+        names = ", ".join(f"{job.name} with seed {job.seed}" for job in left) or "none"
+        raise ValueError(f"a launcher of several processes trains one run at a time; left to train: {names}. Name one "
+                         "with --arms and --seed, in the order of --list")  # fmt: skip
+    check_finished(experiment, output, jobs)
+    with Console() as console:
+        run(plan_of(experiment, output, left[0]), resume=True, console=console)
 
 
 def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) -> None:
@@ -142,7 +163,7 @@ def alone(job: Job) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TrainingError(f"another process is at work in {job.folder}") from None
+            raise BusyError(f"another process is at work in {job.folder}") from None
         yield
 
 

@@ -39,7 +39,5 @@ def test_commands_come_in_the_order_in_which_they_can_run(write):
     lines = list(commands(experiment, Path("out"), [1], experiment.arms))
     start = "minillm experiment three.yaml base.train.max_steps=3 --output out --seeds 1"
     work = [line for line in lines if not line.startswith("#")]
-    assert work == [f"{start} --arms {name} --seed 1" for name in ("warmup", "start", "sft", "kd", "timed")] + [
-        f"{start} --report"
-    ]
+    assert work == [f"{start} --arms {name} --seed 1" for name in ("warmup", "start", "sft", "kd", "timed")] + [start]
     assert [place for place, line in enumerate(lines) if line.startswith("#")] == [0, 2, 6, 8]

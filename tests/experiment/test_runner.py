@@ -19,8 +19,8 @@ def do(*arguments: str) -> int:
 
 
 @pytest.fixture
-def runs(monkeypatch) -> list[tuple[str, int, int]]:
-    """(arm, seed, steps taken so far) of every run that was started."""
+def runs(monkeypatch) -> list[tuple[str, int]]:
+    """(arm, seed) of every run that was started."""
     started, real = [], runner.run
 
     def spy(plan, **options):
@@ -40,7 +40,12 @@ def test_everything_is_done_once_and_written_down(write, runs, capsys):
     report = (output / "report.md").read_text()
     assert "# Three arms" in report and "Not there yet" not in report and "## Claims" in report
     rows = {row["arm"]: row for row in csv.DictReader((output / "table.csv").open())}
-    assert list(rows) == ["start", "sft", "kd", "timed", "teacher of kd"] or list(rows)[:4] == ["start", "sft", "kd", "timed"]
+    assert list(rows) == ["start", "sft", "kd", "timed", "teacher of kd"] or list(rows)[:4] == [
+        "start",
+        "sft",
+        "kd",
+        "timed",
+    ]
     values = [row for row in csv.DictReader((output / "values.csv").open()) if row["arm"] == "sft"]
     losses = [float(row["value"]) for row in values if row["measure"] == "loss_nats"]
     assert len(losses) == 2 and float(rows["sft"]["loss_nats"]) == pytest.approx(sum(losses) / 2)
@@ -91,7 +96,7 @@ def test_an_interrupted_arm_goes_on_from_its_checkpoint(write, monkeypatch):
     assert do(name, "--seeds", "1", "--arms", "start,sft") == 130
     assert do(name, "--seeds", "1", "--arms", "start,sft") == 0
     steps = [entry[1] for entry in taken if entry and entry[0] == "sft"]
-    assert sorted(steps) == [0, 1, 2, 3, 4] or steps == [0, 1, 2, 3, 4]
+    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_a_run_that_stops_is_written_down_and_the_others_go_on(write, capsys):
@@ -125,7 +130,8 @@ def test_two_processes_do_not_work_on_one_run(write, capsys):
 
 def test_a_report_of_nothing_and_of_the_list(write, capsys):
     experiment = load_experiment(write())
-    text = write_experiment_report(experiment, Path("new"), [1]).read_text() if Path("new").mkdir() is None else ""
+    Path("new").mkdir()
+    text = write_experiment_report(experiment, Path("new"), [1]).read_text()
     assert "Nothing has been measured yet" in text and "**Not there yet:** start (seed 1)" in text
     assert do("three.yaml", "--list") == 0
     assert "--arms kd --seed 2" in capsys.readouterr().out
