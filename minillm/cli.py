@@ -161,7 +161,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     files, overrides = _split(arguments.words)
     plan = evaluation_plan(files, overrides, seeds=arguments.seeds, max_prompts=arguments.max_prompts)
     with Console() as console:
-        options = {name: getattr(arguments, name) for name in ("dtype", "output", "figures")}
+        options = {"dtype": arguments.dtype, "output": arguments.output}
+        if arguments.figures is not None:
+            options["figures"] = arguments.figures
         evaluate_model(arguments.model, plan, console, **options)
     return 0
 
