@@ -124,6 +124,8 @@ def _experiment(arguments: argparse.Namespace) -> int:
         train_together(experiment, output, seeds=own, arms=arms)
         return 0
     failures = []
+    if arguments.report and not output.is_dir():
+        raise ValueError(f"{output}: no such folder; nothing of this experiment has been run there")
     if not arguments.report:
         failures = run_experiment(experiment, output, seeds=own, arms=arms, report_seeds=seeds)
     print(write_experiment_report(experiment, output, seeds))

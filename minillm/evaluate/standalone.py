@@ -126,7 +126,7 @@ def evaluate_model(
         "curves": evaluation.curves,
     }
     if figures is not None:
-        for path in draw_analyses({model: [result]}, figures):
+        for path in draw_analyses({Path(model).name: [result]}, figures):
             console.note(f"drawn: {path}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

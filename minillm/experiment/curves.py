@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from minillm.experiment.measures import metric_of
 from minillm.experiment.results import Result, Results, over_seeds
 from minillm.metrics import read_numbers
-from minillm.reporting.curves import COLOURS, MARKERS, TEACHER, dress, pick
+from minillm.reporting.curves import COLOURS, DASHES, MARKERS, TEACHER, dress, pick
 from minillm.reporting.metric import find_metric
 from minillm.reporting.panels import draw_panels
 
@@ -32,7 +32,10 @@ def draw_curves(results: Results, measures: Sequence[str], path: Path, *, along:
                 colour = pick(COLOURS, place)
                 x = [point[0] for point in line]
                 means, deviations = ([metric.scale * point[part] for point in line] for part in (1, 2))
-                panel.plot(x, means, color=colour, marker=pick(MARKERS, place), markersize=3.5, label=arm)
+                dashes = pick(DASHES, place // len(COLOURS))
+                panel.plot(
+                    x, means, linestyle=dashes, color=colour, marker=pick(MARKERS, place), markersize=3.5, label=arm
+                )
                 low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
                 panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         dress(panel, metric.title, metric.unit, AXES[along])

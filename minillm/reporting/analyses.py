@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from minillm.metrics import read_numbers
-from minillm.reporting.curves import COLOURS, GREY, MARKERS, dress, pick
+from minillm.reporting.curves import COLOURS, DASHES, GREY, MARKERS, dress, pick
 from minillm.reporting.metric import find_metric
 from minillm.reporting.panels import draw_panels
 
@@ -38,7 +38,8 @@ def draw_exposure_bias(found: Found, path: Path) -> bool:
                 )
                 excess = 100 * (student - teacher) / teacher
                 lengths = np.arange(1, len(excess) + 1)
-                panel.plot(lengths[1:], excess[1:], color=pick(COLOURS, place), label=model)
+                dashes = pick(DASHES, place // len(COLOURS))
+                panel.plot(lengths[1:], excess[1:], color=pick(COLOURS, place), linestyle=dashes, label=model)
         panel.axhline(0, color=GREY, linewidth=0.8)
         dress(panel, f"Exposure bias: {name}", "excess error (%)", "tokens of answer")
 

@@ -128,11 +128,23 @@ def test_two_processes_do_not_work_on_one_run(write, capsys):
     assert not (job.folder / "failure.txt").exists()
 
 
+def test_processes_of_a_launcher_train_one_run_together(write, runs, monkeypatch, capsys):
+    name = write()
+    monkeypatch.setattr("minillm.distributed.launched_size", lambda: 2)
+    assert do(name) == 2
+    assert "left to train: warmup with seed 1, sft with seed 1" in capsys.readouterr().err
+    assert do(name, "--arms", "warmup", "--seed", "2") == 0 and runs == [("warmup", 2)]
+    assert do(name, "--arms", "sft", "--seed", "2") == 0 and runs[1:] == [("sft", 2)]
+    assert not Path("out/seed-2/sft/evaluation.json").exists()
+
+
 def test_a_report_of_nothing_and_of_the_list(write, capsys):
     experiment = load_experiment(write())
     Path("new").mkdir()
     text = write_experiment_report(experiment, Path("new"), [1]).read_text()
     assert "Nothing has been measured yet" in text and "**Not there yet:** start (seed 1)" in text
+    assert do("three.yaml", "--report") == 2 and "out: no such folder" in capsys.readouterr().err
+    assert do("three.yaml", "--report", "--output", "new") == 0 and capsys.readouterr().out == "new/report.md\n"
     assert do("three.yaml", "--list") == 0
     assert "--arms kd --seed 2" in capsys.readouterr().out
     assert do("three.yaml", "--arms", "nobody") == 2
