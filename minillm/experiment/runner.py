@@ -80,6 +80,10 @@ def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int]
         names = ", ".join(f"{job.name} with seed {job.seed}" for job in left) or "none"
         raise ValueError(f"a launcher of several processes trains one run at a time; left to train: {names}. Name one "
                          "with --arms and --seed, in the order of --list")  # fmt: skip
+    if experiment.stage(left[0].name).config.engine.type == "torch":
+        raise ValueError(
+            "engine.type torch is one process; start it without a launcher of several, or set base.engine.type=deepspeed"
+        )
     check_finished(experiment, output, jobs)
     with Console() as console:
         run(plan_of(experiment, output, left[0]), resume=True, console=console)

@@ -128,14 +128,17 @@ def test_two_processes_do_not_work_on_one_run(write, capsys):
     assert not (job.folder / "failure.txt").exists()
 
 
-def test_processes_of_a_launcher_train_one_run_together(write, runs, monkeypatch, capsys):
-    name = write()
+def test_processes_of_a_launcher_train_one_run_together(write, monkeypatch, capsys):
+    name, started = write(), []
     monkeypatch.setattr("minillm.distributed.launched_size", lambda: 2)
+    monkeypatch.setattr(runner, "run", lambda plan, **options: started.append((plan.stages[0].name, plan.output_dir)))
     assert do(name) == 2
     assert "left to train: warmup with seed 1, sft with seed 1" in capsys.readouterr().err
-    assert do(name, "--arms", "warmup", "--seed", "2") == 0 and runs == [("warmup", 2)]
-    assert do(name, "--arms", "sft", "--seed", "2") == 0 and runs[1:] == [("sft", 2)]
-    assert not Path("out/seed-2/sft/evaluation.json").exists()
+    assert do(name, "--arms", "warmup", "--seed", "2") == 2
+    assert "engine.type torch is one process" in capsys.readouterr().err and not started
+    pytest.importorskip("deepspeed")
+    assert do(name, "base.engine={type: deepspeed, stage: 1}", "--arms", "warmup", "--seed", "2") == 0
+    assert started == [("warmup", Path("out/seed-2/warmup"))]
 
 
 def test_a_report_of_nothing_and_of_the_list(write, capsys):
