@@ -141,7 +141,7 @@ class StageTrainer:
         except NonFiniteError as error:
             raise TrainingError(
                 f"step {progress.step + 1} of stage {self.name!r}: {error}. Prompts of the batch (by index): "
-                f"{[item.key for item in all_items]}. The weights were not touched and the last checkpoint is good. Look at "
+                f"{[item.key for item in all_items]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
                 "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
             ) from None
         seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)

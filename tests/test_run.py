@@ -44,6 +44,15 @@ class Silent:
         return lambda *args, **kwargs: None
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked process has no threads of torch, and the last bits of a sum depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def recipe(tmp_path) -> Path:
     records = [{"prompt": f"{text}?", "completion": text} for text in SENTENCES]
@@ -140,7 +149,6 @@ def test_killed_at_many_moments_the_run_ends_as_an_unbroken_one(recipe, tmp_path
     killed, kills, patience = tmp_path / "run", 0, 3
 
     def go_on():
-        torch.set_num_threads(1)
         die_after(patience)
         train(recipe, resume=True)
 

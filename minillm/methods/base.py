@@ -69,8 +69,7 @@ Item = Supervised | Rollout
 
 
 class Method(ABC):
-    """See the module. `step_size` is the number of items that one optimiser step takes over all
-    micro-batches and ranks."""
+    """See the module. `step_size` is the number of items of one optimiser step over all micro-batches and ranks."""
 
     inner_epochs: int = 1  # passes over what one `collect` returned
     needs_references: bool = True  # prompts without an answer to imitate are an error before the first step
