@@ -60,10 +60,11 @@ def run(plan: RunPlan, *, resume: bool, console) -> Path:
     except Exception as error:
         time.sleep(2.0)  # a rank that was killed is only known to be gone when its parent has noticed
         lost = distributed.lost_ranks()
-        distributed.record_failure(output_dir, traceback.format_exc())
+        message = "" if lost is None else distributed.stopped_message(lost)
+        distributed.record_failure(output_dir, f"{message}\n{traceback.format_exc()}".lstrip())
         if lost is None:
             raise
-        raise TrainingError(distributed.stopped_message(lost)) from error
+        raise TrainingError(message) from error
 
 
 def _run(plan: RunPlan, *, resume: bool, console) -> Path:

@@ -14,7 +14,7 @@ from minillm.config.loading import load_run
 from minillm.config.schema import file_schema
 from minillm.planning.architectures import known_architecture
 from minillm.planning.plan import plan_run
-from minillm.planning.simulate import count_parameters
+from minillm.planning.sizes import count_parameters
 
 ROOT = Path(__file__).parents[1]
 # configs that are not a run by themselves
@@ -40,8 +40,6 @@ PARAMETERS = {
     "huggyllama/llama-13b": 13_015_864_320,
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
-    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
-    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
 }
 
 

@@ -17,19 +17,6 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.run import _same_weights, run
 from minillm.trainer import TrainingError
 
-SENTENCES = [
-    "the cat sat",
-    "a dog ran off",
-    "we saw it",
-    "birds sing",
-    "no rain fell",
-    "she left",
-    "it is late",
-    "go on",
-]
-LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
-
 
 class Silent:
     """A console that remembers its notes."""
@@ -54,30 +41,14 @@ def one_thread():
 
 
 @pytest.fixture
-def recipe(tmp_path) -> Path:
-    records = [{"prompt": f"{text}?", "completion": text} for text in SENTENCES]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (tmp_path / "corpus.txt").write_text(" ".join(SENTENCES) * 3)
-    prompts = {"type": "jsonl", "path": str(tmp_path / "prompts.jsonl"), "template": "none",
-               "max_prompt_length": 16, "max_response_length": 8}  # fmt: skip
-    document = {
-        "output_dir": str(tmp_path / "run"),
-        "seed": 5,
-        "student": {"init": "random", "tokenizer": "byte", "config": LLAMA},
-        "data": {"prompts": prompts, "corpus": {"type": "text", "path": str(tmp_path / "corpus.txt"), "block_size": 8}},
-        "rollout": {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 4},
-        "train": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
-        "eval": {"steps": 2, "sets": {"held_out": {**prompts, "limit": 2}}, "max_new_tokens": 4},
-        "save": {"steps": 1, "keep": 2},
-        "log": {"report_to": []},
-        "method": {"name": "sft"},
-        "stages": {
-            "teacher": {"student": {"config": {"hidden_size": 24}}},
-            "distil": {
-                "teacher": {"path": "stage:teacher"},
-                "method": {"name": "minillm", "ppo_epochs": 2},
-                "train": {"max_steps": 6},
-            },
+def recipe(tmp_path, small_run) -> Path:
+    document = small_run(tmp_path, layers=1)
+    document["stages"] = {
+        "teacher": {"student": {"config": {"hidden_size": 24}}},
+        "distil": {
+            "teacher": {"path": "stage:teacher"},
+            "method": {"name": "minillm", "ppo_epochs": 2},
+            "train": {"max_steps": 6},
         },
     }
     path = tmp_path / "recipe.yaml"

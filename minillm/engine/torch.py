@@ -54,7 +54,6 @@ class TorchEngine:
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
         divided_by = divisors(term for terms in micro_batches for term in terms)
         sums = StepSums(self.models.device)
-        self.optimizer.zero_grad(set_to_none=True)
         for terms in micro_batches:
             for term in terms:
                 term = to_device(term, self.models.device)
@@ -67,10 +66,10 @@ class TorchEngine:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit).item()
         numbers = sums.numbers()
         if not (math.isfinite(numbers["loss"]) and math.isfinite(grad_norm)):
-            self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError.of(losses(numbers) | {"grad_norm": grad_norm})
         result = step_result(numbers, grad_norm=grad_norm, learning_rate=self.scheduler.get_last_lr()[0])
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now, so that the next rollouts have their memory
         self.scheduler.step()
         return result
 

@@ -28,7 +28,6 @@ class StagePlan:
     work: Work
     simulation: Simulation
     memory: list[PhaseMemory]
-    whole_rollout: bool  # sharded models are gathered once for a rollout, not layer by layer
     activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
     speed: Speed
     smallest_world_size: int | None  # None: no size up to the largest tried fits
@@ -79,17 +78,11 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         update = simulated(work, checkpointing, PHASES if checkpointing == asked else ("update",))
         return update.phases["update"].most("activations")
 
-    def memory(size: int) -> tuple[list[PhaseMemory], bool]:
-        """The phases, and whether sharded models are gathered once for a rollout: where that fits."""
-        work, sharding = work_of(config, size), sharding_of(config, size)
-        simulation = simulated(work)
-        phases = memory_of(simulation, work, sharding, device, whole_rollout=True)
-        if all(phase.device_bytes <= gpu.usable_bytes for phase in phases if phase.phase == "rollout"):
-            return phases, True
-        return memory_of(simulation, work, sharding, device), False
+    def memory(size: int) -> list[PhaseMemory]:
+        work = work_of(config, size)
+        return memory_of(simulated(work), work, sharding_of(config, size), device)
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
-    phases, whole_rollout = memory(world_size)
     simulation = simulated(work)
     return StagePlan(
         name=stage.name,
@@ -97,26 +90,17 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         sharding=sharding,
         work=work,
         simulation=simulation,
-        memory=phases,
-        whole_rollout=whole_rollout,
+        memory=memory(world_size),
         activations=activations,
-        speed=speed_of(
-            simulation,
-            work,
-            sharding,
-            gpu,
-            bf16=config.train.bf16,
-            checkpointing=asked,
-            whole_rollout=whole_rollout,
-        ),
+        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
         smallest_world_size=_smallest(config, memory, gpu),
     )
 
 
-def _smallest(config: StageConfig, memory: Callable[[int], tuple[list[PhaseMemory], bool]], gpu: Gpu) -> int | None:
+def _smallest(config: StageConfig, memory: Callable[[int], list[PhaseMemory]], gpu: Gpu) -> int | None:
     for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
         try:
-            phases, _ = memory(size)
+            phases = memory(size)
         except ValueError:  # the answers of a buffer do not divide over so many ranks
             continue
         if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:

@@ -98,7 +98,6 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
             "update": speed.update_flops,
         },
         "estimated_seconds_per_step": speed.seconds,
-        "gather_whole_for_rollout": stage.whole_rollout,
         "smallest_world_size": stage.smallest_world_size,
     }
 
@@ -148,9 +147,6 @@ def _notes(stage: StagePlan) -> Iterator[Text]:
             f"loss `{name}`: {shape.rows:,} rows in chunks of {shape.chunk:,}, logits {_gib(shape.logits_bytes)} GiB; "
             f"full logits would take {_gib(full)} GiB"
         )
-    if stage.work.decoding is not None and any(stage.sharding.is_sharded(name) for name in stage.work.decoding.models):
-        how = "whole, once for a rollout" if stage.whole_rollout else "layer by layer, for every token"
-        yield Text(f"sharded weights are gathered for sampling {how}")
     speed = stage.speed
     yield Text(
         f"FLOPs of a step and rank: {speed.flops / 1e12:,.1f} T (rollout {speed.rollout_flops / 1e12:,.1f}, "
