@@ -85,6 +85,17 @@ def share(count: int) -> range:
     return range(rank(), count, world_size())
 
 
+def even_share(count: int) -> list[int]:
+    """`share`, with a thing of another rank where that makes it as many on every rank."""
+    mine, most = list(share(count)), -(-count // world_size())
+    return mine + [0] * (most - len(mine))
+
+
+def anywhere(value: bool) -> bool:
+    """Whether it is so on any rank."""
+    return value if world_size() == 1 else any(gather(value))
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     gather(None)

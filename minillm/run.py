@@ -32,7 +32,7 @@ from minillm.metrics import MetricsLog, SilentLog
 from minillm.model_card import write_model_card
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight
-from minillm.models.sharded import is_sharded, whole
+from minillm.models.sharded import is_sharded, readable
 from minillm.models.tokenizers import load_tokenizer
 from minillm.report import write_report
 from minillm.trainer import Progress, StageTrainer, TrainingError
@@ -163,7 +163,8 @@ class _Shared:
         student = load_student(
             student_config, output_dir=self.output_dir, device=device, seed=config.seed, source=source
         )
-        with whole(teacher):  # an earlier stage may have sharded it
+        by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
+        with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
             models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
         prompts = load_prompts(config.data.prompts, tokenizer)
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))

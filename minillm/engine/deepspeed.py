@@ -35,6 +35,7 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed()
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.models = models
+        models.by_layers = config.stage == 3 and config.gather == "layers"
         settings = engine_settings(train, config, world_size=self.world_size)
         if config.stage == 3 and models.teacher is not None and not is_sharded(models.teacher):
             frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}

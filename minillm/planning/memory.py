@@ -67,9 +67,10 @@ def _gathered(phase: str, simulation: Simulation, work: Work, sharding: Sharding
     sizes = {"student": student, "teacher": teacher}
     forward = work.decoding if phase == "rollout" else work.scoring
     gathered = [sizes[name] for name in forward.models if sharding.gathers(name)]
-    if forward.gathers_whole:
+    if forward.reads_heads and not sharding.by_layers:
         return sum(size.parameters * size.itemsize for size in gathered)
-    return sum(sharding.layers(size) for size in gathered)
+    heads = sum(size.head * size.itemsize for size in gathered) if forward.reads_heads else 0
+    return sum(map(sharding.layers, gathered)) + heads
 
 
 def _teacher_rows(simulation: Simulation, work: Work) -> tuple[int, dict[bool, int]]:

@@ -31,6 +31,7 @@ class Sharding:
     offload_optimizer: bool = False
     offload_param: bool = False
     teacher: str = "replicated"  # sharded | replicated | offloaded
+    by_layers: bool = False  # what is sharded comes together layer by layer even to sample and score
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's `zero_optimization`
 
     def factors(self) -> dict[str, float]:
@@ -96,6 +97,7 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         stage=engine.stage,
         offload_optimizer=engine.offload_optimizer,
         offload_param=engine.offload_param,
+        by_layers=engine.gather == "layers",
         teacher="replicated" if engine.stage < 3 else "offloaded" if engine.offload_param else "sharded",
         zero={} if engine.config is None else _zero_settings(Path(expand(engine.config))),
     )

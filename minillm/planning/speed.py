@@ -121,7 +121,9 @@ def _communication_seconds(
     for collection in (work.decoding, work.scoring):
         if collection is None or not collection.total:
             continue
-        passes = 1 if collection.gathers_whole else -(-collection.total // collection.batch)
+        passes = -(-collection.total // collection.batch) * (collection.answer if collection is work.decoding else 1)
+        if collection.reads_heads and not sharding.by_layers:
+            passes = 1
         for name in collection.models:
             if sharding.is_sharded(name):
                 moved += share * passes * sizes[name].parameters * sizes[name].itemsize

@@ -20,8 +20,8 @@ class Decoding:
     total: int  # answers of a buffer, on one rank
 
     @property
-    def gathers_whole(self) -> bool:
-        """Whether sharded models are gathered once for all of it: so that no rank waits for another at every token."""
+    def reads_heads(self) -> bool:
+        """Whether the LM heads take part."""
         return True
 
 
@@ -37,8 +37,8 @@ class Forward:
     total: int  # sequences of a buffer or step, on one rank
 
     @property
-    def gathers_whole(self) -> bool:
-        """Whether sharded models are gathered once for all of it, not layer by layer in every pass."""
+    def reads_heads(self) -> bool:
+        """Whether the LM heads take part; without them it is the teacher of a supervised step."""
         return self.statistics
 
 

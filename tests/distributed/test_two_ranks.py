@@ -2,10 +2,6 @@
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,33 +35,7 @@ def recipe(tmp_path_factory, small_run) -> Path:
     return path
 
 
-def start(ranks: int, *arguments: str) -> list[subprocess.Popen]:
-    """`minillm train` on so many ranks, without a launcher: what is killed and what stops is ours alone."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} if ranks > 1 else {}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "minillm", "train", *arguments],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                **group,
-                **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if group else {}),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def finish(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        output, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, output[-3000:]
+TRAIN = ("-m", "minillm", "train")
 
 
 def records(folder: Path) -> list[dict]:
@@ -73,15 +43,17 @@ def records(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(recipe) -> dict[str, Path]:
-    folders = {name: recipe.parent / name for name in ("one", "two")}
-    finish(start(1, str(recipe), f"output_dir={folders['one']}"))
-    finish(start(2, str(recipe), f"output_dir={folders['two']}", *TWO))
+def unbroken(recipe, start, finish) -> dict[str, Path]:
+    folders = {name: recipe.parent / name for name in ("one", "two", "layers")}
+    finish(start(1, *TRAIN, str(recipe), f"output_dir={folders['one']}"))
+    finish(start(2, *TRAIN, str(recipe), f"output_dir={folders['two']}", *TWO))
+    finish(start(2, *TRAIN, str(recipe), f"output_dir={folders['layers']}", *TWO, "engine.gather=layers"))
     return folders
 
 
-def test_two_ranks_take_the_steps_of_one_process(unbroken):
-    ours, theirs = records(unbroken["two"]), records(unbroken["one"])
+@pytest.mark.parametrize("how", ["two", "layers"])
+def test_two_ranks_take_the_steps_of_one_process(unbroken, how):
+    ours, theirs = records(unbroken[how]), records(unbroken["one"])
     assert len(ours) == len(theirs) and {record["stage"] for record in ours} >= {"teacher", "kd", "gkd", "distil"}
     for mine, other in zip(ours, theirs, strict=True):
         where = mine["stage"], mine["kind"], mine["stage_step"]
@@ -94,17 +66,18 @@ def test_two_ranks_take_the_steps_of_one_process(unbroken):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), (where, name)
 
 
-def test_the_final_models_are_whole_and_alike(unbroken):
-    ours, theirs = (load_file(unbroken[name] / "final" / "model.safetensors") for name in ("two", "one"))
+@pytest.mark.parametrize("how", ["two", "layers"])
+def test_the_final_models_are_whole_and_alike(unbroken, how):
+    ours, theirs = (load_file(unbroken[name] / "final" / "model.safetensors") for name in (how, "one"))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on(unbroken, recipe):
+def test_a_killed_rank_is_named_and_the_run_goes_on(unbroken, recipe, start, finish):
     folder = recipe.parent / "killed"
     arguments = (str(recipe), f"output_dir={folder}", *TWO)
-    first, second = start(2, *arguments)
+    first, second = start(2, *TRAIN, *arguments)
     deadline = time.monotonic() + 120
     while not (saved := list(folder.glob("checkpoint-*/manifest.json"))) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -114,6 +87,6 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(unbroken, recipe):
     second.communicate()
     assert first.returncode == 1 and f"rank 1 (process {second.pid} on" in output, output[-3000:]
     assert f"process {second.pid}" in (folder / "ranks" / "rank-0.log").read_text()
-    finish(start(2, *arguments, "--resume"))
+    finish(start(2, *TRAIN, *arguments, "--resume"))
     ours, theirs = (load_file(path / "final" / "model.safetensors") for path in (folder, unbroken["two"]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

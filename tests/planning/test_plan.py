@@ -87,6 +87,34 @@ def test_what_samples_and_scores_is_gathered_whole(recipe):
         assert abs(phase.device["teacher weights"] - teacher.parameters) < 1024
 
 
+def test_by_layers_only_the_heads_are_whole(recipe):
+    stage = planned(recipe(), *SHARDED, "engine.gather=layers", gpu="A100-80GB", world_size=2)
+    gathered = {phase.phase: phase.device["gathered weights"] for phase in stage.memory}
+    models = stage.simulation.student, stage.simulation.teacher
+    expected = sum(stage.sharding.layers(size) + 2 * size.head for size in models)
+    assert gathered["rollout"] == gathered["scoring"] == expected
+
+
+def test_advice_gathers_by_layers_where_whole_models_do_not_fit(recipe, monkeypatch):
+    from minillm.planning import plan as module
+    from minillm.planning.gpus import Gpu
+
+    zero = recipe().parent / "ds.json"  # models this small would live whole at once
+    zero.write_text(
+        json.dumps({"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}})
+    )
+    keys = [*SHARDED, f"engine.config={zero}", "train.per_device_train_batch_size=1", "rollout.batch_size=8"]
+    stage = planned(recipe(), *keys, gpu="A100-80GB", world_size=2)
+    peak = stage.peak
+    assert peak.phase in ("rollout", "scoring")
+    wanted = peak.device_bytes - peak.device["gathered weights"] // 4
+    small = Gpu("small", wanted / 0.92 / 2**30, kind="cuda")
+    monkeypatch.setattr(module, "find_gpu", lambda name: small)
+    plan = load_run([recipe()], keys)
+    changes = advise(plan, plan_run(plan, gpu="small", world_size=2), keys)
+    assert changes[0].overrides == ["engine.gather=layers"]
+
+
 def test_supervised_teachers_are_gathered_layer_by_layer(recipe):
     keys = ["student.config.num_hidden_layers=1"]
     stage = planned(recipe(method={"name": "kd"}), *SHARDED, *keys, gpu="A100-80GB", world_size=2)

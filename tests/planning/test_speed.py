@@ -94,3 +94,7 @@ def test_what_travels_between_two_ranks():
     moved = (gradients + passes + heads + 3 * teacher) / 2  # layer by layer, in each of three passes
     assert speed(supervised, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
     assert speed(both).seconds["communication"] == 0
+    layers = Sharding(world_size=2, stage=3, teacher="sharded", by_layers=True)
+    passes_of_both = (student + teacher) * (2 * ANSWER + 2) / 4  # two batches, at every token, and scored
+    moved = (gradients + passes + heads + passes_of_both) / 2
+    assert speed(both, sharding=layers).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
