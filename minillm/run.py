@@ -25,7 +25,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Share, Stream
-from minillm.engine.torch import engine_device
+from minillm.engine.device import engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog, SilentLog
@@ -151,7 +151,8 @@ class _Shared:
     ) -> StageTrainer:
         config = stage.config
         device = engine_device(config.engine)
-        teacher, teacher_tokenizer = self._load_teacher(config, device)
+        first = loading_device(config.engine)
+        teacher, teacher_tokenizer = self._load_teacher(config, first)
         tokenizer = load_tokenizer(config.student, self.output_dir)
         if checkpoint is None:
             student_config, source = config.student, None
@@ -161,7 +162,7 @@ class _Shared:
             student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
             source = None
         student = load_student(
-            student_config, output_dir=self.output_dir, device=device, seed=config.seed, source=source
+            student_config, output_dir=self.output_dir, device=first, seed=config.seed, source=source
         )
         by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
         with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from minillm import distributed
 from minillm.atomic import sync
@@ -42,6 +43,7 @@ class DeepSpeedEngine:
             zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
             if models.teacher.dtype == torch.bfloat16:
                 frozen["bf16"] = {"enabled": True}
+            _shard(models.teacher, models.teacher.dtype, {**frozen, "zero_optimization": zero}, models.device)
             # the engine is kept alive with the model whose weights it gathers
             models.teacher.zero_engine = [
                 deepspeed.initialize(model=models.teacher, config={**frozen, "zero_optimization": zero})[0]
@@ -50,7 +52,9 @@ class DeepSpeedEngine:
         if train.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
-        client, self.scheduler = make_optimizer(student, train, total_steps=total_steps)
+        client, self.scheduler = make_optimizer(student, train, total_steps=total_steps)  # while shapes say what decays
+        if config.stage == 3:
+            _shard(student, torch.bfloat16 if train.bf16 else torch.float32, settings, models.device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
 
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
@@ -108,6 +112,17 @@ class DeepSpeedEngine:
         if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
+
+
+def _shard(model: PreTrainedModel, dtype: torch.dtype, settings: dict[str, Any], device: torch.device) -> None:
+    """A piece of every weight to each rank's device, one weight after the other, as rank 0 has it."""
+    import deepspeed
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    for buffer in model.buffers():  # rotary frequencies: DeepSpeed leaves them where they are
+        buffer.data = buffer.data.to(device)
 
 
 def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int) -> dict[str, Any]:

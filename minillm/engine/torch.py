@@ -7,33 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
 from minillm.engine.base import NonFiniteError, StepResult
 from minillm.engine.module import StudentLoss, to_device
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
-from minillm.launcher import launched_local_rank
 from minillm.methods.base import Term
 from minillm.models.pair import Models
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that engine.device names. Raises ValueError where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"engine.device is {name!r}, but torch sees no GPU here; use engine.device=cpu")
-    return device
-
-
-def engine_device(engine: TorchEngineConfig | DeepSpeedConfig) -> torch.device:
-    """Where the engine's models go: a rank of DeepSpeed has the GPU that its launcher counts it to."""
-    if engine.type == "torch":
-        return pick_device(engine.device)
-    return pick_device(f"cuda:{launched_local_rank()}" if torch.cuda.is_available() else "cpu")
 
 
 class TorchEngine:

@@ -9,7 +9,8 @@ from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
 from minillm.data.batch import collate
 from minillm.engine.base import NonFiniteError
-from minillm.engine.torch import TorchEngine, pick_device
+from minillm.engine.device import pick_device
+from minillm.engine.torch import TorchEngine
 from minillm.methods.base import Term
 
 PAIRS = [([5], [6, 7, 8, 9]), ([1, 2], [3]), ([9, 9], [8, 7]), ([4], [4, 4, 4])]
