@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from minillm.config.loading import RunPlan, Stage
-from minillm.config.root import StageConfig
 from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
@@ -30,11 +29,22 @@ class StagePlan:
     memory: list[PhaseMemory]
     activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
     speed: Speed
-    smallest_world_size: int | None  # None: no size up to the largest tried fits
+    memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; ValueError where the buffer does not divide
 
     @property
     def peak(self) -> PhaseMemory:
         return max(self.memory, key=lambda memory: memory.device_bytes)
+
+    def smallest_world_size(self, gpu: Gpu) -> int | None:
+        """The fewest ranks that fit, as a power of two; None where none of those tried does."""
+        for size in WORLD_SIZES if self.sharding.stage else (1,):
+            try:
+                phases = self.memory_on(size)
+            except ValueError:
+                continue
+            if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
+                return size
+        return None
 
 
 @dataclass(frozen=True)
@@ -93,16 +103,5 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         memory=memory(world_size),
         activations=activations,
         speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
-        smallest_world_size=_smallest(config, memory, gpu),
+        memory_on=memory,
     )
-
-
-def _smallest(config: StageConfig, memory: Callable[[int], list[PhaseMemory]], gpu: Gpu) -> int | None:
-    for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
-        try:
-            phases = memory(size)
-        except ValueError:  # the answers of a buffer do not divide over so many ranks
-            continue
-        if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
-            return size
-    return None
