@@ -36,11 +36,12 @@ def start():
 
 @pytest.fixture(scope="session")
 def finish():
-    """A function that waits for ranks to end well."""
+    """A function that waits for ranks to end well and returns what they printed."""
 
-    def finish(processes: list[subprocess.Popen], *, timeout: float = 180) -> None:
-        for process in processes:
-            output, _ = process.communicate(timeout=timeout)
+    def finish(processes: list[subprocess.Popen], *, timeout: float = 180) -> list[str]:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
             assert process.returncode == 0, output[-3000:]
+        return outputs
 
     return finish

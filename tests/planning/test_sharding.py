@@ -39,7 +39,9 @@ def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):
     file = tmp_path / "ds.json"
     zero = {"stage3_max_live_parameters": 1e6, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": "auto"}
     file.write_text(json.dumps({"zero_optimization": zero}))
-    engine = SimpleNamespace(type="deepspeed", stage=3, offload_optimizer=False, offload_param=True, config=str(file))
+    engine = SimpleNamespace(
+        type="deepspeed", stage=3, offload_optimizer=False, offload_param=True, gather="whole", config=str(file)
+    )
     read = sharding_of(SimpleNamespace(engine=engine), 2)
     assert read.teacher == "offloaded" and read.layers(size(7_000_000_000)) == 400_000_000
     assert read.layers(size(7_000_000_000, head=300_000_000)) == 600_000_000
