@@ -108,7 +108,7 @@ def die_after(events: int) -> None:
 
 def without_clock(line: str) -> dict:
     clock = {"seconds", "tokens_per_s", "memory/peak_gib"}
-    return {key: value for key, value in json.loads(line).items() if key not in clock}
+    return {key: value for key, value in json.loads(line).items() if key not in clock and not key.startswith("time/")}
 
 
 def records(folder: Path) -> list[dict]:
@@ -176,6 +176,21 @@ def test_a_run_leaves_what_it_promises(recipe, tmp_path):
     kinds = [(record["kind"], record["stage"], record.get("who")) for record in records(folder)]
     assert kinds.count(("eval", "distil", "teacher")) == 1
     assert kinds.count(("train", "distil", None)) == 6
+
+
+def test_every_step_says_where_its_time_went(recipe, tmp_path):
+    train(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in lines if record["kind"] == "train" and record["stage"] == "distil"]
+    for place, record in enumerate(steps):
+        parts = {key for key in record if key.startswith("time/")}
+        collected = {"time/rollout_s"} if place % 4 == 0 else set()  # two steps an epoch, two epochs
+        saved = {"time/saving_s"} if place else set()  # the step before
+        assert parts == {"time/scoring_s", "time/update_s"} | collected | saved
+    spent = sum(record[key] for record in steps for key in record if key.startswith("time/") and "saving" not in key)
+    assert 0 < spent <= steps[-1]["seconds"]
+    assert all(record["time/evaluation_s"] > 0 for record in lines if record["kind"] == "eval")
+    assert "## Where the time went" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_finished_run_resumes_to_itself(recipe, tmp_path):

@@ -18,6 +18,7 @@ from minillm.data.batch import Pair, TokenBatch
 from minillm.data.stream import Share, Stream
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
+from minillm.timing import Timing
 
 Objective = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 Watch = Callable[[str, int, int], None]  # (what is being done, how many are, of how many)
@@ -50,6 +51,7 @@ class Sources:
     corpus: Stream | Share | None  # of token blocks: list[int]
     written: Path  # a folder for answers that are written once and kept
     watch: Watch = lambda what, done, total: None  # told how far long work inside `collect` is
+    timing: Timing = field(default_factory=Timing)  # told what that work was
 
 
 @dataclass(frozen=True)
