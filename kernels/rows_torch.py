@@ -126,6 +126,8 @@ def _log_ratio(r: Tensor, student_banned: Tensor | None, teacher_banned: Tensor 
         teacher_banned = torch.zeros_like(student_banned)
     r.masked_fill_(student_banned, -FAR).masked_fill_(teacher_banned, FAR)
     r.masked_fill_(student_banned & teacher_banned, 0.0)
+    nothing = student_banned.all(1, keepdim=True) | teacher_banned.all(1, keepdim=True)
+    r.masked_fill_(nothing, torch.nan)  # no id at all is no distribution
     return {
         "r": r,
         "student_only": (teacher_banned & ~student_banned).any(1),

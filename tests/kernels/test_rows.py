@@ -117,10 +117,14 @@ def test_a_saturated_softcap_passes_no_gradient(backend, kit):
 
 def test_no_id_at_all_is_nan(backend, kit):
     student, teacher, labels = logits(3, 20, kit)
-    student[1] = -math.inf
+    student[1] = teacher[2] = -math.inf
     found = operations(backend).row_statistics(student, teacher, labels, RowSpec(FLOATS))
-    for name in ("student_logprob", "student_entropy", "reverse_kl", "jsd", "tvd"):
+    for name in ("student_lse", "student_logprob", "student_entropy"):
         assert found[name].isnan().tolist() == [False, True, False], name
+    for name in ("teacher_lse", "teacher_logprob", "teacher_entropy"):
+        assert found[name].isnan().tolist() == [False, False, True], name
+    for name in ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        assert found[name].isnan().tolist() == [False, True, True], name
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
