@@ -115,6 +115,15 @@ def test_a_saturated_softcap_passes_no_gradient(backend, kit):
     assert gradient.isfinite().all() and gradient[0, 4] == 0 and gradient[1, 6] == 0
 
 
+@pytest.mark.parametrize("banned", [3, 9_000, 19_999])
+def test_an_infinite_divergence_is_seen_in_every_block(banned, backend, kit):
+    student, teacher, labels = logits(2, 20_000, kit)
+    teacher[0, banned] = student[1, banned] = -math.inf
+    found = operations(backend).row_statistics(student, teacher, labels, RowSpec(("reverse_kl", "forward_kl")))
+    assert found["reverse_kl"].isinf().tolist() == [True, False]
+    assert found["forward_kl"].isinf().tolist() == [False, True]
+
+
 def test_no_id_at_all_is_nan(backend, kit):
     student, teacher, labels = logits(3, 20, kit)
     student[1] = teacher[2] = -math.inf
