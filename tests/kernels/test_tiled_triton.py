@@ -159,6 +159,13 @@ def test_divergences_that_are_infinite():
     assert result["reverse_kl"].isfinite().all()
 
 
+@pytest.mark.parametrize(("who", "infinite"), [(0, "forward_kl"), (1, "reverse_kl")])
+def test_infinite_although_the_other_probability_underflows(who, infinite):
+    models = *_, labels = problem(4, 400, 32, 32, bias=True)
+    models[who][2][100], models[1 - who][2][100] = -math.inf, -500.0
+    assert (tiled(*models, RowSpec((infinite,)))[infinite] == math.inf).all()
+
+
 def test_nan_stays_visible_and_in_its_row():
     student, teacher, labels = problem(4, 400, 32, 32)
     student[0][1, 3] = math.nan
