@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def describe(device: str, *, threads: int | None = None) -> dict[str, str]:
     for package in ("minillm", "torch", "triton", *PEER_PACKAGES):
         result[package] = version(package)
     return result
+
+
+def as_table(facts: Mapping[str, object]) -> list[str]:
+    """The lines of a Markdown table of names and values."""
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
 
 
 def device_name(device: str) -> str:

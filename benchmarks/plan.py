@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from minillm.benchmarks.machine import describe
+from minillm.benchmarks.machine import as_table, describe
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 STEPS = 3
@@ -261,9 +261,7 @@ def _markdown(rows: Sequence[tuple[Case, int, int]]) -> str:
         "Measured: the kernel's high-water mark of resident memory over that of the process after its imports and a tiny "
         "run of the same kind, in the worst phase of three optimiser steps. Made by `minillm bench plan --output FILE`.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in describe("cpu").items()),
+        *as_table(describe("cpu")),
     ]
     return "\n".join(lines) + "\n"
 

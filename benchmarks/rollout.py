@@ -26,7 +26,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from minillm.benchmarks.machine import describe
+from minillm.benchmarks.machine import as_table, describe
 from minillm.models.pair import Models
 from minillm.rollout.sampling import Sampling, sample
 
@@ -263,9 +263,7 @@ def _markdown(timings: list[Timing], machine: dict[str, str], arguments: argpars
         "Medians over the repeats; the ratio is taken in each repeat, in which both sides run one after the other. "
         "`ending`: answers end at an EOS, about one token in 24; tokens up to it are counted.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in {**machine, **settings}.items()),
+        *as_table({**machine, **settings}),
     ]
     return "\n".join(lines) + "\n"
 

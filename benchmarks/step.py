@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from minillm.benchmarks.machine import describe
+from minillm.benchmarks.machine import as_table, describe
 from minillm.benchmarks.rollout import make_model
 from minillm.benchmarks.step_providers import PROVIDERS, versions
 
@@ -193,7 +193,7 @@ def _cells(row: Row, rows: list[Row], arguments: argparse.Namespace) -> list[str
         *("{}x{}".format(*size) for size in (row.case.student, row.case.teacher)),
         *map(str, (arguments.vocab, row.case.inner_epochs, row.case.alpha, row.trainer)),
         f"{row.tokens_per_s:.0f}",
-        *(f"{value:.2f}" for value in (low, statistics.median(row.seconds), high)),
+        *(f"{value:.3f}" for value in (low, statistics.median(row.seconds), high)),
         f"{row.peak_bytes / 2**20:.0f}",
         _ratio(row, rows),
     ]
@@ -214,11 +214,9 @@ def _markdown(rows: list[Row], skipped: dict[str, str], machine: dict[str, str],
         "",
         "Tokens: those of answers that receive a gradient, once for each inner epoch. Seconds are of a whole update. "
         "Peak memory is the growth of the resident set over what was imported: models, optimiser and all buffers.",
-        *("" if not skipped else f"\n{name}: {reason}" for name, reason in skipped.items()),
+        *(f"\n{name}: {reason}" for name, reason in skipped.items()),
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in {**machine, **settings}.items()),
+        *as_table({**machine, **settings}),
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.benchmarks.cases import Case
+from minillm.benchmarks.machine import as_table
 from minillm.benchmarks.measure import MODES
 
 ERRORS = ("loss_error", "hidden_grad_error", "weight_grad_error")
@@ -193,9 +194,7 @@ def write_markdown(
         "and computes in fp32; providers that do not drop ignored tokens get the kept ones. Diffuse random logits "
         "deny filtering kernels their filter.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in {**machine, **settings}.items()),
+        *as_table({**machine, **settings}),
         "",
     ]
     lines += [f"![{plot.stem}]({plot.name})" for plot in plots]

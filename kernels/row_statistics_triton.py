@@ -47,18 +47,18 @@ def statistics_kernel(
     # every lane starts at the maximum of the first block, with nothing in its sums
     first = load_logits(student, lanes, V, student_inner, student_outer, STUDENT_MODE, True)
     k_s = tl.max(first, 0)
-    k_s = tl.where(k_s == NEG_INF, LOWEST, k_s)
-    m_s, s, s_d, s_x = zeros + k_s, zeros, zeros, zeros
+    m_s, s, s_d, s_x = zeros + tl.where(k_s == NEG_INF, LOWEST, k_s), zeros, zeros, zeros
     best_s = tl.where(first == k_s, lanes, V - 1)
+    k_s = tl.where(k_s == NEG_INF, 0.0, k_s)  # all of it is banned: nothing to go by
     k_t = 0.0
     m_t, t, t_d, t_x, best_t = zeros, zeros, zeros, zeros, lanes
     if TEACHER:
         teacher += index * teacher_stride
         first = load_logits(teacher, lanes, V, teacher_inner, teacher_outer, TEACHER_MODE, True)
         k_t = tl.max(first, 0)
-        k_t = tl.where(k_t == NEG_INF, LOWEST, k_t)
-        m_t = zeros + k_t
+        m_t = zeros + tl.where(k_t == NEG_INF, LOWEST, k_t)
         best_t = tl.where(first == k_t, lanes, V - 1)
+        k_t = tl.where(k_t == NEG_INF, 0.0, k_t)
     d, z_t = zeros, zeros
     infinite = tl.zeros((BLOCK,), tl.int32)  # bit 0: the reverse KL is, bit 1: the forward KL is
 

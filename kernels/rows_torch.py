@@ -31,6 +31,7 @@ def row_statistics(
             None if teacher is None else teacher[block],
             None if labels is None else labels[block, None],
             spec,
+            graded=False,
         )[0]
         for block in _blocks(student)
     ]
@@ -79,7 +80,9 @@ def row_loss_gradients(
     found = False
     for block in _blocks(student):
         label = None if labels is None else labels[block, None]
-        statistics, rows = _block_statistics(student[block], None if teacher is None else teacher[block], label, spec)
+        statistics, rows = _block_statistics(
+            student[block], None if teacher is None else teacher[block], label, spec, graded=True
+        )
         coefficients = differentiate(block, {name: statistics[name] for name in spec.fields})
         if coefficients:
             here = {name: value[:, None] for name, value in statistics.items()}
@@ -123,6 +126,8 @@ def _log_ratio(r: Tensor, student_banned: Tensor | None, teacher_banned: Tensor 
         teacher_banned = torch.zeros_like(student_banned)
     r.masked_fill_(student_banned, -FAR).masked_fill_(teacher_banned, FAR)
     r.masked_fill_(student_banned & teacher_banned, 0.0)
+    nothing = student_banned.all(1, keepdim=True) | teacher_banned.all(1, keepdim=True)
+    r.masked_fill_(nothing, torch.nan)  # no id at all is no distribution
     return {
         "r": r,
         "student_only": (teacher_banned & ~student_banned).any(1),
@@ -144,8 +149,9 @@ def _filled(log_q: Tensor, banned: Tensor | None) -> Tensor:
 
 
 def _block_statistics(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec
-) -> tuple[dict[str, Tensor], Rows]:
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, *, graded: bool
+) -> tuple[dict[str, Tensor], Rows | None]:
+    """The statistics, and the distributions that they and, where `graded`, the gradient are made of."""
     fields = set(spec.fields)
     second_pass = spec.needs("second_pass")
     z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
@@ -164,9 +170,12 @@ def _block_statistics(
         if "teacher_argmax" in fields:
             result["teacher_argmax"] = z_t.argmax(1)
 
+    if not graded and not any(FIELDS[name].value for name in fields):
+        return {name: value.reshape(-1) for name, value in result.items()}, None
     rows = Rows(q=q.mul_(sum_s.reciprocal()))
     ratio_needed = second_pass or fields & {"reverse_kl", "forward_kl"}
-    student_banned = _banned(z_s) if ratio_needed or "student_entropy" in fields or spec.student_softcap else None
+    if ratio_needed or "student_entropy" in fields or graded and spec.student_softcap:
+        rows.student_banned = _banned(z_s)
     if teacher is not None:
         teacher_banned = _banned(z_t) if ratio_needed or "teacher_entropy" in fields else None
         if second_pass or fields & {"forward_kl", "teacher_entropy"}:
@@ -174,12 +183,11 @@ def _block_statistics(
         if ratio_needed:
             # from sums, not from log-sum-exps: a large maximum must not cost the ratio its last digits
             r = (x_s - x_t).sub_((sum_s / sum_t).log())
-            vars(rows).update(_log_ratio(r, student_banned, teacher_banned))
+            vars(rows).update(_log_ratio(r, rows.student_banned, teacher_banned))
         if "teacher_entropy" in fields:
             rows.log_p = _filled(x_t.sub_(sum_t.log()), teacher_banned)
     if "student_entropy" in fields:
-        rows.log_q = _filled(x_s.sub_(sum_s.log()), student_banned)
-    rows.student_banned = student_banned
+        rows.log_q = _filled(x_s.sub_(sum_s.log()), rows.student_banned)
     for name in spec.fields:
         if FIELDS[name].value is not None:
             result[name] = FIELDS[name].value(rows, spec)

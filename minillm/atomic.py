@@ -24,8 +24,8 @@ def write_folder(
     """Put what `fill` writes into an empty folder in the place of `folder`.
 
     All ranks call it, and each fills the same folder with files of its own; when all are done, rank 0 calls `sign` on
-    it and puts it in place. A failure of `fill` leaves what was there. So does a kill, once `clean` has run: between the two renames of a
-    replacement the old folder lies beside, set aside.
+    it and puts it in place. A failure of `fill` leaves what was there. So does a kill, once `clean` has run: between
+    the two renames of a replacement the old folder lies beside, set aside.
     """
     partial, stale = _beside(folder, _PARTIAL), _beside(folder, _STALE)
     if distributed.rank() == 0:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import minillm
+from minillm.launcher import launched_rank, launched_size
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 BENCHMARKS = ("kernels", "plan", "rollout", "step")
@@ -76,13 +77,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from minillm.config.loading import load_run
 
     plan = load_run(*_split(arguments.words))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and any(stage.config.engine.type == "torch" for stage in plan.stages):
+    if launched_size() > 1 and any(stage.config.engine.type == "torch" for stage in plan.stages):
         raise ValueError(
             "engine.type torch is one process; start it without a launcher of several, or set engine.type=deepspeed"
         )
     folder = plan.output_dir
-    first = os.environ.get("RANK", "0") == "0"  # the others come to a folder that it may have begun to fill
+    first = launched_rank() == 0  # the others come to a folder that it may have begun to fill
     if first and not arguments.resume and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir {folder} is not empty: add --resume to go on from its newest checkpoint, or choose another "
@@ -106,7 +106,6 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 def _experiment(arguments: argparse.Namespace) -> int:
     from minillm.config.paths import expand
-    from minillm.distributed import launched_size
     from minillm.experiment.jobs import commands
     from minillm.experiment.loading import chosen_arms, chosen_seeds, load_experiment
     from minillm.experiment.report import write_experiment_report
@@ -163,10 +162,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     files, overrides = _split(arguments.words)
     plan = evaluation_plan(files, overrides, seeds=arguments.seeds, max_prompts=arguments.max_prompts)
     with Console() as console:
-        options = {"dtype": arguments.dtype, "output": arguments.output}
-        if arguments.figures is not None:
-            options["figures"] = arguments.figures
-        evaluate_model(arguments.model, plan, console, **options)
+        evaluate_model(
+            arguments.model, plan, console, dtype=arguments.dtype, output=arguments.output, figures=arguments.figures
+        )
     return 0
 
 

@@ -1,7 +1,6 @@
 """What a run shows: tables and one progress bar on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from minillm.launcher import launched_rank
 from minillm.reporting.markdown import MISSING, duration, number
 from minillm.reporting.metric import Metric, metrics_in
 
@@ -29,7 +29,7 @@ class Console:
         self, *, rank: int | None = None, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ):
         """Args: rank: of this process, default $RANK or 0. file: default stdout. clock: seconds."""
-        rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        rank = launched_rank() if rank is None else rank
         self._rich = RichConsole(file=file, quiet=rank > 0, highlight=False)
         self._live = rank == 0 and self._rich.is_terminal
         self._clock, self._last_line = clock, -PLAIN_SECONDS

@@ -17,19 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
+from minillm.launcher import launched_local_rank, launched_rank, launched_size
+
 T = TypeVar("T")
 GRACE_SECONDS = 10.0  # for a rank to stop by itself after another one is gone
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _peers: list[dict] = []
 _left = threading.Event()
-
-
-def launched_size() -> int:
-    """How many processes the launcher's environment says there are; before any of them has joined."""
-    size = os.environ.get("WORLD_SIZE")
-    if size is None and "SLURM_STEP_ID" in os.environ:
-        size = os.environ.get("SLURM_NTASKS")
-    return int(size or 1)
 
 
 def join(output_dir: Path) -> None:
@@ -39,21 +32,19 @@ def join(output_dir: Path) -> None:
     """
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ and launched_size() > 1:
-        for name, of_slurm in _SLURM.items():
-            os.environ[name] = os.environ[of_slurm]
-        os.environ.setdefault("MASTER_PORT", "29500")
-        if "MASTER_ADDR" not in os.environ:
-            raise ValueError("Slurm starts several tasks, but MASTER_ADDR, the host of the first one, is not set")
+    size = launched_size()
+    # DeepSpeed and torch read these names alone
+    os.environ |= {"RANK": str(launched_rank()), "WORLD_SIZE": str(size), "LOCAL_RANK": str(launched_local_rank())}
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"{size} processes were started, but MASTER_ADDR, the host of the first one, is not set")
+    os.environ.setdefault("MASTER_PORT", "29500")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(launched_local_rank())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    if launched_size() > 1:
+    if size > 1:
         dist.init_process_group(backend)
     else:
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-            os.environ.setdefault(name, value)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _left.clear()
     _peers[:] = gather({"rank": rank(), "host": socket.gethostname(), "pid": os.getpid()})
@@ -92,6 +83,17 @@ def world_size() -> int:
 def share(count: int) -> range:
     """The indices of `count` things that are this rank's: every world_size-th."""
     return range(rank(), count, world_size())
+
+
+def even_share(count: int) -> list[int]:
+    """`share`, with a thing of another rank where that makes it as many on every rank."""
+    mine, most = list(share(count)), -(-count // world_size())
+    return mine + [0] * (most - len(mine))
+
+
+def anywhere(value: bool) -> bool:
+    """Whether it is so on any rank."""
+    return value if world_size() == 1 else any(gather(value))
 
 
 def barrier() -> None:

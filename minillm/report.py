@@ -12,6 +12,7 @@ from minillm.reporting.metric import METRICS
 from minillm.reporting.run_files import RunFiles, StageFiles, read_run, stage_label
 from minillm.reporting.settings import differing_keys, settings_table
 from minillm.reporting.tables import Row, evaluation_section, metrics_table, seed_rows, trained_stages
+from minillm.timing import PARTS
 
 REPORT, CURVES = "report.md", "curves.png"
 SHOWN_SAMPLES = 8
@@ -33,6 +34,7 @@ def write_report(output_dir: Path) -> Path:
         evaluation_section(run) or _unevaluated(run),
         _samples(run),
         _stages(run),
+        _times(run),
         _configuration(run),
         _environment(run),
     ]
@@ -169,6 +171,20 @@ def _stages(run: RunFiles) -> str:
             ]
         )
     return "## Stages\n\n" + table(header, rows) if rows else ""
+
+
+def _times(run: RunFiles) -> str:
+    """What the time of every stage went into. Evaluations of the teacher are not counted, nor the last save."""
+    rows = []
+    for stage in run.stages.values():
+        spent = {part: sum(record.get(f"time/{part}_s", 0.0) for record in stage.train) for part in PARTS}
+        spent["evaluation"] = sum(one.took_seconds for one in stage.evaluations)
+        if any(spent.values()):
+            whole = sum(spent.values())
+            rows.append(
+                [stage.name, *(f"{duration(one)} ({one / whole:.0%})" if one else MISSING for one in spent.values())]
+            )
+    return "## Where the time went\n\n" + table(["stage", *PARTS, "evaluation"], rows) if rows else ""
 
 
 def _best(stage: StageFiles) -> str:

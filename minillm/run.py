@@ -25,14 +25,14 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Share, Stream
-from minillm.engine.torch import engine_device
+from minillm.engine.device import engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog, SilentLog
 from minillm.model_card import write_model_card
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight
-from minillm.models.sharded import is_sharded, whole
+from minillm.models.sharded import is_sharded, readable
 from minillm.models.tokenizers import load_tokenizer
 from minillm.report import write_report
 from minillm.trainer import Progress, StageTrainer, TrainingError
@@ -62,10 +62,11 @@ def run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None" = None)
     except Exception as error:
         time.sleep(2.0)  # a rank that was killed is only known to be gone when its parent has noticed
         lost = distributed.lost_ranks()
-        distributed.record_failure(output_dir, traceback.format_exc())
+        message = "" if lost is None else distributed.stopped_message(lost)
+        distributed.record_failure(output_dir, f"{message}\n{traceback.format_exc()}".lstrip())
         if lost is None:
             raise
-        raise TrainingError(distributed.stopped_message(lost)) from error
+        raise TrainingError(message) from error
 
 
 def _run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None") -> Path:
@@ -157,7 +158,8 @@ class Shared:
     ) -> StageTrainer:
         config = stage.config
         device = engine_device(config.engine)
-        teacher, teacher_tokenizer = self.teacher(config.teacher, device)
+        first = loading_device(config.engine)
+        teacher, teacher_tokenizer = self.teacher(config.teacher, first)
         tokenizer = load_tokenizer(config.student, self.output_dir)
         if checkpoint is None:
             student_config, source = config.student, None
@@ -167,9 +169,10 @@ class Shared:
             student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
             source = None
         student = load_student(
-            student_config, output_dir=self.output_dir, device=device, seed=config.seed, source=source
+            student_config, output_dir=self.output_dir, device=first, seed=config.seed, source=source
         )
-        with whole(teacher):  # an earlier stage may have sharded it
+        by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
+        with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
             models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
         prompts = load_prompts(config.data.prompts, tokenizer)
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))

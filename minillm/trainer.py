@@ -125,7 +125,7 @@ class StageTrainer:
         self.save()
 
     def _step(self) -> dict:
-        started, progress, method = time.perf_counter(), self.progress, self.method
+        started, progress, method, timing = time.perf_counter(), self.progress, self.method, self.sources.timing
         collects = self._needs_collection()
         if collects:
             self.items = method.collect(self.sources, self.models, progress.draw)
@@ -135,13 +135,15 @@ class StageTrainer:
         items, all_items = items[self.engine.rank * share :][:share], items
         size = self.config.train.per_device_train_batch_size
         micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
-        terms = [method.terms(micro_batch, self.sources, self.models) for micro_batch in micro_batches]
+        with timing.of("scoring"):
+            terms = [method.terms(micro_batch, self.sources, self.models) for micro_batch in micro_batches]
         try:
-            result = self.engine.step(terms)
+            with timing.of("update"):
+                result = self.engine.step(terms)
         except NonFiniteError as error:
             raise TrainingError(
                 f"step {progress.step + 1} of stage {self.name!r}: {error}. Prompts of the batch (by index): "
-                f"{[item.key for item in all_items]}. The weights were not touched and the last checkpoint is good. Look at "
+                f"{[item.key for item in all_items]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
                 "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
             ) from None
         seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)
@@ -164,6 +166,7 @@ class StageTrainer:
             "passes": self.sources.prompts.passes,
             "tokens_per_s": result.rows / seconds,
             "memory/peak_gib": peak,
+            **timing.read(),
             **result.metrics,
         }
 
@@ -206,6 +209,7 @@ class StageTrainer:
         if self.evaluator is None:
             return
         progress = self.progress
+        started = time.perf_counter()
         evaluation = self.evaluator.evaluate(self.models, who)
         record = {
             "kind": "eval",
@@ -215,6 +219,7 @@ class StageTrainer:
             "seconds": progress.seconds,
             "student_tokens": progress.student_tokens,
             "who": who,
+            "time/evaluation_s": time.perf_counter() - started,
             "sets": evaluation.sets,
             "mean": evaluation.mean,
         }
@@ -256,7 +261,8 @@ class StageTrainer:
             content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
             (state / "trainer.json").write_text(json.dumps(content, indent=1))
 
-        write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
+        with self.sources.timing.of("saving"):
+            write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
 
     def load(self, folder: Path) -> None:
         """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""

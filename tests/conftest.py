@@ -1,5 +1,6 @@
 """Shared by all tests: small generated models and a tokenizer, made on the spot; real assets where they are."""
 
+import json
 import os
 from pathlib import Path
 
@@ -60,3 +61,42 @@ def make_models():
         return Models(student, other, tokenizer, size, (eos,), eos, torch.device("cpu"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_run():
+    """A function that writes eight prompts and a text to a folder and returns a whole document of an sft run on them."""
+    sentences = [
+        "the cat sat",
+        "a dog ran off",
+        "we saw it",
+        "birds sing",
+        "no rain fell",
+        "she left",
+        "it is late",
+        "go on",
+    ]
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+    def write(folder: Path, *, layers: int) -> dict:
+        lines = [json.dumps({"prompt": f"{text}?", "completion": text}) for text in sentences]
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / "corpus.txt").write_text(" ".join(sentences) * 3)
+        architecture = {"model_type": "llama", "num_hidden_layers": layers, "max_position_embeddings": 64, **shape}
+        prompts = {"type": "jsonl", "path": str(folder / "prompts.jsonl"), "template": "none",
+                   "max_prompt_length": 16, "max_response_length": 8}  # fmt: skip
+        corpus = {"type": "text", "path": str(folder / "corpus.txt"), "block_size": 8}
+        return {
+            "output_dir": str(folder / "run"),
+            "seed": 5,
+            "student": {"init": "random", "tokenizer": "byte", "config": architecture},
+            "data": {"prompts": prompts, "corpus": corpus},
+            "rollout": {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 4},
+            "train": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
+            "eval": {"steps": 2, "sets": {"held_out": {**prompts, "limit": 2}}, "max_new_tokens": 4},
+            "save": {"steps": 1, "keep": 2},
+            "log": {"report_to": []},
+            "method": {"name": "sft"},
+        }
+
+    return write

@@ -297,3 +297,10 @@ def test_what_is_not_a_run_is_named(tmp_path, content):
         (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         write_report(tmp_path)
+
+
+def test_where_the_time_went_is_shares_of_what_was_measured(tmp_path):
+    run = Run(tmp_path / "run", DOCUMENT)
+    run.train("main", 2, **{"time/rollout_s": 30.0, "time/update_s": 15.0})
+    text = run.report()
+    assert "| stage | rollout | update |" in text and "| main | 1 min 00 s (67%) | 30.0 s (33%) |" in text

@@ -17,19 +17,6 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.run import _same_weights, run
 from minillm.trainer import TrainingError
 
-SENTENCES = [
-    "the cat sat",
-    "a dog ran off",
-    "we saw it",
-    "birds sing",
-    "no rain fell",
-    "she left",
-    "it is late",
-    "go on",
-]
-LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
-
 
 class Silent:
     """A console that remembers its notes."""
@@ -44,31 +31,24 @@ class Silent:
         return lambda *args, **kwargs: None
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked process has no threads of torch, and the last bits of a sum depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
-def recipe(tmp_path) -> Path:
-    records = [{"prompt": f"{text}?", "completion": text} for text in SENTENCES]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (tmp_path / "corpus.txt").write_text(" ".join(SENTENCES) * 3)
-    prompts = {"type": "jsonl", "path": str(tmp_path / "prompts.jsonl"), "template": "none",
-               "max_prompt_length": 16, "max_response_length": 8}  # fmt: skip
-    document = {
-        "output_dir": str(tmp_path / "run"),
-        "seed": 5,
-        "student": {"init": "random", "tokenizer": "byte", "config": LLAMA},
-        "data": {"prompts": prompts, "corpus": {"type": "text", "path": str(tmp_path / "corpus.txt"), "block_size": 8}},
-        "rollout": {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 4},
-        "train": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
-        "eval": {"steps": 2, "sets": {"held_out": {**prompts, "limit": 2}}, "max_new_tokens": 4},
-        "save": {"steps": 1, "keep": 2},
-        "log": {"report_to": []},
-        "method": {"name": "sft"},
-        "stages": {
-            "teacher": {"student": {"config": {"hidden_size": 24}}},
-            "distil": {
-                "teacher": {"path": "stage:teacher"},
-                "method": {"name": "minillm", "ppo_epochs": 2},
-                "train": {"max_steps": 6},
-            },
+def recipe(tmp_path, small_run) -> Path:
+    document = small_run(tmp_path, layers=1)
+    document["stages"] = {
+        "teacher": {"student": {"config": {"hidden_size": 24}}},
+        "distil": {
+            "teacher": {"path": "stage:teacher"},
+            "method": {"name": "minillm", "ppo_epochs": 2},
+            "train": {"max_steps": 6},
         },
     }
     path = tmp_path / "recipe.yaml"
@@ -128,7 +108,7 @@ def die_after(events: int) -> None:
 
 def without_clock(line: str) -> dict:
     clock = {"seconds", "tokens_per_s", "memory/peak_gib"}
-    return {key: value for key, value in json.loads(line).items() if key not in clock}
+    return {key: value for key, value in json.loads(line).items() if key not in clock and not key.startswith("time/")}
 
 
 def records(folder: Path) -> list[dict]:
@@ -140,7 +120,6 @@ def test_killed_at_many_moments_the_run_ends_as_an_unbroken_one(recipe, tmp_path
     killed, kills, patience = tmp_path / "run", 0, 3
 
     def go_on():
-        torch.set_num_threads(1)
         die_after(patience)
         train(recipe, resume=True)
 
@@ -197,6 +176,21 @@ def test_a_run_leaves_what_it_promises(recipe, tmp_path):
     kinds = [(record["kind"], record["stage"], record.get("who")) for record in records(folder)]
     assert kinds.count(("eval", "distil", "teacher")) == 1
     assert kinds.count(("train", "distil", None)) == 6
+
+
+def test_every_step_says_where_its_time_went(recipe, tmp_path):
+    train(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in lines if record["kind"] == "train" and record["stage"] == "distil"]
+    for place, record in enumerate(steps):
+        parts = {key for key in record if key.startswith("time/")}
+        collected = {"time/rollout_s"} if place % 4 == 0 else set()  # two steps an epoch, two epochs
+        saved = {"time/saving_s"} if place else set()  # the step before
+        assert parts == {"time/scoring_s", "time/update_s"} | collected | saved
+    spent = sum(record[key] for record in steps for key in record if key.startswith("time/") and "saving" not in key)
+    assert 0 < spent <= steps[-1]["seconds"]
+    assert all(record["time/evaluation_s"] > 0 for record in lines if record["kind"] == "eval")
+    assert "## Where the time went" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_finished_run_resumes_to_itself(recipe, tmp_path):

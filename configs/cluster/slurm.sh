@@ -1,6 +1,6 @@
 #!/bin/bash
 # Slurm: one task a node, which starts a rank on each of its GPUs. Give the files and overrides of `minillm train`.
-#   sbatch --nodes 2 configs/cluster/slurm.sh configs/modern/llama3.1-70b-to-8b.yaml train.per_device_train_batch_size=4
+#   sbatch configs/cluster/slurm.sh configs/paper/base.yaml configs/paper/zero3.yaml configs/paper/llama-7b.yaml
 # A job that is requeued goes on from the newest checkpoint: --resume begins anew where there is none.
 #SBATCH --job-name=minillm
 #SBATCH --nodes=1

@@ -5,7 +5,6 @@ one of these groups is itself in error, and what it finds is not said where a ke
 """
 
 import inspect
-import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -22,6 +21,7 @@ from minillm.config.place_checks import places_exist, stage_problem
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import KeyPath, walk
 from minillm.config.training import SCHEDULES, TrainConfig
+from minillm.launcher import launched_size
 
 
 def material(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
@@ -66,7 +66,7 @@ def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> It
 
 def whole_batches(facts: Facts, rollout: RolloutConfig, train: TrainConfig, method: Method) -> Iterator[Found]:
     """A buffer is used up in whole steps."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))  # of the launcher, where there is one
+    ranks = launched_size()
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
     of_ranks = f" x {ranks} ranks" if ranks > 1 else ""
     if method.name == "minillm" and rollout.buffer_size % step:

@@ -91,6 +91,9 @@ def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
     if engine.offload_param and engine.stage != 3:
         message = f"stage {engine.stage} leaves the weights whole on every rank; only stage 3 can keep them in the host"
         yield Found("engine.offload_param", message, ("engine.stage",))
+    if engine.gather == "layers" and engine.stage != 3:
+        message = f"stage {engine.stage} leaves the weights whole on every rank, so that nothing is gathered"
+        yield Found("engine.gather", message, ("engine.stage",))
     path = facts.data["engine"].get("config")
     if path is None or not Path(path).is_file():
         return

@@ -87,6 +87,11 @@ class DeepSpeedEngine(Strict):
     stage: Literal[1, 2, 3] = Field(3, description="What is sharded: 1 the optimiser, 2 gradients too, 3 weights too")
     offload_optimizer: bool = Field(False, description="Keep the optimiser in the memory of the host")
     offload_param: bool = Field(False, description="Stage 3: keep the weights in the memory of the host")
+    gather: Literal["whole", "layers"] = Field(
+        "whole",
+        description="Stage 3, while sampling, scoring and evaluating: whole brings all weights to every rank once; layers "
+        "brings one layer after the other in every pass, which needs the least memory and the most time",
+    )
     config: FilesPath | None = Field(None, description="A DeepSpeed JSON for what these keys do not say")
     backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")
 

@@ -3,7 +3,7 @@
 A method never learns which engine runs it; an engine never learns which method it runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,12 @@ from minillm.methods.base import Term
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number. The weights are those before the step."""
+    """A loss or gradient that is not a number. The engine is not to be used any more: its weights may hold it too."""
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, float]) -> "NonFiniteError":
+        """With the losses and the norm that were found."""
+        return cls(", ".join(f"{name} {value}" for name, value in numbers.items()))
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Engine(Protocol):
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
         """Gradients of all micro-batches, clipped, and one optimiser step.
 
-        Raises NonFiniteError before anything is changed.
+        Raises NonFiniteError. The step then counts for nothing, and nothing of it may be saved.
         """
 
     def save_state(self, folder: Path) -> None:

@@ -6,13 +6,12 @@ by their number is multiplied by it before.
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import PreTrainedModel
 
 from minillm import distributed
 from minillm.atomic import sync
@@ -20,7 +19,8 @@ from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TrainConfig
 from minillm.engine.base import NonFiniteError, StepResult
 from minillm.engine.module import StudentLoss, to_device
-from minillm.engine.torch import decay_groups
+from minillm.engine.optimizer import make_optimizer
+from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.base import Term
 from minillm.models.pair import Models
 from minillm.models.sharded import is_sharded
@@ -36,12 +36,14 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed()
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.models = models
+        models.by_layers = config.stage == 3 and config.gather == "layers"
         settings = engine_settings(train, config, world_size=self.world_size)
         if config.stage == 3 and models.teacher is not None and not is_sharded(models.teacher):
             frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}
             zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
             if models.teacher.dtype == torch.bfloat16:
                 frozen["bf16"] = {"enabled": True}
+            _shard(models.teacher, models.teacher.dtype, {**frozen, "zero_optimization": zero}, models.device)
             # the engine is kept alive with the model whose weights it gathers
             models.teacher.zero_engine = [
                 deepspeed.initialize(model=models.teacher, config={**frozen, "zero_optimization": zero})[0]
@@ -50,55 +52,31 @@ class DeepSpeedEngine:
         if train.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
-        client = torch.optim.AdamW(
-            decay_groups(student, train.weight_decay),
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-        )
-        self.scheduler = get_scheduler(
-            train.lr_scheduler_type,
-            client,
-            num_warmup_steps=train.warmup_steps,
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs) or None,
-        )
+        client, self.scheduler = make_optimizer(student, train, total_steps=total_steps)  # while shapes say what decays
+        if config.stage == 3:
+            _shard(student, torch.bfloat16 if train.bf16 else torch.float32, settings, models.device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
 
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
         terms = [term for micro_batch in micro_batches for term in micro_batch]
-        counts: dict[str, float] = defaultdict(float)
-        for term in terms:
-            counts[term.name] += term.count
-        divisors = distributed.total(counts)
-        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.models.device))
-        rows: dict[str, float] = defaultdict(float)
+        divided_by = distributed.total(divisors(terms))
+        sums = StepSums(self.models.device)
         for place, term in enumerate(terms):
             self.engine.set_gradient_accumulation_boundary(place == len(terms) - 1)
             loss, metrics = self.engine(to_device(term, self.models.device))
-            loss = loss * (term.weight / (divisors[term.name] or 1.0))
+            loss = loss * (term.weight / (divided_by[term.name] or 1.0))
             self.engine.backward(loss * self.world_size)
-            sums["loss"] += loss.detach()
-            sums[f"loss/{term.name}"] += loss.detach()
-            rows[f":{term.name}"] += len(term.batch.labels)
-            for name, value in metrics.items():
-                sums[f"{term.name}:{name}"] += value
-        totals = distributed.total({name: value.item() for name, value in sums.items()} | rows)
-        result = {name: value for name, value in totals.items() if ":" not in name}
-        if not math.isfinite(result["loss"]):
-            raise NonFiniteError(", ".join(f"{name} {value}" for name, value in result.items()))
+            sums.add(term, loss, metrics)
+        numbers = distributed.total(sums.numbers())
+        if not math.isfinite(numbers["loss"]):
+            raise NonFiniteError.of(losses(numbers))
         learning_rate = self.scheduler.get_last_lr()[0]
         self.engine.step()
-        result["grad_norm"] = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(result["grad_norm"]) or not self.engine.was_step_applied():
-            raise NonFiniteError(", ".join(f"{name} {value}" for name, value in result.items()))
+        grad_norm = float(self.engine.get_global_grad_norm())  # known once the step is taken
+        if not math.isfinite(grad_norm) or not self.engine.was_step_applied():
+            raise NonFiniteError.of(losses(numbers) | {"grad_norm": grad_norm})
         self.scheduler.step()
-        result["learning_rate"] = learning_rate
-        for name, value in totals.items():
-            term, _, metric = name.partition(":")
-            if term and metric:
-                result[metric] = value / max(totals[f":{term}"], 1.0)
-        return StepResult(result, int(sum(value for name, value in totals.items() if name.startswith(":"))))
+        return step_result(numbers, grad_norm=grad_norm, learning_rate=learning_rate)
 
     def save_state(self, folder: Path) -> None:
         """This rank's part: its share of the optimiser and of the exact weights, and its random generators."""
@@ -134,6 +112,17 @@ class DeepSpeedEngine:
         if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
+
+
+def _shard(model: PreTrainedModel, dtype: torch.dtype, settings: dict[str, Any], device: torch.device) -> None:
+    """A piece of every weight to each rank's device, one weight after the other, as rank 0 has it."""
+    import deepspeed
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    for buffer in model.buffers():  # rotary frequencies: DeepSpeed leaves them where they are
+        buffer.data = buffer.data.to(device)
 
 
 def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def evaluate_model(
     models, rows = open_models(
         None if who == "teacher" else model_path(model),
         plan.teacher if who == "teacher" or plan.eval.teacher else None,
-        device=getattr(plan.engine, "device", "auto"),
+        device=plan.engine.device if plan.engine.type == "torch" else "auto",
         dtype=dtype,
         output_dir=plan.output_dir,
     )

@@ -11,7 +11,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
-from minillm.engine.torch import engine_device
+from minillm.engine.device import engine_device
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
 from minillm.evaluate.standalone import finite

@@ -18,6 +18,7 @@ from minillm.data.batch import Pair, TokenBatch
 from minillm.data.stream import Share, Stream
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
+from minillm.timing import Timing
 
 Objective = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 Watch = Callable[[str, int, int], None]  # (what is being done, how many are, of how many)
@@ -50,6 +51,7 @@ class Sources:
     corpus: Stream | Share | None  # of token blocks: list[int]
     written: Path  # a folder for answers that are written once and kept
     watch: Watch = lambda what, done, total: None  # told how far long work inside `collect` is
+    timing: Timing = field(default_factory=Timing)  # told what that work was
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,7 @@ Item = Supervised | Rollout
 
 
 class Method(ABC):
-    """See the module. `step_size` is the number of items that one optimiser step takes over all
-    micro-batches and ranks."""
+    """See the module. `step_size` is the number of items of one optimiser step over all micro-batches and ranks."""
 
     inner_epochs: int = 1  # passes over what one `collect` returned
     needs_references: bool = True  # prompts without an answer to imitate are an error before the first step

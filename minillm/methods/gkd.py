@@ -31,16 +31,17 @@ class GeneralisedDistillation(Method):
         if coin >= self.config.method.on_policy:
             return references
         rollout = self.config.rollout
-        answers = sample(
-            models,
-            [item.prompt for item in references],
-            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
-            keys=[item.key for item in references],
-            seed=self.config.seed,
-            draw=draw,
-            batch_size=rollout.batch_size,
-            progress=lambda done: sources.watch("sampling answers", done, len(references)),
-        )
+        with sources.timing.of("rollout"):
+            answers = sample(
+                models,
+                [item.prompt for item in references],
+                Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
+                keys=[item.key for item in references],
+                seed=self.config.seed,
+                draw=draw,
+                batch_size=rollout.batch_size,
+                progress=lambda done: sources.watch("sampling answers", done, len(references)),
+            )
         return [
             Supervised(item.key, answer.prompt, answer.response)
             for item, answer in zip(references, answers, strict=True)

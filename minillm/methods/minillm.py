@@ -107,18 +107,20 @@ class MiniLLMMethod(Method):
         rollout = self.config.rollout
         examples = sources.prompts.take(rollout.buffer_size)
         keys = [example.index for example in examples]
-        answers = sample(
-            models,
-            [example.prompt_ids for example in examples],
-            Sampling(rollout.max_new_tokens, alpha=self.config.method.alpha),
-            keys=keys,
-            seed=self.config.seed,
-            draw=draw,
-            who="mixture" if self.config.method.alpha > 0 else "student",
-            batch_size=rollout.batch_size,
-            progress=lambda done: sources.watch("sampling answers", done, len(examples)),
-        )
-        buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
+        with sources.timing.of("rollout"):
+            answers = sample(
+                models,
+                [example.prompt_ids for example in examples],
+                Sampling(rollout.max_new_tokens, alpha=self.config.method.alpha),
+                keys=keys,
+                seed=self.config.seed,
+                draw=draw,
+                who="mixture" if self.config.method.alpha > 0 else "student",
+                batch_size=rollout.batch_size,
+                progress=lambda done: sources.watch("sampling answers", done, len(examples)),
+            )
+        with sources.timing.of("scoring"):
+            buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
         add_advantages(buffer, self.config.method)
         return buffer
 

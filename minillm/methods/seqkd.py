@@ -24,7 +24,8 @@ class SequenceDistillation(Method):
 
     def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
         if self._answers is None:
-            self._answers = self._write(sources, models)
+            with sources.timing.of("rollout"):
+                self._answers = self._write(sources, models)
         return [
             Supervised(example.index, example.prompt_ids, self._answers[example.index])
             for example in sources.prompts.take(self.step_size)

@@ -65,7 +65,7 @@ def head_error(model: PreTrainedModel) -> float:
     """How far `lm_head` on `last_hidden` is from the logits of the model itself: the largest difference, as a share of
     the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits that
     `lm_head` does not know."""
-    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=model.device)[None] % lm_head(model).weight.shape[0]
     mask = torch.ones_like(ids)
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
     head = lm_head(model)

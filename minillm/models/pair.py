@@ -17,3 +17,4 @@ class Models:
     eos_ids: tuple[int, ...]  # any of them ends an answer
     pad_id: int
     device: torch.device
+    by_layers: bool = False  # sharded weights come together a layer at a time: all ranks run the same forward passes

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -17,29 +17,52 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 @contextmanager
-def whole(*models: nn.Module | None) -> Iterator[None]:
-    """All weights of the models on every rank, to be read. All ranks must enter and leave together; inside, no rank
-    waits for another, so that each may run as many forward passes as it likes. Nothing happens for whole models."""
-    sharded = [model for model in models if is_sharded(model) and not getattr(model, "is_whole", False)]
-    parameters = [parameter for model in sharded for parameter in model.parameters()]
+def readable(*models: nn.Module | None, by_layers: bool) -> Iterator[None]:
+    """The models can be run and their heads read, without a gradient. All ranks must enter and leave together.
+
+    With `by_layers` the heads alone are whole, and all ranks must run the same forward passes: a layer comes together
+    when all have reached it. Without, everything is whole, and each rank may run what it likes.
+    """
+    if not by_layers:
+        with whole(*models):
+            yield
+        return
+    with ExitStack() as heads:
+        for model in models:
+            if is_sharded(model):
+                heads.enter_context(whole(*_holders(model, model.get_output_embeddings().weight)))
+        yield
+
+
+def _holders(model: nn.Module, weight: Tensor) -> list[nn.Module]:
+    """The modules that use a weight: a tied head is the token table too."""
+    return [module for module in model.modules() if any(one is weight for one in module.parameters(recurse=False))]
+
+
+@contextmanager
+def whole(*modules: nn.Module | None) -> Iterator[None]:
+    """All weights of the modules on every rank, to be read. All ranks must enter and leave together; inside, no rank
+    waits for another, so that each may run as many forward passes as it likes. Nothing happens for whole modules."""
+    sharded = [module for module in modules if is_sharded(module) and not getattr(module, "is_whole", False)]
+    parameters = list({id(one): one for module in sharded for one in module.parameters()}.values())
     if not parameters:
         yield
         return
     import deepspeed
 
     # DeepSpeed's hooks would release each layer after its forward pass, and wait for the other ranks before the next
-    modules = {id(module): module for model in sharded for module in model.modules()}.values()
-    hooks = [(module, name, getattr(module, name)) for module in modules for name in _HOOKS]
+    inner = {id(module): module for part in sharded for module in part.modules()}.values()
+    hooks = [(module, name, getattr(module, name)) for module in inner for name in _HOOKS]
     with deepspeed.zero.GatheredParameters(parameters):
         for module, name, _ in hooks:
             setattr(module, name, OrderedDict())
-        for model in sharded:
-            model.is_whole = True
+        for module in sharded:
+            module.is_whole = True
         try:
             yield
         finally:
-            for model in sharded:
-                model.is_whole = False
+            for module in sharded:
+                module.is_whole = False
             for module, name, before in hooks:
                 setattr(module, name, before)
 

@@ -2,5 +2,5 @@
 
 Models are built and run as shapes (torch's fake tensors): the same modules, attention, checkpointing, autocast and
 caches as in a run, with no weight in memory. ledger.py adds up what is alive; what a dispatch mode cannot see, or has
-no shape-only form, has a twin here that allocates the same buffers (loss.py, optimizer.py).
+no shape-only form, has a twin here that allocates the same buffers (loss.py).
 """

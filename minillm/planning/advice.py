@@ -67,8 +67,14 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
     if engine.type == "deepspeed":
         if engine.stage < 3 and world_size > 1:
             yield [f"engine.stage={engine.stage + 1}"], "shards more of the student, for more communication"
-    if phase in ("rollout", "scoring") and rollout.batch_size > 1:
-        yield [f"rollout.batch_size={rollout.batch_size // 2}"], "the same answers, decoded fewer at a time"
+    fewer = [f"rollout.batch_size={rollout.batch_size // 2}"], "the same answers, decoded fewer at a time"
+    collecting = phase in ("rollout", "scoring")
+    if collecting and rollout.batch_size > 8:
+        yield fewer
+    if collecting and engine.type == "deepspeed" and engine.stage == 3 and engine.gather == "whole":
+        yield ["engine.gather=layers"], "sharded weights a layer at a time in every pass; much slower sampling"
+    if collecting and 1 < rollout.batch_size <= 8:
+        yield fewer
     micro = train.per_device_train_batch_size
     if phase != "rollout" and micro > 1 and micro % 2 == 0:
         keys = [

@@ -27,7 +27,7 @@ PARTS = (
     "teacher hidden states",
     "rollout buffer",
     "loss buffers",
-    "gathered layers",
+    "gathered weights",
     "communication buckets",
 )
 _INDEX = {name: place for place, name in enumerate(PARTS)}

@@ -29,14 +29,9 @@ class PhaseMemory:
         return sum(self.host.values())
 
 
-def memory_of(
-    simulation: Simulation, work: Work, sharding: Sharding, device: torch.device, *, whole_rollout: bool = False
-) -> list[PhaseMemory]:
-    """Every phase's worst moment, in the order in which they run.
-
-    With `whole_rollout` sharded models are gathered once for a rollout, else layer by layer for every token.
-    """
-    student, teacher = simulation.student, simulation.teacher
+def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: torch.device) -> list[PhaseMemory]:
+    """Every phase's worst moment, in the order in which they run."""
+    student = simulation.student
     one_memory = device.type == "cpu"
     factors, host_factors = sharding.factors(), sharding.host_factors()
     buffer, waiting = _teacher_rows(simulation, work)
@@ -52,35 +47,30 @@ def memory_of(
         if phase == "update":
             here["teacher hidden states"] += waiting[True]
             added["communication buckets"] += sharding.buckets(student.parameters, student.itemsize)
-        reads = {"rollout": work.decoding and work.decoding.models, "scoring": work.scoring and work.scoring.models}
-        models = reads.get(phase) or ("student",)
-        if "student" in models:
-            added["gathered layers"] += sharding.gathered(
-                student.parameters,
-                max(student.largest_layer, student.head),
-                student.itemsize,
-                sharded=sharding.stage == 3,
-            )
-        if teacher is not None and ("teacher" in models or phase == "update" and any(t.teacher for t in work.terms)):
-            # the update reads the teacher's head alone
-            whole = teacher.parameters if "teacher" in models else teacher.head
-            added["gathered layers"] += sharding.gathered(
-                whole,
-                max(teacher.largest_layer, teacher.head) if whole > teacher.head else teacher.head,
-                teacher.itemsize,
-                sharded=sharding.teacher != "replicated",
-            )
-        if phase == "rollout" and whole_rollout and added["gathered layers"]:
-            sizes = {"student": student, "teacher": teacher}
-            added["gathered layers"] = sum(
-                sizes[name].parameters * sizes[name].itemsize for name in models if sharding.is_sharded(name)
-            )
+        added["gathered weights"] += _gathered(phase, simulation, work, sharding)
         on_device = timeline.peak(factors, added)
         everything = timeline.peak({}, {})
         for part, share in host_factors.items():
             host[part] += int(everything[part] * share)
         result.append(PhaseMemory(phase, on_device, host))
     return result
+
+
+def _gathered(phase: str, simulation: Simulation, work: Work, sharding: Sharding) -> int:
+    """Bytes of sharded weights that are whole at the same time."""
+    student, teacher = simulation.student, simulation.teacher
+    if phase == "update":
+        total = sharding.layers(student) if sharding.gathers("student") else 0
+        if teacher is not None and any(term.teacher for term in work.terms) and sharding.gathers("teacher"):
+            total += teacher.head * teacher.itemsize  # all that the update reads of it
+        return total
+    sizes = {"student": student, "teacher": teacher}
+    forward = work.decoding if phase == "rollout" else work.scoring
+    gathered = [sizes[name] for name in forward.models if sharding.gathers(name)]
+    if forward.reads_heads and not sharding.by_layers:
+        return sum(size.parameters * size.itemsize for size in gathered)
+    heads = sum(size.head * size.itemsize for size in gathered) if forward.reads_heads else 0
+    return sum(map(sharding.layers, gathered)) + heads
 
 
 def _teacher_rows(simulation: Simulation, work: Work) -> tuple[int, dict[bool, int]]:

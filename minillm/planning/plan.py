@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from minillm.config.loading import RunPlan, Stage
-from minillm.config.root import StageConfig
 from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
@@ -28,14 +27,24 @@ class StagePlan:
     work: Work
     simulation: Simulation
     memory: list[PhaseMemory]
-    whole_rollout: bool  # sharded models are gathered once for a rollout, not layer by layer
     activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
     speed: Speed
-    smallest_world_size: int | None  # None: no size up to the largest tried fits
+    memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; ValueError where the buffer does not divide
 
     @property
     def peak(self) -> PhaseMemory:
         return max(self.memory, key=lambda memory: memory.device_bytes)
+
+    def smallest_world_size(self, gpu: Gpu) -> int | None:
+        """The fewest ranks that fit, as a power of two; None where none of those tried does."""
+        for size in WORLD_SIZES if self.sharding.stage else (1,):
+            try:
+                phases = self.memory_on(size)
+            except ValueError:
+                continue
+            if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
+                return size
+        return None
 
 
 @dataclass(frozen=True)
@@ -79,17 +88,11 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         update = simulated(work, checkpointing, PHASES if checkpointing == asked else ("update",))
         return update.phases["update"].most("activations")
 
-    def memory(size: int) -> tuple[list[PhaseMemory], bool]:
-        """The phases, and whether sharded models are gathered once for a rollout: where that fits."""
-        work, sharding = work_of(config, size), sharding_of(config, size)
-        simulation = simulated(work)
-        phases = memory_of(simulation, work, sharding, device, whole_rollout=True)
-        if all(phase.device_bytes <= gpu.usable_bytes for phase in phases if phase.phase == "rollout"):
-            return phases, True
-        return memory_of(simulation, work, sharding, device), False
+    def memory(size: int) -> list[PhaseMemory]:
+        work = work_of(config, size)
+        return memory_of(simulated(work), work, sharding_of(config, size), device)
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
-    phases, whole_rollout = memory(world_size)
     simulation = simulated(work)
     return StagePlan(
         name=stage.name,
@@ -97,28 +100,8 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         sharding=sharding,
         work=work,
         simulation=simulation,
-        memory=phases,
-        whole_rollout=whole_rollout,
+        memory=memory(world_size),
         activations=activations,
-        speed=speed_of(
-            simulation,
-            work,
-            sharding,
-            gpu,
-            bf16=config.train.bf16,
-            checkpointing=asked,
-            whole_rollout=whole_rollout,
-        ),
-        smallest_world_size=_smallest(config, memory, gpu),
+        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
+        memory_on=memory,
     )
-
-
-def _smallest(config: StageConfig, memory: Callable[[int], tuple[list[PhaseMemory], bool]], gpu: Gpu) -> int | None:
-    for size in WORLD_SIZES if config.engine.type == "deepspeed" else (1,):
-        try:
-            phases, _ = memory(size)
-        except ValueError:  # the answers of a buffer do not divide over so many ranks
-            continue
-        if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
-            return size
-    return None

@@ -11,6 +11,7 @@ from typing import Any
 
 from minillm.config.paths import expand
 from minillm.config.root import StageConfig
+from minillm.planning.sizes import ModelSize
 
 # DeepSpeed's defaults, in elements
 DEFAULTS = {
@@ -30,6 +31,7 @@ class Sharding:
     offload_optimizer: bool = False
     offload_param: bool = False
     teacher: str = "replicated"  # sharded | replicated | offloaded
+    by_layers: bool = False  # what is sharded comes together layer by layer even to sample and score
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's `zero_optimization`
 
     def factors(self) -> dict[str, float]:
@@ -62,13 +64,15 @@ class Sharding:
         """Whether a rank holds less than all of the weights of the student or teacher."""
         return self.stage == 3 if who == "student" else self.teacher != "replicated"
 
-    def gathered(self, parameters: int, largest: int, itemsize: int, *, sharded: bool) -> int:
-        """Bytes of a sharded model's layers that are whole at a time: at most what is allowed to live and prefetched,
-        at least the largest module."""
-        if not sharded or self.world_size == 1 and not self.offload_param:
-            return 0
+    def gathers(self, who: str) -> bool:
+        """Whether its weights must be brought together before they are used."""
+        return self.is_sharded(who) and (self.world_size > 1 or self.offload_param)
+
+    def layers(self, size: ModelSize) -> int:
+        """Bytes of a sharded model that are whole at a time where it runs layer by layer: at most what is allowed to live
+        and prefetched, at least the largest module."""
         live = self._size("stage3_max_live_parameters") + self._size("stage3_prefetch_bucket_size")
-        return min(parameters, max(largest, int(live))) * itemsize
+        return min(size.parameters, max(size.largest_layer, size.head, int(live))) * size.itemsize
 
     def buckets(self, parameters: int, itemsize: int) -> int:
         """Bytes of the buffers in which gradients travel."""
@@ -93,6 +97,7 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         stage=engine.stage,
         offload_optimizer=engine.offload_optimizer,
         offload_param=engine.offload_param,
+        by_layers=engine.gather == "layers",
         teacher="replicated" if engine.stage < 3 else "offloaded" if engine.offload_param else "sharded",
         zero={} if engine.config is None else _zero_settings(Path(expand(engine.config))),
     )

@@ -6,13 +6,13 @@ update    forward, loss and backward of every term, with checkpointing and autoc
 """
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from minillm.config.root import StageConfig
 from minillm.data.batch import TokenBatch
@@ -21,6 +21,7 @@ from minillm.models.loading import without_dropout
 from minillm.models.pruning import layers_of
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
+from minillm.planning.sizes import ModelSize, build, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, Term, Work
 from minillm.rollout.cache import RoomyLayer, make_cache
 from minillm.rollout.decoder import sampling_mode
@@ -35,24 +36,10 @@ class Simulation:
     """What one rank would hold if nothing were sharded."""
 
     phases: dict[str, Timeline]  # rollout, scoring, update: those that the method has
-    student: "ModelSize"
-    teacher: "ModelSize | None"
+    student: ModelSize
+    teacher: ModelSize | None
     vocab_size: int  # what the heads share
     losses: dict[str, LossShape]  # by term, and `scoring`
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Counts of one model."""
-
-    parameters: int
-    itemsize: int  # bytes of a stored weight
-    head: int  # weights of the LM head
-    embeddings: int  # weights that no matrix product reads: token and position tables apart from a tied head
-    layers: int
-    largest_layer: int  # weights of the layer that has most
-    hidden_size: int
-    kv_bytes_per_token: int  # of one sequence, all layers
 
 
 @dataclass(frozen=True)
@@ -66,6 +53,7 @@ class Setting:
     autocast: bool  # bf16, over weights of another dtype
     states_dtype: str  # of the optimiser's moments
     master_weights: bool  # the optimiser has an fp32 copy of the weights
+    gradients_stay: bool  # from one step to the next
     checkpointing: bool
 
     @classmethod
@@ -82,6 +70,7 @@ class Setting:
             autocast=config.train.bf16 and not mixed,
             states_dtype="float32" if deepspeed else config.student.dtype,
             master_weights=deepspeed,
+            gradients_stay=deepspeed,
             checkpointing=checkpointing,
         )
 
@@ -107,22 +96,16 @@ def simulate(
     return _DONE[key]
 
 
-def count_parameters(architecture: PreTrainedConfig) -> int:
-    """Weights of a model, tied ones once."""
-    with FakeTensorMode():
-        return _count(AutoModelForCausalLM.from_config(architecture))
-
-
 class _Simulator:
     def __init__(self, setting: Setting, work: Work, student, teacher, device: torch.device, ledger: Ledger):
         self.setting, self.work, self.device, self.ledger = setting, work, device, ledger
         with ledger.part("student weights"):
-            model = _build(student, setting.student_dtype, setting.student_attention)
+            model = build(student, setting.student_dtype, setting.student_attention)
             self.student = without_dropout(model).train()
         self.models = {"student": self.student}
         if teacher is not None:
             with ledger.part("teacher weights"):
-                model = _build(teacher, setting.teacher_dtype, setting.teacher_attention)
+                model = build(teacher, setting.teacher_dtype, setting.teacher_attention)
                 self.models["teacher"] = model.eval().requires_grad_(False)
         if setting.checkpointing:
             # no random state to preserve: there is no dropout
@@ -141,8 +124,7 @@ class _Simulator:
         with ledger.part("fp32 master weights"):
             if self.setting.master_weights:
                 states += [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
-        # gradients stay from one step to the next
-        with self._gradients():
+        with self._gradients() if self.setting.gradients_stay else nullcontext():
             ledger.take()
             if work.decoding is not None and "rollout" in wanted:
                 self._rollout(work.decoding)
@@ -157,8 +139,8 @@ class _Simulator:
         teacher = self.models.get("teacher")
         return Simulation(
             phases,
-            _size(self.student, self.kv_bytes["student"]),
-            None if teacher is None else _size(teacher, self.kv_bytes["teacher"]),
+            size_of(self.student, self.kv_bytes["student"]),
+            None if teacher is None else size_of(teacher, self.kv_bytes["teacher"]),
             self.vocab_size,
             self.losses,
         )
@@ -202,7 +184,7 @@ class _Simulator:
         for name in names:
             parent, attribute, layers = layers_of(self.models[name])
             alike = len(set(getattr(self.models[name].config, "layer_types", None) or [None])) == 1
-            alike = alike and len({_count(layer) for layer in layers}) == 1 and len(layers) > FEW
+            alike = alike and len({weight_count(layer) for layer in layers}) == 1 and len(layers) > FEW
             left_out[name] = len(layers) - FEW if alike else 0
             if alike:
                 whole.append((parent, attribute, layers))
@@ -255,7 +237,7 @@ class _Simulator:
             parameter.register_post_accumulate_grad_hook(lambda p: self.ledger.relabel([p.grad], "gradients"))
             for parameter in self.trained
         ]
-        if self.work.micro_batches > 1:  # the worst micro-batch is one that finds gradients
+        if self.work.micro_batches > 1 or self.setting.gradients_stay:  # the worst micro-batch is one that finds them
             with self.ledger.part("gradients"):
                 for parameter in self.trained:
                     parameter.grad = torch.empty_like(parameter)
@@ -298,12 +280,6 @@ class _Simulator:
         del temporaries
 
 
-def _build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
-    # the flash packages need a GPU; sdpa, like them, keeps no scores
-    attention = "eager" if attention == "eager" else "sdpa"
-    return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype), attn_implementation=attention)
-
-
 def _batch(size: int, length: int, rows: int) -> TokenBatch:
     ids = torch.zeros(size, length, dtype=torch.int64)
     return TokenBatch(
@@ -319,26 +295,3 @@ def _batch(size: int, length: int, rows: int) -> TokenBatch:
 def _stored(cache) -> list[Tensor]:
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return [state for state in states if isinstance(state, Tensor)]
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _size(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
-    counts = [_count(layer) for layer in layers_of(model)[2]]
-    head = lm_head(model).weight
-    tables = {
-        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    tables.pop(id(head), None)
-    return ModelSize(
-        parameters=_count(model),
-        itemsize=head.dtype.itemsize,
-        head=head.numel(),
-        embeddings=sum(tables.values()),
-        layers=len(counts),
-        largest_layer=max(counts),
-        hidden_size=head.shape[1],
-        kv_bytes_per_token=kv_bytes,
-    )

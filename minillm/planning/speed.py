@@ -38,7 +38,6 @@ def speed_of(
     *,
     bf16: bool,
     checkpointing: bool,
-    whole_rollout: bool,
 ) -> Speed:
     """Estimates for the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
@@ -66,7 +65,7 @@ def speed_of(
         seconds["update"] += _optimizer_seconds(simulation.student, sharding, gpu)
         if work.decoding is not None and work.decoding.total:
             seconds["rollout"] = max(seconds["rollout"], share * _reading_seconds(sizes, work, gpu))
-        seconds["communication"] = _communication_seconds(sizes, work, sharding, gpu, share, whole_rollout)
+        seconds["communication"] = _communication_seconds(sizes, work, sharding, gpu, share)
     return Speed(flops["rollout"], flops["scoring"], flops["update"], seconds)
 
 
@@ -106,14 +105,9 @@ def _reading_seconds(sizes: dict[str, ModelSize | None], work: Work, gpu: Gpu) -
 
 
 def _communication_seconds(
-    sizes: dict[str, ModelSize | None],
-    work: Work,
-    sharding: Sharding,
-    gpu: Gpu,
-    share: float,
-    whole_rollout: bool,
+    sizes: dict[str, ModelSize | None], work: Work, sharding: Sharding, gpu: Gpu, share: float
 ) -> float:
-    """Gathers and reductions that nothing hides: a sharded model's weights once a pass, or once for a whole rollout."""
+    """Gathers and reductions that nothing hides: a sharded model's weights once a pass, or once for a collection."""
     if sharding.world_size == 1:
         return 0.0
     student, teacher = sizes["student"], sizes["teacher"]
@@ -127,9 +121,9 @@ def _communication_seconds(
     for collection in (work.decoding, work.scoring):
         if collection is None or not collection.total:
             continue
-        passes = -(-collection.total // collection.batch)
-        if collection is work.decoding:
-            passes = 1 if whole_rollout else passes * collection.answer
+        passes = -(-collection.total // collection.batch) * (collection.answer if collection is work.decoding else 1)
+        if collection.reads_heads and not sharding.by_layers:
+            passes = 1
         for name in collection.models:
             if sharding.is_sharded(name):
                 moved += share * passes * sizes[name].parameters * sizes[name].itemsize

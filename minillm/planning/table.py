@@ -23,7 +23,7 @@ def render(run: PlannedRun, advice: list[Change]) -> RenderableType:
         title = f"stage {stage.name}: {stage.method}" if len(run.stages) > 1 else stage.method
         where = f"{run.gpu.name}, on each of {run.world_size} ranks" if run.world_size > 1 else run.gpu.name
         heading = Text(f"memory in GiB on {where}, at each phase's worst moment")
-        parts += [Text(title, style="bold"), _models(stage), heading, _memory(stage), *_notes(stage)]
+        parts += [Text(title, style="bold"), _models(stage), heading, _memory(stage), *_notes(stage, run.gpu)]
     parts.append(_verdict(run))
     parts += [Text(f"  {place}. {change}") for place, change in enumerate(advice, 1)]
     if advice and not advice[-1].fits:
@@ -40,7 +40,7 @@ def as_data(run: PlannedRun, advice: list[Change]) -> dict[str, Any]:
         "world_size": run.world_size,
         "peak_bytes": run.peak_bytes,
         "fits": run.fits,
-        "stages": {stage.name: _stage_data(stage) for stage in run.stages},
+        "stages": {stage.name: _stage_data(stage, run.gpu) for stage in run.stages},
         "advice": [
             {"changes": change.overrides, "peak_bytes": change.peak_bytes, "fits": change.fits} for change in advice
         ],
@@ -62,7 +62,7 @@ def assumptions() -> Iterator[str]:
     )
 
 
-def _stage_data(stage: StagePlan) -> dict[str, Any]:
+def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
     simulation, speed = stage.simulation, stage.speed
     return {
         "method": stage.method,
@@ -98,8 +98,7 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
             "update": speed.update_flops,
         },
         "estimated_seconds_per_step": speed.seconds,
-        "gather_whole_for_rollout": stage.whole_rollout,
-        "smallest_world_size": stage.smallest_world_size,
+        "smallest_world_size": stage.smallest_world_size(gpu),
     }
 
 
@@ -137,7 +136,7 @@ def _memory(stage: StagePlan) -> Table:
     return table
 
 
-def _notes(stage: StagePlan) -> Iterator[Text]:
+def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     yield Text(
         f"activations of the update: {_gib(stage.activations(False))} GiB without gradient_checkpointing, "
         f"{_gib(stage.activations(True))} GiB with it"
@@ -148,9 +147,6 @@ def _notes(stage: StagePlan) -> Iterator[Text]:
             f"loss `{name}`: {shape.rows:,} rows in chunks of {shape.chunk:,}, logits {_gib(shape.logits_bytes)} GiB; "
             f"full logits would take {_gib(full)} GiB"
         )
-    if stage.work.decoding is not None and any(stage.sharding.is_sharded(name) for name in stage.work.decoding.models):
-        how = "whole, once for a rollout" if stage.whole_rollout else "layer by layer, for every token"
-        yield Text(f"sharded weights are gathered for sampling {how}")
     speed = stage.speed
     yield Text(
         f"FLOPs of a step and rank: {speed.flops / 1e12:,.1f} T (rollout {speed.rollout_flops / 1e12:,.1f}, "
@@ -161,10 +157,8 @@ def _notes(stage: StagePlan) -> Iterator[Text]:
     else:
         each = ", ".join(f"{name} {value:.2f}" for name, value in speed.seconds.items() if value)
         yield Text(f"estimated time of a step: {sum(speed.seconds.values()):.2f} s ({each})")
-    if stage.smallest_world_size is None:
-        yield Text("smallest world size that fits: none with these keys")
-    else:
-        yield Text(f"smallest world size that fits: {stage.smallest_world_size}")
+    smallest = stage.smallest_world_size(gpu)
+    yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
 
 
 def _verdict(run: PlannedRun) -> Text:

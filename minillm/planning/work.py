@@ -19,6 +19,11 @@ class Decoding:
     answer: int  # tokens
     total: int  # answers of a buffer, on one rank
 
+    @property
+    def reads_heads(self) -> bool:
+        """Whether the LM heads take part."""
+        return True
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -30,6 +35,11 @@ class Forward:
     rows: int  # of them predict what counts
     statistics: bool  # linear_token_stats follows
     total: int  # sequences of a buffer or step, on one rank
+
+    @property
+    def reads_heads(self) -> bool:
+        """Whether the LM heads take part; without them it is the teacher of a supervised step."""
+        return self.statistics
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Work:
     terms: tuple[Term, ...]
     micro_batches: int
     steps_per_collection: int
-    buffered: int  # answers kept with the teacher's hidden states, on one rank
+    buffered: int  # answers kept with the teacher's hidden states, all of them on every rank
 
     @property
     def moment(self) -> "Work":
@@ -93,13 +103,14 @@ def work_of(config: StageConfig, world_size: int) -> Work:
     if name == "minillm":
         if rollout.buffer_size % world_size:
             raise ValueError(f"rollout.buffer_size {rollout.buffer_size} does not divide over {world_size} ranks")
-        buffered = rollout.buffer_size // world_size
-        batch = min(rollout.batch_size, buffered)
+        buffered = rollout.buffer_size
+        mine = buffered // world_size
+        batch = min(rollout.batch_size, mine)
         who = ("student", "teacher") if method.alpha > 0 else ("student",)
         who = ("teacher",) if method.alpha == 1 else who
-        decoding = Decoding(who, batch, prompt, rollout.max_new_tokens, buffered)
-        scoring = Forward(("teacher", "student"), batch, length, batch * rows, True, buffered)
-        steps = max(1, buffered * method.ppo_epochs // (micro * accumulation))
+        decoding = Decoding(who, batch, prompt, rollout.max_new_tokens, mine)
+        scoring = Forward(("teacher", "student"), batch, length, batch * rows, True, mine)
+        steps = max(1, mine * method.ppo_epochs // (micro * accumulation))
     elif sampled:
         step = micro * accumulation
         if name == "seqkd":  # every prompt once, before the first step

@@ -21,6 +21,7 @@ class Measurement:
     seconds: float  # of training, in this stage
     mean: dict[str, float]  # over the sets
     sets: dict[str, dict[str, float]]
+    took_seconds: float = 0.0  # the evaluation itself
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Measurement":
@@ -30,6 +31,7 @@ class Measurement:
             seconds=record["seconds"],
             mean=read_numbers(record["mean"]),
             sets={name: read_numbers(metrics) for name, metrics in record["sets"].items()},
+            took_seconds=record.get("time/evaluation_s", 0.0),
         )
 
 

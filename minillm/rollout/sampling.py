@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minillm import distributed
 from minillm.models.pair import Models
-from minillm.models.sharded import whole
+from minillm.models.sharded import readable
 from minillm.rollout.decoder import Decoder, check_positions, sampling_mode
 from minillm.rollout.distribution import Component, draw_tokens, likeliest_tokens, process
 from minillm.rollout.ngrams import NgramBan
@@ -90,10 +90,11 @@ def sample(
     roles = _roles(models, sampling, who)
     _check(models, prompts, sampling, keys, batch_size, roles)
     mine = distributed.share(len(prompts))
-    order = sorted(mine, key=lambda index: len(prompts[index]), reverse=True)
+    todo = distributed.even_share(len(prompts)) if models.by_layers else mine
+    order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
     answers: dict[int, Answer] = {}
     taking_part = [getattr(models, role) for role in roles]
-    with whole(*taking_part), sampling_mode(taking_part):
+    with readable(*taking_part, by_layers=models.by_layers), sampling_mode(taking_part):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             noise = uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens)
@@ -208,12 +209,12 @@ def _decode(
                 f"the logits at token {step} of {broken} answer(s) are not finite: the weights of {' or '.join(roles)} hold "
                 "NaN or infinity, or overflow in their dtype"
             )
-        if not left or step + 1 == steps:
+        if step + 1 == steps or not (distributed.anywhere(left > 0) if models.by_layers else left):
             break
         if bans is not None:
             bans.append(token.tolist())
         fed, position = token[:, None], position[:, -1:] + 1
-        if len(rows) - left >= ENDED_SHARE * len(rows):
+        if left and len(rows) - left >= ENDED_SHARE * len(rows):
             kept = running.nonzero()[:, 0]
             for decoder in decoders:
                 decoder.keep(kept)

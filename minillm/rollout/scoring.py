@@ -9,7 +9,7 @@ from minillm.data.batch import TokenBatch, collate
 from minillm.losses import linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.pair import Models
-from minillm.models.sharded import whole
+from minillm.models.sharded import readable
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.decoder import sampling_mode
 from minillm.rollout.sampling import Answer
@@ -31,8 +31,10 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
         raise ValueError(f"{len(answers)} answers, but {len(keys)} keys")
     rollouts: dict[int, Rollout] = {}
     mine = distributed.share(len(answers))
-    order = sorted(mine, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
-    with whole(models.student, models.teacher), sampling_mode([models.student, models.teacher]):
+    todo = distributed.even_share(len(answers)) if models.by_layers else mine
+    order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
+    both = (models.student, models.teacher)
+    with readable(*both, by_layers=models.by_layers), sampling_mode(both):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([(answers[index].prompt, answers[index].response) for index in chosen], models.pad_id)

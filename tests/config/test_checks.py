@@ -46,6 +46,15 @@ def test_a_buffer_divides_into_steps(recipe):
     assert recipe.problems(rollout={"buffer_size": 250}, train=train, method={"name": "gkd"}) == {}
 
 
+def test_a_buffer_divides_into_the_steps_of_all_ranks(recipe, monkeypatch):
+    train = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    assert recipe.problems(rollout={"buffer_size": 16}, train=train) == {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = recipe.problems(rollout={"buffer_size": 16}, train=train)["rollout.buffer_size"]
+    assert "x 2 ranks" in found and found.endswith("that do: 32")
+    assert recipe.problems(rollout={"buffer_size": 32}, train=train) == {}
+
+
 def test_training_must_end(recipe):
     assert "how long to train" in recipe.problems(train={})["train.max_steps"]
     for limit in ({"num_train_epochs": 0.5}, {"max_seconds": 60}, {"max_student_tokens": 1000}):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillm.config.data import PydocCorpus, TextCorpus
+from minillm.config.data import HfCorpus, PydocCorpus, TextCorpus
 from minillm.data.corpus import load_corpus
 from minillm.data.sources import DataError
 
@@ -34,3 +34,20 @@ def test_skip_and_limit_count_documents(byte, jsonl):
 def test_pydoc(byte):
     corpus = load_corpus(PydocCorpus(type="pydoc", block_size=64, limit=20), byte)
     assert corpus.documents == 20 and sum(block.count(byte.eos_token_id) for block in corpus.blocks) in (19, 20)
+
+
+def test_a_dataset_on_disk(byte, tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": text, "url": "x"} for text in ("aa", "bb", "cc", "dd")]).save_to_disk(tmp_path / "set")
+    config = HfCorpus(type="hf", path=str(tmp_path / "set"), block_size=3, skip=1, limit=2)
+    corpus = load_corpus(config, byte)
+    assert [byte.decode(block) for block in corpus.blocks] == ["bb<|end|>", "cc<|end|>"] and corpus.documents == 2
+
+
+def test_a_dataset_without_texts_is_named(byte, tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([{"body": "aa"}]).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match="row 0: expected a field `text`; found body"):
+        load_corpus(HfCorpus(type="hf", path=str(tmp_path / "set"), block_size=3), byte)

@@ -9,7 +9,8 @@ from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
 from minillm.data.batch import collate
 from minillm.engine.base import NonFiniteError
-from minillm.engine.torch import TorchEngine, pick_device
+from minillm.engine.device import pick_device
+from minillm.engine.torch import TorchEngine
 from minillm.methods.base import Term
 
 PAIRS = [([5], [6, 7, 8, 9]), ([1, 2], [3]), ([9, 9], [8, 7]), ([4], [4, 4, 4])]
@@ -26,9 +27,17 @@ def cross_entropy_term(pairs, *, by_tokens=True, name="supervised", weight=1.0) 
 
 
 def gradients(models, micro_batches):
-    built = engine(models, max_grad_norm=None, learning_rate=1e-12)
+    found = seen_by_the_optimizer(built := engine(models, max_grad_norm=None, learning_rate=1e-12))
     built.step(micro_batches)
-    return {name: parameter.grad.clone() for name, parameter in models.student.named_parameters()}
+    return found
+
+
+def seen_by_the_optimizer(built: TorchEngine) -> dict:
+    """Gradients by name, once a step was taken."""
+    found = {}
+    named = built.models.student.named_parameters
+    built.optimizer.register_step_pre_hook(lambda *_: found.update({name: one.grad.clone() for name, one in named()}))
+    return found
 
 
 @pytest.mark.parametrize("by_tokens", [True, False])
@@ -56,11 +65,17 @@ def test_terms_are_divided_by_their_own_counts_and_weighted(make_models):
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before_it(make_models):
     models = make_models(teacher=False)
-    built = engine(models, max_grad_norm=0.01)
+    found = seen_by_the_optimizer(built := engine(models, max_grad_norm=0.01))
     result = built.step([[cross_entropy_term(PAIRS)]])
-    after = torch.stack([p.grad.norm() for p in models.student.parameters()]).norm()
+    after = torch.stack([gradient.norm() for gradient in found.values()]).norm()
     assert result.metrics["grad_norm"] > 0.02
     assert after == pytest.approx(0.01, rel=1e-3)
+
+
+def test_no_gradient_waits_through_the_rollouts(make_models):
+    models = make_models(teacher=False)
+    engine(models).step([[cross_entropy_term(PAIRS)]])
+    assert all(parameter.grad is None for parameter in models.student.parameters())
 
 
 def test_a_non_finite_gradient_changes_nothing_and_says_so(make_models):

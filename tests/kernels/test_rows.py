@@ -58,22 +58,24 @@ def test_padded_rows_are_the_same_rows(backend, kit):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
 
 
-def test_rows_more_than_two_to_the_31_elements_apart(backend, kit):
-    """Memory is touched in two rows alone: the operating system gives pages as they are used."""
-    student, teacher, labels = logits(2, 40, kit)
+# strides that need 64 bits of their own, and strides that need them times the index of a row
+@pytest.mark.parametrize(("count", "stride"), [(2, 2**31 + 8), (3, 2**30 + 8)])
+def test_rows_more_than_two_to_the_31_elements_apart(count, stride, backend, kit):
+    """Memory is touched in these rows alone: the operating system gives pages as they are used."""
+    student, teacher, labels = logits(count, 40, kit)
     try:
         far = torch.empty(2**31 + 64, device=kit.device)
     except RuntimeError:
         pytest.skip("8 GiB of address space are not to be had here")
-    apart = far.as_strided((2, 40), (2**31 + 8, 1))
+    apart = far.as_strided((count, 40), (stride, 1))
     apart.copy_(student)
     spec, rows = RowSpec(FLOATS), operations(backend)
     near = rows.row_statistics(student, teacher, labels, spec)
     found = rows.row_statistics(apart, teacher, labels, spec)
     for name in FLOATS:
         torch.testing.assert_close(found[name], near[name], rtol=1e-6, atol=1e-6)
-    expected = rows.row_gradients(student, teacher.clone(), labels, near, ones(2, kit), spec, torch.float32)
-    gradient = rows.row_gradients(apart, teacher, labels, found, ones(2, kit), spec, torch.float32)
+    expected = rows.row_gradients(student, teacher.clone(), labels, near, ones(count, kit), spec, torch.float32)
+    gradient = rows.row_gradients(apart, teacher, labels, found, ones(count, kit), spec, torch.float32)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -115,12 +117,36 @@ def test_a_saturated_softcap_passes_no_gradient(backend, kit):
     assert gradient.isfinite().all() and gradient[0, 4] == 0 and gradient[1, 6] == 0
 
 
+@pytest.mark.parametrize("banned", [3, 9_000, 19_999])
+def test_an_infinite_divergence_is_seen_in_every_block(banned, backend, kit):
+    student, teacher, labels = logits(2, 20_000, kit)
+    teacher[0, banned] = student[1, banned] = -math.inf
+    found = operations(backend).row_statistics(student, teacher, labels, RowSpec(("reverse_kl", "forward_kl")))
+    assert found["reverse_kl"].isinf().tolist() == [True, False]
+    assert found["forward_kl"].isinf().tolist() == [False, True]
+
+
+def test_the_total_variation_has_no_slope_where_the_models_agree(backend, kit):
+    """q = (1/2, 1/2, 0) and p = (1/2, 0, 1/2): the sign of q - p is 0, 1 and -1, exactly."""
+    student = torch.tensor([[0.0, 0.0, -200.0]], device=kit.device)
+    teacher = torch.tensor([[0.0, -200.0, 0.0]], device=kit.device)
+    spec, rows = RowSpec(("tvd",)), operations(backend)
+    found = rows.row_statistics(student, teacher, None, spec)
+    weights = {"tvd": torch.ones(1, device=kit.device)}
+    gradient = rows.row_gradients(student, teacher, None, found, weights, spec, torch.float32)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.125, 0.125, 0.0]], device=kit.device))
+
+
 def test_no_id_at_all_is_nan(backend, kit):
     student, teacher, labels = logits(3, 20, kit)
-    student[1] = -math.inf
+    student[1] = teacher[2] = -math.inf
     found = operations(backend).row_statistics(student, teacher, labels, RowSpec(FLOATS))
-    for name in ("student_logprob", "student_entropy", "reverse_kl", "jsd", "tvd"):
+    for name in ("student_lse", "student_logprob", "student_entropy"):
         assert found[name].isnan().tolist() == [False, True, False], name
+    for name in ("teacher_lse", "teacher_logprob", "teacher_entropy"):
+        assert found[name].isnan().tolist() == [False, False, True], name
+    for name in ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        assert found[name].isnan().tolist() == [False, True, True], name
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])

@@ -113,6 +113,40 @@ def test_banned_ids():
         torch.testing.assert_close(result[name].to(expected[name].dtype), expected[name], rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.parametrize("waves", [1, 64])  # a few shares, and a tile each
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_tile_that_one_model_bans(who, waves, monkeypatch):
+    monkeypatch.setattr(tiled_triton, "WAVES", waves)
+    models = *_, labels = problem(4, 400, 32, 32, bias=True)
+    models[who][2][:70] = -math.inf
+    labels.clamp_(min=70)
+    result, expected = tiled(*models, RowSpec(EIGHT)), exact(*models, RowSpec(EIGHT))
+    for name in EIGHT:
+        torch.testing.assert_close(result[name].to(expected[name].dtype), expected[name], rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_no_id_at_all_is_nan(who):
+    student, teacher, labels = problem(3, 200, 32, 32, bias=True)
+    (student if who == "student" else teacher)[2][:] = -math.inf
+    result = tiled(student, teacher, labels, RowSpec(EIGHT))
+    assert (result.pop(f"{who}_argmax") == 0).all()
+    for name, value in result.items():
+        sound = name.startswith("teacher" if who == "student" else "student")
+        assert value.isfinite().all() if sound else value.isnan().all(), name
+
+
+@pytest.mark.parametrize("waves", [1, 64])
+def test_argmax_takes_the_lowest_of_equals(waves, monkeypatch):
+    """In half a tile, in its other half, in the next tile, in another share."""
+    monkeypatch.setattr(tiled_triton, "WAVES", waves)
+    hidden, weight = torch.ones(2, 8, device=DEVICE), torch.zeros(700, 8, device=DEVICE)
+    weight[[70, 75, 100, 130, 650]] = 1.0
+    model = hidden, weight, None
+    result = tiled(model, model, None, RowSpec(("student_argmax", "teacher_argmax")))
+    assert result["student_argmax"].tolist() == result["teacher_argmax"].tolist() == [70, 70]
+
+
 def test_divergences_that_are_infinite():
     student, teacher, labels = problem(4, 400, 32, 32, bias=True)
     teacher[2][100] = -math.inf
@@ -125,12 +159,20 @@ def test_divergences_that_are_infinite():
     assert result["reverse_kl"].isfinite().all()
 
 
+@pytest.mark.parametrize(("who", "infinite"), [(0, "forward_kl"), (1, "reverse_kl")])
+def test_infinite_although_the_other_probability_underflows(who, infinite):
+    models = *_, labels = problem(4, 400, 32, 32, bias=True)
+    models[who][2][100], models[1 - who][2][100] = -math.inf, -500.0
+    assert (tiled(*models, RowSpec((infinite,)))[infinite] == math.inf).all()
+
+
 def test_nan_stays_visible_and_in_its_row():
     student, teacher, labels = problem(4, 400, 32, 32)
     student[0][1, 3] = math.nan
     result = tiled(student, teacher, labels, RowSpec(EIGHT))
     for name in ("student_logprob", "reverse_kl", "forward_kl", "student_entropy"):
         assert result[name].isnan().tolist() == [False, True, False, False], name
+    assert (result["student_argmax"] < 400).all()
     assert result["teacher_entropy"].isfinite().all()
 
 
@@ -231,6 +273,10 @@ def test_no_register_goes_to_local_memory(compiled, case):
 def test_products_run_on_the_tensor_cores_fed_by_the_copy_engine(compiled, case):
     assert compiled[case]["HGMMA"] and compiled[case]["UTMALDG"], compiled[case]
     assert not compiled[case]["HMMA"], compiled[case]
+
+
+def test_products_of_fp32_are_not_rounded_for_the_tensor_cores(compiled):
+    assert not compiled["fp32"]["HGMMA"] and not compiled["fp32"]["HMMA"], compiled["fp32"]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def test_weights_gradients_moments_and_caches_are_counted(recipe):
     rollout = next(phase for phase in stage.memory if phase.phase == "rollout").device
     assert rollout["student weights"] >= 4 * PARAMETERS  # and the table of rotary frequencies
     assert rollout["student weights"] - 4 * PARAMETERS < 1024
-    assert rollout["gradients"] == 4 * PARAMETERS and rollout["optimizer states"] == 8 * PARAMETERS
+    assert rollout["gradients"] == 0 and rollout["optimizer states"] == 8 * PARAMETERS
+    assert stage.simulation.phases["update"].most("gradients") == 4 * PARAMETERS
     tokens = 4 * (PROMPT + ANSWER - 1)
     timeline = stage.simulation.phases["rollout"]
     assert (
@@ -69,6 +70,62 @@ def test_the_buffer_is_counted_where_it_lies(recipe):
     for gpu, place in (("cpu", "device"), ("A100-80GB", "host")):
         scoring = next(phase for phase in planned(path, gpu=gpu).memory if phase.phase == "scoring")
         assert getattr(scoring, place)["rollout buffer"] == 2 * bytes_of_buffer  # the old one beside the new one
+
+
+SHARDED = ("engine.type=deepspeed", "train.bf16=true")
+
+
+def test_what_samples_and_scores_is_gathered_whole(recipe):
+    """As the engine does it: minillm.rollout gathers once, so that no rank waits for another at every token."""
+    stage = planned(recipe(), *SHARDED, gpu="A100-80GB", world_size=2)
+    gathered = {phase.phase: phase.device["gathered weights"] for phase in stage.memory}
+    student, teacher = stage.simulation.student, stage.simulation.teacher
+    both = 2 * (student.parameters + teacher.parameters)
+    assert gathered == {"rollout": both, "scoring": both, "update": 2 * student.parameters + 2 * 640 * 64}
+    for phase in stage.memory:  # beside the rank's own half
+        assert phase.device["gradients"] == student.parameters  # DeepSpeed keeps their place
+        assert abs(phase.device["teacher weights"] - teacher.parameters) < 1024
+
+
+def test_by_layers_only_the_heads_are_whole(recipe):
+    stage = planned(recipe(), *SHARDED, "engine.gather=layers", gpu="A100-80GB", world_size=2)
+    gathered = {phase.phase: phase.device["gathered weights"] for phase in stage.memory}
+    models = stage.simulation.student, stage.simulation.teacher
+    expected = sum(stage.sharding.layers(size) + 2 * size.head for size in models)
+    assert gathered["rollout"] == gathered["scoring"] == expected
+
+
+def test_advice_gathers_by_layers_where_whole_models_do_not_fit(recipe, monkeypatch):
+    from minillm.planning import plan as module
+    from minillm.planning.gpus import Gpu
+
+    zero = recipe().parent / "ds.json"  # models this small would live whole at once
+    zero.write_text(
+        json.dumps({"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}})
+    )
+    keys = [*SHARDED, f"engine.config={zero}", "train.per_device_train_batch_size=1", "rollout.batch_size=8"]
+    stage = planned(recipe(), *keys, gpu="A100-80GB", world_size=2)
+    peak = stage.peak
+    assert peak.phase in ("rollout", "scoring")
+    wanted = peak.device_bytes - peak.device["gathered weights"] // 4
+    small = Gpu("small", wanted / 0.92 / 2**30, kind="cuda")
+    monkeypatch.setattr(module, "find_gpu", lambda name: small)
+    plan = load_run([recipe()], keys)
+    changes = advise(plan, plan_run(plan, gpu="small", world_size=2), keys)
+    assert changes[0].overrides == ["engine.gather=layers"]
+
+
+def test_supervised_teachers_are_gathered_layer_by_layer(recipe):
+    keys = ["student.config.num_hidden_layers=1"]
+    stage = planned(recipe(method={"name": "kd"}), *SHARDED, *keys, gpu="A100-80GB", world_size=2)
+    scoring = next(phase for phase in stage.memory if phase.phase == "scoring")
+    assert scoring.device["gathered weights"] == stage.sharding.layers(stage.simulation.teacher)
+
+
+def test_every_rank_keeps_the_whole_buffer(recipe):
+    one, two = (planned(recipe(), *SHARDED, gpu="A100-80GB", world_size=size) for size in (1, 2))
+    assert one.work.buffered == two.work.buffered == 8
+    assert (one.work.decoding.total, two.work.decoding.total) == (8, 4)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from minillm.planning.sharding import Sharding, sharding_of
+from minillm.planning.sizes import ModelSize
 
 
 @pytest.mark.parametrize(
@@ -26,15 +27,31 @@ def test_what_is_offloaded_is_in_the_host():
         assert sharding.factors()[part] == 0 and sharding.host_factors()[part] == 1 / 4
 
 
+def size(parameters: int, head: int = 0) -> ModelSize:
+    """In bfloat16; the largest layer has 200 million weights."""
+    return ModelSize(parameters, 2, head, 0, layers=32, largest_layer=200_000_000, hidden_size=1, kv_bytes_per_token=0)
+
+
 def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):
     sharding = Sharding(world_size=2, stage=3)
-    assert sharding.gathered(7_000_000_000, 200_000_000, 2, sharded=True) == 2 * (1_000_000_000 + 50_000_000)
-    assert sharding.gathered(500_000_000, 200_000_000, 2, sharded=True) == 2 * 500_000_000
-    assert sharding.gathered(500_000_000, 200_000_000, 2, sharded=False) == 0
+    assert sharding.layers(size(7_000_000_000)) == 2 * (1_000_000_000 + 50_000_000)
+    assert sharding.layers(size(500_000_000)) == 2 * 500_000_000
     file = tmp_path / "ds.json"
     zero = {"stage3_max_live_parameters": 1e6, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": "auto"}
     file.write_text(json.dumps({"zero_optimization": zero}))
-    engine = SimpleNamespace(type="deepspeed", stage=3, offload_optimizer=False, offload_param=True, config=str(file))
+    engine = SimpleNamespace(
+        type="deepspeed", stage=3, offload_optimizer=False, offload_param=True, gather="whole", config=str(file)
+    )
     read = sharding_of(SimpleNamespace(engine=engine), 2)
-    assert read.teacher == "offloaded" and read.gathered(7_000_000_000, 200_000_000, 2, sharded=True) == 400_000_000
+    assert read.teacher == "offloaded" and read.layers(size(7_000_000_000)) == 400_000_000
+    assert read.layers(size(7_000_000_000, head=300_000_000)) == 600_000_000
     assert read.buckets(7_000_000_000, 2) == 1_000_000_000
+
+
+def test_what_is_whole_anyway_is_not_gathered():
+    assert Sharding(world_size=2, stage=3, teacher="sharded").gathers("student")
+    assert not Sharding(world_size=2, stage=2).gathers("student") and not Sharding(world_size=2, stage=2).gathers(
+        "teacher"
+    )
+    assert not Sharding(world_size=1, stage=3).gathers("student")
+    assert Sharding(world_size=1, stage=3, offload_param=True).gathers("student")

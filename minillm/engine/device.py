@@ -1,0 +1,29 @@
+"""Where an engine's models are, and where they are read to first."""
+
+import torch
+
+from minillm.config.training import DeepSpeedEngine, TorchEngine
+from minillm.launcher import launched_local_rank
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that engine.device names. Raises ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"engine.device is {name!r}, but torch sees no GPU here; use engine.device=cpu")
+    return device
+
+
+def engine_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
+    """Where the engine's models go: a rank of DeepSpeed has the GPU that its launcher counts it to."""
+    if engine.type == "torch":
+        return pick_device(engine.device)
+    return pick_device(f"cuda:{launched_local_rank()}" if torch.cuda.is_available() else "cpu")
+
+
+def loading_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
+    """Where weights are read to: those of ZeRO-3 to the host, from which each rank's device gets its piece alone."""
+    sharded = engine.type == "deepspeed" and engine.stage == 3
+    return torch.device("cpu") if sharded else engine_device(engine)

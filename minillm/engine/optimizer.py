@@ -1,0 +1,37 @@
+"""The optimiser and the schedule of every engine: AdamW, and a schedule of transformers."""
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from minillm.config.training import TrainConfig
+
+
+def make_optimizer(
+    student: nn.Module, train: TrainConfig, *, total_steps: int
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """Over the student's weights that require a gradient."""
+    optimizer = torch.optim.AdamW(
+        _decay_groups(student, train.weight_decay),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+    )
+    scheduler = get_scheduler(
+        train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=train.warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs) or None,
+    )
+    return optimizer, scheduler
+
+
+def _decay_groups(student: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; biases and norms (vectors) do not."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
+    ]

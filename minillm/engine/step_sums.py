@@ -1,0 +1,53 @@
+"""What the terms of a step add up to, and what is reported of it: the same numbers whichever engine adds them up."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from minillm.engine.base import StepResult
+from minillm.methods.base import Term
+
+
+def divisors(terms: Iterable[Term]) -> dict[str, float]:
+    """The sum of the counts of each term, by its name."""
+    sums: dict[str, float] = defaultdict(float)
+    for term in terms:
+        sums[term.name] += term.count
+    return dict(sums)
+
+
+class StepSums:
+    """Sums over the terms and micro-batches of a step on one rank; sums of these over ranks are those of the step."""
+
+    def __init__(self, device: torch.device):
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        self._rows: dict[str, int] = defaultdict(int)
+
+    def add(self, term: Term, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:  # () each
+        """A term's weighted loss, already divided, and its metrics summed over rows."""
+        self._sums["loss"] += loss.detach()
+        self._sums[f"loss/{term.name}"] += loss.detach()
+        self._rows[f":{term.name}"] += len(term.batch.labels)
+        for name, value in metrics.items():
+            self._sums[f"{term.name}:{name}"] += value
+
+    def numbers(self) -> dict[str, float]:
+        """The losses by name, `TERM:METRIC`, and `:TERM` for its rows."""
+        return {name: value.item() for name, value in self._sums.items()} | self._rows
+
+
+def losses(numbers: Mapping[str, float]) -> dict[str, float]:
+    """`loss` and `loss/TERM`."""
+    return {name: value for name, value in numbers.items() if ":" not in name}
+
+
+def step_result(numbers: Mapping[str, float], *, grad_norm: float, learning_rate: float) -> StepResult:
+    """The losses, and the means of the metrics over their term's rows."""
+    metrics = losses(numbers) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+    for name, value in numbers.items():
+        term, _, metric = name.partition(":")
+        if term and metric:
+            metrics[metric] = value / max(numbers[f":{term}"], 1)
+    return StepResult(metrics, int(sum(value for name, value in numbers.items() if name.startswith(":"))))

@@ -1,0 +1,63 @@
+"""How large a model is, from its architecture alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from minillm.models.access import lm_head
+from minillm.models.pruning import layers_of
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of one model."""
+
+    parameters: int
+    itemsize: int  # bytes of a stored weight
+    head: int  # weights of the LM head
+    embeddings: int  # weights that no matrix product reads: token and position tables apart from a tied head
+    layers: int
+    largest_layer: int  # weights of the layer that has most
+    hidden_size: int
+    kv_bytes_per_token: int  # of one sequence, all layers
+
+
+def count_parameters(architecture: PreTrainedConfig) -> int:
+    """Weights of a model of this architecture, tied ones once; nothing is allocated."""
+    with FakeTensorMode():
+        return weight_count(AutoModelForCausalLM.from_config(architecture))
+
+
+def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
+    """The model with random weights, with no memory behind them in a FakeTensorMode."""
+    # the flash packages need a GPU; sdpa, like them, keeps no scores
+    attention = "eager" if attention == "eager" else "sdpa"
+    return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype), attn_implementation=attention)
+
+
+def weight_count(module: nn.Module) -> int:
+    """Weights of a module, tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
+    """`kv_bytes`: of a token of one sequence, all layers."""
+    counts = [weight_count(layer) for layer in layers_of(model)[2]]
+    head = lm_head(model).weight
+    tables = {
+        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    tables.pop(id(head), None)
+    return ModelSize(
+        parameters=weight_count(model),
+        itemsize=head.dtype.itemsize,
+        head=head.numel(),
+        embeddings=sum(tables.values()),
+        layers=len(counts),
+        largest_layer=max(counts),
+        hidden_size=head.shape[1],
+        kv_bytes_per_token=kv_bytes,
+    )

@@ -1,0 +1,47 @@
+"""Ranks as processes of this machine, without a launcher: what is killed and what stops is ours alone."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def start():
+    """A function that starts `python ARGUMENTS` on so many ranks."""
+
+    def start(ranks: int, *arguments: str) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        return [
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    **({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish():
+    """A function that waits for ranks to end well and returns what they printed."""
+
+    def finish(processes: list[subprocess.Popen], *, timeout: float = 180) -> list[str]:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output[-3000:]
+        return outputs
+
+    return finish

@@ -1,0 +1,31 @@
+"""`minillm train` on a rank that kills itself: RANK OWNER.METHOD EVENTS ARGUMENTS..., at the n-th call of that method."""
+
+import os
+import signal
+import sys
+
+from minillm import atomic, cli
+from minillm.engine.deepspeed import DeepSpeedEngine
+from minillm.rollout.decoder import Decoder
+
+OWNERS = {"Decoder": Decoder, "DeepSpeedEngine": DeepSpeedEngine, "atomic": atomic}
+
+
+def main(rank: str, where: str, events: str, *arguments: str) -> int:
+    if os.environ["RANK"] == rank:
+        owner, _, name = where.partition(".")
+        original, left = getattr(OWNERS[owner], name), int(events)
+
+        def counted(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(OWNERS[owner], name, counted)
+    return cli.main(["train", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

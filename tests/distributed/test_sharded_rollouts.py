@@ -1,0 +1,80 @@
+"""Sampling and scoring with sharded models on two ranks: the answers of one process, and no rank that waits for ever.
+
+Run as a program it is one of the ranks: HOW FOLDER.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm import distributed
+from minillm.models.pair import Models
+from minillm.rollout.sampling import Sampling, sample
+from minillm.rollout.scoring import score
+
+PROMPTS = [[3 + place % 7] * (1 + place % 5) for place in range(25)]  # not a multiple of ranks times a batch
+MANY = [[3 + place % 7] * (1 + place % 3) for place in range(200)]
+SAMPLING = Sampling(max_new_tokens=10, alpha=0.4)
+
+
+def collect(models: Models, prompts: list[list[int]], sampling: Sampling, size: int = 4) -> dict[str, torch.Tensor]:
+    """What was sampled and measured in batches of a size, as flat tensors."""
+    keys = list(range(len(prompts)))
+    answers = sample(models, prompts, sampling, keys=keys, seed=3, who="mixture", batch_size=size)
+    return score(models, answers, keys=keys, batch_size=size).state()
+
+
+def tiny_models(tie: bool) -> Models:
+    """A student and a teacher of other widths, made alike in every process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = []
+    for seed, width in enumerate((32, 48)):
+        torch.manual_seed(seed)
+        shape = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 40, "num_hidden_layers": 3,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
+        made.append(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tie and width == 32)).eval())
+    return Models(made[0], made[1].requires_grad_(False), None, 64, tuple(range(1, 9)), 0, torch.device("cpu"))
+
+
+def rank(how: str, folder: Path) -> None:
+    from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
+    from minillm.config.training import TrainConfig
+    from minillm.engine.deepspeed import DeepSpeedEngine
+
+    torch.set_num_threads(1)
+    distributed.join(folder)
+    for tie in (False, True):
+        models = tiny_models(tie)
+        DeepSpeedEngine(models, TrainConfig(max_steps=1), DeepSpeedConfig(type="deepspeed", gather=how), total_steps=1)
+        found = collect(models, PROMPTS, SAMPLING)
+        if distributed.rank() == 0:
+            save_file(found, folder / f"{how}-tied-{tie}.safetensors")
+    # one rank's answers end at once, the other's never
+    models.eos_ids = tuple(range(64)) if distributed.rank() == 0 else ()
+    lengths = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 50)["response_lengths"].tolist()
+    assert lengths == [1, 8] * 100
+    distributed.leave()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("how", ["whole", "layers"])
+def test_two_ranks_sample_and_score_as_one_process(how, tmp_path, start, finish):
+    finish(start(2, __file__, how, str(tmp_path)), timeout=120)
+    for tie in (False, True):
+        ours, theirs = (
+            load_file(tmp_path / f"{how}-tied-{tie}.safetensors"),
+            collect(tiny_models(tie), PROMPTS, SAMPLING),
+        )
+        assert len(set(theirs["response_lengths"].tolist())) > 3  # they do end at different moments
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+if __name__ == "__main__":
+    rank(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,100 @@
+"""FLOPs and seconds against sums written out by hand, from the counts of a small model."""
+
+import pytest
+
+from minillm.planning.gpus import BANDWIDTH_SHARE, LINK_SHARE, MFU, Gpu
+from minillm.planning.sharding import Sharding
+from minillm.planning.simulate import Simulation
+from minillm.planning.sizes import ModelSize
+from minillm.planning.speed import forward_flops, speed_of
+from minillm.planning.work import Decoding, Forward, Term, Work
+
+# 1,000 weights: 100 in the head, 100 in a token table, 800 in two layers of 400
+STUDENT = ModelSize(1000, 2, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80)
+TEACHER = ModelSize(5000, 2, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320)
+GPU = Gpu("test", 1.0, bf16_tflops=1e-6, fp32_tflops=5e-7, memory_gb_per_s=1e-3, link_gb_per_s=1e-4)
+PROMPT, ANSWER, MICRO = 5, 4, 2
+LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
+
+
+def speed(work, *, sharding=None, checkpointing=False, bf16=True, student=STUDENT):
+    simulation = Simulation({}, student, TEACHER, vocab_size=10, losses={})
+    return speed_of(simulation, work, sharding or Sharding(), GPU, bf16=bf16, checkpointing=checkpointing)
+
+
+def work(**parts):
+    term = Term("distillation", MICRO, LENGTH, ROWS, teacher=True, from_buffer=False)
+    return Work(**{"decoding": None, "scoring": None, "terms": (term,), "micro_batches": 3,
+                   "steps_per_collection": 1, "buffered": 0, **parts})  # fmt: skip
+
+
+def test_a_forward_pass_reads_the_layers_and_attends():
+    assert forward_flops(STUDENT, tokens=7, context=3) == 7 * (2 * 800 + 4 * 3 * 10 * 2)
+
+
+@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 3), (True, 4)])
+def test_an_update_is_three_passes_and_four_head_products(checkpointing, passes):
+    body = MICRO * LENGTH * (2 * 800 + 4 * LENGTH * 10 * 2)
+    heads = ROWS * 2 * (3 * 100 + 200)
+    assert speed(work(), checkpointing=checkpointing).update_flops == 3 * (passes * body + heads)
+
+
+def test_a_collection_is_shared_by_the_steps_that_use_it():
+    decoding = Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8)
+    scoring = Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8)
+    found = speed(work(decoding=decoding, scoring=scoring, steps_per_collection=4, buffered=8))
+    tokens = 8 * LENGTH
+    heads = 8 * ANSWER * 2 * (100 + 200)
+    matrices, widths = 2 * 800 + 2 * (5000 - 200), 10 * 2 + 20 * 4
+    assert found.rollout_flops == (tokens * (matrices + 4 * LENGTH / 2 * widths) + heads) / 4
+    assert found.scoring_flops == (tokens * (matrices + 4 * LENGTH * widths) + heads) / 4
+
+
+def test_supervised_scoring_has_no_head_and_is_not_shared():
+    scoring = Forward(("teacher",), MICRO, LENGTH, ROWS, False, total=6)
+    assert speed(work(scoring=scoring)).scoring_flops == 6 * LENGTH * (2 * 4800 + 4 * LENGTH * 20 * 4)
+
+
+def test_decoding_takes_what_reading_takes_where_that_is_longer():
+    decoding = Decoding(("student",), 4, PROMPT, ANSWER, total=8)
+    read = (1000 - 100) * 2 + 4 * (PROMPT + ANSWER / 2) * 80  # bytes for a token of a batch
+    seconds = speed(work(decoding=decoding)).seconds
+    by_flops = speed(work(decoding=decoding)).rollout_flops / (1e6 * MFU)
+    by_reading = 2 * ANSWER * read / (1e6 * BANDWIDTH_SHARE)
+    assert seconds["rollout"] == pytest.approx(max(by_flops, by_reading)) and by_reading > 0
+
+
+def test_adam_reads_and_writes_seven_words_a_weight_of_its_share():
+    alone, halved = (
+        speed(work(), sharding=Sharding(world_size=size, stage=1)).seconds["update"]
+        - speed(work()).update_flops / (1e6 * MFU)
+        for size in (1, 2)
+    )
+    assert alone == pytest.approx(1000 * 7 * 4 / (1e6 * BANDWIDTH_SHARE)) and halved == pytest.approx(alone / 2)
+
+
+def test_fp32_weights_run_at_the_rate_of_fp32():
+    wide = ModelSize(1000, 4, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80)
+    optimizer = 1000 * 7 * 4 / (1e6 * BANDWIDTH_SHARE)
+    slow, fast = (speed(work(), student=wide, bf16=bf16).seconds["update"] - optimizer for bf16 in (False, True))
+    assert slow == pytest.approx(2 * fast)
+
+
+def test_what_travels_between_two_ranks():
+    scoring = Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8)
+    decoding = Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8)
+    both = work(decoding=decoding, scoring=scoring, steps_per_collection=4, buffered=8)
+    sharded = Sharding(world_size=2, stage=3, teacher="sharded")
+    student, teacher = 1000 * 2, 5000 * 2
+    gradients, passes, heads = 2 * student, 2 * student * 3, 3 * 200 * 2
+    collected = 2 * (student + teacher) / 4  # sampled and scored, once each, for four steps
+    moved = (gradients + passes + heads + collected) / 2
+    assert speed(both, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
+    supervised = work(scoring=Forward(("teacher",), MICRO, LENGTH, ROWS, False, total=6))
+    moved = (gradients + passes + heads + 3 * teacher) / 2  # layer by layer, in each of three passes
+    assert speed(supervised, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
+    assert speed(both).seconds["communication"] == 0
+    layers = Sharding(world_size=2, stage=3, teacher="sharded", by_layers=True)
+    passes_of_both = (student + teacher) * (2 * ANSWER + 2) / 4  # two batches, at every token, and scored
+    moved = (gradients + passes + heads + passes_of_both) / 2
+    assert speed(both, sharding=layers).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))

@@ -1,0 +1,42 @@
+"""Which process of a run this is, as each launcher says it."""
+
+import pytest
+
+from minillm.launcher import launched_local_rank, launched_rank, launched_size
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A function that sets the environment and returns (size, rank, local rank)."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+    def say(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return launched_size(), launched_rank(), launched_local_rank()
+
+    return say
+
+
+def test_without_a_launcher_there_is_one_process(launched):
+    assert launched() == (1, 0, 0)
+
+
+def test_torchrun_and_deepspeed(launched):
+    assert launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1") == (8, 5, 1)
+
+
+def test_a_step_of_slurm(launched):
+    assert launched(SLURM_STEP_ID="0", SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID="1") == (4, 3, 1)
+
+
+def test_the_shell_of_an_allocation_is_one_process(launched):
+    assert launched(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_LOCALID="0") == (1, 0, 0)
+
+
+def test_torchrun_within_a_step_of_slurm_counts(launched):
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    assert launched(**slurm, RANK="9", WORLD_SIZE="16", LOCAL_RANK="1") == (16, 9, 1)
