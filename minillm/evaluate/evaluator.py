@@ -17,7 +17,6 @@ What cannot be measured (no teacher, no references) is absent. With several seed
 and NAME_std their standard deviation where it was measured more than once.
 """
 
-import math
 import statistics
 import zlib
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from minillm.evaluate.length_buckets import mean_by_length
 from minillm.evaluate.rouge import rouge_l
 from minillm.models.pair import Models
 from minillm.rollout.sampling import Answer, Sampling, sample
+from minillm.seeds import summary
 
 Who = Literal["student", "teacher"]
 Measurements = dict[str, list[float]]  # metric -> a value a seed, or the one value
@@ -96,8 +96,8 @@ class Evaluator:
         for name in self.sets:
             measured[name], shown = self._evaluate_set(name, models, who)
             samples += shown
-        sets = {name: _summary(measurements) for name, measurements in measured.items()}
-        return Evaluation(sets, _summary(_mean_over_sets(list(measured.values()))), samples)
+        sets = {name: summary(measurements) for name, measurements in measured.items()}
+        return Evaluation(sets, summary(_mean_over_sets(list(measured.values()))), samples)
 
     def _evaluate_set(self, name: str, models: Models, who: Who) -> tuple[Measurements, list[dict]]:
         examples, measured = self.sets[name].examples, Measurements()
@@ -268,13 +268,3 @@ def _mean_over_sets(sets: list[Measurements]) -> Measurements:
         ]
         for metric in metrics
     }
-
-
-def _summary(measured: Measurements) -> dict[str, float]:
-    """metric -> mean over the seeds, and metric_std -> their sample standard deviation where there are several."""
-    summary = {}
-    for metric, values in measured.items():
-        summary[metric] = statistics.fmean(values)
-        if len(values) > 1 and all(map(math.isfinite, values)):
-            summary[f"{metric}_std"] = statistics.stdev(values)
-    return summary

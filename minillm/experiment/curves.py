@@ -1,17 +1,16 @@
 """The pictures of an experiment: every arm's evaluations while training, and where the arms ended, over the seeds."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 
 from minillm.experiment.measures import metric_of
-from minillm.experiment.results import Result, Results, over_seeds
+from minillm.experiment.results import Result, Results
 from minillm.metrics import read_numbers
-from minillm.reporting.curves import COLOURS, DASHES, MARKERS, TEACHER, dress, pick
 from minillm.reporting.metric import find_metric
-from minillm.reporting.panels import draw_panels
+from minillm.reporting.panels import COLOURS, DASHES, MARKERS, TEACHER, draw_panels, dress, pick
+from minillm.seeds import over_seeds
 
 AXES = {"student_tokens": "student tokens", "seconds": "training time (s)"}
 
@@ -19,7 +18,7 @@ AXES = {"student_tokens": "student tokens", "seconds": "training time (s)"}
 def draw_curves(results: Results, measures: Sequence[str], path: Path, *, along: str = "student_tokens") -> bool:
     """Write a PNG with a panel a measure: means over the seeds against tokens or time. False where there is nothing.
 
-    A seed that evaluated at other places than the first one is left out of the mean at these places.
+    The first evaluations of the seeds are averaged, the second ones, and so on, as many as all of them have.
     """
     keys = [key for key in measures if find_metric(key) is not None]
     lines = {key: {arm: _line(list(seeds.values()), key, along) for arm, seeds in results.arms.items()} for key in keys}
@@ -44,14 +43,14 @@ def draw_curves(results: Results, measures: Sequence[str], path: Path, *, along:
 
 
 def _line(runs: Sequence[Result], key: str, along: str) -> list[tuple[float, float, float]]:
-    """(place, mean, deviation) of each evaluation that all runs have."""
+    """(mean place, mean, deviation) of each evaluation that all runs have."""
     tracks = [[(record[along], read_numbers(record["mean"]).get(key)) for record in run.evaluations] for run in runs]
     tracks = [[point for point in track if point[1] is not None] for track in tracks]
     tracks = [track for track in tracks if track]
     line = []
     for points in zip(*tracks, strict=False):
-        mean, deviation = over_seeds(dict(enumerate(value for _, value in points)))
-        line.append((statistics.fmean(place for place, _ in points), mean, deviation or 0.0))
+        mean, deviation = over_seeds([value for _, value in points])
+        line.append((over_seeds([place for place, _ in points])[0], mean, deviation or 0.0))
     return line
 
 
@@ -64,7 +63,7 @@ def draw_ends(results: Results, measures: Sequence[str], path: Path) -> bool:
         arms = list(results.arms)
         for place, arm in enumerate(arms):
             values = results.values(arm, key)
-            mean, deviation = over_seeds(values)
+            mean, deviation = over_seeds(values.values())
             if mean is None:
                 continue
             colour = pick(COLOURS, place)
@@ -81,4 +80,4 @@ def draw_ends(results: Results, measures: Sequence[str], path: Path) -> bool:
         panel.set_yticks(range(len(arms)), arms)
         panel.invert_yaxis()
 
-    return draw_panels(keys, draw, path, height=0.9 + 0.24 * len(results.arms), legend=False)
+    return draw_panels(keys, draw, path, height=0.9 + 0.24 * len(results.arms))

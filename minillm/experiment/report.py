@@ -11,11 +11,12 @@ from minillm.experiment.curves import draw_curves, draw_ends
 from minillm.experiment.jobs import command_of, references
 from minillm.experiment.loading import TEACHER, Experiment
 from minillm.experiment.measures import metric_of
-from minillm.experiment.results import Result, Results, over_seeds, read_results
+from minillm.experiment.results import Result, Results, read_results
 from minillm.experiment.verdicts import OPEN, WORDS, Verdict, judge, name_of
 from minillm.reporting.analyses import draw_analyses
 from minillm.reporting.markdown import MISSING, cell, duration, number, share, table, with_deviation
 from minillm.reporting.settings import differing_keys
+from minillm.seeds import over_seeds
 
 REPORT, TABLE, VALUES = "report.md", "table.csv", "values.csv"
 SHOWN_SAMPLES = 2
@@ -108,7 +109,7 @@ def _table(rows: dict[str, dict[int, Result]], measures: Sequence[str]) -> str:
         return "Nothing has been measured yet."
     lines = []
     for name, row in rows.items():
-        shown = [_shown(measure, *over_seeds(_values(row, measure))) for measure in measures]
+        shown = [_shown(measure, *over_seeds(_values(row, measure).values())) for measure in measures]
         lines.append([name, *shown, str(len(row))])
     headings = [metric_of(measure).heading for measure in measures]
     several = any(len(row) > 1 for row in rows.values())
@@ -189,7 +190,7 @@ def _commands(experiment: Experiment, output: Path, seeds: Sequence[int]) -> str
 def _table_csv(rows: dict[str, dict[int, Result]], measures: Sequence[str]) -> str:
     lines = [["arm", "seeds", *(name for measure in measures for name in (measure, f"{measure}_std"))]]
     for arm, row in rows.items():
-        numbers = [value for measure in measures for value in over_seeds(_values(row, measure))]
+        numbers = [value for measure in measures for value in over_seeds(_values(row, measure).values())]
         lines.append([arm, len(row), *("" if value is None else repr(value) for value in numbers)])
     return _csv(lines)
 

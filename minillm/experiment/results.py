@@ -1,7 +1,5 @@
 """What the folders of an experiment hold: a number for every arm, seed and measure that is there."""
 
-import math
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,12 +88,3 @@ def _costs(records: list[dict]) -> dict[str, float]:
     last = trained[-1]
     values = {"train_seconds": last["seconds"], "student_tokens": last["student_tokens"], "steps": last["stage_step"]}
     return {metric.key: values[metric.key] for metric in COSTS}
-
-
-def over_seeds(values: dict[int, float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None for a deviation of fewer than two values, or of some not finite."""
-    numbers = list(values.values())
-    if not numbers:
-        return None, None
-    spread = len(numbers) > 1 and all(map(math.isfinite, numbers))
-    return statistics.fmean(numbers), statistics.stdev(numbers) if spread else None

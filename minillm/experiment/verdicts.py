@@ -1,11 +1,11 @@
 """Whether a claim holds, seed by seed: arms that started from the same seed are compared with each other."""
 
-import statistics
 from dataclasses import dataclass
 
 from minillm.experiment.config import Claim
 from minillm.experiment.loading import TEACHER
-from minillm.experiment.results import Results, over_seeds
+from minillm.experiment.results import Results
+from minillm.seeds import over_seeds
 
 HOLDS, FAILS, MIXED, OPEN = "holds", "does not hold", "undecided", "not measured"
 WORDS = {"below": "below", "above": "above", "at_most": "at most", "at_least": "at least"}
@@ -37,8 +37,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
         return Verdict(claim, OPEN, 0, 0, None, None, None, None)
     holds = sum(_holds(claim, left[seed], right[seed]) for seed in seeds)
     word = HOLDS if holds == len(seeds) else FAILS if holds == 0 else MIXED
-    difference, deviation = over_seeds({seed: left[seed] - right[seed] for seed in seeds})
-    means = (statistics.fmean(values[seed] for seed in seeds) for values in (left, right))
+    difference, deviation = over_seeds([left[seed] - right[seed] for seed in seeds])
+    means = (over_seeds([values[seed] for seed in seeds])[0] for values in (left, right))
     return Verdict(claim, word, holds, len(seeds), *means, difference, deviation)
 
 

@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from minillm.metrics import read_numbers
-from minillm.reporting.curves import COLOURS, DASHES, GREY, MARKERS, dress, pick
 from minillm.reporting.metric import find_metric
-from minillm.reporting.panels import draw_panels
+from minillm.reporting.panels import COLOURS, DASHES, GREY, MARKERS, draw_panels, dress, pick
 
 Found = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> what `minillm eval --output` writes, one a seed
 

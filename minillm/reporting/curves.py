@@ -12,17 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from minillm.metrics import read_numbers
 from minillm.reporting.metric import METRICS, Metric, metrics_in
+from minillm.reporting.panels import COLOURS, COLUMNS, DASHES, GREY, MARKERS, TEACHER, dress, grid, pick, save
 from minillm.reporting.run_files import RunFiles, StageFiles, stage_label
 
-COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fbf", "#e08e0b", "#3aa6b9", "#7a5c46", "#c2569b")
-MARKERS = "os^DvPXh"
-TEACHER, GREY = "#333333", "#777777"
-DASHES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
-COLUMNS, PANEL_WIDTH, PANEL_HEIGHT, DPI = 3, 4.2, 2.9, 120
 SMOOTHED_POINTS = 60  # of a training curve: as many means of neighbouring steps
 
 
@@ -89,11 +84,6 @@ def draw_comparison(runs: dict[str, RunFiles], path: Path) -> bool:
     return _draw(curves, path, with_losses=False)
 
 
-def pick(choices: Sequence, place: int):
-    """The choice of a place; they come round again."""
-    return choices[place % len(choices)]
-
-
 def _draw(curves: list[Curve], path: Path, *, with_losses: bool) -> bool:
     measured = [one.mean for curve in curves for one in curve.stage.evaluations]
     trained = [metric for metric in METRICS if any(_has(curve, metric) for curve in curves)]
@@ -102,22 +92,14 @@ def _draw(curves: list[Curve], path: Path, *, with_losses: bool) -> bool:
     if not metrics and not losses:
         path.unlink(missing_ok=True)
         return False
-    count = len(metrics) + len(losses)
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(columns * PANEL_WIDTH, rows * PANEL_HEIGHT + 0.6), dpi=DPI, layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, panels = grid(len(metrics) + len(losses))
     axis = Axis.of([curve.run for curve in curves])
     for panel, metric in zip(panels, metrics, strict=False):
         _draw_metric(panel, metric, curves, axis)
     for panel, curve in zip(panels[len(metrics) :], losses, strict=False):
         _draw_losses(panel, curve, alone=len(curves) == 1)
-    for panel in panels[count:]:
-        panel.set_axis_off()
-    _legend(figure, curves, metrics, columns)
-    partial = path.with_name(f".{path.name}.partial-file")
-    figure.savefig(partial, format="png", facecolor="white")
-    partial.replace(path)
+    _legend(figure, curves, metrics)
+    save(figure, path)
     return True
 
 
@@ -207,19 +189,7 @@ def _smoothed(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray
     return means[:, 0], means[:, 1]
 
 
-def dress(panel: Axes, title: str, unit: str, along: str) -> None:
-    """A panel's title, axes and grid as all pictures have them."""
-    panel.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
-    panel.set_ylabel(unit, fontsize=9)
-    panel.set_xlabel(along, fontsize=9)
-    panel.tick_params(labelsize=8.5)
-    panel.grid(color="#e4e4e4", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer="steps" in along))
-
-
-def _legend(figure: Figure, curves: list[Curve], metrics: list[Metric], columns: int) -> None:
+def _legend(figure: Figure, curves: list[Curve], metrics: list[Metric]) -> None:
     handles = [
         Line2D([], [], color=one.colour, marker=one.marker, linestyle=one.dashes, markersize=4.5, label=one.label)
         for one in curves
@@ -230,5 +200,9 @@ def _legend(figure: Figure, curves: list[Curve], metrics: list[Metric], columns:
     if any(_trained(curve.stage, metric.key) for curve in curves for metric in metrics):
         handles.append(Line2D([], [], color=GREY, alpha=0.7, linewidth=1.0, label="thin: training batches"))
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(handles), 2 * columns), fontsize=9.5, frameon=False
+        handles=handles,
+        loc="outside upper left",
+        ncols=min(len(handles), 2 * min(COLUMNS, len(figure.axes))),
+        fontsize=9.5,
+        frameon=False,
     )

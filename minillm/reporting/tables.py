@@ -1,12 +1,12 @@
 """The evaluations of a run as tables: every student before, after each stage, and the teacher."""
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from minillm.reporting.markdown import MISSING, duration, table
 from minillm.reporting.metric import metrics_in
 from minillm.reporting.run_files import Measurement, RunFiles, StageFiles
+from minillm.seeds import over_seeds, summary
 
 READING = (
     "Reverse KL is KL(student ‖ teacher) on the student's own samples, forward KL is KL(teacher ‖ student) on the "
@@ -72,14 +72,10 @@ def _seedless(stage: StageFiles) -> dict:
 
 def _over_seeds(rows: Sequence[Row]) -> Row:
     means = [row.measurement.mean for row in rows]
-    values: dict[str, float] = {}
-    for metric in metrics_in(means):
-        found = [mean[metric.key] for mean in means if metric.key in mean]
-        if len(found) == len(means):
-            values |= {metric.key: statistics.mean(found), f"{metric.key}_std": statistics.stdev(found)}
-    one = rows[0].measurement
-    seconds = None if rows[0].seconds is None else statistics.mean(row.seconds or 0.0 for row in rows)
-    return Row(rows[0].label, replace(one, mean=values, sets={}), seconds)
+    found = {metric.key: [mean[metric.key] for mean in means if metric.key in mean] for metric in metrics_in(means)}
+    values = summary({key: each for key, each in found.items() if len(each) == len(means)})
+    seconds, _ = over_seeds([row.seconds for row in rows if row.seconds is not None])
+    return Row(rows[0].label, replace(rows[0].measurement, mean=values, sets={}), seconds)
 
 
 def metrics_table(rows: Sequence[Row], set_name: str | None = None) -> str:
