@@ -207,15 +207,15 @@ def test_eval_takes_configurations_data_and_options(folder, fake):
         calls.append((files, overrides, seeds, max_prompts))
         return "plan"
 
-    def evaluate_model(model, plan, console, *, dtype, output):
-        calls.append((model, plan, dtype, output))
+    def evaluate_model(model, plan, console, *, dtype, output, figures):
+        calls.append((model, plan, dtype, output, figures))
 
     fake("minillm.evaluate.standalone", evaluation_plan=evaluation_plan, evaluate_model=evaluate_model)
     command = ["eval", "runs/one", "run.yaml", "eval.top_k=5", "--seeds", "1", "2", "--max-prompts", "7"]
-    assert main([*command, "--dtype", "bfloat16", "--output", "out.json"]) == 0
+    assert main([*command, "--dtype", "bfloat16", "--output", "out.json", "--figures", "pictures"]) == 0
     assert calls == [
         ([Path("run.yaml")], ["eval.top_k=5"], [1, 2], 7),
-        ("runs/one", "plan", "bfloat16", Path("out.json")),
+        ("runs/one", "plan", "bfloat16", Path("out.json"), Path("pictures")),
     ]
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 
 from minillm.experiment.config import Claim
-from minillm.experiment.results import Result, Results, over_seeds
+from minillm.experiment.results import Result, Results
 from minillm.experiment.verdicts import FAILS, HOLDS, MIXED, OPEN, judge
+from minillm.seeds import over_seeds
 
 
 def results(**arms: dict[int, float]) -> Results:
