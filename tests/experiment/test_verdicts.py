@@ -7,7 +7,6 @@ import pytest
 from minillm.experiment.config import Claim
 from minillm.experiment.results import Result, Results
 from minillm.experiment.verdicts import FAILS, HOLDS, MIXED, OPEN, judge
-from minillm.seeds import over_seeds
 
 
 def results(**arms: dict[int, float]) -> Results:
@@ -52,4 +51,3 @@ def test_against_the_teacher_and_without_values():
     found = results(a={1: 1.0, 2: 1.0}, teacher={1: 2.0, 2: 2.0})
     assert judge(claim("below", than="teacher"), found).word == HOLDS
     assert judge(claim("below"), found).word == OPEN
-    assert over_seeds({}) == (None, None) and over_seeds({1: 2.0}) == (2.0, None)
