@@ -49,6 +49,6 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.9", "deepspeed>=0.19,<0.20"],
     },
-    entry_points={"console_scripts": ["minillm=minillm.cli:main"]},
+    entry_points={"console_scripts": ["minillm=minillm.cli:program"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
 )

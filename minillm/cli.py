@@ -10,14 +10,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import minillm
-from minillm.launcher import launched_rank, launched_size
+from minillm.launcher import end, launched_rank, launched_size
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 BENCHMARKS = ("kernels", "plan", "rollout", "step")
 DTYPES = ("float32", "bfloat16", "float16")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end this process with its exit status."""
+    end(main(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,4 +323,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -1,5 +1,9 @@
 """Which process of a run this is, as each launcher says it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from minillm.launcher import launched_local_rank, launched_rank, launched_size
@@ -40,3 +44,16 @@ def test_the_shell_of_an_allocation_is_one_process(launched):
 def test_torchrun_within_a_step_of_slurm_counts(launched):
     slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     assert launched(**slurm, RANK="9", WORLD_SIZE="16", LOCAL_RANK="1") == (16, 9, 1)
+
+
+@pytest.mark.parametrize(("size", "printed"), [("1", "done, torn down"), ("2", "done")])
+def test_one_of_several_processes_ends_without_the_teardown_of_the_interpreter(size, printed):
+    code = """if True:
+        import atexit
+        from minillm.launcher import end
+        atexit.register(print, ", torn down", end="")
+        print("done", end="")
+        end(3)"""
+    environment = {**os.environ, "WORLD_SIZE": size}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (3, printed), result.stderr

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from minillm import atomic, cli
 from minillm.engine.deepspeed import DeepSpeedEngine
@@ -11,7 +12,7 @@ from minillm.rollout.decoder import Decoder
 OWNERS = {"Decoder": Decoder, "DeepSpeedEngine": DeepSpeedEngine, "atomic": atomic}
 
 
-def main(rank: str, where: str, events: str, *arguments: str) -> int:
+def main(rank: str, where: str, events: str, *arguments: str) -> NoReturn:
     if os.environ["RANK"] == rank:
         owner, _, name = where.partition(".")
         original, left = getattr(OWNERS[owner], name), int(events)
@@ -24,8 +25,8 @@ def main(rank: str, where: str, events: str, *arguments: str) -> int:
             return original(*args, **kwargs)
 
         setattr(OWNERS[owner], name, counted)
-    return cli.main(["train", *arguments])
+    cli.program(["train", *arguments])
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm import distributed
+from minillm.launcher import end
 from minillm.models.pair import Models
 from minillm.rollout.sampling import Sampling, sample
 from minillm.rollout.scoring import score
@@ -78,3 +79,4 @@ def test_two_ranks_sample_and_score_as_one_process(how, tmp_path, start, finish)
 
 if __name__ == "__main__":
     rank(sys.argv[1], Path(sys.argv[2]))
+    end(0)

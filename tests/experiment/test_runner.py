@@ -40,7 +40,7 @@ def test_everything_is_done_once_and_written_down(write, runs, capsys):
     report = (output / "report.md").read_text()
     assert "# Three arms" in report and "Not there yet" not in report and "## Claims" in report
     rows = {row["arm"]: row for row in csv.DictReader((output / "table.csv").open())}
-    assert list(rows)[:4] == ["start", "sft", "kd", "timed"]
+    assert list(rows) == ["start", "sft", "kd", "timed", "teacher"]
     values = [row for row in csv.DictReader((output / "values.csv").open()) if row["arm"] == "sft"]
     losses = [float(row["value"]) for row in values if row["measure"] == "loss_nats"]
     assert len(losses) == 2 and float(rows["sft"]["loss_nats"]) == pytest.approx(sum(losses) / 2)
