@@ -1,19 +1,14 @@
-"""A whole run: its stages in order, what they share, where it picks up again, and what it leaves behind."""
+"""A whole run: its stages in order, where it picks up again, and what it leaves behind."""
 
 import json
-import os
-import platform
 import shutil
 import signal
 import time
 import traceback
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 import transformers
 import yaml
 
@@ -21,28 +16,19 @@ from minillm import distributed
 from minillm.atomic import clean, write_folder, write_text
 from minillm.checkpoint import newest_whole
 from minillm.config.loading import RunPlan, Stage
-from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.data.corpus import load_corpus
-from minillm.data.instructions import load_prompts
-from minillm.data.stream import Share, Stream
-from minillm.engine.device import engine_device, loading_device
-from minillm.evaluate.evaluator import Evaluator
-from minillm.methods.base import Sources
+from minillm.environment import describe_environment
 from minillm.metrics import MetricsLog, SilentLog
 from minillm.model_card import write_model_card
-from minillm.models.loading import load_student, load_teacher
-from minillm.models.preflight import preflight
-from minillm.models.sharded import is_sharded, readable
-from minillm.models.tokenizers import load_tokenizer
 from minillm.report import write_report
-from minillm.trainer import Progress, StageTrainer, TrainingError
+from minillm.shared import Shared
+from minillm.trainer import Progress, TrainingError
 
 MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
 
 
-def run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None" = None) -> Path:
+def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -> Path:
     """Train every stage of the plan; returns the folder final/.
 
     `shared` holds what an earlier run of this process loaded, for runs that have it in common.
@@ -69,7 +55,7 @@ def run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None" = None)
         raise TrainingError(message) from error
 
 
-def _run(plan: RunPlan, *, resume: bool, console, shared: "Shared | None") -> Path:
+def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path:
     output_dir = plan.output_dir
     checkpoint = distributed.on_rank_0(lambda: _prepare(output_dir, resume, console))
     checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -132,119 +118,6 @@ def _prepare(output_dir: Path, resume: bool, console) -> str | None:
 def _describe(output_dir: Path, final: Path) -> None:
     write_model_card(output_dir, final)
     write_report(output_dir)
-
-
-class Shared:
-    """What is loaded once and used by several stages or runs: teachers, the weights students start from, evaluators."""
-
-    def __init__(self):
-        self.console, self.output_dir = None, Path(".")
-        self._teacher = (None, None)  # (configuration, model): the last one alone, so that two never fill the memory
-        self._evaluator = (None, None)
-
-    def begin(self, console, output_dir: Path) -> None:
-        """A run begins: where it writes, which is where the models of its stages are, and who is told."""
-        self.console, self.output_dir = console, output_dir
-
-    def trainer(
-        self,
-        stage: Stage,
-        log: MetricsLog,
-        progress: Progress,
-        interrupted: Callable[[], bool],
-        *,
-        checkpoint: Path | None,
-        judge_teacher: bool,
-    ) -> StageTrainer:
-        config = stage.config
-        device = engine_device(config.engine)
-        first = loading_device(config.engine)
-        teacher, teacher_tokenizer = self.teacher(config.teacher, first)
-        tokenizer = load_tokenizer(config.student, self.output_dir)
-        if checkpoint is None:
-            student_config, source = config.student, None
-            if teacher is not None and not is_sharded(teacher) and _same_weights(config.student, config.teacher):
-                source = teacher
-        else:  # the architecture and the weights are the checkpoint's
-            student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
-            source = None
-        student = load_student(
-            student_config, output_dir=self.output_dir, device=first, seed=config.seed, source=source
-        )
-        by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
-        with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
-            models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
-        prompts = load_prompts(config.data.prompts, tokenizer)
-        rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
-        corpus = None
-        if config.data.corpus is not None:
-            corpus = load_corpus(config.data.corpus, tokenizer)
-            rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-        self.console.preflight(rows)
-        # each stage in an order of its own: one that goes on from another must not see the same records first again
-        order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
-        return StageTrainer(
-            stage,
-            models,
-            Sources(
-                prompts=Stream(prompts.examples, seed=order),
-                corpus=None if corpus is None else _corpus_share(Stream(corpus.blocks, seed=order)),
-                written=self.output_dir / "written" / stage.name,
-                watch=self.console.working,
-            ),
-            output_dir=self.output_dir,
-            evaluator=self._load_evaluator(stage, tokenizer),
-            log=log,
-            console=self.console,
-            progress=progress,
-            judge_teacher=judge_teacher,
-            interrupted=interrupted,
-        )
-
-    def teacher(self, config: TeacherConfig | None, device: torch.device):
-        """(model, tokenizer); the model that was loaded last is kept."""
-        if config is None:
-            return None, None
-        key = self._of_this_run(config)
-        if self._teacher[0] != key:
-            self._teacher = (None, None)
-            model = load_teacher(config, output_dir=self.output_dir, device=device)
-            self._teacher = (key, (model, load_tokenizer(config, self.output_dir)))
-        return self._teacher[1]
-
-    def _of_this_run(self, config: TeacherConfig | None) -> tuple:
-        """A teacher that a stage left is another one in another run."""
-        names = () if config is None else (config.path, config.tokenizer or "")
-        return config, self.output_dir if any(name.startswith("stage:") for name in names) else None
-
-    def _load_evaluator(self, stage: Stage, tokenizer) -> Evaluator | None:
-        config = stage.config
-        if not config.eval.sets:
-            return None
-        key = (config.eval, config.seed, self._of_this_run(config.teacher))
-        # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
-        if config.teacher is None or self._evaluator[0] != key:
-            sets = {
-                name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
-                for name, prompts in config.eval.sets.items()
-            }
-
-            def watch(*progress) -> None:  # the console of the moment: an evaluator may outlive the run it was made for
-                self.console.working(*progress)
-
-            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=watch))
-        return self._evaluator[1]
-
-
-def _corpus_share(stream: Stream) -> Stream | Share:
-    if distributed.world_size() == 1:
-        return stream
-    return Share(stream, rank=distributed.rank(), world_size=distributed.world_size())
-
-
-def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:
-    """Whether the loaded teacher holds exactly what the student would be read from."""
-    return (student.path, student.revision, student.dtype) == (teacher.path, teacher.revision, teacher.dtype)
 
 
 def _next_progress(before: Progress | None, stage: str) -> Progress:
@@ -315,21 +188,3 @@ def _interruption(note: Callable[[str], None]):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def describe_environment() -> dict:
-    """Versions and machine, for env.json, reports and benchmarks."""
-    versions = {"python": platform.python_version(), "minillm": version("minillm")}
-    for name in ("torch", "transformers", "triton", "datasets", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "versions": versions,
-        "system": platform.platform(),
-        "cpu_threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from minillm.config.loading import load_run
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.run import _same_weights, run
+from minillm.run import run
+from minillm.shared import _same_weights
 from minillm.trainer import TrainingError
 
 

@@ -21,7 +21,7 @@ from minillm.models.loading import load_student
 from minillm.models.pair import Models
 from minillm.models.preflight import preflight
 from minillm.models.tokenizers import load_tokenizer
-from minillm.run import Shared
+from minillm.shared import Shared
 from minillm.trainer import TrainingError
 
 EVALUATION, TEACHERS = "evaluation.json", "teachers"

@@ -20,7 +20,8 @@ from minillm.experiment.report import write_experiment_report
 from minillm.experiment.results import FAILURE
 from minillm.metrics import METRICS, read_records
 from minillm.reporting.markdown import duration
-from minillm.run import FREE_ON_RESUME, Shared, run
+from minillm.run import FREE_ON_RESUME, run
+from minillm.shared import Shared
 from minillm.trainer import TrainingError
 
 

@@ -1,0 +1,26 @@
+"""Versions and machine, for env.json and the report."""
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+
+def describe_environment() -> dict:
+    """What env.json holds; `gpu` is None without one, `started` is local time with its offset."""
+    versions = {"python": platform.python_version(), "minillm": version("minillm")}
+    for name in ("torch", "transformers", "triton", "datasets", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "system": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

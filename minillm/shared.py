@@ -1,0 +1,136 @@
+"""From a stage's configuration to its trainer, with what stages and runs have in common loaded once."""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minillm import distributed
+from minillm.config.loading import Stage
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.data.corpus import load_corpus
+from minillm.data.instructions import load_prompts
+from minillm.data.stream import Share, Stream
+from minillm.engine.device import engine_device, loading_device
+from minillm.evaluate.evaluator import Evaluator
+from minillm.methods.base import Sources
+from minillm.metrics import MetricsLog
+from minillm.models.loading import load_student, load_teacher
+from minillm.models.preflight import preflight
+from minillm.models.sharded import is_sharded, readable
+from minillm.models.tokenizers import load_tokenizer
+from minillm.trainer import Progress, StageTrainer
+
+
+class Shared:
+    """What is loaded once and used by several stages or runs: teachers, the weights students start from, evaluators."""
+
+    def __init__(self):
+        self.console, self.output_dir = None, Path(".")
+        self._teacher = (None, None)  # (configuration, model): the last one alone, so that two never fill the memory
+        self._evaluator = (None, None)
+
+    def begin(self, console, output_dir: Path) -> None:
+        """A run begins: where it writes, which is where the models of its stages are, and who is told."""
+        self.console, self.output_dir = console, output_dir
+
+    def trainer(
+        self,
+        stage: Stage,
+        log: MetricsLog,
+        progress: Progress,
+        interrupted: Callable[[], bool],
+        *,
+        checkpoint: Path | None,
+        judge_teacher: bool,
+    ) -> StageTrainer:
+        config = stage.config
+        device = engine_device(config.engine)
+        first = loading_device(config.engine)
+        teacher, teacher_tokenizer = self.teacher(config.teacher, first)
+        tokenizer = load_tokenizer(config.student, self.output_dir)
+        if checkpoint is None:
+            student_config, source = config.student, None
+            if teacher is not None and not is_sharded(teacher) and _same_weights(config.student, config.teacher):
+                source = teacher
+        else:  # the architecture and the weights are the checkpoint's
+            student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
+            source = None
+        student = load_student(
+            student_config, output_dir=self.output_dir, device=first, seed=config.seed, source=source
+        )
+        by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
+        with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
+            models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
+        prompts = load_prompts(config.data.prompts, tokenizer)
+        rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
+        corpus = None
+        if config.data.corpus is not None:
+            corpus = load_corpus(config.data.corpus, tokenizer)
+            rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
+        self.console.preflight(rows)
+        # each stage in an order of its own: one that goes on from another must not see the same records first again
+        order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
+        return StageTrainer(
+            stage,
+            models,
+            Sources(
+                prompts=Stream(prompts.examples, seed=order),
+                corpus=None if corpus is None else _corpus_share(Stream(corpus.blocks, seed=order)),
+                written=self.output_dir / "written" / stage.name,
+                watch=self.console.working,
+            ),
+            output_dir=self.output_dir,
+            evaluator=self._load_evaluator(stage, tokenizer),
+            log=log,
+            console=self.console,
+            progress=progress,
+            judge_teacher=judge_teacher,
+            interrupted=interrupted,
+        )
+
+    def teacher(self, config: TeacherConfig | None, device: torch.device):
+        """(model, tokenizer); the model that was loaded last is kept."""
+        if config is None:
+            return None, None
+        key = self._of_this_run(config)
+        if self._teacher[0] != key:
+            self._teacher = (None, None)
+            model = load_teacher(config, output_dir=self.output_dir, device=device)
+            self._teacher = (key, (model, load_tokenizer(config, self.output_dir)))
+        return self._teacher[1]
+
+    def _of_this_run(self, config: TeacherConfig | None) -> tuple:
+        """A teacher that a stage left is another one in another run."""
+        names = () if config is None else (config.path, config.tokenizer or "")
+        return config, self.output_dir if any(name.startswith("stage:") for name in names) else None
+
+    def _load_evaluator(self, stage: Stage, tokenizer) -> Evaluator | None:
+        config = stage.config
+        if not config.eval.sets:
+            return None
+        key = (config.eval, config.seed, self._of_this_run(config.teacher))
+        # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
+        if config.teacher is None or self._evaluator[0] != key:
+            sets = {
+                name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
+                for name, prompts in config.eval.sets.items()
+            }
+
+            def watch(*progress) -> None:  # the console of the moment: an evaluator may outlive the run it was made for
+                self.console.working(*progress)
+
+            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=watch))
+        return self._evaluator[1]
+
+
+def _corpus_share(stream: Stream) -> Stream | Share:
+    if distributed.world_size() == 1:
+        return stream
+    return Share(stream, rank=distributed.rank(), world_size=distributed.world_size())
+
+
+def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:
+    """Whether the loaded teacher holds exactly what the student would be read from."""
+    return (student.path, student.revision, student.dtype) == (teacher.path, teacher.revision, teacher.dtype)
