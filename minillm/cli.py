@@ -5,20 +5,16 @@ Exit status: 0 done, 1 a run that had to stop, 2 something to correct in what wa
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import minillm
+from minillm.arguments import BENCHMARKS, parse, split
 from minillm.launcher import end, launched_rank, launched_size
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
-BENCHMARKS = ("kernels", "plan", "rollout", "step")
-DTYPES = ("float32", "bfloat16", "float16")
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
@@ -32,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHMARKS:  # its options are its own
             return _bench(argv[1], argv[2:])
-        arguments = _parse(argv)
-        return arguments.run(arguments)
+        arguments = parse(argv)
+        return VERBS[arguments.verb](arguments)
     except KeyboardInterrupt:
         hint = "; --resume goes on from the last checkpoint" if argv[:1] == ["train"] else ""
         hint = "; the same command goes on" if argv[:1] == ["experiment"] else hint
@@ -48,17 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"minillm: {error}", file=sys.stderr)
         return status
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; files and overrides may stand on both sides of an option."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and (any(word.startswith("-") for word in rest) or "words" not in arguments):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.words += rest
-    return arguments
 
 
 def _status(error: Exception) -> int | None:
@@ -82,7 +67,7 @@ def _status(error: Exception) -> int | None:
 def _train(arguments: argparse.Namespace) -> int:
     from minillm.config.loading import load_run
 
-    plan = load_run(*_split(arguments.words))
+    plan = load_run(*split(arguments.words))
     if launched_size() > 1 and any(stage.config.engine.type == "torch" for stage in plan.stages):
         raise ValueError(
             "engine.type torch is one process; start it without a launcher of several, or set engine.type=deepspeed"
@@ -106,7 +91,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     from minillm.config.document import dump
     from minillm.config.loading import load_run, resolved
 
-    print(dump(resolved(load_run(*_split(arguments.words)))), end="")
+    print(dump(resolved(load_run(*split(arguments.words)))), end="")
     return 0
 
 
@@ -145,7 +130,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from minillm.planning.plan import plan_run
     from minillm.planning.table import assumptions, render, to_json
 
-    files, overrides = _split(arguments.words)
+    files, overrides = split(arguments.words)
     plan = load_run(files, overrides)
     run = plan_run(plan, gpu=arguments.gpu, world_size=arguments.world_size)
     advice = advise(plan, run, overrides)
@@ -165,7 +150,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from minillm.console import Console
     from minillm.evaluate.standalone import evaluate_model, evaluation_plan
 
-    files, overrides = _split(arguments.words)
+    files, overrides = split(arguments.words)
     plan = evaluation_plan(files, overrides, seeds=arguments.seeds, max_prompts=arguments.max_prompts)
     with Console() as console:
         evaluate_model(
@@ -178,7 +163,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from minillm.console import Console
     from minillm.generate import generate
 
-    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "verb")}
+    options = {name: value for name, value in vars(arguments).items() if name != "verb"}
     with Console() as console:
         generate(console=console, **options)
     return 0
@@ -209,117 +194,16 @@ def _schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Files, and overrides: what is of the form group.key=value and is not the name of a file."""
-    overrides = [word for word in words if _OVERRIDE.match(word) and not os.path.exists(word)]
-    return [Path(word) for word in words if word not in overrides], overrides
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minillm", description="Distil a large causal language model into a small one."
-    )
-    parser.add_argument("--version", action="version", version=f"minillm {minillm.__version__}")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-
-    train = verbs.add_parser("train", help="train every stage of a configuration")
-    _add_files(train)
-    train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if there is one")
-    train.set_defaults(run=_train)
-
-    validate = verbs.add_parser("validate", help="all errors of a configuration at once, or what it resolves to")
-    _add_files(validate)
-    validate.set_defaults(run=_validate)
-
-    plan = verbs.add_parser("plan", help="memory a rank, time a step and ranks needed, without loading a weight")
-    _add_files(plan)
-    plan.add_argument("--gpu", default="H100-80GB", help="H100-80GB, H200, A100-80GB, A100-40GB, L40S, 4090, cpu ...")
-    plan.add_argument("--world-size", type=_positive, default=1, help="ranks, a GPU each (default %(default)s)")
-    plan.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs and seconds")
-    plan.set_defaults(run=_plan)
-
-    experiment = verbs.add_parser(
-        "experiment", help="train and measure every arm of an experiment; goes on where it was"
-    )
-    experiment.add_argument("name", metavar="NAME_OR_FILE", help="of configs/experiments, or a .yaml file")
-    experiment.add_argument("words", nargs="*", metavar="KEY=VALUE", help="base.train.learning_rate=..., arms.kd....")
-    experiment.add_argument("--seeds", type=_positive, metavar="N", help="the first N, instead of those of the file")
-    experiment.add_argument("--seed", type=_natural, metavar="S", help="work on this seed alone")
-    experiment.add_argument("--arms", metavar="A,B", help="work on these arms alone, and on what they start from")
-    experiment.add_argument("--output", type=Path, metavar="DIR", help="instead of output_dir of the file")
-    experiment.add_argument("--list", action="store_true", help="print a command a run instead, for a cluster")
-    experiment.add_argument(
-        "--report", action="store_true", help="write the report of what is there, and train nothing"
-    )
-    experiment.set_defaults(run=_experiment)
-
-    evaluate = verbs.add_parser("eval", help="measure a model on held-out prompts")
-    evaluate.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="a run's folder, a model's, a hub name, or `teacher`: FILE's teacher"
-    )
-    evaluate.add_argument(
-        "words", nargs="+", metavar="FILE|KEY=VALUE", help="a configuration with `eval` and perhaps `teacher`, or data"
-    )
-    evaluate.add_argument("--seeds", type=int, nargs="+", help="instead of eval.seeds")
-    evaluate.add_argument("--max-prompts", type=_positive, help="of every set the first so many")
-    evaluate.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
-    evaluate.add_argument("--output", type=Path, metavar="JSON", help="write the result, with samples")
-    evaluate.add_argument(
-        "--figures", type=Path, metavar="DIR", help="draw the analyses: exposure bias, calibration ..."
-    )
-    evaluate.set_defaults(run=_eval)
-
-    generate = verbs.add_parser("generate", help="answers on the terminal, the student's beside the teacher's")
-    generate.add_argument("model", metavar="MODEL", help="a run's folder, a model's, or a hub name")
-    generate.add_argument("--teacher", metavar="MODEL", help="whose answers are shown beside")
-    generate.add_argument(
-        "--prompt", action="append", dest="prompts", default=[], help="may be repeated; without it, lines of stdin"
-    )
-    generate.add_argument("--max-new-tokens", type=_positive, default=256)
-    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
-    generate.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--no-repeat-ngram-size", type=int, default=0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument(
-        "--template", choices=("auto", "chat", "alpaca", "none"), default="auto", help="auto: as the run was trained"
-    )
-    generate.add_argument("--system", help="the system message of a chat")
-    generate.add_argument("--tokenizer", help="of another folder or hub name")
-    generate.add_argument("--dtype", choices=DTYPES, default="float32")
-    generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    generate.set_defaults(run=_generate)
-
-    bench = verbs.add_parser("bench", help="micro-benchmarks; --help after the name shows the options")
-    bench.add_argument("name", choices=BENCHMARKS)
-
-    report = verbs.add_parser("report", help="write a run's report, or compare several runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    report.add_argument("--figure", type=Path, metavar="PNG", help="of several runs: draw their curves here")
-    report.set_defaults(run=_report)
-
-    verbs.add_parser("schema", help="JSON schema of the configuration, for editors").set_defaults(run=_schema)
-    return parser
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="+", metavar="FILE|KEY=VALUE", help="YAML files, merged left to right, and group.key=value"
-    )
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+VERBS = {
+    "train": _train,
+    "validate": _validate,
+    "plan": _plan,
+    "experiment": _experiment,
+    "eval": _eval,
+    "generate": _generate,
+    "report": _report,
+    "schema": _schema,
+}
 
 
 if __name__ == "__main__":

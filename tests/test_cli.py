@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 import minillm
-from minillm.cli import BENCHMARKS, main
+from minillm.arguments import BENCHMARKS, make_parser
+from minillm.cli import main
 
 RECIPE = {
     "output_dir": "runs/one",
@@ -231,10 +232,9 @@ def test_generate_passes_every_option(folder, fake):
 def test_the_options_of_generate_are_the_parameters_of_the_function():
     import inspect
 
-    from minillm.cli import _parser
     from minillm.generate import generate
 
-    options = vars(_parser().parse_args(["generate", "x"])).keys() - {"run", "verb"}
+    options = vars(make_parser().parse_args(["generate", "x"])).keys() - {"verb"}
     assert options | {"console"} == inspect.signature(generate).parameters.keys()
 
 

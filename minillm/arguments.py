@@ -1,0 +1,130 @@
+"""What can be said on the command line: every verb's options, files and overrides. What the verbs do is in cli.py."""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import minillm
+
+BENCHMARKS = ("kernels", "plan", "rollout", "step")
+DTYPES = ("float32", "bfloat16", "float16")
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; files and overrides may stand on both sides of an option."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (any(word.startswith("-") for word in rest) or "words" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.words += rest
+    return arguments
+
+
+def split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files, and overrides: what is of the form group.key=value and is not the name of a file."""
+    overrides = [word for word in words if _OVERRIDE.match(word) and not os.path.exists(word)]
+    return [Path(word) for word in words if word not in overrides], overrides
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minillm", description="Distil a large causal language model into a small one."
+    )
+    parser.add_argument("--version", action="version", version=f"minillm {minillm.__version__}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+
+    train = verbs.add_parser("train", help="train every stage of a configuration")
+    _add_files(train)
+    train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint, if there is one")
+
+    validate = verbs.add_parser("validate", help="all errors of a configuration at once, or what it resolves to")
+    _add_files(validate)
+
+    plan = verbs.add_parser("plan", help="memory a rank, time a step and ranks needed, without loading a weight")
+    _add_files(plan)
+    plan.add_argument("--gpu", default="H100-80GB", help="H100-80GB, H200, A100-80GB, A100-40GB, L40S, 4090, cpu ...")
+    plan.add_argument("--world-size", type=_positive, default=1, help="ranks, a GPU each (default %(default)s)")
+    plan.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs and seconds")
+
+    experiment = verbs.add_parser(
+        "experiment", help="train and measure every arm of an experiment; goes on where it was"
+    )
+    experiment.add_argument("name", metavar="NAME_OR_FILE", help="of configs/experiments, or a .yaml file")
+    experiment.add_argument("words", nargs="*", metavar="KEY=VALUE", help="base.train.learning_rate=..., arms.kd....")
+    experiment.add_argument("--seeds", type=_positive, metavar="N", help="the first N, instead of those of the file")
+    experiment.add_argument("--seed", type=_natural, metavar="S", help="work on this seed alone")
+    experiment.add_argument("--arms", metavar="A,B", help="work on these arms alone, and on what they start from")
+    experiment.add_argument("--output", type=Path, metavar="DIR", help="instead of output_dir of the file")
+    experiment.add_argument("--list", action="store_true", help="print a command a run instead, for a cluster")
+    experiment.add_argument(
+        "--report", action="store_true", help="write the report of what is there, and train nothing"
+    )
+
+    evaluate = verbs.add_parser("eval", help="measure a model on held-out prompts")
+    evaluate.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run's folder, a model's, a hub name, or `teacher`: FILE's teacher"
+    )
+    evaluate.add_argument(
+        "words", nargs="+", metavar="FILE|KEY=VALUE", help="a configuration with `eval` and perhaps `teacher`, or data"
+    )
+    evaluate.add_argument("--seeds", type=int, nargs="+", help="instead of eval.seeds")
+    evaluate.add_argument("--max-prompts", type=_positive, help="of every set the first so many")
+    evaluate.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
+    evaluate.add_argument("--output", type=Path, metavar="JSON", help="write the result, with samples")
+    evaluate.add_argument(
+        "--figures", type=Path, metavar="DIR", help="draw the analyses: exposure bias, calibration ..."
+    )
+
+    generate = verbs.add_parser("generate", help="answers on the terminal, the student's beside the teacher's")
+    generate.add_argument("model", metavar="MODEL", help="a run's folder, a model's, or a hub name")
+    generate.add_argument("--teacher", metavar="MODEL", help="whose answers are shown beside")
+    generate.add_argument(
+        "--prompt", action="append", dest="prompts", default=[], help="may be repeated; without it, lines of stdin"
+    )
+    generate.add_argument("--max-new-tokens", type=_positive, default=256)
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
+    generate.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--no-repeat-ngram-size", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--template", choices=("auto", "chat", "alpaca", "none"), default="auto", help="auto: as the run was trained"
+    )
+    generate.add_argument("--system", help="the system message of a chat")
+    generate.add_argument("--tokenizer", help="of another folder or hub name")
+    generate.add_argument("--dtype", choices=DTYPES, default="float32")
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+    bench = verbs.add_parser("bench", help="micro-benchmarks; --help after the name shows the options")
+    bench.add_argument("name", choices=BENCHMARKS)
+
+    report = verbs.add_parser("report", help="write a run's report, or compare several runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--figure", type=Path, metavar="PNG", help="of several runs: draw their curves here")
+
+    verbs.add_parser("schema", help="JSON schema of the configuration, for editors")
+    return parser
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", nargs="+", metavar="FILE|KEY=VALUE", help="YAML files, merged left to right, and group.key=value"
+    )
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
