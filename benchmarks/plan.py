@@ -1,14 +1,16 @@
 """`minillm bench plan`: the peak memory that `minillm plan` predicts beside the one that training steps take on a CPU.
 
-A case is random models and prompts at their longest. Each runs in a process of its own: imports and a tiny run of the
-same kind first, so that what is loaded late is loaded; then the resident memory before the models are made is the
-zero, and the kernel's high-water mark of every phase is the measurement. The allocator returns freed memory at once.
+A case is random models and prompts at their longest. Each runs in a process of its own, or in one a rank: imports and
+a tiny run of the same kind first, so that what is loaded late is loaded; then the resident memory before the models are
+made is the zero, and the kernel's high-water mark of every phase is the measurement, of ranks the largest. The
+allocator returns freed memory at once.
 """
 
 import argparse
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,12 +18,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from minillm import distributed
 from minillm.benchmarks.machine import as_table, describe
+from minillm.launcher import end
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 STEPS = 3
 PROMPT, ANSWER = 48, 64
 MIB = 2**20
+MEASURED = "measured "
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Case:
     bf16: bool = False
     prompt: int = PROMPT
     answer: int = ANSWER
+    ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
 
 
 CASES = (
@@ -53,6 +59,10 @@ CASES = (
     Case("minillm", "llama", "minillm", 512, 6, 16000, 10, batch=8),
     Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=8, answer=144),
     Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 16000, 10, batch=8, checkpointing=True),
+    *(
+        Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", "minillm", 512, 8, 8000, 12, 2, ranks=ranks)
+        for ranks in (1, 2, 4)
+    ),
 )
 
 
@@ -98,7 +108,9 @@ def document(case: Case, folder: Path) -> dict:
             "gradient_checkpointing": case.checkpointing,
             "bf16": case.bf16,
         },
-        "engine": {"type": "torch", "device": "cpu"},
+        "engine": {"type": "deepspeed", "stage": 3, "gather": "layers"}
+        if case.ranks
+        else {"type": "torch", "device": "cpu"},
     }
 
 
@@ -118,16 +130,22 @@ def predict(case: Case) -> dict[str, int]:
     from minillm.planning.plan import plan_run
 
     with tempfile.TemporaryDirectory() as folder:
-        (stage,) = plan_run(load(case, Path(folder)), gpu="cpu").stages
+        (stage,) = plan_run(load(case, Path(folder)), gpu="cpu", world_size=max(1, case.ranks)).stages
     return {memory.phase: memory.device_bytes for memory in stage.memory}
 
 
 def measure(case: Case) -> dict[str, int]:
-    """Bytes of resident memory over those before the models were made, at the peak of each phase. In this process."""
-    _take_steps(replace(case, hidden=128, layers=1, teacher_layers=1, vocab=512, batch=2))
-    gc.collect()
-    zero = _resident()["VmRSS"]
-    return {phase: peak - zero for phase, peak in _take_steps(case).items()}
+    """Bytes of resident memory over those before the models were made, at the peak of each phase: of this process, which
+    is one of `case.ranks`."""
+    with tempfile.TemporaryDirectory() as folder:
+        if case.ranks:
+            distributed.join(Path(folder))
+        _take_steps(replace(case, hidden=128, layers=1, teacher_layers=1, vocab=512, batch=2))
+        gc.collect()
+        zero = _resident()["VmRSS"]
+        peaks = {phase: peak - zero for phase, peak in _take_steps(case).items()}
+        distributed.leave()
+    return peaks
 
 
 def _take_steps(case: Case) -> dict[str, int]:
@@ -151,13 +169,15 @@ def _take_steps(case: Case) -> dict[str, int]:
             with _phase(peaks, "collect"):
                 if case.method != "minillm" or step != 1:  # a second buffer, beside the first
                     items = method.collect(sources, models, step)
-            taken, size = items[: method.step_size], case.batch
+            share, size = method.step_size // engine.world_size, case.batch
+            taken = items[engine.rank * share : (engine.rank + 1) * share]
             with _phase(peaks, "terms"):
                 terms = [
                     method.terms(taken[start : start + size], sources, models) for start in range(0, len(taken), size)
                 ]
             with _phase(peaks, "update"):
                 engine.step(terms)
+        engine.close()
     return peaks
 
 
@@ -168,12 +188,12 @@ def _models(config, case: Case):
     from minillm.models.loading import load_student
     from minillm.models.tokenizers import load_tokenizer
 
-    cpu, folder = torch.device("cpu"), Path(".")
+    cpu, folder, hollow = torch.device("cpu"), Path("."), distributed.rank() > 0
     judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
     teacher = None
     if case.method != "sft":
-        teacher = load_student(judge, output_dir=folder, device=cpu, seed=1).eval().requires_grad_(False)
-    student = load_student(config.student, output_dir=folder, device=cpu, seed=0)
+        teacher = load_student(judge, output_dir=folder, device=cpu, seed=1, hollow=hollow).eval().requires_grad_(False)
+    student = load_student(config.student, output_dir=folder, device=cpu, seed=0, hollow=hollow)
     return student, teacher, load_tokenizer(config.student, folder)
 
 
@@ -210,13 +230,31 @@ def _resident() -> dict[str, int]:
 
 
 def compare(case: Case) -> tuple[int, int]:
-    """(predicted, measured) bytes at the peak of all phases. The measurement in a fresh process."""
+    """(predicted, measured) bytes at the peak of all phases. The measurement in fresh processes."""
     command = [sys.executable, "-m", "minillm.benchmarks.plan", "--measure", json.dumps(asdict(case))]
-    done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{case.name}: {done.stderr[-2000:]}")
-    measured = json.loads(done.stdout.splitlines()[-1])
-    return max(predict(case).values()), max(measured.values())
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("localhost", 0))
+        group = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        logs = [Path(folder) / f"{rank}.log" for rank in range(max(1, case.ranks))]  # a full pipe would stop a rank
+        processes = []
+        for rank, log in enumerate(logs):
+            place = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} if case.ranks else {}
+            with log.open("w") as file:
+                processes.append(
+                    subprocess.Popen(command, env={**os.environ, **ALLOCATOR, **place}, stdout=file, stderr=file)
+                )
+        for process, log in zip(processes, logs, strict=True):
+            if process.wait():
+                raise RuntimeError(f"{case.name}: {log.read_text()[-2000:]}")
+        measured = [_told(log) for log in logs]
+    return max(predict(case).values()), max(measured)
+
+
+def _told(log: Path) -> int:
+    """The highest peak that a process printed, among whatever else it said."""
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith(MEASURED)]
+    return max(json.loads(line.removeprefix(MEASURED)).values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.measure:
-        print(json.dumps(measure(Case(**json.loads(arguments.measure)))))
-        return 0
+        print(MEASURED + json.dumps(measure(Case(**json.loads(arguments.measure)))))
+        end(0)
     cases = [case for case in CASES if not arguments.only or any(name in case.name for name in arguments.only)]
     if not cases:
         parser.error(f"no such case; there are {', '.join(case.name for case in CASES)}")
@@ -259,7 +297,8 @@ def _markdown(rows: Sequence[tuple[Case, int, int]]) -> str:
     lines += [
         "",
         "Measured: the kernel's high-water mark of resident memory over that of the process after its imports and a tiny "
-        "run of the same kind, in the worst phase of three optimiser steps. Made by `minillm bench plan --output FILE`.",
+        "run of the same kind, in the worst phase of three optimiser steps; with ZeRO-3 (gloo, weights gathered layer by "
+        "layer, one thread a rank) that of the largest rank. Made by `minillm bench plan --output FILE`.",
         "",
         *as_table(describe("cpu")),
     ]

@@ -3,6 +3,7 @@
 What crosses over is JSON or safetensors, never a pickle.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -26,12 +27,26 @@ _left = threading.Event()
 
 
 def join(output_dir: Path) -> None:
-    """Join the group that the environment names (torchrun, deepspeed or Slurm); alone where it names none.
+    """A run begins: in the group that the environment names (torchrun, deepspeed or Slurm), alone where it names none.
 
-    From then on a rank of this machine that dies is noticed: the others say which one it was and stop.
+    Until `leave`, a rank of this machine that dies is noticed: the others say which one it was and stop.
     """
+    if not dist.is_initialized():
+        _make_group()
+    _left.clear()
+    _peers[:] = gather({"rank": rank(), "host": socket.gethostname(), "pid": os.getpid()})
+    if world_size() > 1:
+        threading.Thread(target=_watch, args=(output_dir,), daemon=True).start()
+
+
+def leave() -> None:
+    """The work of all ranks is done. The group stays, for another run of this process: DeepSpeed knows no second one."""
     if dist.is_initialized():
-        return
+        barrier()
+        _left.set()
+
+
+def _make_group() -> None:
     size = launched_size()
     # DeepSpeed and torch read these names alone
     os.environ |= {"RANK": str(launched_rank()), "WORLD_SIZE": str(size), "LOCAL_RANK": str(launched_local_rank())}
@@ -46,18 +61,7 @@ def join(output_dir: Path) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    _left.clear()
-    _peers[:] = gather({"rank": rank(), "host": socket.gethostname(), "pid": os.getpid()})
-    if world_size() > 1:
-        threading.Thread(target=_watch, args=(output_dir,), daemon=True).start()
-
-
-def leave() -> None:
-    """The work of all ranks is done."""
-    if dist.is_initialized():
-        barrier()
-        _left.set()
-        dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)  # of several, launcher.end leaves the groups to the system
 
 
 def lost_ranks() -> str | None:
@@ -131,18 +135,25 @@ def on_rank_0(work: Callable[[], T]) -> T:
     """Do it on rank 0 alone; the others get its result (what JSON can say), or its error."""
     if world_size() == 1:
         return work()
+    return gather(together(lambda: work() if rank() == 0 else None))[0]
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do it on every rank, without any exchange inside; where one fails, all raise its error."""
+    if world_size() == 1:
+        return work()
     result, problem = None, None
-    if rank() == 0:
-        try:
-            result = work()
-        except Exception as error:
-            problem = error
-    told = gather([result, None if problem is None else f"{type(problem).__name__}: {problem}"])[0]
+    try:
+        result = work()
+    except Exception as error:
+        problem = error
+    problems = gather(None if problem is None else f"{type(problem).__name__}: {problem}")
     if problem is not None:
         raise problem
-    if told[1] is not None:
-        raise RuntimeError(f"rank 0: {told[1]}")
-    return told[0]
+    for other, told in enumerate(problems):
+        if told is not None:
+            raise RuntimeError(f"rank {other}: {told}")
+    return result
 
 
 def _gather_bytes(data: bytes) -> list[bytes]:

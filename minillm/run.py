@@ -31,7 +31,7 @@ FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
 def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -> Path:
     """Train every stage of the plan; returns the folder final/.
 
-    `shared` holds what an earlier run of this process loaded, for runs that have it in common.
+    `shared` holds what an earlier run of this process loaded, for runs of engine.type torch that have it in common.
 
     Raises TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
     """
@@ -39,8 +39,10 @@ def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -
     if all(stage.config.engine.type == "torch" for stage in plan.stages):
         return _run(plan, resume=resume, console=console, shared=shared)
     distributed.join(output_dir)
+    shared = Shared()  # of this run alone: what is cut over the ranks goes with their group
     try:
         final = _run(plan, resume=resume, console=console, shared=shared)
+        shared.close()
         distributed.leave()
         return final
     except TrainingError:
@@ -95,6 +97,8 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
                     trainer.load(checkpoint)
                 # where this student comes straight from an earlier stage, that stage's last evaluation is this one's first
                 trainer.run(evaluate_first=not _measured_before(plan, stage))
+                trainer.close()
+                del trainer  # before the next stage loads its student
                 checkpoint = output_dir / f"checkpoint-{progress.step}"
             if len(plan.stages) > 1 or stage.name != "main":
                 _publish(checkpoint, output_dir / "stages" / stage.name)

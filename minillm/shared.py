@@ -12,13 +12,13 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Share, Stream
-from minillm.engine.device import engine_device, loading_device
+from minillm.engine.device import cuts_weights, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight
-from minillm.models.sharded import is_sharded, readable
+from minillm.models.sharded import is_sharded, readable, release
 from minillm.models.tokenizers import load_tokenizer
 from minillm.trainer import Progress, StageTrainer
 
@@ -48,21 +48,25 @@ class Shared:
         config = stage.config
         device = engine_device(config.engine)
         first = loading_device(config.engine)
-        teacher, teacher_tokenizer = self.teacher(config.teacher, first)
+        # what is cut over the ranks rank 0 reads, and hands out piece by piece
+        hollow = cuts_weights(config.engine) and distributed.rank() > 0
+        teacher, teacher_tokenizer = distributed.together(lambda: self.teacher(config.teacher, first, hollow=hollow))
         tokenizer = load_tokenizer(config.student, self.output_dir)
         if checkpoint is None:
             student_config, source = config.student, None
-            if teacher is not None and not is_sharded(teacher) and _same_weights(config.student, config.teacher):
+            whole = teacher is not None and not is_sharded(teacher) and not hollow
+            if whole and _same_weights(config.student, config.teacher):
                 source = teacher
         else:  # the architecture and the weights are the checkpoint's
             student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
             source = None
-        student = load_student(
-            student_config, output_dir=self.output_dir, device=first, seed=config.seed, source=source
-        )
+        options = {"output_dir": self.output_dir, "device": first, "seed": config.seed}
+        student = distributed.together(lambda: load_student(student_config, source=source, hollow=hollow, **options))
         by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
         with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
-            models, rows = preflight(student, teacher, tokenizer, teacher_tokenizer, device)
+            models, rows = distributed.together(
+                lambda: preflight(student, teacher, tokenizer, teacher_tokenizer, device)
+            )
         prompts = load_prompts(config.data.prompts, tokenizer)
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         corpus = None
@@ -90,16 +94,24 @@ class Shared:
             interrupted=interrupted,
         )
 
-    def teacher(self, config: TeacherConfig | None, device: torch.device):
-        """(model, tokenizer); the model that was loaded last is kept."""
+    def teacher(self, config: TeacherConfig | None, device: torch.device, *, hollow: bool = False):
+        """(model, tokenizer); the model that was loaded last is kept. `hollow`: see minillm.models.loading.is_hollow."""
         if config is None:
             return None, None
         key = self._of_this_run(config)
         if self._teacher[0] != key:
-            self._teacher = (None, None)
-            model = load_teacher(config, output_dir=self.output_dir, device=device)
+            self.close()
+            model = load_teacher(config, output_dir=self.output_dir, device=device, hollow=hollow)
             self._teacher = (key, (model, load_tokenizer(config, self.output_dir)))
         return self._teacher[1]
+
+    def close(self) -> None:
+        """Give back the teacher's memory."""
+        if self._teacher[1] is not None:
+            teacher, _ = self._teacher[1]
+            if is_sharded(teacher):
+                release(teacher, teacher.zero_engine)
+        self._teacher = (None, None)
 
     def _of_this_run(self, config: TeacherConfig | None) -> tuple:
         """A teacher that a stage left is another one in another run."""

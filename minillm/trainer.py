@@ -124,6 +124,10 @@ class StageTrainer:
         progress.stage_seconds = {**progress.stage_seconds, self.name: progress.seconds}
         self.save()
 
+    def close(self) -> None:
+        """Give back the memory of the stage: the next one begins with the models it loads itself."""
+        self.engine.close()
+
     def _step(self) -> dict:
         started, progress, method, timing = time.perf_counter(), self.progress, self.method, self.sources.timing
         collects = self._needs_collection()

@@ -45,3 +45,6 @@ class Engine(Protocol):
 
     def load_state(self, folder: Path) -> None:
         """The inverse of save_state, on an engine made from the same configuration and weights."""
+
+    def close(self) -> None:
+        """Give back the student's memory and the optimiser's; neither is of use afterwards. All ranks together."""

@@ -22,8 +22,9 @@ from minillm.engine.module import StudentLoss, to_device
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.base import Term
+from minillm.models.loading import is_hollow
 from minillm.models.pair import Models
-from minillm.models.sharded import is_sharded
+from minillm.models.sharded import is_sharded, release
 
 # what an optimiser of DeepSpeed says of itself that is plain data of this rank
 _STATES = ("optimizer_state_dict", "base_optimizer_state")
@@ -37,17 +38,17 @@ class DeepSpeedEngine:
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.models = models
         models.by_layers = config.stage == 3 and config.gather == "layers"
-        settings = engine_settings(train, config, world_size=self.world_size)
+        parameters = sum(parameter.numel() for parameter in models.student.parameters())
+        settings = engine_settings(train, config, world_size=self.world_size, parameters=parameters)
         if config.stage == 3 and models.teacher is not None and not is_sharded(models.teacher):
             frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}
             zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
             if models.teacher.dtype == torch.bfloat16:
                 frozen["bf16"] = {"enabled": True}
             _shard(models.teacher, models.teacher.dtype, {**frozen, "zero_optimization": zero}, models.device)
-            # the engine is kept alive with the model whose weights it gathers
-            models.teacher.zero_engine = [
-                deepspeed.initialize(model=models.teacher, config={**frozen, "zero_optimization": zero})[0]
-            ]
+            engine, *_ = deepspeed.initialize(model=models.teacher, config={**frozen, "zero_optimization": zero})
+            # kept with the model whose weights it gathers, but not as a module in it
+            object.__setattr__(models.teacher, "zero_engine", engine)
         student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
         if train.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -107,6 +108,9 @@ class DeepSpeedEngine:
         if "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
+    def close(self) -> None:
+        release(self.models.student, self.engine)
+
     def _partitions(self) -> list[torch.Tensor]:
         """This rank's share of the weights in fp32, which the optimiser steps."""
         if hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
@@ -118,21 +122,31 @@ def _shard(model: PreTrainedModel, dtype: torch.dtype, settings: dict[str, Any],
     """A piece of every weight to each rank's device, one weight after the other, as rank 0 has it."""
     import deepspeed
 
+    hollow = is_hollow(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        data = parameter.data
+        parameter.data = torch.empty_like(data, dtype=dtype) if hollow else data.to(dtype)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     for buffer in model.buffers():  # rotary frequencies: DeepSpeed leaves them where they are
         buffer.data = buffer.data.to(device)
+        deepspeed.comm.broadcast(buffer.data, 0)
+    model.hollow = False
 
 
-def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration: the user's file, with what minillm decides put over it."""
+def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration: the user's file, with what minillm decides put over it.
+
+    `parameters` is how many the student has.
+    """
     given = {} if config.config is None else json.loads(Path(config.config).read_text(encoding="utf-8"))
     zero: dict[str, Any] = {**given.get("zero_optimization", {}), "stage": config.stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_param:
         zero["offload_param"] = {"device": "cpu"}
+    # DeepSpeed allocates the whole bucket, 2 GB of float32 as it comes, however small the model
+    bucket = zero.get("reduce_bucket_size", "auto")
+    zero["reduce_bucket_size"] = min(parameters, 500_000_000 if bucket == "auto" else int(bucket))
     settings = {
         **given,
         "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,

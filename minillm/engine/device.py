@@ -25,5 +25,9 @@ def engine_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
 
 def loading_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
     """Where weights are read to: those of ZeRO-3 to the host, from which each rank's device gets its piece alone."""
-    sharded = engine.type == "deepspeed" and engine.stage == 3
-    return torch.device("cpu") if sharded else engine_device(engine)
+    return torch.device("cpu") if cuts_weights(engine) else engine_device(engine)
+
+
+def cuts_weights(engine: TorchEngine | DeepSpeedEngine) -> bool:
+    """Whether each rank will hold only a piece of every weight."""
+    return engine.type == "deepspeed" and engine.stage == 3

@@ -71,3 +71,6 @@ class TorchEngine:
         torch.set_rng_state(state["cpu_rng"])
         if "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
+
+    def close(self) -> None:
+        """Nothing else holds them: they go with the engine and its models."""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
 from minillm.models.paths import hub_arguments
@@ -13,9 +14,11 @@ from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.tokenizers import load_tokenizer
 
 
-def load_teacher(config: TeacherConfig, *, output_dir: Path, device: torch.device) -> PreTrainedModel:
-    """The frozen model: evaluation mode, no gradients."""
-    return _load(config, output_dir).to(device).eval().requires_grad_(False)
+def load_teacher(
+    config: TeacherConfig, *, output_dir: Path, device: torch.device, hollow: bool = False
+) -> PreTrainedModel:
+    """The frozen model: evaluation mode, no gradients. `hollow`: see is_hollow."""
+    return _load(config, output_dir, hollow).to(device).eval().requires_grad_(False)
 
 
 def load_student(
@@ -25,21 +28,29 @@ def load_student(
     device: torch.device,
     seed: int,
     source: PreTrainedModel | None = None,
+    hollow: bool = False,
 ) -> PreTrainedModel:
     """The model to train, without dropout: sampling and training must see the same distribution.
 
-    `source` is an already loaded model of the same path; it is copied instead of being read again.
+    `source` is an already loaded model of the same path; it is copied instead of being read again. `hollow`: see
+    is_hollow.
     """
     if config.init == "random":
-        model = _fresh(config, output_dir, seed)
+        model = _fresh(config, output_dir, seed, hollow)
     elif source is not None:
         model = copy.deepcopy(source).to(getattr(torch, config.dtype))
         model.set_attn_implementation(config.attn_implementation)
     else:
-        model = _load(config, output_dir)
+        model = _load(config, output_dir, hollow)
     if config.init == "prune":
         model = prune_layers(model, config.layers)
     return without_dropout(model).to(device).requires_grad_(True)
+
+
+def is_hollow(model: PreTrainedModel) -> bool:
+    """Whether the weights hold nothing yet: they will come from rank 0, one at a time, when the model is cut over the
+    ranks. Memory that is allocated and never written takes no room, so that a host holds a large model once."""
+    return getattr(model, "hollow", False)
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -56,17 +67,32 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _load(config: ModelConfig, output_dir: Path) -> PreTrainedModel:
+def _load(config: ModelConfig, output_dir: Path, hollow: bool) -> PreTrainedModel:
     where, place = hub_arguments(config.path, output_dir, config.revision)
     options = {
-        **place,
         "dtype": getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
     }
-    if "gguf_file" in place:
-        return _from_gguf(where, options)
-    return AutoModelForCausalLM.from_pretrained(where, **options)
+    if "gguf_file" in place:  # small on disk, and what it holds is only known once it is read
+        return _from_gguf(where, {**place, **options})
+    if not hollow:
+        return AutoModelForCausalLM.from_pretrained(where, **place, **options)
+    architecture = AutoConfig.from_pretrained(where, **place, trust_remote_code=config.trust_remote_code)
+    model = _hollow(architecture, **options).eval()
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(where, **place)
+    except OSError:  # as from_pretrained: then the one of the architecture
+        pass
+    return model
+
+
+def _hollow(architecture: PreTrainedConfig, **options) -> PreTrainedModel:
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(architecture, **options)
+    model.tie_weights()
+    model.hollow = True
+    return model
 
 
 def _from_gguf(folder: Path, options: dict) -> PreTrainedModel:
@@ -96,7 +122,7 @@ def _from_gguf(folder: Path, options: dict) -> PreTrainedModel:
     return plain
 
 
-def _fresh(config: StudentConfig, output_dir: Path, seed: int) -> PreTrainedModel:
+def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> PreTrainedModel:
     """Random weights keyed by `seed`, of the architecture at `path` or of `config` alone.
 
     Vocabulary, EOS and padding are the tokenizer's unless `config` says them; with a `path` and no tokenizer of its own
@@ -120,11 +146,12 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int) -> PreTrainedMode
         architecture = AutoConfig.for_model(**keys)
     else:
         raise ValueError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    if hollow:
+        return _hollow(architecture, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
-        )
+        return AutoModelForCausalLM.from_config(architecture, **options)
 
 
 def changed_architecture(architecture: PreTrainedConfig, keys: dict) -> PreTrainedConfig:

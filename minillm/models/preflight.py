@@ -4,7 +4,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm.models.access import head_error, lm_head
+from minillm.models.loading import is_hollow
 from minillm.models.pair import Models
+from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import end_of_turn
 
 Row = tuple[str, str, str]  # (what, student, teacher)
@@ -42,7 +44,8 @@ def preflight(
             "trained with"
         )
     for who, model in (("student", student), ("teacher", teacher)):
-        if model is not None:
+        # one that is cut over the ranks was looked at when it was loaded; one without weights is rank 0's to look at
+        if model is not None and not is_sharded(model) and not is_hollow(model):
             _check_head(who, model)
     ends = [*end_ids(student, student_tokenizer)]
     if teacher is not None:
@@ -122,7 +125,7 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
         config = model.config
         return [
             type(model).__name__,
-            f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()):,}",
             f"{str(model.dtype).removeprefix('torch.')}, {config._attn_implementation}",
             f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",

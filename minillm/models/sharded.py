@@ -67,6 +67,21 @@ def whole(*modules: nn.Module | None) -> Iterator[None]:
                 setattr(module, name, before)
 
 
+def release(model: nn.Module, engine) -> None:
+    """Give back the memory of a model that DeepSpeed trains or shards; neither is of use afterwards. All ranks together.
+
+    Dropping them is not enough: classes of autograd functions, a cached method and a stack of modules hold every module
+    that DeepSpeed has seen, and through its parameters the optimiser, to the end of the process.
+    """
+    engine.destroy()
+    for optimizer in (engine.optimizer, engine.basic_optimizer):
+        if optimizer is not None:
+            vars(optimizer).clear()
+    for parameter in model.parameters():
+        parameter.data, parameter.grad = parameter.data.new_empty(0), None
+        vars(parameter).clear()  # this rank's piece, and the optimiser
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict on rank 0's CPU, gathered one weight at a time; on other ranks it is empty."""
     import deepspeed

@@ -75,10 +75,10 @@ class Sharding:
         return min(size.parameters, max(size.largest_layer, size.head, int(live))) * size.itemsize
 
     def buckets(self, parameters: int, itemsize: int) -> int:
-        """Bytes of the buffers in which gradients travel."""
+        """Bytes of the buffers in which gradients travel. Stage 3 sorts a full one by ranks, in a second one."""
         if not self.stage:
             return 0
-        return int(min(parameters, self._size("reduce_bucket_size"))) * itemsize
+        return int(min(parameters, self._size("reduce_bucket_size"))) * itemsize * (2 if self.stage == 3 else 1)
 
     def _size(self, name: str) -> float:
         value = self.zero.get(name, DEFAULTS[name])

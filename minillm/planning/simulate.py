@@ -269,15 +269,11 @@ class _Simulator:
         del teacher
 
     def _optimizer_step(self) -> None:
-        """The temporaries of torch.optim.AdamW: of all matrices at once where it works on lists, else of one at a time."""
-        matrices = [parameter for parameter in self.trained if parameter.dim() >= 2]
-        with self.ledger.part("optimizer states"):
-            if self.device.type == "cuda":
-                temporaries = [torch.empty_like(parameter) for parameter in matrices]
-            else:
-                largest = max(matrices, key=torch.Tensor.numel)
-                temporaries = [torch.empty_like(largest) for _ in range(2)]
-        del temporaries
+        """A fused AdamW works in place; DeepSpeed brings its gradients together in fp32 before it."""
+        if self.setting.master_weights:
+            with self.ledger.part("gradients"):
+                together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
+            del together
 
 
 def _batch(size: int, length: int, rows: int) -> TokenBatch:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -113,3 +113,20 @@ def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(recipe, start, fin
     (said,) = finish(start(1, *TRAIN, arguments[0], f"output_dir={moved}", *arguments[2:]))
     assert "was written by 2 ranks, and there are 1: the weights go on" in said
     assert (moved / "final" / "model.safetensors").exists()
+
+
+def test_what_rank_0_alone_can_see_stops_all_with_its_words(recipe, unbroken, tmp_path, start):
+    """The other ranks have no weights to look at."""
+    broken = tmp_path / "teacher"
+    shutil.copytree(unbroken["one"] / "stages" / "teacher", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    document = yaml.safe_load(recipe.read_text())
+    document["stages"] = {"kd": {"teacher": {"path": str(broken)}, "method": {"name": "kd"}}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    ranks = start(2, *TRAIN, str(path), f"output_dir={tmp_path / 'run'}", *TWO)
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert all(rank.returncode for rank in ranks)
+    assert "a weight is not finite" in outputs[0] and "rank 0: PreflightError: teacher" in outputs[1]

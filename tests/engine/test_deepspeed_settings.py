@@ -10,9 +10,8 @@ TRAIN = {"max_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulatio
 
 
 def settings(train=None, **engine):
-    return engine_settings(
-        TrainConfig(**TRAIN, **(train or {})), DeepSpeedConfig(type="deepspeed", **engine), world_size=2
-    )
+    train, engine = TrainConfig(**TRAIN, **(train or {})), DeepSpeedConfig(type="deepspeed", **engine)
+    return engine_settings(train, engine, world_size=2, parameters=1000)
 
 
 def test_minillm_accumulates_by_itself():
@@ -29,8 +28,17 @@ def test_clipping_and_precision_are_those_of_train():
 
 def test_what_is_offloaded():
     zero = settings(stage=3, offload_optimizer=True, offload_param=True)["zero_optimization"]
-    assert zero == {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    assert settings(stage=2)["zero_optimization"] == {"stage": 2}
+    to_cpu = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    assert zero == {"stage": 3, "reduce_bucket_size": 1000, **to_cpu}
+    assert settings(stage=2)["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+
+
+def test_the_bucket_of_gradients_is_no_larger_than_the_student(tmp_path):
+    assert settings()["zero_optimization"]["reduce_bucket_size"] == 1000
+    for asked, expected in (("auto", 1000), (5e8, 1000), (100, 100)):
+        file = tmp_path / "ds.json"
+        file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": asked}}))
+        assert settings(config=str(file))["zero_optimization"]["reduce_bucket_size"] == expected
 
 
 def test_a_users_file_keeps_what_minillm_does_not_decide(tmp_path):
@@ -38,5 +46,6 @@ def test_a_users_file_keeps_what_minillm_does_not_decide(tmp_path):
     given = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "steps_per_print": 10, "bf16": {"x": 1}}
     file.write_text(json.dumps(given))
     found = settings({"bf16": True}, stage=3, config=str(file))
-    assert found["zero_optimization"] == {"stage": 3, "overlap_comm": True} and found["steps_per_print"] == 10
+    assert found["zero_optimization"] == {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 1000}
+    assert found["steps_per_print"] == 10
     assert found["bf16"] == {"x": 1, "enabled": True}

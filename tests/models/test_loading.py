@@ -1,6 +1,7 @@
 """Students and teachers as the configuration says: frozen or trained, without dropout, fresh, pruned, copied."""
 
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.models.loading import load_student, load_teacher, without_dropout
+from minillm.models.loading import is_hollow, load_student, load_teacher, without_dropout
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
 
@@ -198,3 +199,40 @@ def test_a_published_gguf_model_answers_and_is_saved(tmp_path):
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_hollow_model_is_the_same_in_all_but_its_weights(build_model, tmp_path, tie):
+    save_model(build_model("llama", vocab_size=257, tie_word_embeddings=tie), byte_tokenizer(), tmp_path / "llama")
+    for load, config in (
+        (load_teacher, TeacherConfig(path=str(tmp_path / "llama"), dtype="bfloat16")),
+        (partial(load_student, seed=0), StudentConfig(path=str(tmp_path / "llama"), init="prune", layers=1)),
+        (partial(load_student, seed=0), StudentConfig(path=str(tmp_path / "llama"), tokenizer="byte", init="random")),
+    ):
+        full, hollow = (load(config, output_dir=tmp_path, device=CPU, hollow=hollow) for hollow in (False, True))
+        assert is_hollow(hollow) and not is_hollow(full)
+        ours, theirs = dict(hollow.named_parameters()), dict(full.named_parameters())
+        assert ours.keys() == theirs.keys()  # a tied weight is one
+        for name, parameter in theirs.items():
+            found = ours[name]
+            assert (found.shape, found.dtype, found.requires_grad) == (
+                parameter.shape, parameter.dtype, parameter.requires_grad
+            )  # fmt: skip
+        buffers = dict(hollow.named_buffers())
+        assert buffers.keys() == dict(full.named_buffers()).keys()
+        assert all(torch.equal(buffers[name], buffer) for name, buffer in full.named_buffers())
+        assert hollow.generation_config.to_dict() == full.generation_config.to_dict()
+        assert hollow.config.to_dict() == full.config.to_dict() and hollow.training == full.training
+
+
+def test_a_hollow_model_takes_no_memory(tmp_path):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    wide = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4,
+            "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 16384}  # fmt: skip
+    config = StudentConfig(init="random", tokenizer="byte", config=wide)
+    before = resident()
+    model = load_student(config, output_dir=tmp_path, device=CPU, seed=0, hollow=True)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert size > 2**28 and resident() - before < size / 8

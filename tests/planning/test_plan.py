@@ -75,6 +75,11 @@ def test_the_buffer_is_counted_where_it_lies(recipe):
 SHARDED = ("engine.type=deepspeed", "train.bf16=true")
 
 
+def test_deepspeed_brings_the_gradients_together_in_fp32_before_the_step(recipe):
+    update = planned(recipe(), *SHARDED).simulation.phases["update"]
+    assert update.most("gradients") == (2 + 4) * PARAMETERS and update.most("fp32 master weights") == 4 * PARAMETERS
+
+
 def test_what_samples_and_scores_is_gathered_whole(recipe):
     """As the engine does it: minillm.rollout gathers once, so that no rank waits for another at every token."""
     stage = planned(recipe(), *SHARDED, gpu="A100-80GB", world_size=2)
@@ -99,10 +104,9 @@ def test_advice_gathers_by_layers_where_whole_models_do_not_fit(recipe, monkeypa
     from minillm.planning import plan as module
     from minillm.planning.gpus import Gpu
 
+    sizes = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 1}
     zero = recipe().parent / "ds.json"  # models this small would live whole at once
-    zero.write_text(
-        json.dumps({"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0}})
-    )
+    zero.write_text(json.dumps({"zero_optimization": sizes}))
     keys = [*SHARDED, f"engine.config={zero}", "train.per_device_train_batch_size=1", "rollout.batch_size=8"]
     stage = planned(recipe(), *keys, gpu="A100-80GB", world_size=2)
     peak = stage.peak
