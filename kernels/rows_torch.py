@@ -5,6 +5,7 @@ Rows go through in blocks that fit a core's cache, so that the many elementwise 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def row_statistics(
 ) -> dict[str, Tensor]:
     """The statistics `spec.fields`, each (C,) in the dtype of the logits (argmaxes int64). The logits stay as they are.
 
-    Besides: `student_lse`, and `teacher_lse` where a teacher is given. `row_gradients` reads them.
+    Besides: `student_lse`, and `teacher_lse` where a teacher is given.
     """
     blocks = [
         _block_statistics(
@@ -57,7 +58,10 @@ def row_gradients(
     for block in _blocks(student):
         here = {name: value[block, None] for name, value in statistics.items()}
         chosen = {name: value[block, None] for name, value in coefficients.items()}
-        rows = _rows_again(student[block], None if teacher is None else teacher[block], here, chosen, spec)
+        models = {"student": _Softmax.of(logits_from_raw(student[block], *_scaling(spec, "student")))}
+        if teacher is not None:
+            models["teacher"] = _Softmax.of(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
+        rows = _rows(**models, fields=set(chosen), slope=spec.student_softcap is not None)
         label = labels[block, None] if "student_logprob" in coefficients else None
         _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
     return gradient
@@ -109,6 +113,94 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
+@dataclass
+class _Softmax:
+    """A model's rows: logits z, their largest, and softmax(z), but for a factor close to 1 that its sum gives away.
+
+    Torch's softmax goes over a row once for all of it, where the exponential alone takes longer than that; but it adds
+    up a row in few lanes, which costs the last digits of a large vocabulary.
+    """
+
+    z: Tensor  # (B, V)
+    softmax: Tensor  # (B, V)
+    largest: Tensor  # (B, 1)
+    total: Tensor  # (B, 1), of softmax
+    top: Tensor  # (B, 1), the largest probability: one over sum exp(z - largest)
+
+    @classmethod
+    def of(cls, z: Tensor) -> "_Softmax":  # (B, V)
+        softmax = torch.softmax(z, 1)
+        total = softmax.sum(1, keepdim=True)
+        return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total)
+
+    @property
+    def lse(self) -> Tensor:  # (B, 1)
+        return self.largest - self.top.log()
+
+    def probabilities(self) -> Tensor:  # (B, V)
+        return self.softmax.mul_(self.total.reciprocal())
+
+    def logprob(self, labels: Tensor) -> Tensor:  # (B, 1) int64 -> (B, 1)
+        return (self.z.gather(1, labels) - self.largest).add_(self.top.log())
+
+    def log_probabilities(self, banned: Tensor | None) -> Tensor:  # (B, V), 0 where banned
+        result = (self.z - self.largest).add_(self.top.log())
+        return result if banned is None else result.masked_fill_(banned, 0.0)
+
+
+def _block_statistics(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, *, graded: bool
+) -> tuple[dict[str, Tensor], Rows | None]:
+    """The statistics, and the distributions that they and, where `graded`, the gradient are made of."""
+    models = {"student": _Softmax.of(logits_from_raw(student, *_scaling(spec, "student")))}
+    if teacher is not None:
+        models["teacher"] = _Softmax.of(logits_from_raw(teacher, *_scaling(spec, "teacher")))
+    result = {}
+    for who, model in models.items():
+        result[f"{who}_lse"] = model.lse
+        if f"{who}_logprob" in spec.fields:
+            result[f"{who}_logprob"] = model.logprob(labels)
+        if f"{who}_argmax" in spec.fields:
+            result[f"{who}_argmax"] = model.z.argmax(1)
+    rows = None
+    if graded or any(FIELDS[name].value for name in spec.fields):
+        rows = _rows(**models, fields=set(spec.fields), slope=graded and spec.student_softcap is not None)
+        result |= {name: FIELDS[name].value(rows, spec) for name in spec.fields if FIELDS[name].value is not None}
+    return {name: value.reshape(-1) for name, value in result.items()}, rows
+
+
+def _scaling(spec: RowSpec, who: str) -> tuple[float, float | None, float]:
+    return getattr(spec, f"{who}_scale"), getattr(spec, f"{who}_softcap"), spec.temperature
+
+
+def _rows(student: _Softmax, teacher: _Softmax | None = None, *, fields: set[str], slope: bool) -> Rows:
+    """What values and gradients of `fields` read; `slope`: and what the derivative of a softcap reads.
+
+    The logits stay as they are; the teacher's probabilities go where no field needs them.
+    """
+    second_pass = any(FIELDS[name].second_pass for name in fields)
+    rows = Rows(q=student.probabilities())
+    if second_pass or fields & {"forward_kl", "teacher_entropy"}:
+        rows.p = teacher.probabilities()
+    sound = False  # known to hold no -inf
+    if second_pass or fields & {"reverse_kl", "forward_kl"}:
+        # differences from the largest first, and the two sums' ratio, not log-sum-exps: neither a large maximum nor a
+        # large vocabulary must cost the log-ratio its last digits
+        below = torch.sub(teacher.z, teacher.largest, out=teacher.softmax if rows.p is None else None)
+        rows.r = (student.z - student.largest).sub_(below).add_((student.top / teacher.top).log())
+        # an infinity or NaN anywhere shows in the sum, which a CPU can afford to look at
+        sound = rows.r.device.type == "cpu" and bool(rows.r.sum().isfinite())
+        if not sound:
+            _replace_infinite(rows, _banned(student.z), _banned(teacher.z))
+    elif "student_entropy" in fields or slope:
+        rows.student_banned = _banned(student.z)
+    if "student_entropy" in fields:
+        rows.log_q = student.log_probabilities(rows.student_banned)
+    if "teacher_entropy" in fields:
+        rows.log_p = teacher.log_probabilities(None if sound else _banned(teacher.z))
+    return rows
+
+
 def _banned(z: Tensor) -> Tensor | None:
     """Where z is -inf, (B, V) bool; None where nowhere, which a CPU can afford to ask."""
     if z.device.type == "cpu" and z.amin() > -torch.inf:  # false for NaN too, which could hide an infinity
@@ -116,105 +208,21 @@ def _banned(z: Tensor) -> Tensor | None:
     return z == -torch.inf
 
 
-def _log_ratio(r: Tensor, student_banned: Tensor | None, teacher_banned: Tensor | None) -> dict[str, Tensor | None]:
-    """r with its infinite entries replaced as `divergences` says, and the rows whose KLs are infinite."""
+def _replace_infinite(rows: Rows, student_banned: Tensor | None, teacher_banned: Tensor | None) -> None:
+    """Infinite entries of r as `divergences` says, and the rows whose KLs are infinite."""
+    rows.student_banned = student_banned
     if student_banned is None and teacher_banned is None:
-        return {"r": r}
+        return
     if student_banned is None:
         student_banned = torch.zeros_like(teacher_banned)
     if teacher_banned is None:
         teacher_banned = torch.zeros_like(student_banned)
-    r.masked_fill_(student_banned, -FAR).masked_fill_(teacher_banned, FAR)
-    r.masked_fill_(student_banned & teacher_banned, 0.0)
+    rows.r.masked_fill_(student_banned, -FAR).masked_fill_(teacher_banned, FAR)
+    rows.r.masked_fill_(student_banned & teacher_banned, 0.0)
     nothing = student_banned.all(1, keepdim=True) | teacher_banned.all(1, keepdim=True)
-    r.masked_fill_(nothing, torch.nan)  # no id at all is no distribution
-    return {
-        "r": r,
-        "student_only": (teacher_banned & ~student_banned).any(1),
-        "teacher_only": (student_banned & ~teacher_banned).any(1),
-    }
-
-
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z - max z and its exponential, both (B, V); the exponential's sum and the log-sum-exp of z, both (B, 1)."""
-    largest = z.amax(1, keepdim=True)
-    x = z - largest
-    e = x.exp()
-    total = e.sum(1, keepdim=True)
-    return x, e, total, total.log().add_(largest)
-
-
-def _filled(log_q: Tensor, banned: Tensor | None) -> Tensor:
-    return log_q if banned is None else log_q.masked_fill_(banned, 0.0)
-
-
-def _block_statistics(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, *, graded: bool
-) -> tuple[dict[str, Tensor], Rows | None]:
-    """The statistics, and the distributions that they and, where `graded`, the gradient are made of."""
-    fields = set(spec.fields)
-    second_pass = spec.needs("second_pass")
-    z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
-    x_s, q, sum_s, lse_s = _softmax(z_s)
-    result = {"student_lse": lse_s}
-    if "student_logprob" in fields:
-        result["student_logprob"] = x_s.gather(1, labels) - sum_s.log()
-    if "student_argmax" in fields:
-        result["student_argmax"] = z_s.argmax(1)
-    if teacher is not None:
-        z_t = logits_from_raw(teacher, spec.teacher_scale, spec.teacher_softcap, spec.temperature)
-        x_t, p, sum_t, lse_t = _softmax(z_t)
-        result["teacher_lse"] = lse_t
-        if "teacher_logprob" in fields:
-            result["teacher_logprob"] = x_t.gather(1, labels) - sum_t.log()
-        if "teacher_argmax" in fields:
-            result["teacher_argmax"] = z_t.argmax(1)
-
-    if not graded and not any(FIELDS[name].value for name in fields):
-        return {name: value.reshape(-1) for name, value in result.items()}, None
-    rows = Rows(q=q.mul_(sum_s.reciprocal()))
-    ratio_needed = second_pass or fields & {"reverse_kl", "forward_kl"}
-    if ratio_needed or "student_entropy" in fields or graded and spec.student_softcap:
-        rows.student_banned = _banned(z_s)
-    if teacher is not None:
-        teacher_banned = _banned(z_t) if ratio_needed or "teacher_entropy" in fields else None
-        if second_pass or fields & {"forward_kl", "teacher_entropy"}:
-            rows.p = p.mul_(sum_t.reciprocal())
-        if ratio_needed:
-            # from sums, not from log-sum-exps: a large maximum must not cost the ratio its last digits
-            r = (x_s - x_t).sub_((sum_s / sum_t).log())
-            vars(rows).update(_log_ratio(r, rows.student_banned, teacher_banned))
-        if "teacher_entropy" in fields:
-            rows.log_p = _filled(x_t.sub_(sum_t.log()), teacher_banned)
-    if "student_entropy" in fields:
-        rows.log_q = _filled(x_s.sub_(sum_s.log()), rows.student_banned)
-    for name in spec.fields:
-        if FIELDS[name].value is not None:
-            result[name] = FIELDS[name].value(rows, spec)
-    return {name: value.reshape(-1) for name, value in result.items()}, rows
-
-
-def _rows_again(
-    student: Tensor,
-    teacher: Tensor | None,
-    statistics: dict[str, Tensor],
-    coefficients: dict[str, Tensor],
-    spec: RowSpec,
-) -> Rows:
-    """What _block_statistics knew of the rows, from the logits and their log-sum-exps."""
-    z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
-    log_q = z_s - statistics["student_lse"]
-    rows = Rows(q=log_q.exp())
-    if teacher is not None or "student_entropy" in coefficients or spec.student_softcap:
-        rows.student_banned = _banned(z_s)
-    if teacher is not None:
-        z_t = logits_from_raw(teacher, spec.teacher_scale, spec.teacher_softcap, spec.temperature)
-        r = (z_s - z_t).sub_(statistics["student_lse"] - statistics["teacher_lse"])
-        vars(rows).update(_log_ratio(r, rows.student_banned, _banned(z_t)))
-        rows.p = (z_t - statistics["teacher_lse"]).exp_()
-    if "student_entropy" in coefficients:
-        rows.log_q = _filled(log_q, rows.student_banned)
-    return rows
+    rows.r.masked_fill_(nothing, torch.nan)  # no id at all is no distribution
+    rows.student_only = (teacher_banned & ~student_banned).any(1)
+    rows.teacher_only = (student_banned & ~teacher_banned).any(1)
 
 
 def _block_gradients(
@@ -234,7 +242,7 @@ def _block_gradients(
         z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
         slope = (z_s * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
     # what is constant in a row: minus the mean of u under q
-    constant = torch.zeros_like(statistics["student_lse"])
+    constant = torch.zeros_like(rows.q[:, :1])
     bracket = None
     for name in sorted(set(c) - {"forward_kl", "student_logprob"}, key=lambda name: not FIELDS[name].second_pass):
         if FIELDS[name].second_pass:

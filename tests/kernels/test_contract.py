@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from contract import (
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from minillm.losses import linear_divergence, linear_objective
+from tests.kernels.contract import (
     DIFFERENTIABLE,
     FIELDS,
     GRADIENT,
@@ -14,10 +18,6 @@ from contract import (
     objective_of,
     stats_of,
 )
-from hypothesis import HealthCheck, Phase, example, given, settings
-from hypothesis import strategies as st
-
-from minillm.losses import linear_divergence, linear_objective
 
 OPTIONS = {
     "plain": {},

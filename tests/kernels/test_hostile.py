@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from contract import (
+
+from minillm.losses import LMHead, linear_divergence, linear_logprobs, linear_objective, linear_token_stats
+from tests.kernels.contract import (
     DIFFERENTIABLE,
     FIELDS,
     GRADIENT,
@@ -16,8 +18,6 @@ from contract import (
     objective_of,
     stats_of,
 )
-
-from minillm.losses import LMHead, linear_divergence, linear_logprobs, linear_objective, linear_token_stats
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
