@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -48,11 +47,9 @@ def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -
     except TrainingError:
         raise
     except Exception as error:
-        time.sleep(2.0)  # a rank that was killed is only known to be gone when its parent has noticed
-        lost = distributed.lost_ranks()
-        message = "" if lost is None else distributed.stopped_message(lost)
-        distributed.record_failure(output_dir, f"{message}\n{traceback.format_exc()}".lstrip())
-        if lost is None:
+        message = distributed.loss_behind(error)
+        distributed.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
+        if message is None:
             raise
         raise TrainingError(message) from error
 
