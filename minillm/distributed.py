@@ -1,10 +1,11 @@
 """The processes of a run: who this one is, and how they exchange small things. With one process all of it is a no-op.
 
-What crosses over is JSON or safetensors, never a pickle.
+What crosses over is JSON or the bytes of tensors, never a pickle.
 """
 
 import atexit
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,10 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 from torch import Tensor
 
 from minillm.launcher import launched_local_rank, launched_rank, launched_size
+from minillm.waiting import count_waits
 from minillm.watch import Peer, Watch
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ def _make_group() -> None:
         torch.cuda.set_device(launched_local_rank())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if size > 1:
+        count_waits()
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -119,14 +121,32 @@ def barrier() -> None:
 
 def gather(value: Any) -> list[Any]:
     """What every rank has, in the order of ranks: anything that JSON can say."""
-    return [json.loads(part) for part in _gather_bytes(json.dumps(value).encode())]
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.numpy().tobytes()) for part in _gather_bytes(mine)]
 
 
 def gather_tensors(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Every rank's named tensors, on the CPU."""
     if world_size() == 1:
         return [dict(tensors)]
-    return [load(part) for part in _gather_bytes(save({name: t.contiguous() for name, t in tensors.items()}))]
+    heads = gather({name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()})
+    # torch alone touches the bytes: what Python copies keeps its other threads from running, for seconds a gigabyte
+    flat = [tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
+    parts = _gather_bytes(torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8))
+    return [_named(head, part) for head, part in zip(heads, parts, strict=True)]
+
+
+def _named(head: Mapping[str, list], data: Tensor) -> dict[str, Tensor]:
+    """Tensors by name from {name: [dtype, *shape]} and their bytes one after the other."""  # data: (bytes,) uint8
+    tensors, start = {}, 0
+    for name, (dtype, *shape) in head.items():
+        kind = getattr(torch, dtype)
+        end = start + math.prod(shape) * kind.itemsize
+        tensors[name] = data[start:end].clone().view(kind).view(shape)  # a copy begins where its dtype may
+        start = end
+    return tensors
 
 
 def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
@@ -168,17 +188,15 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def _gather_bytes(data: bytes) -> list[bytes]:
-    if world_size() == 1:
-        return [data]
+def _gather_bytes(mine: Tensor) -> list[Tensor]:  # (bytes,) uint8 -> one such a rank
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([len(data)]))
+    dist.all_gather(lengths, torch.tensor([len(mine)]))
     longest = max(int(length) for length in lengths)
-    mine = torch.zeros(longest, dtype=torch.uint8)
-    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    parts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(parts, mine)
-    return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
 
 
 def record_failure(output_dir: Path, text: str) -> None:

@@ -174,7 +174,7 @@ def _stages(run: RunFiles) -> str:
 
 
 def _times(run: RunFiles) -> str:
-    """What the time of every stage went into. Evaluations of the teacher are not counted, nor the last save."""
+    """What the time of every stage went into, on rank 0. Evaluations of the teacher are not counted, nor the last save."""
     rows = []
     for stage in run.stages.values():
         spent = {part: sum(record.get(f"time/{part}_s", 0.0) for record in stage.train) for part in PARTS}

@@ -107,7 +107,7 @@ class StageTrainer:
         while not self._done():
             record = self._step()
             if progress.stage_step % config.log.steps == 0 or self._done():
-                self.log.write(record)
+                self.log.write(record | self.sources.timing.read())  # of all steps since the last record
             self.console.step(record)
             if self._done():
                 break
@@ -152,7 +152,8 @@ class StageTrainer:
             ) from None
         seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)
         if self.engine.world_size > 1:  # all must decide alike when time is up: by the clock of rank 0
-            clocks = distributed.gather([seconds, peak])
+            with timing.of("communication"):
+                clocks = distributed.gather([seconds, peak])
             seconds, peak = clocks[0][0], max(other for _, other in clocks)
         self._slowest[collects] = max(self._slowest[collects], seconds)
         progress.step += 1
@@ -170,7 +171,6 @@ class StageTrainer:
             "passes": self.sources.prompts.passes,
             "tokens_per_s": result.rows / seconds,
             "memory/peak_gib": peak,
-            **timing.read(),
             **result.metrics,
         }
 
