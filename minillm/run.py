@@ -6,8 +6,10 @@ import signal
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import torch
 import transformers
 import yaml
 
@@ -89,6 +91,7 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
                     interrupted,
                     checkpoint=checkpoint if resumed else None,
                     judge_teacher=_first_with_its_teacher(plan, stage),
+                    planned_peak_gib=partial(_planned_peak_gib, plan, stage),
                 )
                 if resumed:
                     trainer.load(checkpoint)
@@ -136,6 +139,12 @@ def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
         return other.config.teacher, other.config.eval
 
     return next(other for other in plan.stages if key(other) == key(stage)).name == stage.name
+
+
+def _planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device) -> float | None:
+    from minillm.planning.plan import planned_peak_gib
+
+    return planned_peak_gib(plan, stage, device, world_size=distributed.world_size())
 
 
 def _measured_before(plan: RunPlan, stage: Stage) -> bool:
