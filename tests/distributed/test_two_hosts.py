@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 CABLE = "cable0"
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
-SILENT = "8"  # seconds, of 30, after which a rank is lost
+SILENT = "10"  # seconds, of 30, after which a rank is lost
 TORCHRUN = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--master-addr={ADDRESSES[0]}")
 TOOLS = ("ip", "unshare", "setpriv", "nsenter", "hostname")
 # waits for its cable, then runs what it is given; it stays the first process of its namespace, whose end ends them all
@@ -157,11 +157,11 @@ def start() -> Iterator[Callable[..., list[Host]]]:
 
 def finish(hosts: list[Host]) -> None:
     for host in hosts:
-        assert host.wait(120) == 0, host.said()[-3000:]
+        assert host.wait(300) == 0, host.said()[-3000:]
 
 
 def wait_for(path: Path, hosts: list[Host]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.exists():
         assert time.monotonic() < deadline, [host.said()[-3000:] for host in hosts]
         time.sleep(0.02)
@@ -185,17 +185,17 @@ def test_two_hosts_and_the_loss_of_one(recipe, start):
     wait_for(broken / "checkpoint-3", [first, second])
     second.kill()
     assert first.wait(60) != 0
-    assert "on host-b) has given no sign of life for 8 s; the others stop" in first.said(), first.said()[-3000:]
+    assert "on host-b) has given no sign of life for 10 s; the others stop" in first.said(), first.said()[-3000:]
 
     first, second = start(recipe, broken, "--resume")
     wait_for(broken / "checkpoint-6", [first, second])
     second.unplug()
     for host, told in (
-        (first, "on host-b) has given no sign of life for 8 s"),
+        (first, "on host-b) has given no sign of life for 10 s"),
         (second, "on host-a) cannot be reached"),
     ):
         assert host.wait(60) != 0
-        assert "rank " in host.said() and f"{told}" in host.said(), host.said()[-3000:]
+        assert told in host.said(), host.said()[-3000:]
     assert not (broken / "final").exists()
 
     finish(start(recipe, broken, "--resume"))
