@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from minillm.arguments import BENCHMARKS, parse, split
-from minillm.launcher import end, launched_rank, launched_size
+from minillm.launcher import end, launched_rank, launched_size, without_local_rank
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -24,7 +24,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = without_local_rank(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHMARKS:  # its options are its own
             return _bench(argv[1], argv[2:])

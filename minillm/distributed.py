@@ -1,49 +1,65 @@
 """The processes of a run: who this one is, and how they exchange small things. With one process all of it is a no-op.
 
-What crosses over is JSON or safetensors, never a pickle.
+What crosses over is JSON or the bytes of tensors, never a pickle.
 """
 
 import atexit
 import json
+import math
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 from torch import Tensor
 
 from minillm.launcher import launched_local_rank, launched_rank, launched_size
+from minillm.waiting import count_waits
+from minillm.watch import Peer, Watch
 
 T = TypeVar("T")
-GRACE_SECONDS = 10.0  # for a rank to stop by itself after another one is gone
-_peers: list[dict] = []
-_left = threading.Event()
+_watch: Watch | None = None
 
 
 def join(output_dir: Path) -> None:
     """A run begins: in the group that the environment names (torchrun, deepspeed or Slurm), alone where it names none.
 
-    Until `leave`, a rank of this machine that dies is noticed: the others say which one it was and stop.
+    Until `leave`, a rank that is lost is noticed: the others say which one it was and stop (minillm.watch).
     """
+    global _watch
     if not dist.is_initialized():
         _make_group()
-    _left.clear()
-    _peers[:] = gather({"rank": rank(), "host": socket.gethostname(), "pid": os.getpid()})
-    if world_size() > 1:
-        threading.Thread(target=_watch, args=(output_dir,), daemon=True).start()
+    if _watch is not None:  # of a run that ended in an error
+        _watch.end()
+        _watch = None
+    if world_size() == 1:
+        return
+    told = gather({"peer": asdict(Peer.here(rank())), "run": uuid4().hex})
+    peers = [Peer(**one["peer"]) for one in told]
+
+    def stop(message: str) -> None:
+        print(f"minillm: {message}", flush=True)
+        record_failure(output_dir, message)
+        os._exit(1)
+
+    _watch = Watch(rank(), peers, told[0]["run"], stop)
+    barrier()
+    _watch.start()
 
 
 def leave() -> None:
     """The work of all ranks is done. The group stays, for another run of this process: DeepSpeed knows no second one."""
-    if dist.is_initialized():
-        barrier()
-        _left.set()
+    global _watch
+    barrier()
+    if _watch is not None:
+        _watch.end()
+        barrier()  # no rank needs the store any more, which may go with the process of rank 0
+        _watch = None
 
 
 def _make_group() -> None:
@@ -58,22 +74,20 @@ def _make_group() -> None:
         torch.cuda.set_device(launched_local_rank())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if size > 1:
+        count_waits()
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)  # of several, launcher.end leaves the groups to the system
 
 
-def lost_ranks() -> str | None:
-    """The ranks of this machine that are gone, in words; None where none is."""
-    here = socket.gethostname()
-    gone = [peer for peer in _peers if peer["host"] == here and not _alive(peer["pid"])]
-    return ", ".join(f"rank {peer['rank']} (process {peer['pid']} on {here})" for peer in gone) or None
+def loss_behind(error: Exception) -> str | None:
+    """Where an error of this rank comes from the loss of another: what the remaining ranks say. None where it does not.
 
-
-def stopped_message(lost: str) -> str:
-    """What the remaining ranks say."""
-    return f"{lost} was killed or crashed; the others stop. Start again with --resume to go on from the last checkpoint"
+    Waits for the other ranks: for a sign of life of each, or until one is lost.
+    """
+    loss = None if _watch is None else _watch.after(error)
+    return None if loss is None else loss.message
 
 
 def rank() -> int:
@@ -107,14 +121,32 @@ def barrier() -> None:
 
 def gather(value: Any) -> list[Any]:
     """What every rank has, in the order of ranks: anything that JSON can say."""
-    return [json.loads(part) for part in _gather_bytes(json.dumps(value).encode())]
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.numpy().tobytes()) for part in _gather_bytes(mine)]
 
 
 def gather_tensors(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Every rank's named tensors, on the CPU."""
     if world_size() == 1:
         return [dict(tensors)]
-    return [load(part) for part in _gather_bytes(save({name: t.contiguous() for name, t in tensors.items()}))]
+    heads = gather({name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()})
+    # torch alone touches the bytes: what Python copies keeps its other threads from running, for seconds a gigabyte
+    flat = [tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in tensors.values()]
+    parts = _gather_bytes(torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8))
+    return [_named(head, part) for head, part in zip(heads, parts, strict=True)]
+
+
+def _named(head: Mapping[str, list], data: Tensor) -> dict[str, Tensor]:
+    """Tensors by name from {name: [dtype, *shape]} and their bytes one after the other."""  # data: (bytes,) uint8
+    tensors, start = {}, 0
+    for name, (dtype, *shape) in head.items():
+        kind = getattr(torch, dtype)
+        end = start + math.prod(shape) * kind.itemsize
+        tensors[name] = data[start:end].clone().view(kind).view(shape)  # a copy begins where its dtype may
+        start = end
+    return tensors
 
 
 def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
@@ -156,39 +188,15 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def _gather_bytes(data: bytes) -> list[bytes]:
-    if world_size() == 1:
-        return [data]
+def _gather_bytes(mine: Tensor) -> list[Tensor]:  # (bytes,) uint8 -> one such a rank
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([len(data)]))
+    dist.all_gather(lengths, torch.tensor([len(mine)]))
     longest = max(int(length) for length in lengths)
-    mine = torch.zeros(longest, dtype=torch.uint8)
-    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    parts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(parts, mine)
-    return [part[: int(length)].numpy().tobytes() for part, length in zip(parts, lengths, strict=True)]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in ("Z", "X")
-
-
-def _watch(output_dir: Path) -> None:
-    """End this process where another one of this machine is gone and the main thread waits for it."""
-    while not _left.wait(1.0):
-        lost = lost_ranks()
-        if lost is None:
-            continue
-        if _left.wait(GRACE_SECONDS):
-            return
-        message = stopped_message(lost)
-        record_failure(output_dir, message)
-        print(f"minillm: {message}", flush=True)
-        os._exit(1)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
 
 
 def record_failure(output_dir: Path, text: str) -> None:

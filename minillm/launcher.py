@@ -5,6 +5,7 @@ Known before any has joined.
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -23,6 +24,11 @@ def launched_rank() -> int:
 def launched_local_rank() -> int:
     """Its number among those of its host."""
     return _said("LOCAL_RANK", 0)
+
+
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """A command line without the --local_rank=N that `deepspeed` puts into it; the environment says the same."""
+    return [word for word in words if not (word.startswith("--local_rank=") and "LOCAL_RANK" in os.environ)]
 
 
 def end(status: int) -> NoReturn:

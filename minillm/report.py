@@ -152,10 +152,14 @@ def _answer(text: str, ended: bool) -> str:
 
 def _stages(run: RunFiles) -> str:
     header = ["stage", "method", "student from", "steps", "training time", "time a step", "student tokens",
-              "tokens a second", "peak memory (GiB)", "best evaluation"]  # fmt: skip
+              "tokens a second", "peak memory (GiB)", "planned (GiB)", "best evaluation"]  # fmt: skip
     rows = []
     for stage in run.stages.values():
-        peaks = [read_numbers(record).get("memory/peak_gib") for record in stage.train]
+        numbers = [read_numbers(record) for record in stage.train]
+        peak, planned = (
+            max((one[key] for one in numbers if key in one), default=None)
+            for key in ("memory/peak_gib", "memory/planned_peak_gib")
+        )
         rows.append(
             [
                 stage.name,
@@ -166,7 +170,8 @@ def _stages(run: RunFiles) -> str:
                 duration(stage.seconds / stage.steps) if stage.steps else MISSING,
                 f"{stage.tokens:,}" if stage.steps else MISSING,
                 number(stage.tokens / stage.seconds) if stage.seconds else MISSING,
-                number(max((peak for peak in peaks if peak is not None), default=None)),
+                number(peak),
+                number(planned),
                 _best(stage),
             ]
         )
@@ -174,7 +179,7 @@ def _stages(run: RunFiles) -> str:
 
 
 def _times(run: RunFiles) -> str:
-    """What the time of every stage went into. Evaluations of the teacher are not counted, nor the last save."""
+    """What the time of every stage went into, on rank 0. Evaluations of the teacher are not counted, nor the last save."""
     rows = []
     for stage in run.stages.values():
         spent = {part: sum(record.get(f"time/{part}_s", 0.0) for record in stage.train) for part in PARTS}

@@ -3,12 +3,13 @@
 import json
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import torch
 import transformers
 import yaml
 
@@ -48,11 +49,9 @@ def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -
     except TrainingError:
         raise
     except Exception as error:
-        time.sleep(2.0)  # a rank that was killed is only known to be gone when its parent has noticed
-        lost = distributed.lost_ranks()
-        message = "" if lost is None else distributed.stopped_message(lost)
-        distributed.record_failure(output_dir, f"{message}\n{traceback.format_exc()}".lstrip())
-        if lost is None:
+        message = distributed.loss_behind(error)
+        distributed.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
+        if message is None:
             raise
         raise TrainingError(message) from error
 
@@ -92,6 +91,7 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
                     interrupted,
                     checkpoint=checkpoint if resumed else None,
                     judge_teacher=_first_with_its_teacher(plan, stage),
+                    planned_peak_gib=partial(_planned_peak_gib, plan, stage),
                 )
                 if resumed:
                     trainer.load(checkpoint)
@@ -139,6 +139,12 @@ def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
         return other.config.teacher, other.config.eval
 
     return next(other for other in plan.stages if key(other) == key(stage)).name == stage.name
+
+
+def _planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device) -> float | None:
+    from minillm.planning.plan import planned_peak_gib
+
+    return planned_peak_gib(plan, stage, device, world_size=distributed.world_size())
 
 
 def _measured_before(plan: RunPlan, stage: Stage) -> bool:

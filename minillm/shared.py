@@ -44,6 +44,7 @@ class Shared:
         *,
         checkpoint: Path | None,
         judge_teacher: bool,
+        planned_peak_gib: Callable[[torch.device], float | None],
     ) -> StageTrainer:
         config = stage.config
         device = engine_device(config.engine)
@@ -91,6 +92,7 @@ class Shared:
             console=self.console,
             progress=progress,
             judge_teacher=judge_teacher,
+            planned_peak_gib=lambda: planned_peak_gib(device),
             interrupted=interrupted,
         )
 

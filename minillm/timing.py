@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-# rollout: sampling; scoring: batches and passes without a gradient; update: forward, backward and optimiser
-PARTS = ("rollout", "scoring", "update", "saving")
+from minillm.waiting import waited
+
+# rollout: sampling; scoring: batches and passes without a gradient; update: forward, backward and optimiser;
+# communication: waiting for other ranks inside any of these (minillm.waiting says what counts), which is not theirs then
+PARTS = ("rollout", "scoring", "update", "communication", "saving")
 
 
 class Timing:
@@ -16,15 +19,21 @@ class Timing:
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """What runs inside counts as `part`, one of PARTS."""
-        started = perf_counter()
+        """What runs inside counts as `part`, one of PARTS, without what it waits for other ranks."""
+        started, before = perf_counter(), waited()
         try:
             yield
         finally:
-            self._seconds[part] = self._seconds.get(part, 0.0) + perf_counter() - started
+            waiting = waited() - before
+            self._add(part, perf_counter() - started - waiting)
+            if waiting:
+                self._add("communication", waiting)
 
     def read(self) -> dict[str, float]:
         """{time/PART_s: seconds} since the last reading."""
         found = {f"time/{part}_s": self._seconds[part] for part in PARTS if part in self._seconds}
         self._seconds = {}
         return found
+
+    def _add(self, part: str, seconds: float) -> None:
+        self._seconds[part] = self._seconds.get(part, 0.0) + seconds

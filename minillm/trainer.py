@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,6 +68,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
 
 
+def counts_allocations(device: torch.device) -> bool:
+    """Whether `peak_memory_gib` is of what torch allocated there, which is what a plan counts."""
+    return device.type == "cuda"
+
+
 class StageTrainer:
     """Trains one stage's student; `run` returns when the stage is done or `interrupted` turns true."""
 
@@ -83,11 +88,15 @@ class StageTrainer:
         console,
         progress: Progress,
         judge_teacher: bool = False,
+        planned_peak_gib: Callable[[], float | None] = lambda: None,
         interrupted=lambda: False,
     ):
         self.name, self.config, self.models, self.sources = stage.name, stage.config, models, sources
         self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
         self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
+        self.planned_peak_gib = planned_peak_gib
+        if models.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(models.device)  # of the stage before
         self.method = build_method(stage.config)
         if self.method.needs_references:
             _require_references(stage, sources)
@@ -107,7 +116,8 @@ class StageTrainer:
         while not self._done():
             record = self._step()
             if progress.stage_step % config.log.steps == 0 or self._done():
-                self.log.write(record)
+                # the times of all steps since the last record; the plan at the end, when nobody waits for it
+                self.log.write(record | self.sources.timing.read() | (self._plan() if self._done() else {}))
             self.console.step(record)
             if self._done():
                 break
@@ -124,6 +134,17 @@ class StageTrainer:
         progress.stage_seconds = {**progress.stage_seconds, self.name: progress.seconds}
         self.save()
 
+    def _plan(self) -> dict[str, float]:
+        """{memory/planned_peak_gib} of this stage, where that can be held against its peak."""
+        if self.engine.rank or not counts_allocations(self.models.device):
+            return {}
+        try:
+            planned = self.planned_peak_gib()
+        except Exception as error:  # whatever a plan cannot do, the stage that it is about is trained
+            self.console.note(f"no plan to hold the peak memory against: {type(error).__name__}: {error}")
+            return {}
+        return {} if planned is None else {"memory/planned_peak_gib": planned}
+
     def close(self) -> None:
         """Give back the memory of the stage: the next one begins with the models it loads itself."""
         self.engine.close()
@@ -135,7 +156,9 @@ class StageTrainer:
             self.items = method.collect(self.sources, self.models, progress.draw)
             progress.draw, progress.epoch, progress.position = progress.draw + 1, 0, 0
         items = self._next_items()
-        share = len(items) // self.engine.world_size  # every rank steps through its own part of the items
+        # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
+        # buffer by minillm.config.checks.whole_batches, and a step's items are as many on every rank
+        share = len(items) // self.engine.world_size
         items, all_items = items[self.engine.rank * share :][:share], items
         size = self.config.train.per_device_train_batch_size
         micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
@@ -152,7 +175,8 @@ class StageTrainer:
             ) from None
         seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)
         if self.engine.world_size > 1:  # all must decide alike when time is up: by the clock of rank 0
-            clocks = distributed.gather([seconds, peak])
+            with timing.of("communication"):
+                clocks = distributed.gather([seconds, peak])
             seconds, peak = clocks[0][0], max(other for _, other in clocks)
         self._slowest[collects] = max(self._slowest[collects], seconds)
         progress.step += 1
@@ -170,7 +194,6 @@ class StageTrainer:
             "passes": self.sources.prompts.passes,
             "tokens_per_s": result.rows / seconds,
             "memory/peak_gib": peak,
-            **timing.read(),
             **result.metrics,
         }
 

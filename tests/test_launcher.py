@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minillm.launcher import launched_local_rank, launched_rank, launched_size
+from minillm.launcher import launched_local_rank, launched_rank, launched_size, without_local_rank
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID")
 
@@ -31,6 +31,13 @@ def test_without_a_launcher_there_is_one_process(launched):
 
 def test_torchrun_and_deepspeed(launched):
     assert launched(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1") == (8, 5, 1)
+
+
+def test_what_deepspeed_puts_into_the_command_line_is_in_the_environment(launched):
+    words = ["--local_rank=1", "train", "run.yaml"]
+    assert without_local_rank(words) == words
+    launched(LOCAL_RANK="1")
+    assert without_local_rank(words) == ["train", "run.yaml"]
 
 
 def test_a_step_of_slurm(launched):

@@ -190,13 +190,13 @@ def test_samples_stand_side_by_side_and_only_the_last_of_each_stage(tmp_path):
 def test_stages_with_their_speed_memory_and_best_evaluation(tmp_path):
     run = Run(tmp_path / "run", {**DOCUMENT, "eval": {**DOCUMENT["eval"], "metric": "reverse_kl_nats"}})
     run.train("main", 1, seconds=9.0, **{"memory/peak_gib": 1.5})
-    run.train("main", 4, seconds=0.5, **{"memory/peak_gib": 1.25})
+    run.train("main", 4, seconds=0.5, **{"memory/peak_gib": 1.25, "memory/planned_peak_gib": 1.75})
     for step, value in ((1, 3.0), (2, 1.0), (4, 2.0)):
         run.evaluate("main", step, reverse_kl_nats=value)
     stage = rows(run.report(), "## Stages")["main"]
     assert stage["time a step"] == "0.500 s"
     assert stage["tokens a second"] == "200"
-    assert stage["peak memory (GiB)"] == "1.50"
+    assert (stage["peak memory (GiB)"], stage["planned (GiB)"]) == ("1.50", "1.75")
     assert stage["best evaluation"] == "Reverse KL 1.00 at step 2"
 
 

@@ -194,6 +194,29 @@ def test_every_step_says_where_its_time_went(recipe, tmp_path):
     assert "## Where the time went" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_the_last_step_of_a_stage_has_its_planned_memory_where_the_device_counts_allocations(
+    recipe, monkeypatch, tmp_path
+):
+    asked = []
+
+    def planned(plan, stage, device, *, world_size):
+        asked.append((stage.name, device.type, world_size))
+        if stage.name == "teacher":
+            raise NotImplementedError("an operation without a shape")
+        return 1.5
+
+    monkeypatch.setattr("minillm.planning.plan.planned_peak_gib", planned)
+    train(recipe)
+    assert not asked  # the resident memory of a process is not what a plan counts
+    monkeypatch.setattr("minillm.trainer.counts_allocations", lambda device: True)
+    other = tmp_path / "other"
+    _, console = train(recipe, f"output_dir={other}")
+    assert asked == [("teacher", "cpu", 1), ("distil", "cpu", 1)]
+    assert any("NotImplementedError: an operation without a shape" in note for note in console.notes)
+    steps = [record for record in records(other) if record["kind"] == "train"]
+    assert [record.get("memory/planned_peak_gib") for record in steps] == [None] * 7 + [1.5]
+
+
 def test_a_finished_run_resumes_to_itself(recipe, tmp_path):
     final, _ = train(recipe)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()

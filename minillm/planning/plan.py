@@ -73,6 +73,19 @@ def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> P
     )
 
 
+def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world_size: int) -> float | None:
+    """The most that one rank of a stage would allocate on such a device; None where its models are not known here."""
+    architectures = Architectures(plan)
+    try:
+        student, teacher = architectures.student(stage), architectures.teacher(stage)
+        work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
+    except ValueError:
+        return None
+    setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
+    simulation = simulate(setting, work.moment, student, teacher, device)
+    return max(phase.device_bytes for phase in memory_of(simulation, work, sharding, device)) / 2**30
+
+
 def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int) -> StagePlan:
     config = stage.config
     device = torch.device(gpu.kind)

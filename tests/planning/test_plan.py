@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from minillm.cli import main
 from minillm.config.loading import load_run
 from minillm.planning.advice import advise
-from minillm.planning.plan import plan_run
+from minillm.planning.plan import plan_run, planned_peak_gib
 
 STUDENT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}  # fmt: skip
@@ -198,3 +199,10 @@ def test_what_cannot_be_planned_is_said(recipe, capsys):
     assert "H100-80GB" in capsys.readouterr().err
     assert main(["plan", str(recipe()), "--world-size", "2"]) == 2
     assert "one process" in capsys.readouterr().err
+
+
+def test_the_peak_that_a_run_is_held_against_is_that_of_the_whole_plan(recipe):
+    plan = load_run([recipe(engine={"type": "deepspeed", "stage": 3})], [])
+    whole = plan_run(plan, gpu="A100-80GB", world_size=4)
+    assert planned_peak_gib(plan, plan.stages[0], torch.device("cuda"), world_size=4) == whole.peak_bytes / 2**30
+    assert planned_peak_gib(plan, plan.stages[0], torch.device("cuda"), world_size=3) is None  # of 8 answers

@@ -1,0 +1,209 @@
+"""Whether the other ranks of a run are still there, and what is said where one is not.
+
+Every rank writes a beat to the group's store every BEAT_SECONDS, and reads those of the others, over a connection and
+from a thread of its own, so that a main thread that computes, saves or waits in a collective neither delays it nor is
+delayed. A rank is lost when its beat stands still for SILENT_SECONDS or, on the same machine, as soon as its process is
+gone; where the store no longer answers, the host of rank 0 is lost, or the way to it.
+
+Waiting is counted in readings, not by the clock: whoever was stopped for a while wakes up with nothing against others.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 30.0
+GRACE_SECONDS = 10.0  # for a rank to stop by itself after another one is gone
+_LAST_WORDS = 300  # characters of an error that others are told
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One rank's process, and where it runs."""
+
+    rank: int
+    pid: int
+    host: str
+    machine: str  # alike for processes that can look each other up by their id
+
+    @classmethod
+    def here(cls, rank: int) -> "Peer":
+        host = socket.gethostname()
+        return cls(rank, os.getpid(), host, _machine() or f"{host}/{os.getpid()}")
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says: a number that grows, and what it knows."""
+
+    number: int = 0
+    error: str | None = None  # that ends this rank: its last words
+    lost: str | None = None  # another rank, and how
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A rank that is gone, in words."""
+
+    text: str
+    explained: bool  # by its own last words
+
+    @property
+    def message(self) -> str:
+        """What the remaining ranks say."""
+        return f"{self.text}; the others stop. Start again with --resume to go on from the last checkpoint"
+
+
+class Watch:
+    """Of one rank over all others, from `start` to `end`.
+
+    Args:
+        rank: this one's.
+        peers: all ranks in their order, this one among them.
+        run: a name that no other run in the same store has.
+        stop: ends this process with a message; called where a rank is lost and the main thread goes on waiting for it.
+
+    Raises torch.distributed.DistNetworkError where the store that MASTER_ADDR and MASTER_PORT name does not answer.
+    """
+
+    def __init__(self, rank: int, peers: Sequence[Peer], run: str, stop: Callable[[str], None]):
+        self._me, self._others = peers[rank], [peer for peer in peers if peer.rank != rank]
+        self._first, self._stop = peers[0], stop
+        self._address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        # a client of its own: requests of one client wait for each other
+        client = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=SILENT_SECONDS),
+        )
+        self._store = dist.PrefixStore(f"minillm/{run}", client)
+        self._heard = {peer.rank: Beat() for peer in self._others}
+        self._changes = {peer.rank: 0 for peer in self._others}  # of its beat, seen so far
+        self._unchanged = {peer.rank: 0 for peer in self._others}  # readings since the last change
+        self._unanswered = 0.0  # seconds since the store's last answer
+        self._broken = False  # the connection to the store
+        self._number, self._error, self._loss = 0, None, None
+        self._ended, self._due = threading.Event(), threading.Event()
+        self._beating = threading.Thread(target=self._exchange, daemon=True)
+        self._beat()
+
+    def start(self) -> None:
+        """Once all ranks have made theirs."""
+        self._beating.start()
+        threading.Thread(target=self._guard, daemon=True).start()
+
+    def end(self) -> None:
+        """No more beats, and nobody is lost any more."""
+        self._ended.set()
+        self._due.set()
+        self._beating.join(BEAT_SECONDS)
+
+    def lost(self) -> Loss | None:
+        """The first loss that was found; None where all ranks are there."""
+        self._loss = self._loss or self._find_loss()
+        return self._loss
+
+    def after(self, error: Exception) -> Loss | None:
+        """The loss behind an error of this rank, or None where the error is its own.
+
+        Waits until every other rank has shown life after the error (and so heard of it), or one is lost.
+        """
+        self._error = f"{type(error).__name__}: {error}"[:_LAST_WORDS]
+        self._due.set()
+        before = dict(self._changes)
+        # what is read first may have been written before the error; what changes after that was not
+        while self.lost() is None and any(self._changes[rank] - before[rank] < 2 for rank in before):
+            time.sleep(0.2)
+        if self._loss is not None:
+            time.sleep(2 * BEAT_SECONDS)  # the store may go with this process: others must hear of the loss before
+            if self._loss.explained:
+                error.add_note(self._loss.text)
+        return None if self._loss is None or self._loss.explained else self._loss
+
+    def _find_loss(self) -> Loss | None:
+        gone = {peer: "was killed or crashed" for peer in self._others if self._died(peer)}
+        told = next((beat.lost for beat in self._heard.values() if beat.lost), None)
+        if not gone and told is not None:
+            return Loss(told, explained=False)
+        if not gone:
+            how = f"has given no sign of life for {SILENT_SECONDS:.0f} s"
+            gone = {peer: how for peer in self._others if self._unchanged[peer.rank] * BEAT_SECONDS >= SILENT_SECONDS}
+        if not gone and (self._broken or self._unanswered >= SILENT_SECONDS):
+            how = f"cannot be reached: the store of the group at {self._address} does not answer any more"
+            gone = {self._first: how}
+        if not gone:
+            return None
+        words = {peer: self._heard[peer.rank].error for peer in gone if peer in self._others}
+        text = ", ".join(
+            f"{peer} stopped with {words[peer]}" if words.get(peer) else f"{peer} {how}" for peer, how in gone.items()
+        )
+        return Loss(text, explained=all(words.get(peer) for peer in gone))
+
+    def _died(self, peer: Peer) -> bool:
+        return peer.machine == self._me.machine and not _alive(peer.pid)
+
+    def _exchange(self) -> None:
+        try:
+            while not self._ended.is_set():
+                self._hear()
+                self._beat()
+                self._due.wait(BEAT_SECONDS)
+                self._due.clear()
+        except RuntimeError:  # the store is gone; connecting again would not bring back what it knew
+            self._broken = True
+
+    def _beat(self) -> None:
+        self._number += 1
+        beat = Beat(self._number, self._error, None if self._loss is None else self._loss.text)
+        self._store.set(str(self._me.rank), json.dumps(asdict(beat)))
+
+    def _hear(self) -> None:
+        texts = self._store.multi_get([str(peer.rank) for peer in self._others])
+        self._unanswered = 0.0
+        for peer, text in zip(self._others, texts, strict=True):
+            beat = Beat(**json.loads(text))
+            changed = beat != self._heard[peer.rank]
+            self._heard[peer.rank] = beat
+            self._changes[peer.rank] += changed
+            self._unchanged[peer.rank] = 0 if changed else self._unchanged[peer.rank] + 1
+
+    def _guard(self) -> None:
+        """End this process where another one is gone and the main thread waits for it."""
+        while not self._ended.wait(1.0):
+            self._unanswered += 1.0
+            loss = self.lost()
+            if loss is None:
+                continue
+            if not self._ended.wait(GRACE_SECONDS):
+                self._stop(loss.message)
+            return
+
+
+def _machine() -> str | None:
+    """The boot of the kernel and the namespace in which a process has its id; None where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")

@@ -1,0 +1,9 @@
+"""`minillm train` that takes a silent rank for lost sooner: SECONDS ARGUMENTS..."""
+
+import sys
+
+from minillm import cli, watch
+
+if __name__ == "__main__":
+    watch.SILENT_SECONDS = float(sys.argv[1])
+    cli.program(["train", *sys.argv[2:]])

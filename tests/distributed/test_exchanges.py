@@ -1,0 +1,80 @@
+"""What ranks say to each other, how long they wait for it, and what the others are told where one of them ends.
+
+Run as a program it is one of the ranks: FOLDER.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from minillm import distributed
+from minillm.launcher import end
+from minillm.waiting import waited
+
+EMPTY = {"none": torch.empty(0, 5, dtype=torch.bfloat16)}
+
+
+def tensors(rank: int) -> dict[str, torch.Tensor]:
+    """Of odd sizes, so that bytes of one dtype begin where another's may not."""
+    return {
+        "flags": torch.tensor([True, False, True]),
+        "numbers": torch.arange(6).view(2, 3).T + rank,
+        "half": torch.full((rank, 3), 0.5, dtype=torch.bfloat16),
+        "one": torch.tensor(float(rank), dtype=torch.float64),
+        **EMPTY,
+    }
+
+
+def exchange(folder: Path) -> None:
+    rank = distributed.rank()
+    assert distributed.gather({"é": rank}) == [{"é": 0}, {"é": 1}]
+    assert distributed.total({"both": 1.0, f"of {rank}": 2.0}) == {"both": 2.0, "of 0": 2.0, "of 1": 2.0}
+    for made in (tensors, lambda rank: EMPTY, lambda rank: {}, lambda rank: EMPTY if rank else tensors(1)):
+        for other, found in enumerate(distributed.gather_tensors(made(rank))):
+            expected = made(other)
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    before = waited()
+    time.sleep(1.0 * rank)
+    distributed.barrier()
+    print("waited", waited() - before, flush=True)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.join(folder)
+    exchange(folder)
+    distributed.leave()
+    distributed.join(folder)  # another run
+    if distributed.rank() == 1:
+        error = ValueError("the disk is full")
+        assert distributed.loss_behind(error) is None
+        print("mine", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        assert distributed.loss_behind(error) is None  # it is explained: not lost, but ended by its own error
+        print(*error.__notes__, flush=True)
+    end(0)
+
+
+def test_what_ranks_tell_each_other(tmp_path, start):
+    first, second = start(2, __file__, str(tmp_path))
+    outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL), outputs
+    waits = [float(output.split("waited ")[1].split()[0]) for output in outputs]
+    assert waits[0] > 0.8 and waits[1] < 0.5 * waits[0]
+    assert "mine" in outputs[1]
+    assert (
+        f"rank 1 (process {second.pid} on " in outputs[0] and "stopped with ValueError: the disk is full" in outputs[0]
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
