@@ -203,14 +203,12 @@ class _Simulator:
                 with ledger.part(f"{name} KV cache"):
                     super().lazy_initialization(*states)
 
-        cache = make_cache(self.models[name].config, room)
-        cache.layers = [Layer(room) if type(layer) is RoomyLayer else layer for layer in cache.layers]
-        return cache
+        return make_cache(self.models[name].config, lambda: Layer(room))
 
     def _decode(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
         for layer in cache.layers:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
-                layer._use(seen)
+                layer.use(seen)
         ids = torch.zeros(batch, fed, dtype=torch.int64)
         mask = torch.ones(batch, seen + fed, dtype=torch.int64)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)

@@ -40,7 +40,7 @@ def test_more_tokens_than_room():
 
 
 def test_bounded_layers_stay_those_of_transformers(make_models):
-    layers = make_cache(make_models("gemma2", teacher=False).student.config, 30).layers
+    layers = make_cache(make_models("gemma2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
     assert [type(layer) for layer in layers] == [DynamicSlidingWindowLayer, RoomyLayer]
-    layers = make_cache(make_models("gpt2", teacher=False).student.config, 30).layers
+    layers = make_cache(make_models("gpt2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
     assert [type(layer) for layer in layers] == [RoomyLayer, RoomyLayer]
