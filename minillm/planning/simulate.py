@@ -154,7 +154,7 @@ class _Simulator:
 
     def _rollout(self, decoding: Decoding) -> None:
         models = [self.models[name] for name in decoding.models]
-        room = decoding.prompt + decoding.answer - 1
+        room = decoding.room
         with sampling_mode(models), self._few_layers(decoding.models) as left_out:
             rest = []
             for name in decoding.models:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from minillm.models.pair import Models
 from minillm.rollout.cache import FixedLayer, make_cache
 from minillm.rollout.decoder import Decoder
 from minillm.rollout.drawing import Answer, Sampling, Writing, choose, pad_left
+from minillm.rollout.supported import require_fixed_shapes
 
 BUCKET = 128  # columns of a cache
 LOOK = 16  # steps from one look of the host at whether all rows have ended to the next
@@ -49,12 +49,14 @@ class FixedLoop:
         self.rows = torch.arange(batch, device=device)
         self.writing = Writing(models, roles, batch, sampling.max_new_tokens)
         self.decoders: list[Decoder] = []
+        self.layers: list[FixedLayer] = []  # of all caches
         self.masks: dict[torch.dtype, Tensor] = {}  # (B, 1, 1, room), added to the scores
         for role in roles:
             model = getattr(models, role)
+            require_fixed_shapes(role, model)
             cache = make_cache(model.config, lambda: FixedLayer(self.room, self.column))
-            check_fixed_shapes(role, model, cache.layers)
             self.decoders.append(Decoder(model, cache, vocab_size=models.vocab_size))
+            self.layers += cache.layers
             self.masks[model.dtype] = torch.zeros((batch, 1, 1, self.room), dtype=model.dtype, device=device)
         self.used = 0  # columns
         self.again: dict[int, Callable[[], None]] = {}  # the steps that were run already, by columns
@@ -88,10 +90,9 @@ class FixedLoop:
         self.column.fill_(width - 1)
         self.place.zero_()
         self.writing.clear(len(prompts))
-        for decoder in self.decoders:
-            for layer in decoder.cache.layers:
-                if layer.is_initialized:
-                    layer.clear()
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.clear()
         self.used = 0
         self._draw([decoder.forward(ids, seen[:, :width].long(), positions) for decoder in self.decoders])
 
@@ -117,9 +118,8 @@ class FixedLoop:
     def _run(self, columns: int) -> None:
         if columns != self.used:
             self.used = columns
-            for decoder in self.decoders:
-                for layer in decoder.cache.layers:
-                    layer.use(columns)
+            for layer in self.layers:
+                layer.use(columns)
         if columns in self.again:
             self.again[columns]()
         else:
@@ -129,29 +129,3 @@ class FixedLoop:
 def fixed_room(longest: int, max_new_tokens: int) -> int:
     """Columns of the caches for prompts of up to `longest` tokens: the last token is never fed."""
     return -(-(longest + max_new_tokens - 1) // BUCKET) * BUCKET
-
-
-def check_fixed_shapes(role: str, model: PreTrainedModel, layers: Sequence) -> None:
-    """Raises ValueError where a model's pass over one token is not the same at every length, and says why."""
-    config = model.config.get_text_config()
-    special = sorted({type(layer).__name__ for layer in layers} - {FixedLayer.__name__})
-    rotary = {one.get("rope_type", "default") for one in _rope_parameters(config)}
-    attention = config._attn_implementation
-    if special:
-        why = f"keeps layers of its own in its cache ({', '.join(special)}: a sliding window or a recurrent state)"
-    elif rotary & {"dynamic", "longrope"}:
-        why = f"chooses its rotary frequencies by the longest sequence (rope_type {', '.join(sorted(rotary))})"
-    elif attention not in ("sdpa", "eager"):
-        why = f"runs with attn_implementation={attention}, which takes no mask over a cache's columns; sdpa and eager do"
-    else:
-        return
-    raise ValueError(
-        f"rollout.cuda_graphs: the {role} ({type(model).__name__}) {why}. Leave rollout.cuda_graphs out for this model"
-    )
-
-
-def _rope_parameters(config) -> list[dict]:
-    """One, or one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [one for one in parameters.values() if isinstance(one, dict)]
-    return nested or [parameters]

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from minillm.rollout.supported import require_gpu
+
 
 class CudaGraphs:
     """Called with a step, runs it once and captures it; returns the replay. All graphs share one pool of memory.
@@ -14,11 +16,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         """Raises ValueError where the device has no CUDA graphs."""
-        if device.type != "cuda":
-            raise ValueError(
-                f"rollout.cuda_graphs is true, but the models are on {device}: CUDA graphs need a GPU. Leave it out; on a "
-                "CPU the ordinary loop is faster"
-            )
+        require_gpu(device)
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
