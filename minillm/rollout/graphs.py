@@ -1,6 +1,7 @@
 """A decode step as a CUDA graph: the host launches one thing a token, whatever the number of kernels in it."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -18,7 +19,7 @@ class CudaGraphs:
         """Raises ValueError where the device has no CUDA graphs."""
         require_gpu(device)
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _side_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -32,11 +33,18 @@ class CudaGraphs:
             graph = torch.cuda.CUDAGraph()
             try:
                 # other threads of this process may use the GPU meanwhile
-                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     step()
             except RuntimeError as error:
+                cause = error.__context__ or error  # ending a capture that has failed is an error of its own
                 raise ValueError(
-                    f"rollout.cuda_graphs: a decode step of these models cannot be captured ({error}). Leave "
+                    f"rollout.cuda_graphs: a decode step of these models cannot be captured ({cause}). Leave "
                     "rollout.cuda_graphs out for them"
                 ) from error
         return graph.replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the whole process: the workspace that cuBLAS has for each stream is never given back."""
+    return torch.cuda.Stream(device)
