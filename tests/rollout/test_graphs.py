@@ -1,5 +1,6 @@
 """The captured step: in what order torch is asked on any machine, and the answers themselves where there is a GPU."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ MANY_ENDS = tuple(range(0, 61, 8))
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[str]:
+def asked(monkeypatch) -> Iterator[list[str]]:
     """What torch.cuda is asked, in order; a capture whose step raises fails as CUDA's does."""
     events: list[str] = []
 
@@ -37,6 +38,7 @@ def asked(monkeypatch) -> list[str]:
         events.append(f"{what} ends")
 
     main = Stream(name="main")
+    graphs._side_stream.cache_clear()
     for name, stand_in in {
         "Stream": Stream,
         "CUDAGraph": Graph,
@@ -47,7 +49,8 @@ def asked(monkeypatch) -> list[str]:
         "graph": lambda graph, pool, stream, **options: inside(f"capture on {stream.name} in {pool} {options}"),
     }.items():
         monkeypatch.setattr(graphs.torch.cuda, name, stand_in)
-    return events
+    yield events
+    graphs._side_stream.cache_clear()
 
 
 def test_a_step_runs_once_and_is_captured_on_a_side_stream(asked):
@@ -79,6 +82,7 @@ def test_a_step_that_cannot_be_captured(asked):
         ValueError, match=r"cannot be captured \(operation not permitted.* Leave rollout.cuda_graphs out"
     ):
         CudaGraphs(torch.device("cuda"))(step)
+    assert CudaGraphs(torch.device("cuda")).stream is CudaGraphs(torch.device("cuda")).stream
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
