@@ -167,12 +167,21 @@ class _Simulator:
                     rest.append(torch.empty(missing, dtype=torch.uint8))
                 del cache
             caches = [self._cache(name, room) for name in decoding.models]
-            for fed, seen in ((decoding.prompt, 0), (1, room - 1)):  # the prompts, and the last token fed
+
+            def feed(fed: int, seen: int) -> None:
                 logits = []
                 for name, cache in zip(decoding.models, caches, strict=True):
                     self._decode(name, cache, decoding.batch, fed, seen)
                     with self.ledger.part("sampling buffers"):
                         logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
+
+            feed(decoding.prompt, 0)
+            before, moment = self.ledger.total, self.ledger.moment
+            feed(1, room - 1)  # the last token that is fed
+            if decoding.cuda_graphs:  # they keep the memory of a step, beside which the next prompts are read
+                kept = torch.empty(self.ledger.most_since(moment) - before, dtype=torch.uint8)
+                feed(decoding.prompt, 0)
+                del kept
 
     @contextmanager
     def _few_layers(self, names: Collection[str]) -> Iterator[dict[str, int]]:

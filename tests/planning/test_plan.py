@@ -72,6 +72,8 @@ def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
         part = f"{who} KV cache"
         few, many = (stage.simulation.phases["rollout"].most(part) for stage in (plain, graphs))
         assert many == few * fixed_room(PROMPT, ANSWER) // (PROMPT + ANSWER - 1) > few
+    few, many = (stage.simulation.phases["rollout"].most("activations") for stage in (plain, graphs))
+    assert many > few  # a step's memory stays beside that of the next prompts
     methods = ({"name": "gkd"}, {"name": "seqkd"})
     assert all(planned(recipe(method=method), key, gpu="A100-80GB").work.decoding.cuda_graphs for method in methods)
 
