@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from minillm.benchmarks.machine import as_table, describe
-from minillm.benchmarks.rollout import make_model
+from minillm.benchmarks.rollout_providers import make_model
 from minillm.benchmarks.step_providers import PROVIDERS, versions
 
 WARMUP_UPDATES = 1

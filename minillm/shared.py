@@ -20,6 +20,7 @@ from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight
 from minillm.models.sharded import is_sharded, readable, release
 from minillm.models.tokenizers import load_tokenizer
+from minillm.rollout.supported import use_cuda_graphs
 from minillm.trainer import Progress, StageTrainer
 
 
@@ -68,6 +69,8 @@ class Shared:
             models, rows = distributed.together(
                 lambda: preflight(student, teacher, tokenizer, teacher_tokenizer, device)
             )
+        if config.rollout.cuda_graphs:
+            use_cuda_graphs(models)
         prompts = load_prompts(config.data.prompts, tokenizer)
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         corpus = None

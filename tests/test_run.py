@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from minillm.config.loading import load_run
 from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.rollout import sampling, supported
 from minillm.run import run
 from minillm.shared import _same_weights
 from minillm.trainer import TrainingError
@@ -266,3 +267,29 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_look_at(recipe, tmp_path):
         train(recipe, "stages.distil.train.learning_rate=1e30", "stages.distil.train.max_grad_norm=null")
     assert "learning_rate" in str(error.value) and "stage 'distil'" in str(error.value)
     assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_cuda_graphs_without_a_gpu_are_an_error_before_any_step(recipe, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match="rollout.cuda_graphs is true, but the models are on the cpu"):
+        train(recipe, "rollout.cuda_graphs=true")
+    assert records(tmp_path / "run") == []
+
+
+def test_a_run_whose_steps_are_captured_takes_the_same_steps(recipe, tmp_path, monkeypatch):
+    """Rollouts and evaluation, with steps that are run again in the place of graphs."""
+    train(recipe, f"output_dir={tmp_path / 'plain'}")
+    captured = []
+    monkeypatch.setattr(supported, "require_gpu", lambda device: None)
+    monkeypatch.setattr(sampling, "CudaGraphs", lambda device: lambda step: captured.append(step()) or step)
+    train(recipe, "rollout.cuda_graphs=true")
+    expected, found = records(tmp_path / "plain"), records(tmp_path / "run")
+    assert len(found) == len(expected)
+    evaluations = sum(record["kind"] == "eval" for record in found)
+    assert len(captured) == 2 + evaluations  # two buffers, each sampled in one call
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (record.get("mean", record) for record in (ours, theirs))  # of an evaluation what it measured
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)), key

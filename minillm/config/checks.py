@@ -18,10 +18,9 @@ from minillm.config.method import Method
 from minillm.config.model_checks import deepspeed_usable, installed, pruned_layers, student_form
 from minillm.config.models import TeacherConfig
 from minillm.config.place_checks import places_exist, stage_problem
-from minillm.config.rollout import RolloutConfig
+from minillm.config.rollout_checks import cuda_graphs_usable, neutral_sampling, whole_batches
 from minillm.config.shape import KeyPath, walk
 from minillm.config.training import SCHEDULES, TrainConfig
-from minillm.launcher import launched_size
 
 
 def material(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
@@ -47,41 +46,6 @@ def divergence_options(facts: Facts, method: Method) -> Iterator[Found]:
             if changed and method.divergence not in having:
                 message = f"has no effect on divergence {method.divergence}; it is for {' and '.join(having)}"
                 yield Found(f"method.{key}", message, ("method.divergence",))
-
-
-def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
-    """minillm samples from the models' own distributions."""
-    if method.name != "minillm":
-        return
-    for key, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
-        value = getattr(rollout, key)
-        if value != neutral:
-            yield Found(
-                f"rollout.{key}",
-                f"must be {neutral:g} for minillm, not {value:g}: its gradient weighs every sampled token by q/p~, the "
-                "models' own distributions, and is wrong for samples from any other",
-                ("method.name",),
-            )
-
-
-def whole_batches(facts: Facts, rollout: RolloutConfig, train: TrainConfig, method: Method) -> Iterator[Found]:
-    """A buffer is used up in whole steps."""
-    ranks = launched_size()
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
-    of_ranks = f" x {ranks} ranks" if ranks > 1 else ""
-    if method.name == "minillm" and rollout.buffer_size % step:
-        yield Found(
-            "rollout.buffer_size",
-            f"{rollout.buffer_size} answers do not divide into steps of {step} (per_device_train_batch_size "
-            f"{train.per_device_train_batch_size} x gradient_accumulation_steps {train.gradient_accumulation_steps}{of_ranks}); "
-            f"the nearest that do: {_multiples_around(rollout.buffer_size, step)}",
-            ("train.per_device_train_batch_size", "train.gradient_accumulation_steps", "method.name"),
-        )
-
-
-def _multiples_around(number: int, step: int) -> str:
-    below = number // step * step
-    return f"{below} and {below + step}" if below else str(step)
 
 
 def length_of_training(facts: Facts, train: TrainConfig) -> Iterator[Found]:
@@ -136,6 +100,7 @@ CHECKS = (
     divergence_options,
     neutral_sampling,
     whole_batches,
+    cuda_graphs_usable,
     answers_fit,
     corpus_fits,
     evaluation_fits,

@@ -16,6 +16,7 @@ from minillm.config.facts import Facts
 from minillm.config.messages import Finding, nearest
 from minillm.config.models import TeacherConfig
 from minillm.config.paths import expand
+from minillm.config.rollout import RolloutConfig
 from minillm.config.root import StageConfig
 from minillm.config.shape import places, walk
 from minillm.config.stages import load_document, stage_trees
@@ -86,6 +87,7 @@ class EvaluationPlan:
     seed: int
     teacher: TeacherConfig | None
     engine: TorchEngine | DeepSpeedEngine
+    rollout: RolloutConfig
     eval: EvalConfig
 
 

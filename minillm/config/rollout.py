@@ -16,3 +16,9 @@ class RolloutConfig(Strict):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: all tokens")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    cuda_graphs: bool = Field(
+        False,
+        description="On a GPU, replay a captured CUDA graph for every token, in evaluation too. Memory for the longest "
+        "answers is kept from the start, and rows that have ended run on. Models with sliding windows or recurrent layers "
+        "and flash attention are refused; answers under no_repeat_ngram_size are sampled without. Not measured on a GPU yet",
+    )

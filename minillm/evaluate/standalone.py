@@ -16,6 +16,7 @@ from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
 from minillm.open_models import model_path, open_models
 from minillm.reporting.analyses import draw_analyses
+from minillm.rollout.supported import use_cuda_graphs
 
 # What a data file is, by the end of its name; anything else is a configuration.
 DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
@@ -98,6 +99,8 @@ def evaluate_model(
         dtype=dtype,
         output_dir=plan.output_dir,
     )
+    if plan.rollout.cuda_graphs:
+        use_cuda_graphs(models)
     sets = {
         name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}")
         for name, prompts in plan.eval.sets.items()

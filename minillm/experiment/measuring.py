@@ -21,6 +21,7 @@ from minillm.models.loading import load_student
 from minillm.models.pair import Models
 from minillm.models.preflight import preflight
 from minillm.models.tokenizers import load_tokenizer
+from minillm.rollout.supported import use_cuda_graphs
 from minillm.shared import Shared
 from minillm.trainer import TrainingError
 
@@ -101,6 +102,8 @@ class Measuring:
         model = load_student(student, output_dir=job.folder, device=device, seed=job.seed).eval()
         tokenizer = load_tokenizer(student, job.folder)
         models, _ = preflight(model.requires_grad_(False), teacher_model, tokenizer, teacher_tokenizer, device)
+        if stage.config.rollout.cuda_graphs:
+            use_cuda_graphs(models)
         return models
 
     def _load_evaluators(self, models: Models, teacher: TeacherConfig | None) -> Evaluators:

@@ -18,3 +18,4 @@ class Models:
     pad_id: int
     device: torch.device
     by_layers: bool = False  # sharded weights come together a layer at a time: all ranks run the same forward passes
+    cuda_graphs: bool = False  # sampling replays a captured step for every token; minillm.rollout.supported sets it

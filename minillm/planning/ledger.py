@@ -94,6 +94,15 @@ class Ledger(TorchDispatchMode):
         """Bytes alive now."""
         return int(self._bytes.sum())
 
+    @property
+    def moment(self) -> int:
+        """Now, for `most_since`."""
+        return len(self._moments)
+
+    def most_since(self, moment: int) -> int:
+        """The most bytes alive at any moment after this one."""
+        return max(int(after.sum()) for after in [*self._moments[moment:], self._bytes])
+
     def take(self) -> Timeline:
         """The moments since the last call, from now on forgotten."""
         moments = np.unique(np.array([*self._moments, self._bytes]), axis=0)

@@ -154,7 +154,7 @@ class _Simulator:
 
     def _rollout(self, decoding: Decoding) -> None:
         models = [self.models[name] for name in decoding.models]
-        room = decoding.prompt + decoding.answer - 1
+        room = decoding.room
         with sampling_mode(models), self._few_layers(decoding.models) as left_out:
             rest = []
             for name in decoding.models:
@@ -167,12 +167,21 @@ class _Simulator:
                     rest.append(torch.empty(missing, dtype=torch.uint8))
                 del cache
             caches = [self._cache(name, room) for name in decoding.models]
-            for fed, seen in ((decoding.prompt, 0), (1, room - 1)):  # the prompts, and the last token fed
+
+            def feed(fed: int, seen: int) -> None:
                 logits = []
                 for name, cache in zip(decoding.models, caches, strict=True):
                     self._decode(name, cache, decoding.batch, fed, seen)
                     with self.ledger.part("sampling buffers"):
                         logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
+
+            feed(decoding.prompt, 0)
+            before, moment = self.ledger.total, self.ledger.moment
+            feed(1, room - 1)  # the last token that is fed
+            if decoding.cuda_graphs:  # they keep the memory of a step, beside which the next prompts are read
+                kept = torch.empty(self.ledger.most_since(moment) - before, dtype=torch.uint8)
+                feed(decoding.prompt, 0)
+                del kept
 
     @contextmanager
     def _few_layers(self, names: Collection[str]) -> Iterator[dict[str, int]]:
@@ -203,14 +212,12 @@ class _Simulator:
                 with ledger.part(f"{name} KV cache"):
                     super().lazy_initialization(*states)
 
-        cache = make_cache(self.models[name].config, room)
-        cache.layers = [Layer(room) if type(layer) is RoomyLayer else layer for layer in cache.layers]
-        return cache
+        return make_cache(self.models[name].config, lambda: Layer(room))
 
     def _decode(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
         for layer in cache.layers:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
-                layer._use(seen)
+                layer.use(seen)
         ids = torch.zeros(batch, fed, dtype=torch.int64)
         mask = torch.ones(batch, seen + fed, dtype=torch.int64)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)

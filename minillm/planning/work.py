@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from minillm.config.data import PlainPrompts
 from minillm.config.root import StageConfig
+from minillm.rollout.fixed import fixed_room
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,12 @@ class Decoding:
     prompt: int  # tokens
     answer: int  # tokens
     total: int  # answers of a buffer, on one rank
+    cuda_graphs: bool = False
+
+    @property
+    def room(self) -> int:
+        """Tokens that the caches hold for each answer; the last one is never fed."""
+        return fixed_room(self.prompt, self.answer) if self.cuda_graphs else self.prompt + self.answer - 1
 
     @property
     def reads_heads(self) -> bool:
@@ -108,15 +115,15 @@ def work_of(config: StageConfig, world_size: int) -> Work:
         batch = min(rollout.batch_size, mine)
         who = ("student", "teacher") if method.alpha > 0 else ("student",)
         who = ("teacher",) if method.alpha == 1 else who
-        decoding = Decoding(who, batch, prompt, rollout.max_new_tokens, mine)
+        decoding = Decoding(who, batch, prompt, rollout.max_new_tokens, mine, rollout.cuda_graphs)
         scoring = Forward(("teacher", "student"), batch, length, batch * rows, True, mine)
         steps = max(1, mine * method.ppo_epochs // (micro * accumulation))
     elif sampled:
         step = micro * accumulation
-        if name == "seqkd":  # every prompt once, before the first step
-            decoding = Decoding(("teacher",), rollout.batch_size, prompt, rollout.max_new_tokens, 0)
-        else:
-            decoding = Decoding(("student",), min(rollout.batch_size, step), prompt, rollout.max_new_tokens, step)
+        # seqkd: every prompt once, before the first step
+        who, mine = ("teacher", 0) if name == "seqkd" else ("student", step)
+        batch = min(rollout.batch_size, mine or rollout.batch_size)
+        decoding = Decoding((who,), batch, prompt, rollout.max_new_tokens, mine, rollout.cuda_graphs)
     share = {"kd": lambda: 1 - method.ce_ratio, "seqkd": lambda: method.kd_ratio, "gkd": lambda: 1.0}
     teacher = name == "minillm" or share.get(name, lambda: 0.0)() > 0
     if teacher and name != "minillm":

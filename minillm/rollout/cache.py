@@ -1,5 +1,7 @@
 """The key-value cache of the decode loop: transformers' cache, its growing layers written into room made in advance."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -20,7 +22,7 @@ class RoomyLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self._stored = [_make_room(states, self.room) for states in (key_states, value_states)]
-        self._use(0)
+        self.use(0)
 
     def update(
         self,
@@ -38,7 +40,7 @@ class RoomyLayer(DynamicLayer):
             raise ValueError(f"a key-value cache with room for {self.room} tokens was given token {after}")
         for stored, states in zip(self._stored, (key_states, value_states), strict=True):
             stored[:, :, before:after] = states
-        self._use(after)
+        self.use(after)
         return (self.keys, self.values) if before else (key_states, value_states)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # (rows to keep,) int64
@@ -48,16 +50,47 @@ class RoomyLayer(DynamicLayer):
             kept = stored.new_empty((len(beam_idx), *stored.shape[1:]))
             torch.index_select(stored[:, :, :used], 0, beam_idx, out=kept[:, :, :used])
             self._stored[place] = kept
-        self._use(used)
+        self.use(used)
 
-    def _use(self, tokens: int) -> None:
+    def use(self, tokens: int) -> None:
+        """Let the first `tokens` be the part in use."""
         self.keys, self.values = (stored[:, :, :tokens] for stored in self._stored)
 
 
-def make_cache(config: PreTrainedConfig, room: int) -> Cache:
-    """A cache for `room` tokens a row. Sliding-window and recurrent layers, bounded anyway, stay transformers' own."""
+class FixedLayer(RoomyLayer):
+    """A full-attention layer of fixed addresses: after the prompts, a token a row goes where `column` says.
+
+    `column`, (1,) int64, lies on the device and is moved on by its owner, so that no number of the host decides where
+    `update` writes. What follows the column in the part in use is 0 until it is written: masked, it must be finite.
+    """
+
+    def __init__(self, room: int, column: Tensor):
+        super().__init__(room)
+        self.column = column
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.clear()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store the prompts as a RoomyLayer does; from then on write at the column, and return the part in use."""
+        if not self.is_initialized or not self.keys.shape[-2]:
+            return super().update(key_states, value_states)
+        for stored, states in zip(self._stored, (key_states, value_states), strict=True):
+            stored.index_copy_(2, self.column, states)
+        return self.keys, self.values
+
+    def clear(self) -> None:
+        """Ready for other prompts in the same memory."""
+        for stored in self._stored:
+            stored.zero_()
+        self.use(0)
+
+
+def make_cache(config: PreTrainedConfig, make_layer: Callable[[], RoomyLayer]) -> Cache:
+    """A cache with our layers. Sliding-window and recurrent ones, bounded anyway, stay transformers' own."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [make_layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from minillm.kernels.head import project
 from minillm.kernels.rows_torch import logits_from_raw
 from minillm.models.access import forward_decoder, lm_head
-from minillm.rollout.cache import make_cache
 from minillm.rollout.distribution import padded_size
 
 
@@ -21,9 +21,8 @@ class Decoder:
     by the next call.
     """
 
-    def __init__(self, model: PreTrainedModel, *, vocab_size: int, room: int):
-        self.model, self.vocab_size = model, vocab_size
-        self.cache = make_cache(model.config, room)
+    def __init__(self, model: PreTrainedModel, cache: Cache, *, vocab_size: int):
+        self.model, self.cache, self.vocab_size = model, cache, vocab_size
         head = lm_head(model)
         self.weight, self.bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
         self.logit_scale, self.softcap = head.logit_scale, head.softcap
@@ -32,7 +31,8 @@ class Decoder:
     def forward(
         self,
         input_ids: Tensor,  # (B, new tokens) int64
-        attention_mask: Tensor,  # (B, tokens so far) int64, 0 on the padding at the left
+        # (B, tokens so far) int64, 0 on the padding at the left; or (B, 1, new tokens, keys), added to the scores
+        attention_mask: Tensor,
         position_ids: Tensor,  # (B, new tokens) int64
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""

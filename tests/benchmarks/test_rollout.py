@@ -6,8 +6,18 @@ import csv
 import pytest
 import torch
 
-from minillm.benchmarks.rollout import ALPHA, COLUMNS, TeacherMixing, main, make_model, make_prompts, ours, peer
+from minillm.benchmarks.rollout import COLUMNS, main
+from minillm.benchmarks.rollout_providers import (
+    ALPHA,
+    PROVIDERS,
+    TeacherMixing,
+    make_model,
+    make_prompts,
+    prepare,
+    why_not,
+)
 from minillm.models.pair import Models
+from minillm.rollout import sampling
 
 SMALL = argparse.Namespace(prompts=3, prompt_tokens=6, tokens=5, vocab=40, seed=0)
 
@@ -19,9 +29,15 @@ def models() -> Models:
 
 
 @pytest.mark.parametrize("mode", ["student", "mixture"])
-def test_both_sides_write_as_many_tokens(models, mode):
+def test_all_write_as_many_tokens(models, monkeypatch, mode):
+    monkeypatch.setattr(sampling, "CudaGraphs", lambda device: lambda step: step() or step)
     prompts = make_prompts(SMALL)
-    assert ours(mode, models, prompts, SMALL)(1) == peer(mode, models, prompts, SMALL)(1) == 15
+    assert {prepare(name, mode, models, prompts, SMALL)(1) for name in PROVIDERS} == {15}
+
+
+def test_graphs_are_skipped_where_there_can_be_none():
+    for device, missing in (("cpu", ["ours-graphs"]), ("cuda:1", [])):
+        assert [name for name in PROVIDERS if why_not(name, torch.device(device)) is not None] == missing
 
 
 @torch.no_grad()
@@ -47,18 +63,21 @@ def test_prompts_are_of_half_to_the_whole_length():
 
 def test_results_are_written(tmp_path, capsys):
     threads = torch.get_num_threads()
-    words = "--shapes 16x1 --vocab 40 --prompts 3 --prompt-tokens 6 --tokens 5 --repeats 1 --threads 1 --output"
+    words = "--device cpu --shapes 16x1 --vocab 40 --prompts 3 --prompt-tokens 6 --tokens 5 --repeats 1 --threads 1 --output"
     assert main([*words.split(), str(tmp_path / "out")]) == 0
     assert torch.get_num_threads() == threads
     with (tmp_path / "out" / "rollout.csv").open() as file:
         header, *rows = csv.reader(file)
     assert tuple(header) == COLUMNS
-    assert [tuple(row[3:5]) for row in rows] == [
-        (mode, answers) for mode in ("student", "mixture") for answers in ("full", "ending")
+    names = [PROVIDERS[name] for name in ("ours", "generate", "generate-static")]
+    assert [tuple(row[3:6]) for row in rows] == [
+        (mode, answers, name) for mode in ("student", "mixture") for answers in ("full", "ending") for name in names
     ]
-    assert all(float(value) > 0 for row in rows for value in row[5:])
+    assert all(float(value) > 0 for row in rows for value in row[6:])
+    assert all(row[7] == "1.00" for row in rows if row[5] == names[1])
     page = (tmp_path / "out" / "rollout.md").read_text()
     assert page in capsys.readouterr().out and all(f"| {' | '.join(row)} |" in page for row in rows)
+    assert "| skipped: minillm, CUDA graphs | needs a GPU |" in page
 
 
 def test_a_wrong_shape_is_explained(capsys):

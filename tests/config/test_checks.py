@@ -30,31 +30,6 @@ def test_the_pretraining_loss_needs_a_corpus(recipe):
     assert recipe.problems(data__corpus=..., method={"name": "kd"}) == {}
 
 
-@pytest.mark.parametrize(("key", "value"), [("temperature", 0.7), ("top_k", 40), ("top_p", 0.9)])
-def test_minillm_samples_only_from_the_models_own_distributions(recipe, key, value):
-    found = recipe.problems(rollout={key: value})
-    assert set(found) == {f"rollout.{key}"}
-    assert "q/p~" in found[f"rollout.{key}"]
-    assert recipe.problems(rollout={key: value}, method={"name": "gkd"}) == {}
-
-
-def test_a_buffer_divides_into_steps(recipe):
-    train = {"max_steps": 1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
-    assert "240 and 252" in recipe.problems(rollout={"buffer_size": 250}, train=train)["rollout.buffer_size"]
-    assert recipe.problems(rollout={"buffer_size": 252}, train=train) == {}
-    assert recipe.problems(rollout={"buffer_size": 5}, train=train)["rollout.buffer_size"].endswith("that do: 12")
-    assert recipe.problems(rollout={"buffer_size": 250}, train=train, method={"name": "gkd"}) == {}
-
-
-def test_a_buffer_divides_into_the_steps_of_all_ranks(recipe, monkeypatch):
-    train = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-    assert recipe.problems(rollout={"buffer_size": 16}, train=train) == {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    found = recipe.problems(rollout={"buffer_size": 16}, train=train)["rollout.buffer_size"]
-    assert "x 2 ranks" in found and found.endswith("that do: 32")
-    assert recipe.problems(rollout={"buffer_size": 32}, train=train) == {}
-
-
 def test_training_must_end(recipe):
     assert "how long to train" in recipe.problems(train={})["train.max_steps"]
     for limit in ({"num_train_epochs": 0.5}, {"max_seconds": 60}, {"max_student_tokens": 1000}):

@@ -102,6 +102,16 @@ def test_the_teacher_itself(folder):
         evaluate_model("teacher", evaluation_plan([folder / "test.jsonl"]), Console(rank=1))
 
 
+def test_sampling_with_cuda_graphs_needs_a_gpu(folder):
+    with pytest.raises(ConfigErrors, match="rollout.cuda_graphs: needs a GPU, but engine.device is cpu"):
+        evaluation_plan([folder / "run.yaml"], ["rollout.cuda_graphs=true"])
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    plan = evaluation_plan([folder / "run.yaml"], ["rollout.cuda_graphs=true", "engine.device=auto"])
+    with pytest.raises(ValueError, match="the models are on the cpu"):
+        evaluate_model("student", plan, Console(rank=1))
+
+
 def test_without_a_teacher_there_are_no_distances(folder):
     plan = evaluation_plan([folder / "run.yaml"], ["eval.teacher=false"], max_prompts=2)
     result = evaluate_model("student", plan, Console(rank=1))

@@ -39,6 +39,18 @@ def test_the_worst_moment_depends_on_the_factors():
     assert timeline.most("gradients") == 100
 
 
+def test_the_most_since_a_moment():
+    with FakeTensorMode(), Ledger() as ledger:
+        kept, large = torch.empty(10, dtype=torch.uint8), torch.empty(1000, dtype=torch.uint8)
+        del large
+        moment = ledger.moment
+        assert ledger.most_since(moment) == ledger.total == 10
+        small = torch.empty(5, dtype=torch.uint8)
+        del small
+        assert (ledger.most_since(moment), ledger.most_since(0), ledger.total) == (15, 1010, 10)
+        del kept
+
+
 def test_fake_tensors_allocate_what_real_ones_do():
     config = AutoConfig.for_model(
         "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

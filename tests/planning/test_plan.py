@@ -10,6 +10,7 @@ from minillm.cli import main
 from minillm.config.loading import load_run
 from minillm.planning.advice import advise
 from minillm.planning.plan import plan_run, planned_peak_gib
+from minillm.rollout.fixed import fixed_room
 
 STUDENT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}  # fmt: skip
@@ -63,6 +64,19 @@ def test_weights_gradients_moments_and_caches_are_counted(recipe):
     )  # layers, keys and values, heads, size, fp32
     assert timeline.most("teacher KV cache") == tokens * 4 * 2 * 2 * 16 * 2  # bf16, one layer of it extrapolated
     assert stage.simulation.teacher.kv_bytes_per_token == 4 * 2 * 2 * 16 * 2
+
+
+def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
+    key, path = "rollout.cuda_graphs=true", recipe()
+    plain, graphs = (planned(path, *keys, gpu="A100-80GB") for keys in ((), (key,)))
+    for who in ("student", "teacher"):
+        part = f"{who} KV cache"
+        few, many = (stage.simulation.phases["rollout"].most(part) for stage in (plain, graphs))
+        assert many == few * fixed_room(PROMPT, ANSWER) // (PROMPT + ANSWER - 1) > few
+    few, many = (stage.simulation.phases["rollout"].most("activations") for stage in (plain, graphs))
+    assert many > few  # a step's memory stays beside that of the next prompts
+    methods = ({"name": "gkd"}, {"name": "seqkd"})
+    assert all(planned(recipe(method=method), key, gpu="A100-80GB").work.decoding.cuda_graphs for method in methods)
 
 
 def test_the_buffer_is_counted_where_it_lies(recipe):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from minillm.rollout.cache import RoomyLayer, make_cache
+from minillm.rollout.cache import FixedLayer, RoomyLayer, make_cache
 
 
 def test_same_keys_and_values_as_a_dynamic_layer():
@@ -39,8 +39,31 @@ def test_more_tokens_than_room():
         layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
 
 
+def test_a_fixed_layer_writes_where_its_column_says():
+    """After the prompts; what no token was written to is 0, whatever was there."""
+    torch.manual_seed(0)
+    column = torch.tensor([4])
+    layer = FixedLayer(12, column)
+    for prompt in (4, 3):
+        states = [torch.randn(2, 2, prompt, 3) for _ in range(2)]
+        for got, expected in zip(layer.update(*states), states, strict=True):
+            assert torch.equal(got, expected)
+        layer.use(8)
+        column.fill_(prompt)
+        for _ in range(2):
+            more = [torch.randn(2, 2, 1, 3) for _ in range(2)]
+            states = [torch.cat(pair, 2) for pair in zip(states, more, strict=True)]
+            for got, expected in zip(layer.update(*more), states, strict=True):
+                assert got.shape == (2, 2, 8, 3)
+                assert torch.equal(got[:, :, : column.item() + 1], expected)
+                assert not got[:, :, column.item() + 1 :].any()
+            column.add_(1)
+        layer.clear()
+        assert layer.get_seq_length() == 0
+
+
 def test_bounded_layers_stay_those_of_transformers(make_models):
-    layers = make_cache(make_models("gemma2", teacher=False).student.config, 30).layers
+    layers = make_cache(make_models("gemma2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
     assert [type(layer) for layer in layers] == [DynamicSlidingWindowLayer, RoomyLayer]
-    layers = make_cache(make_models("gpt2", teacher=False).student.config, 30).layers
+    layers = make_cache(make_models("gpt2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
     assert [type(layer) for layer in layers] == [RoomyLayer, RoomyLayer]

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from minillm.models.pair import Models
-from minillm.rollout import sampling as sampling_module
+from minillm.rollout import growing
 from minillm.rollout.decoder import Decoder
 from minillm.rollout.sampling import Answer, Sampling, sample
 
@@ -148,7 +148,7 @@ def test_rows_that_have_ended_leave_the_batch(make_models, prompts, monkeypatch,
     results = {}
     for share in (0.01, 0.25, 2.0):  # at once, in groups, never
         fed_rows.clear()
-        monkeypatch.setattr(sampling_module, "ENDED_SHARE", share)
+        monkeypatch.setattr(growing, "ENDED_SHARE", share)
         results[share] = run(models, prompts, sampling, who=who), sum(fed_rows), min(fed_rows)
     assert results[0.01][1] < results[0.25][1] < results[2.0][1]
     assert results[0.01][2] < len(prompts) == results[2.0][2]

@@ -1,0 +1,144 @@
+"""What `minillm bench rollout` compares: our two decode loops and transformers' `generate` with two kinds of cache."""
+
+import argparse
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+from minillm.models.pair import Models
+from minillm.rollout.sampling import Sampling, sample
+
+ALPHA = 0.2
+BASELINE = "generate"
+PROVIDERS = {
+    "ours": "minillm",
+    "ours-graphs": "minillm, CUDA graphs",
+    "generate": "generate, dynamic cache",
+    "generate-static": "generate, static cache",
+}
+
+Run = Callable[[int], int]  # answers every prompt once; from the number of the repeat to that of response tokens
+
+
+def why_not(provider: str, device: torch.device) -> str | None:
+    """Why a provider cannot run on a device, None where it can."""
+    return "needs a GPU" if provider == "ours-graphs" and device.type != "cuda" else None
+
+
+def prepare(provider: str, mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
+    """The provider, ready to run on models of its device."""
+    if provider.startswith("ours"):
+        return _ours(mode, replace(models, cuda_graphs=provider == "ours-graphs"), prompts, arguments)
+    cache = "static" if provider == "generate-static" else None
+    return _generate(mode, models, prompts, arguments, cache)
+
+
+def _ours(mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
+    sampling = Sampling(arguments.tokens, alpha=ALPHA if mode == "mixture" else 0.0)
+
+    def run(repeat: int) -> int:
+        answers = sample(
+            models,
+            prompts,
+            sampling,
+            keys=range(len(prompts)),
+            seed=arguments.seed,
+            draw=repeat,
+            who=mode,
+            batch_size=len(prompts),
+        )
+        return sum(len(answer.response) for answer in answers)
+
+    return run
+
+
+def _generate(
+    mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace, cache: str | None
+) -> Run:
+    width, device = max(map(len, prompts)), models.device
+    ids = torch.tensor([[models.pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=arguments.tokens,
+        eos_token_id=list(models.eos_ids) or None,
+        pad_token_id=models.pad_id,
+        cache_implementation=cache,
+    )
+    ends = torch.tensor(models.eos_ids, dtype=torch.int64, device=device)
+
+    def run(repeat: int) -> int:
+        torch.manual_seed(arguments.seed + repeat)
+        processors = [TeacherMixing(models.teacher, mask, ALPHA)] if mode == "mixture" else []
+        written = models.student.generate(
+            ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(processors)
+        )[:, width:]
+        ended_before = torch.isin(written, ends).cumsum(-1) - torch.isin(written, ends).long()
+        return int((ended_before == 0).sum())
+
+    return run
+
+
+class TeacherMixing(LogitsProcessor):
+    """log(alpha p + (1 - alpha) q): runs the teacher inside `generate`, on the new tokens alone."""
+
+    def __init__(self, teacher: LlamaForCausalLM, mask: Tensor, alpha: float):  # (B, L) of the left-padded prompts
+        self.teacher, self.mask, self.alpha = teacher, mask, alpha
+        self.cache = DynamicCache(config=teacher.config)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, L), (B, V)
+        seen = self.cache.get_seq_length()
+        if seen:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        positions = (self.mask.cumsum(-1) - 1).clamp_min(0)[:, seen:]
+        logits = self.teacher(
+            input_ids[:, seen:],
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return (self.alpha * logits.float().softmax(-1) + (1 - self.alpha) * scores.softmax(-1)).log()
+
+
+def make_model(hidden: int, layers: int, vocab: int, seed: int) -> LlamaForCausalLM:
+    """A random Llama in fp32 on the CPU."""
+    torch.manual_seed(seed)
+    heads = max(4, hidden // 64)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_prompts(arguments: argparse.Namespace) -> list[list[int]]:
+    """Prompts of half to the whole of the longest length."""
+    order = random.Random(arguments.seed)
+    longest = arguments.prompt_tokens
+    lengths = [longest, *(order.randint(max(1, longest // 2), longest) for _ in range(arguments.prompts - 1))]
+    return [[order.randrange(1, arguments.vocab) for _ in range(length)] for length in lengths]

@@ -1,0 +1,53 @@
+"""What sampling with CUDA graphs is for: the device, and models whose pass over one token is the same at every length."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from minillm.models.pair import Models
+
+
+def use_cuda_graphs(models: Models) -> None:
+    """Let `sample` replay CUDA graphs for these models. Raises ValueError where it cannot, and says why."""
+    require_gpu(models.device)
+    for role in ("student", "teacher"):
+        if getattr(models, role) is not None:
+            require_fixed_shapes(role, getattr(models, role))
+    models.cuda_graphs = True
+
+
+def require_gpu(device: torch.device) -> None:
+    """Raises ValueError for a device without CUDA graphs."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"rollout.cuda_graphs is true, but the models are on the {device.type}, and CUDA graphs need a GPU. Leave it "
+            "out there: the ordinary loop is the faster one"
+        )
+
+
+def require_fixed_shapes(role: str, model: PreTrainedModel) -> None:
+    """Raises ValueError where a model's pass over one token depends on more than the memory that it reads."""
+    config = model.config.get_text_config()
+    special = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__})
+    rotary = {one.get("rope_type") for one in _rope_parameters(config)} & {"dynamic", "longrope"}
+    attention = config._attn_implementation
+    if special:
+        why = f"keeps {', '.join(special)} in its cache: a sliding window or a recurrent state"
+    elif rotary:
+        why = f"chooses its rotary frequencies by the longest sequence (rope_type {', '.join(rotary)})"
+    elif getattr(config, "alibi", False) or config.model_type == "bloom":
+        why = "computes its ALiBi from a mask that grows with the answers"
+    elif attention not in ("sdpa", "eager"):
+        why = f"has attn_implementation {attention}, which takes no mask over a cache's columns; sdpa and eager do"
+    else:
+        return
+    raise ValueError(
+        f"rollout.cuda_graphs: the {role} ({type(model).__name__}) {why}. Leave rollout.cuda_graphs out for this model"
+    )
+
+
+def _rope_parameters(config) -> list[dict]:
+    """One, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [one for one in parameters.values() if isinstance(one, dict)]
+    return nested or [parameters]

@@ -1,0 +1,47 @@
+"""What must hold between `rollout` and the method, the batches and the engine."""
+
+import pytest
+
+
+@pytest.mark.parametrize(("key", "value"), [("temperature", 0.7), ("top_k", 40), ("top_p", 0.9)])
+def test_minillm_samples_only_from_the_models_own_distributions(recipe, key, value):
+    found = recipe.problems(rollout={key: value})
+    assert set(found) == {f"rollout.{key}"}
+    assert "q/p~" in found[f"rollout.{key}"]
+    assert recipe.problems(rollout={key: value}, method={"name": "gkd"}) == {}
+
+
+def test_a_buffer_divides_into_steps(recipe):
+    train = {"max_steps": 1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+    assert "240 and 252" in recipe.problems(rollout={"buffer_size": 250}, train=train)["rollout.buffer_size"]
+    assert recipe.problems(rollout={"buffer_size": 252}, train=train) == {}
+    assert recipe.problems(rollout={"buffer_size": 5}, train=train)["rollout.buffer_size"].endswith("that do: 12")
+    assert recipe.problems(rollout={"buffer_size": 250}, train=train, method={"name": "gkd"}) == {}
+
+
+def test_a_buffer_divides_into_the_steps_of_all_ranks(recipe, monkeypatch):
+    train = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    assert recipe.problems(rollout={"buffer_size": 16}, train=train) == {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = recipe.problems(rollout={"buffer_size": 16}, train=train)["rollout.buffer_size"]
+    assert "x 2 ranks" in found and found.endswith("that do: 32")
+    assert recipe.problems(rollout={"buffer_size": 32}, train=train) == {}
+
+
+def test_graphs_on_a_device_that_may_be_a_gpu(recipe):
+    for device in ("auto", "cuda", "cuda:1"):
+        assert recipe.problems(rollout={"cuda_graphs": True}, engine={"device": device}) == {}
+    assert recipe.load().stages[0].config.rollout.cuda_graphs is False
+
+
+def test_graphs_on_a_cpu(recipe):
+    found = recipe.problems(rollout={"cuda_graphs": True}, engine={"device": "cpu"})
+    assert found == {"rollout.cuda_graphs": "needs a GPU, but engine.device is cpu"}
+    assert recipe.problems(rollout={"cuda_graphs": False}, engine={"device": "cpu"}) == {}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_graphs_under_deepspeed(recipe, stage):
+    engine = {"type": "deepspeed", "stage": stage}
+    assert "engine.type torch" in recipe.problems(rollout={"cuda_graphs": True}, engine=engine)["rollout.cuda_graphs"]
+    assert "rollout.cuda_graphs" not in recipe.problems(rollout={}, engine=engine)
