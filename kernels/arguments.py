@@ -1,6 +1,7 @@
 """The arguments that every entry point shares: checked once, with errors that name them and say what to do."""
 
 import importlib.util
+import numbers
 import os
 from typing import Any
 
@@ -88,8 +89,8 @@ def prepare(
     wide = torch.float64 in (student_hidden.dtype, None if teacher is None else teacher_hidden.dtype)
     logits = torch.float64 if wide else torch.float32
     device = student_hidden.device
-    if chunk_bytes is not None and not chunk_bytes > 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    if chunk_bytes is not None and not (_is_int(chunk_bytes) and chunk_bytes > 0):
+        raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     problem = Problem(
         spec=spec,
         shape=shape,
@@ -212,8 +213,10 @@ def _vocab_size(student: LMHead, teacher: LMHead | None, vocab_size: int | None,
                 f"ids mean the same tokens (the rest is padding), pass vocab_size={shared}"
             )
         return student.weight.shape[0]
-    if not 1 <= vocab_size <= min(sizes.values()):
-        raise ValueError(f"vocab_size={vocab_size} must be between 1 and {min(sizes.values())}, the smaller head")
+    if not _is_int(vocab_size) or not 1 <= vocab_size <= min(sizes.values()):
+        raise ValueError(
+            f"vocab_size={vocab_size!r} must be an integer between 1 and {min(sizes.values())}, the smaller head"
+        )
     return int(vocab_size)
 
 
@@ -247,8 +250,16 @@ def _check_labels(labels: Any, shape: torch.Size, device: torch.device) -> Tenso
     return labels.to(torch.int64)
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _positive(value: float, name: str) -> float:
-    if isinstance(value, Tensor) or not 0 < value < float("inf"):
+    if not _is_real(value) or not 0 < value < float("inf"):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return float(value)
 
@@ -258,7 +269,7 @@ def _softcap(head: LMHead, name: str) -> float | None:
 
 
 def _weight(value: float, name: str) -> float:
-    if isinstance(value, Tensor) or not 0 < value < 1:
+    if not _is_real(value) or not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}; the end points are the plain KLs")
     return float(value)
 

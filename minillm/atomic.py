@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there: written beside, flushed to the disk, renamed."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from minillm import distributed
 
 _PARTIAL, _STALE = ".partial", ".stale"
+ROOM = 2**20  # bytes; a disk with less is full
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,7 +35,11 @@ def write_folder(
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    fill(partial)
+    try:
+        fill(partial)
+    except Exception as error:
+        _raise_if_full(folder.parent, error)
+        raise
     distributed.barrier()
     if distributed.rank() == 0:
         sign(partial)
@@ -49,6 +55,13 @@ def _put_in_place(folder: Path, partial: Path, stale: Path) -> None:
     partial.rename(folder)
     sync(folder.parent)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+def _raise_if_full(parent: Path, error: Exception) -> None:
+    """Say so where the disk is full; what writes weights has errors of its own for that."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or shutil.disk_usage(parent).free < ROOM:
+        raise OSError(errno.ENOSPC, "no space left; what was saved before is whole", str(parent)) from error
 
 
 def clean(parent: Path) -> None:

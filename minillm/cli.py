@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a run that had to stop, 2 something to correct in what wa
 """
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +16,8 @@ from minillm.arguments import BENCHMARKS, parse, split
 from minillm.launcher import end, launched_rank, launched_size, without_local_rank
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+# A full or read-only disk, or a file that may not be written: its message says which, and is no defect.
+OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
@@ -58,6 +61,8 @@ def _status(error: Exception) -> int | None:
         return WRONG_INPUT if name == "ConfigErrors" else STOPPED
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise")
+    if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+        return STOPPED
     of_the_hub = {"transformers", "huggingface_hub", "datasets"} & set(Path(last.filename).parts)
     if isinstance(error, ValueError | FileNotFoundError) and ours or isinstance(error, OSError) and of_the_hub:
         return WRONG_INPUT
@@ -74,7 +79,7 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     folder = plan.output_dir
     first = launched_rank() == 0  # the others come to a folder that it may have begun to fill
-    if first and not arguments.resume and folder.is_dir() and any(folder.iterdir()):
+    if first and not arguments.resume and folder.is_dir() and not _nothing_trained(folder):
         raise ValueError(
             f"output_dir {folder} is not empty: add --resume to go on from its newest checkpoint, or choose another "
             "folder with output_dir=..."
@@ -85,6 +90,15 @@ def _train(arguments: argparse.Namespace) -> int:
     with Console() as console:
         run(plan, resume=arguments.resume, console=console)
     return 0
+
+
+def _nothing_trained(output_dir: Path) -> bool:
+    """Whether a folder is empty, or holds only what a run leaves that stopped before its first step or evaluation."""
+    from minillm.metrics import METRICS, SAMPLES
+
+    names = {path.name for path in output_dir.iterdir()}
+    begun = {"config.yaml", "env.json", METRICS, SAMPLES}
+    return not names or names == begun and (output_dir / METRICS).stat().st_size == 0
 
 
 def _validate(arguments: argparse.Namespace) -> int:

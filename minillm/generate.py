@@ -99,7 +99,7 @@ def converse(
         except EOFError:
             return
         if question.strip():
-            console.answers("", ask(question))
+            console.answers("" if sys.stdin.isatty() else question, ask(question))
 
 
 def prompt_keys(

@@ -4,10 +4,11 @@ import json
 import shutil
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,7 +16,7 @@ import yaml
 
 from minillm import distributed
 from minillm.atomic import clean, write_folder, write_text
-from minillm.checkpoint import newest_whole
+from minillm.checkpoint import list_checkpoints, newest_whole
 from minillm.config.loading import RunPlan, Stage
 from minillm.environment import describe_environment
 from minillm.metrics import MetricsLog, SilentLog
@@ -34,7 +35,7 @@ def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -
 
     `shared` holds what an earlier run of this process loaded, for runs of engine.type torch that have it in common.
 
-    Raises TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
+    Raises ValueError for what cannot be gone on from or into, TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
     """
     output_dir = plan.output_dir
     if all(stage.config.engine.type == "torch" for stage in plan.stages):
@@ -111,11 +112,22 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
 
 
 def _prepare(output_dir: Path, resume: bool, console) -> str | None:
-    """A folder without what a kill left; the checkpoint to go on from."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """A folder without what a kill left; the checkpoint to go on from.
+
+    Raises ValueError where the folder cannot be made, and where it has checkpoints of which none is whole.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir} cannot be made: {error}; choose another one") from None
     for folder in (output_dir, output_dir / "stages"):
         clean(folder)
     checkpoint = newest_whole(output_dir, console.note) if resume else None
+    if resume and checkpoint is None and list_checkpoints(output_dir):
+        raise ValueError(
+            f"no checkpoint in {output_dir} is whole, and a start from the beginning would overwrite its records. Start "
+            "in another output_dir, or delete the folders checkpoint-* there to begin anew in this one"
+        )
     return None if checkpoint is None else str(checkpoint)
 
 
@@ -158,15 +170,25 @@ def _measured_before(plan: RunPlan, stage: Stage) -> bool:
 def _check_same_recipe(plan: RunPlan, stage_name: str, saved: dict) -> None:
     stage = next((stage for stage in plan.stages if stage.name == stage_name), None)
     if stage is None:
-        raise TrainingError(f"the checkpoint is in stage {stage_name!r}, which this configuration does not have")
+        raise ValueError(f"the checkpoint is in stage {stage_name!r}, which this configuration does not have")
     now = stage.config.model_dump(mode="json")
-    changed = sorted(key for key in {*now, *saved} - FREE_ON_RESUME if now.get(key) != saved.get(key))
+    free = FREE_ON_RESUME
+    changed = list(_changes(*({key: value for key, value in one.items() if key not in free} for one in (saved, now))))
     if changed:
-        raise TrainingError(
-            f"the configuration differs from the checkpoint's in {', '.join(changed)}: a resumed run must take the steps "
-            "the unbroken one would have taken. Undo the change, or start a new run in another output_dir with "
+        raise ValueError(
+            f"the configuration differs from the checkpoint's in {'; '.join(changed)}. A resumed run must take the steps "
+            "the unbroken one would have taken: undo the change, or start a new run in another output_dir with "
             "student.path at the checkpoint"
         )
+
+
+def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """`train.learning_rate (0.001 then, 0.0005 now)` of every value that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            yield from _changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    elif before != now:
+        yield f"{key} ({json.dumps(before)} then, {json.dumps(now)} now)"
 
 
 def _publish(checkpoint: Path, folder: Path) -> None:

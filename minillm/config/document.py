@@ -108,7 +108,7 @@ def read_override(text: str, problems: list[Problem]) -> Node | None:
 
 
 def merge(under: Node, over: Node, shape: Shape | None) -> Node:
-    """`over` wins; groups are merged key by key, unless `over` changes which of several groups it is."""
+    """`over` wins; groups are merged key by key, unless `over` changes which of several groups it is, or is null."""
     if not isinstance(under.value, dict) or not isinstance(over.value, dict):
         return over
     if isinstance(shape, Choice) and shape.key in over.value:
@@ -118,7 +118,10 @@ def merge(under: Node, over: Node, shape: Shape | None) -> Node:
     merged = {**under.value, **over.value}
     keys = {key: node.plain() for key, node in merged.items()}
     for key in under.value.keys() & over.value.keys():
-        merged[key] = merge(under.value[key], over.value[key], child_shape(shape, keys, key))
+        if over.value[key].value is None and isinstance(under.value[key].value, dict):
+            del merged[key]  # null takes a group, or an entry of one, away
+        else:
+            merged[key] = merge(under.value[key], over.value[key], child_shape(shape, keys, key))
     return Node(merged, under.origin)
 
 

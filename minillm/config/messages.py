@@ -103,7 +103,10 @@ def _unknown(path: KeyPath, root: Group, data: Any) -> Finding:
             having.setdefault(nearest(name, group.keys()), []).append(option)
         having.pop(None, None)
         if having:
-            others = ", ".join(f"{' and '.join(options)} has {key}" for key, options in having.items())
+            others = ", ".join(
+                f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} {key}"
+                for key, options in having.items()
+            )
             return Finding(path, f"unknown key for {shape.key} {this} ({others})", "unknown")
     known = list(dict.fromkeys(all_keys(root)))
     last = {key: key.rpartition(".")[2] for key in known}

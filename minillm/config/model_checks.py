@@ -25,8 +25,10 @@ def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     """What each `init` needs, and keys that belong to another one."""
     written = facts.data.get("student", {})
     for key, init in (("layers", "prune"), ("config", "random")):
-        if getattr(student, key) is not None and "init" not in written:
-            yield Found(f"student.{key}", f"has no effect without init: {init}")
+        # one that is inherited may stand beside another init
+        together = "init" not in written or facts.together(f"student.{key}", "student.init")
+        if getattr(student, key) is not None and student.init != init and together:
+            yield Found(f"student.{key}", f"has no effect without init: {init}", ("student.init",))
     if student.init == "prune" and student.layers is None:
         yield Found(
             "student.layers", "missing: which layers init: prune keeps, as a list, or how many", ("student.init",)

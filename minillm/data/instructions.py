@@ -61,8 +61,12 @@ def load_prompts(config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: s
         if len(examples) == config.limit:
             break
     if not examples:
+        source = getattr(config, "path", config.type)
+        if not dropped:
+            raise DataError(f"{name}: no prompt in {source}")
         raise DataError(
-            f"{name}: no usable prompt ({dropped} over max_prompt_length={config.max_prompt_length} tokens); raise it"
+            f"{name}: no usable prompt in {source}: all {dropped} are over max_prompt_length="
+            f"{config.max_prompt_length} tokens; raise it"
         )
     return PromptSet(examples, dropped, getattr(config, "path", config.type))
 
@@ -99,7 +103,7 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
     """Ids of a text, never empty: a model needs a token to start from."""
-    ids = tokenizer(text, add_special_tokens=special).input_ids
+    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids  # long prompts are dropped, and counted
     if special and ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text
         ids = ids[:-1]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -156,6 +160,8 @@ def _parse_messages(where: str, messages: Any) -> tuple[list[Message], str, tupl
     )
     if not right:
         raise DataError(f"{where}: messages: expected a list of {{role, content}}, found {json.dumps(messages)[:80]}")
+    for message in messages:
+        _text(where, "messages", message["content"])
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:
             raise DataError(f"{where}: messages: an answer without a question before it")
@@ -166,4 +172,8 @@ def _parse_messages(where: str, messages: Any) -> tuple[list[Message], str, tupl
 def _text(where: str, key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {key}: expected text, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {key}: half a character ({error.object[error.start]!r}), which is no text") from None
     return value

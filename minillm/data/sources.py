@@ -44,15 +44,22 @@ def read_jsonl(pattern: str) -> Iterator[Record]:
 def read_parquet(pattern: str) -> Iterator[Record]:
     """Rows of Parquet files."""
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
 
     for path in find_files(pattern):
-        for number, record in enumerate(Dataset.from_parquet(str(path))):
+        try:
+            dataset = Dataset.from_parquet(str(path))
+        except (ArrowException, DatasetGenerationError) as error:
+            raise DataError(f"{path}: not a Parquet file ({_first_line(error)})") from None
+        for number, record in enumerate(dataset):
             yield f"{path}, row {number}", record
 
 
 def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False) -> Iterator[Record]:
     """Rows of a dataset folder written by save_to_disk, or of a hub dataset; `streaming` fetches what is read alone."""
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     folder = Path(os.path.expandvars(path)).expanduser()
     if folder.is_dir() and any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json")):
@@ -62,7 +69,13 @@ def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False)
                 raise DataError(f"{path}: no split {split!r}; it has {', '.join(dataset)}")
             dataset = dataset[split]
     else:
-        dataset = load_dataset(path, name, split=split, streaming=streaming)
+        try:
+            dataset = load_dataset(path, name, split=split, streaming=streaming)
+        except DatasetGenerationError as error:
+            reason = _first_line(error.__cause__ or error)
+            raise DataError(
+                f"{path}: datasets cannot read it ({reason}); files of JSON lines or Parquet are type: jsonl or parquet"
+            ) from None
     for number, record in enumerate(dataset):
         yield f"{path} ({split}), row {number}", record
 
@@ -85,6 +98,10 @@ def texts_of(records: Iterator[Record]) -> Iterator[tuple[str, str]]:
         if not isinstance(record.get("text"), str):
             raise DataError(f"{where}: expected a field `text`; found {', '.join(record) or 'no fields'}")
         yield where, record["text"]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

@@ -1,6 +1,10 @@
 """Where a model's path leads: a folder, a hub name, a .gguf file, a file of an installed package, an earlier stage."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from minillm.config.paths import PACKAGE, STAGE, expand, package_file
 
@@ -21,6 +25,20 @@ def resolve_path(text: str, output_dir: Path) -> Path | str:
         return package_file(text)
     path = Path(expand(text))
     return path if path.exists() else text
+
+
+@contextmanager
+def reading(text: str | None) -> Iterator[None]:
+    """Errors of what from_pretrained reads inside name the path as it was written. Raises ValueError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{text}: a .safetensors file in it cannot be read ({error}); it is cut off or damaged") from None
+    except OSError as error:
+        if text is None or Path(expand(text)).exists() or text.startswith((STAGE, PACKAGE)):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{text}: no folder here (from {Path.cwd()}), and as a hub name: {reason}") from error
 
 
 def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> tuple[Path | str, dict[str, str]]:

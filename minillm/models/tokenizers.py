@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minillm.config.models import ModelConfig
-from minillm.models.paths import hub_arguments
+from minillm.models.paths import hub_arguments, reading
 
 EOS = "<|end|>"
 BYTE_TEMPLATE = (
@@ -40,7 +40,8 @@ def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizer
         where, options = hub_arguments(config.tokenizer, output_dir)
     else:
         where, options = hub_arguments(config.path, output_dir, config.revision)
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
+    with reading(config.tokenizer or config.path):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -56,7 +56,10 @@ def seed_rows(runs: Sequence[RunFiles]) -> list[Row]:
     Empty where the runs are of different configurations, or have not all been evaluated.
     """
     first = runs[0].stages
-    if len(runs) < 2 or any(list(run.stages) != list(first) for run in runs):
+    seeds = [tuple(stage.settings.get("seed") for stage in run.stages.values()) for run in runs]
+    if len(runs) < 2 or len(set(seeds)) < len(seeds):
+        return []
+    if any(list(run.stages) != list(first) for run in runs):
         return []
     if any(_seedless(run.stages[name]) != _seedless(stage) for run in runs for name, stage in first.items()):
         return []
