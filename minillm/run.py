@@ -14,11 +14,13 @@ import yaml
 
 from minillm import distributed
 from minillm.atomic import clean, write_folder, write_text
+from minillm.bases import BASES
 from minillm.checkpoint import newest_whole
 from minillm.config.loading import RunPlan, Stage
 from minillm.environment import describe_environment
 from minillm.metrics import MetricsLog, SilentLog
 from minillm.model_card import write_model_card
+from minillm.planning.adapters import check_targets
 from minillm.report import write_report
 from minillm.shared import Shared
 from minillm.trainer import Progress, TrainingError
@@ -59,6 +61,7 @@ def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -
 
 def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path:
     output_dir = plan.output_dir
+    check_targets(plan)
     checkpoint = distributed.on_rank_0(lambda: _prepare(output_dir, resume, console))
     checkpoint = None if checkpoint is None else Path(checkpoint)
     progress = None
@@ -113,7 +116,7 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
 def _prepare(output_dir: Path, resume: bool, console) -> str | None:
     """A folder without what a kill left; the checkpoint to go on from."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    for folder in (output_dir, output_dir / "stages"):
+    for folder in (output_dir, output_dir / "stages", output_dir / BASES):
         clean(folder)
     checkpoint = newest_whole(output_dir, console.note) if resume else None
     return None if checkpoint is None else str(checkpoint)
