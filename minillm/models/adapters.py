@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from minillm.config.lora import LoraConfig
@@ -43,12 +44,17 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int, base:
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
+    # peft's own values have the dtype of the weights below; and what it does with them no fake tensor of a plan can
+    with unset_fake_temporarily():
+        peft.inject_adapter_in_model(settings, model, adapter_name=_NAME, low_cpu_mem_usage=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed}/adapters".encode()))  # not the stream that fresh weights came from
-        peft.inject_adapter_in_model(settings, model, adapter_name=_NAME)
-    for name, parameter in model.named_parameters():
-        if _is_adapter(name):
-            parameter.data = parameter.data.float()
+        for layer in _adapted(model).values():
+            for part in (layer.lora_A, layer.lora_B):
+                part[_NAME].weight = nn.Parameter(torch.empty(part[_NAME].weight.shape))
+            layer.reset_lora_parameters(_NAME, init_lora_weights=True)
+            for part in (layer.lora_A, layer.lora_B):
+                part[_NAME].weight.data = part[_NAME].weight.data.to(layer.base_layer.weight.device)
     return model
 
 

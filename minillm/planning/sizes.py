@@ -15,7 +15,8 @@ from minillm.models.pruning import layers_of
 class ModelSize:
     """Counts of one model."""
 
-    parameters: int
+    parameters: int  # adapters too
+    trained: int  # those that receive a gradient
     itemsize: int  # bytes of a stored weight
     head: int  # weights of the LM head
     embeddings: int  # weights that no matrix product reads: token and position tables apart from a tied head
@@ -53,6 +54,7 @@ def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
     tables.pop(id(head), None)
     return ModelSize(
         parameters=weight_count(model),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         itemsize=head.dtype.itemsize,
         head=head.numel(),
         embeddings=sum(tables.values()),
