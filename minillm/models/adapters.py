@@ -21,11 +21,13 @@ FOLDER = "adapter"  # inside the folder of the merged model
 _NAME, _FILE, _PREFIX = "default", "adapter_model.safetensors", "base_model.model."
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int, base: str | None = None) -> PreTrainedModel:
+def add_adapters(
+    model: PreTrainedModel, config: LoraConfig, *, seed: int, base: str | None = None, revision: str | None = None
+) -> PreTrainedModel:
     """Freeze the model and give it adapters to train, in place: at first they change nothing.
 
-    What A begins as depends on `seed` alone. Adapters are float32 over weights of any dtype. `base` is what the
-    adapter's own configuration calls the model that it belongs to.
+    What A begins as depends on `seed` alone. Adapters are float32 over weights of any dtype. `base` and
+    `revision` are where the adapter's own configuration says that others find these weights.
 
     Raises ValueError as target_names does.
     """
@@ -43,6 +45,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int, base:
         fan_in_fan_out=not any(isinstance(modules[name], nn.Linear) for name in names),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
+        revision=revision,
     )
     # peft's own values have the dtype of the weights below; and what it does with them no fake tensor of a plan can
     with unset_fake_temporarily():

@@ -53,13 +53,10 @@ def load_student(
     model = without_dropout(model).to(device).requires_grad_(True)
     if config.lora is None:
         return model
-    return add_adapters(model, config.lora, seed=seed, base=_published(config))
-
-
-def _published(config: StudentConfig) -> str | None:
-    """The name by which others have the weights that the student starts from, None where they have not."""
     path = "" if config.path is None else expand(config.path)
-    return path if config.init == "pretrained" and is_hub_name(path) else None
+    published = config.init == "pretrained" and is_hub_name(path)
+    where = {"base": path, "revision": config.revision} if published else {}
+    return add_adapters(model, config.lora, seed=seed, **where)
 
 
 def is_hollow(model: PreTrainedModel) -> bool:
