@@ -1,6 +1,6 @@
 """`student.lora`: training through low-rank adapters, under the names of peft's LoraConfig."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -27,10 +27,10 @@ class LoraConfig(Strict):
 
     r: Annotated[int, Field(ge=1)] = Field(description="The rank of the adapters")
     alpha: Annotated[int, Field(ge=1)] = Field(description="The adapters' product is scaled by alpha / r")
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+    target_modules: Annotated[str, Field(pattern="^all-linear$")] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
-        description="Which linear layers have one: all-linear, all of them but the LM head; or names, each the end of a "
-        "module's path (q_proj, self_attn.q_proj)",
+        description="Which linear layers have one: all-linear, all of them but the LM head; or a list of names, each the "
+        "end of a module's path (q_proj, self_attn.q_proj)",
     )
 
 
