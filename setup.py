@@ -46,8 +46,16 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "gguf": ["gguf>=0.10", "accelerate>=1.1"],
+        "lora": ["peft>=0.21,<0.22"],
         "flash": ["flash-attn>=2.7"],
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.9", "deepspeed>=0.19,<0.20"],
+        "test": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.115",
+            "ruff>=0.9",
+            "deepspeed>=0.19,<0.20",
+            "peft>=0.21,<0.22",
+        ],
     },
     entry_points={"console_scripts": ["minillm=minillm.cli:program"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],

@@ -26,16 +26,18 @@ def write_checkpoint(output_dir: Path, step: int, fill: Callable[[Path], None], 
     """
     folder = output_dir / f"checkpoint-{step}"
 
-    def sign(partial: Path) -> None:
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(partial)): _fingerprint(path) for path in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
     write_folder(folder, fill, sign=sign)
     if distributed.rank() == 0:
         for _, old in list_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     return folder
+
+
+def sign(folder: Path) -> None:
+    """Write the manifest of what is in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(folder)): _fingerprint(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -55,7 +57,7 @@ def newest_whole(output_dir: Path, note: Callable[[str], None]) -> Path | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+    """What is wrong with a signed folder, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from minillm.atomic import write_text
+from minillm.config.lora import words as lora_words
 from minillm.config.paths import expand, is_hub_name
 from minillm.data.templates import alpaca
 from minillm.reporting.markdown import duration
@@ -48,6 +49,7 @@ def write_model_card(output_dir: Path, folder: Path) -> Path:
         f"# {run.name}",
         f"A language model trained with [minillm](https://arxiv.org/abs/2306.08543): {_origin(stages[0])}.",
         "## How it was made\n\n" + "\n".join(f"{place}. {_step(stage)}" for place, stage in enumerate(stages, 1)),
+        _adapter(last),
         evaluation_section(replace(run, stages={stage.name: stage for stage in stages})),
         "## Quick start\n\n```python\n" + _quick_start(run, last) + "\n```",
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
@@ -72,7 +74,13 @@ def _front_matter(stages: list[StageFiles]) -> dict:
     ]
     if datasets:
         card["datasets"] = list(dict.fromkeys(datasets))
-    card["tags"] = ["knowledge-distillation", "minillm", *(name for name in names if name and name != "minillm")]
+    adapted = ["lora"] if any(stage.lora for stage in stages) else []
+    card["tags"] = [
+        "knowledge-distillation",
+        "minillm",
+        *(name for name in names if name and name != "minillm"),
+        *adapted,
+    ]
     return card
 
 
@@ -101,12 +109,30 @@ def _step(stage: StageFiles) -> str:
     settings = stage.settings
     method = settings.get("method", {}).get("name", "")
     words = f"**{stage.name}**: {METHODS.get(method, method)}"
+    if stage.lora:
+        words += f", through {lora_words(**stage.lora)}, merged into the weights"
     if settings.get("teacher") and method != "sft":
         words += f", with {_named(settings['teacher'].get('path'))} as the teacher"
     prompts = settings.get("data", {}).get("prompts") or {}
     if prompts:
         words += f", on prompts of {_named(prompts.get('path')) if prompts.get('path') else prompts['type']}"
     return f"{words}. {stage.steps:,} steps, {stage.tokens:,} student tokens, {duration(stage.seconds)} of training."
+
+
+def _adapter(last: StageFiles) -> str:
+    """What lies in adapter/ where the last stage trained one."""
+    if not last.lora:
+        return ""
+    student = last.settings["student"]
+    path = student.get("path") or ""
+    if student.get("init", "pretrained") == "pretrained" and is_hub_name(expand(path)):
+        base = f"`{path}`"
+    else:
+        base = f"the model that stage {last.name} started from (`bases/{last.name}` in the run's folder)"
+    return (
+        "## The adapter\n\nThe weights here are whole: no adapter is needed to use them. `adapter/` holds the last stage's "
+        f"LoRA adapter by itself, in peft's format, for {base}."
+    )
 
 
 def _quick_start(run: RunFiles, stage: StageFiles) -> str:

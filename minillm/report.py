@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillm.atomic import write_text
+from minillm.config.lora import words as lora_words
 from minillm.metrics import read_numbers
 from minillm.reporting.curves import draw_comparison, draw_run
 from minillm.reporting.findings import collapses, verdicts
@@ -163,7 +164,8 @@ def _stages(run: RunFiles) -> str:
         rows.append(
             [
                 stage.name,
-                stage.settings.get("method", {}).get("name", MISSING),
+                stage.settings.get("method", {}).get("name", MISSING)
+                + (f", {lora_words(**stage.lora)}" if stage.lora else ""),
                 cell(stage.settings.get("student", {}).get("path") or MISSING, limit=80),
                 _steps(stage) if stage.started else "not started",
                 duration(stage.seconds) if stage.steps else MISSING,

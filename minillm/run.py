@@ -16,11 +16,13 @@ import yaml
 
 from minillm import distributed
 from minillm.atomic import clean, write_folder, write_text
+from minillm.bases import BASES
 from minillm.checkpoint import list_checkpoints, newest_whole
 from minillm.config.loading import RunPlan, Stage
 from minillm.environment import describe_environment
 from minillm.metrics import MetricsLog, SilentLog
 from minillm.model_card import write_model_card
+from minillm.planning.adapters import check_targets
 from minillm.report import write_report
 from minillm.shared import Shared
 from minillm.trainer import Progress, TrainingError
@@ -59,6 +61,7 @@ def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -
 
 def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path:
     output_dir = plan.output_dir
+    check_targets(plan)
     checkpoint = distributed.on_rank_0(lambda: _prepare(output_dir, resume, console))
     checkpoint = None if checkpoint is None else Path(checkpoint)
     progress = None
@@ -120,7 +123,7 @@ def _prepare(output_dir: Path, resume: bool, console) -> str | None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {output_dir} cannot be made: {error}; choose another one") from None
-    for folder in (output_dir, output_dir / "stages"):
+    for folder in (output_dir, output_dir / "stages", output_dir / BASES):
         clean(folder)
     checkpoint = newest_whole(output_dir, console.note) if resume else None
     if resume and checkpoint is None and list_checkpoints(output_dir):

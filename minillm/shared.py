@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from minillm import distributed
+from minillm.bases import base_of, write_base_of
 from minillm.config.loading import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
@@ -16,6 +17,7 @@ from minillm.engine.device import cuts_weights, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog
+from minillm.models.adapters import FOLDER, load_adapter
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight
 from minillm.models.sharded import is_sharded, readable, release
@@ -54,16 +56,20 @@ class Shared:
         hollow = cuts_weights(config.engine) and distributed.rank() > 0
         teacher, teacher_tokenizer = distributed.together(lambda: self.teacher(config.teacher, first, hollow=hollow))
         tokenizer = load_tokenizer(config.student, self.output_dir)
-        if checkpoint is None:
-            student_config, source = config.student, None
-            whole = teacher is not None and not is_sharded(teacher) and not hollow
-            if whole and _same_weights(config.student, config.teacher):
-                source = teacher
-        else:  # the architecture and the weights are the checkpoint's
-            student_config = config.student.model_copy(update={"path": str(checkpoint), "init": "pretrained"})
-            source = None
-        options = {"output_dir": self.output_dir, "device": first, "seed": config.seed}
-        student = distributed.together(lambda: load_student(student_config, source=source, hollow=hollow, **options))
+        adapted = config.student.lora is not None
+        source = saved = None
+        if checkpoint is not None:  # the architecture and the weights are the checkpoint's, or lie below its adapters
+            saved = (
+                Path(distributed.on_rank_0(lambda: str(base_of(stage.name, self.output_dir))))
+                if adapted
+                else checkpoint
+            )
+        elif teacher is not None and not is_sharded(teacher) and not hollow:
+            source = teacher if _same_weights(config.student, config.teacher) else None
+        options = {"output_dir": self.output_dir, "device": first, "seed": config.seed, "hollow": hollow}
+        student = distributed.together(lambda: load_student(config.student, source=source, saved=saved, **options))
+        if adapted and checkpoint is not None:
+            distributed.together(lambda: load_adapter(student, checkpoint / FOLDER))
         by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
         with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
             models, rows = distributed.together(
@@ -71,6 +77,8 @@ class Shared:
             )
         if config.rollout.cuda_graphs:
             use_cuda_graphs(models)
+        if adapted and checkpoint is None:
+            write_base_of(stage.name, student, tokenizer, self.output_dir)
         prompts = load_prompts(config.data.prompts, tokenizer)
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         corpus = None

@@ -118,3 +118,20 @@ def test_a_random_student_has_no_base_model(tmp_path):
 def test_without_a_run_there_is_no_card(tmp_path):
     with pytest.raises(ValueError, match="not a run's folder"):
         write_model_card(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("student", "base"),
+    [({}, f"for `{STUDENT}`"), ({"init": "prune", "layers": 2}, "`bases/main` in the run's folder")],
+)
+def test_a_lora_run_says_so_and_where_the_adapter_belongs(tmp_path, student, base):
+    lora = {"r": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+    text = card(tmp_path, {**DOCUMENT, "student": {"path": STUDENT, "lora": lora, **student}, "stages": {}})
+    assert "lora" in front_matter(text)["tags"]
+    assert "through LoRA (r 8, alpha 32, q_proj, v_proj), merged into the weights" in text
+    assert "`adapter/` holds the last stage's LoRA adapter" in text and base in text
+
+
+def test_a_run_of_all_weights_has_no_word_of_adapters(tmp_path):
+    text = card(tmp_path / "run")
+    assert "LoRA" not in text and "adapter" not in text and "lora" not in front_matter(text)["tags"]

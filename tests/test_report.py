@@ -198,6 +198,15 @@ def test_stages_with_their_speed_memory_and_best_evaluation(tmp_path):
     assert stage["tokens a second"] == "200"
     assert (stage["peak memory (GiB)"], stage["planned (GiB)"]) == ("1.50", "1.75")
     assert stage["best evaluation"] == "Reverse KL 1.00 at step 2"
+    assert stage["method"] == DOCUMENT["method"]["name"]
+
+
+def test_a_stage_trained_through_lora_says_so(tmp_path):
+    run = Run(tmp_path / "run", {**DOCUMENT, "student": {**DOCUMENT["student"], "lora": {"r": 8, "alpha": 32}}})
+    run.train("main", 1)
+    report = run.report()
+    assert rows(report, "## Stages")["main"]["method"].endswith(", LoRA (r 8, alpha 32, all linear layers)")
+    assert rows(report, "## Configuration")["`student.lora.r`"]["main"] == "8"
 
 
 def test_several_sets_have_a_table_each(tmp_path):

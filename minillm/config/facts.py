@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from minillm.config.document import Node
 from minillm.config.messages import Finding
 from minillm.config.paths import STAGE
 from minillm.config.shape import KeyPath
@@ -25,6 +26,18 @@ class Facts:
     findings: list[Finding]  # of the schema
     earlier: Mapping[str, "Facts"]  # the stages before this one
     all_stages: tuple[str, ...]
+    tree: Node | None = None  # the same keys with where each was written
+
+    def together(self, first: str, second: str) -> bool:
+        """Whether two keys that were written stand side by side, for this stage alone."""
+        if self.tree is None:
+            return False
+        found = [self.tree.closest(tuple(key.split("."))) for key in (first, second)]
+        if any(depth != key.count(".") + 1 for (_, depth), key in zip(found, (first, second), strict=True)):
+            return False
+        places = {(node.origin.file, node.origin.path[:-1]) for node, _ in found}
+        of_all = len(self.all_stages) > 1 and any(path[:1] != ("stages",) for _, path in places)
+        return len(places) == 1 and not of_all
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _stage_problems(drafts: dict[str, _Draft], *, whole: bool) -> list[Problem]:
     facts: dict[str, Facts] = {}
     for name, draft in drafts.items():
         groups = usable_groups(draft.data, draft.findings)
-        facts[name] = Facts(name, draft.data, groups, draft.findings, earlier=dict(facts), all_stages=tuple(drafts))
+        facts[name] = Facts(name, draft.data, groups, draft.findings, dict(facts), tuple(drafts), draft.tree)
         # where a file could not be read, what seems to be missing may stand in it
         findings = [*draft.findings, *check_stage(facts[name])] if whole else draft.findings
         for finding in findings:

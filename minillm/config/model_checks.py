@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from minillm.config.facts import Facts, Found, architecture_of
+from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES
 from minillm.config.models import StudentConfig
 from minillm.config.training import Engine
 
@@ -65,6 +66,20 @@ def pruned_layers(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     if beyond:
         message = f"{student.path} has the layers 0 to {there - 1}, no {', '.join(beyond)}"
         yield Found("student.layers", message, ("student.path",))
+
+
+def adapters(facts: Facts, student: StudentConfig) -> Iterator[Found]:
+    """What trains them is installed, and they are not asked for where no loss would see them."""
+    if student.lora is None:
+        return
+    if not _has("peft"):
+        yield Found("student.lora", "needs peft, which is not installed: pip install 'minillm[lora]'")
+    names = student.lora.target_modules
+    for place, name in enumerate([] if isinstance(names, str) else names):
+        last = name.rpartition(".")[2]
+        refused = HEAD_REFUSED if last in HEADS else TABLE_REFUSED if last in TABLES else None
+        if refused is not None:
+            yield Found(("student", "lora", "target_modules", place), refused.format(name))
 
 
 def installed(facts: Facts) -> Iterator[Found]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from minillm.config.base import ModelPath, Strict, TokenizerPath
+from minillm.config.lora import LoraConfig
 
 AttnImplementation = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
@@ -50,4 +51,7 @@ class StudentConfig(ModelConfig):
         None,
         description="random: the architecture, as keys of the transformers configuration (model_type, hidden_size, "
         "...); with a `path` they override that model's",
+    )
+    lora: LoraConfig | None = Field(
+        None, description="Train low-rank adapters alone; what the run saves is merged, a plain whole model"
     )

@@ -38,8 +38,8 @@ class DeepSpeedEngine:
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.models = models
         models.by_layers = config.stage == 3 and config.gather == "layers"
-        parameters = sum(parameter.numel() for parameter in models.student.parameters())
-        settings = engine_settings(train, config, world_size=self.world_size, parameters=parameters)
+        trained = sum(parameter.numel() for parameter in models.student.parameters() if parameter.requires_grad)
+        settings = engine_settings(train, config, world_size=self.world_size, trained=trained)
         if config.stage == 3 and models.teacher is not None and not is_sharded(models.teacher):
             frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}
             zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
@@ -133,10 +133,10 @@ def _shard(model: PreTrainedModel, dtype: torch.dtype, settings: dict[str, Any],
     model.hollow = False
 
 
-def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int, parameters: int) -> dict[str, Any]:
+def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int, trained: int) -> dict[str, Any]:
     """DeepSpeed's own configuration: the user's file, with what minillm decides put over it.
 
-    `parameters` is how many the student has.
+    `trained` is how many weights of the student receive a gradient.
     """
     given = {} if config.config is None else json.loads(Path(config.config).read_text(encoding="utf-8"))
     zero: dict[str, Any] = {**given.get("zero_optimization", {}), "stage": config.stage}
@@ -146,7 +146,7 @@ def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: 
         zero["offload_param"] = {"device": "cpu"}
     # DeepSpeed allocates the whole bucket, 2 GB of float32 as it comes, however small the model
     bucket = zero.get("reduce_bucket_size", "auto")
-    zero["reduce_bucket_size"] = min(parameters, 500_000_000 if bucket == "auto" else int(bucket))
+    zero["reduce_bucket_size"] = min(trained, 500_000_000 if bucket == "auto" else int(bucket))
     settings = {
         **given,
         "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,

@@ -32,7 +32,8 @@ def make_optimizer(
 def _decay_groups(student: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; biases and norms (vectors) do not."""
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    return [
+    groups = [
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # adapters are matrices alone

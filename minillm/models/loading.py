@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
-from minillm.models.paths import hub_arguments
+from minillm.config.paths import expand, is_hub_name
+from minillm.models.adapters import add_adapters
+from minillm.models.paths import hub_arguments, reading
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.tokenizers import load_tokenizer
 
@@ -28,23 +30,33 @@ def load_student(
     device: torch.device,
     seed: int,
     source: PreTrainedModel | None = None,
+    saved: Path | None = None,
     hollow: bool = False,
 ) -> PreTrainedModel:
     """The model to train, without dropout: sampling and training must see the same distribution.
 
-    `source` is an already loaded model of the same path; it is copied instead of being read again. `hollow`: see
-    is_hollow.
+    With `config.lora` its weights are frozen, and it has new adapters that train in their place.
+
+    `source` is an already loaded model of the same path; it is copied instead of being read again. `saved` is a folder
+    with the very weights, whatever `path` and `init` made them from. `hollow`: see is_hollow.
     """
-    if config.init == "random":
-        model = _fresh(config, output_dir, seed, hollow)
+    start = config if saved is None else config.model_copy(update={"path": str(saved), "init": "pretrained"})
+    if start.init == "random":
+        model = _fresh(start, output_dir, seed, hollow)
     elif source is not None:
         model = copy.deepcopy(source).to(getattr(torch, config.dtype))
         model.set_attn_implementation(config.attn_implementation)
     else:
-        model = _load(config, output_dir, hollow)
-    if config.init == "prune":
+        model = _load(start, output_dir, hollow)
+    if start.init == "prune":
         model = prune_layers(model, config.layers)
-    return without_dropout(model).to(device).requires_grad_(True)
+    model = without_dropout(model).to(device).requires_grad_(True)
+    if config.lora is None:
+        return model
+    path = "" if config.path is None else expand(config.path)
+    published = config.init == "pretrained" and is_hub_name(path)
+    where = {"base": path, "revision": config.revision} if published else {}
+    return add_adapters(model, config.lora, seed=seed, **where)
 
 
 def is_hollow(model: PreTrainedModel) -> bool:
@@ -68,6 +80,11 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _load(config: ModelConfig, output_dir: Path, hollow: bool) -> PreTrainedModel:
+    with reading(config.path):
+        return _read(config, output_dir, hollow)
+
+
+def _read(config: ModelConfig, output_dir: Path, hollow: bool) -> PreTrainedModel:
     where, place = hub_arguments(config.path, output_dir, config.revision)
     options = {
         "dtype": getattr(torch, config.dtype),

@@ -33,7 +33,9 @@ def reading(text: str | None) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{text}: a .safetensors file in it cannot be read ({error}); it is cut off or damaged") from None
+        raise ValueError(
+            f"{text}: a .safetensors file in it cannot be read ({error}); it is cut off or damaged"
+        ) from None
     except OSError as error:
         if text is None or Path(expand(text)).exists() or text.startswith((STAGE, PACKAGE)):
             raise

@@ -108,6 +108,13 @@ def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
     )
 
 
+def _counts(model: PreTrainedModel) -> str:
+    """The number of weights, and how many of them are trained where that is neither all nor none."""
+    sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, graded in sizes if graded)
+    return f"{trained:,} trained of {total:,}" if 0 < trained < total else f"{total:,}"
+
+
 def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -> list[Row]:
     student, teacher = models.student, models.teacher
 
@@ -125,7 +132,7 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
         config = model.config
         return [
             type(model).__name__,
-            f"{sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()):,}",
+            _counts(model),
             f"{str(model.dtype).removeprefix('torch.')}, {config._attn_implementation}",
             f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",

@@ -1,20 +1,44 @@
-"""Hugging Face folders: safetensors, tokenizer, generation configuration, chat template."""
+"""Hugging Face folders: safetensors, tokenizer, generation configuration, chat template.
+
+Always plain whole models: adapters are merged into a copy of the weights, and lie beside in a folder of their own.
+"""
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm import distributed
 from minillm.atomic import write_folder
+from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_adapter
 from minillm.models.preflight import end_ids
 from minillm.models.sharded import is_sharded, whole_state
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the files of a Hugging Face folder into `folder`. All ranks call it, and rank 0 writes."""
+    """Write the files of a Hugging Face folder into `folder`, and adapters into its adapter/.
+
+    All ranks call it, and rank 0 writes.
+    """
     state = whole_state(model) if is_sharded(model) else None
     if distributed.rank():
         return
+    if has_adapters(model):
+        state = model.state_dict() if state is None else state
+        write_adapter(model, state, folder / FOLDER)
+        state = plain_state(model, state, merged=True)
+    _write(model, tokenizer, folder, state)
+
+
+def write_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The same of the frozen weights below the adapters of a model that is not sharded."""
+    if distributed.rank() == 0:
+        _write(model, tokenizer, folder, plain_state(model, model.state_dict(), merged=False))
+
+
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, Tensor] | None
+) -> None:
     ends = list(end_ids(model, tokenizer))
     ids = {
         "eos_token_id": ends if len(ends) > 1 else ends[0],

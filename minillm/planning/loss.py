@@ -58,11 +58,14 @@ class LossShape:
 
 
 class LossTwin(torch.autograd.Function):
-    """student hidden states (N, H) and head weight (V, H) -> a scalar, with the memory of linear_objective."""
+    """student hidden states (N, H) and head weight (V, H) -> a scalar, with the memory of linear_objective: a head that
+    is frozen has no gradient."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, compute: torch.dtype, shape: LossShape, ledger: Ledger) -> Tensor:
-        hidden_sum, weight_sum = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=LOGITS)
+        trained = weight.requires_grad
+        hidden_sum = torch.zeros_like(hidden)
+        weight_sum = torch.zeros_like(weight, dtype=LOGITS) if trained else None
         casts = []
         if shape.device.type == "cuda" and weight.dtype != compute:  # one kept by HeadGradients, one in each GEMM
             casts = [torch.empty_like(weight, dtype=compute) for _ in range(2)]
@@ -76,7 +79,10 @@ class LossTwin(torch.autograd.Function):
     def backward(ctx, _):
         hidden, weight, hidden_sum, weight_sum = ctx.saved_tensors
         with ctx.ledger.part("loss buffers"):
-            scaled = [torch.empty_like(s, dtype=of.dtype) for s, of in ((hidden_sum, hidden), (weight_sum, weight))]
+            scaled = [
+                None if total is None else torch.empty_like(total, dtype=of.dtype)
+                for total, of in ((hidden_sum, hidden), (weight_sum, weight))
+            ]
         return (*scaled, None, None, None)
 
 

@@ -74,11 +74,11 @@ class Sharding:
         live = self._size("stage3_max_live_parameters") + self._size("stage3_prefetch_bucket_size")
         return min(size.parameters, max(size.largest_layer, size.head, int(live))) * size.itemsize
 
-    def buckets(self, parameters: int, itemsize: int) -> int:
+    def buckets(self, trained: int, itemsize: int) -> int:
         """Bytes of the buffers in which gradients travel. Stage 3 sorts a full one by ranks, in a second one."""
         if not self.stage:
             return 0
-        return int(min(parameters, self._size("reduce_bucket_size"))) * itemsize * (2 if self.stage == 3 else 1)
+        return int(min(trained, self._size("reduce_bucket_size"))) * itemsize * (2 if self.stage == 3 else 1)
 
     def _size(self, name: str) -> float:
         value = self.zero.get(name, DEFAULTS[name])

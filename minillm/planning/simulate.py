@@ -14,9 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from minillm.config.lora import LoraConfig
 from minillm.config.root import StageConfig
 from minillm.data.batch import TokenBatch
 from minillm.models.access import forward_decoder, lm_head, row_hidden
+from minillm.models.adapters import add_adapters
 from minillm.models.loading import without_dropout
 from minillm.models.pruning import layers_of
 from minillm.planning.ledger import Ledger, Timeline
@@ -51,10 +53,10 @@ class Setting:
     student_attention: str
     teacher_attention: str
     autocast: bool  # bf16, over weights of another dtype
-    states_dtype: str  # of the optimiser's moments
-    master_weights: bool  # the optimiser has an fp32 copy of the weights
+    master_weights: bool  # the optimiser has an fp32 copy of the weights, and fp32 moments
     gradients_stay: bool  # from one step to the next
     checkpointing: bool
+    lora: LoraConfig | None
 
     @classmethod
     def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
@@ -68,10 +70,10 @@ class Setting:
             student_attention=config.student.attn_implementation,
             teacher_attention=teacher.attn_implementation,
             autocast=config.train.bf16 and not mixed,
-            states_dtype="float32" if deepspeed else config.student.dtype,
             master_weights=deepspeed,
             gradients_stay=deepspeed,
             checkpointing=checkpointing,
+            lora=config.student.lora,
         )
 
 
@@ -89,7 +91,7 @@ def simulate(
 ) -> Simulation:
     """Run the phases on fake tensors; what was run before in this process is remembered."""
     texts = [None if one is None else one.to_json_string() for one in (student, teacher)]
-    key = (setting, work, *texts, device.type, phases)
+    key = (repr(setting), work, *texts, device.type, phases)
     if key not in _DONE:
         with FakeTensorMode(), Ledger() as ledger:
             _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger).run(phases)
@@ -102,6 +104,11 @@ class _Simulator:
         with ledger.part("student weights"):
             model = build(student, setting.student_dtype, setting.student_attention)
             self.student = without_dropout(model).train()
+            if setting.lora is not None:
+                add_adapters(self.student, setting.lora, seed=0)
+            if setting.master_weights:  # DeepSpeed casts adapters like every other weight
+                for parameter in self.student.parameters():
+                    parameter.data = parameter.data.to(getattr(torch, setting.student_dtype))
         self.models = {"student": self.student}
         if teacher is not None:
             with ledger.part("teacher weights"):
@@ -118,7 +125,7 @@ class _Simulator:
     def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
         self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        dtype = getattr(torch, self.setting.states_dtype)
+        dtype = torch.float32 if self.setting.master_weights else None  # None: each weight's own
         with ledger.part("optimizer states"):
             states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
         with ledger.part("fp32 master weights"):

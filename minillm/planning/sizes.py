@@ -15,7 +15,7 @@ from minillm.models.pruning import layers_of
 class ModelSize:
     """Counts of one model."""
 
-    parameters: int
+    parameters: int  # adapters too
     itemsize: int  # bytes of a stored weight
     head: int  # weights of the LM head
     embeddings: int  # weights that no matrix product reads: token and position tables apart from a tied head
@@ -23,6 +23,7 @@ class ModelSize:
     largest_layer: int  # weights of the layer that has most
     hidden_size: int
     kv_bytes_per_token: int  # of one sequence, all layers
+    trained: int  # weights that receive a gradient
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
@@ -60,4 +61,5 @@ def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
         largest_layer=max(counts),
         hidden_size=head.shape[1],
         kv_bytes_per_token=kv_bytes,
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     )

@@ -1,7 +1,8 @@
 """FLOPs of a step, and an estimate of its time on a GPU.
 
-A matrix of P weights costs 2 P FLOPs a token forward and 4 P backward; attention 4 L H a token and layer; the fused
-loss three GEMMs with the student's head and one with the teacher's, on the tokens that count. Decoding is bound by
+A matrix of P weights costs 2 P FLOPs a token forward and 4 P backward, 2 P where it is frozen below adapters; attention
+4 L H a token and layer; the fused loss three GEMMs with the student's head, two where it is frozen, and one with the
+teacher's, on the tokens that count. Decoding is bound by
 whichever is slower, its FLOPs or reading weights and caches once a token.
 """
 
@@ -76,18 +77,21 @@ def forward_flops(size: ModelSize, tokens: float, context: float) -> float:
 
 
 def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> float:
-    passes = 4 if checkpointing else 3  # forward, backward twice, and forward again
+    student = simulation.student
+    frozen = student.trained < student.parameters
+    # forward, backward once for the inputs and once for the weights, and forward again
+    passes = 3 - frozen + checkpointing
     total = 0.0
     for term in work.terms:
-        total += passes * forward_flops(simulation.student, term.batch * term.length, term.length)
-        total += term.rows * 3 * 2.0 * simulation.student.head
+        total += passes * forward_flops(student, term.batch * term.length, term.length)
+        total += term.rows * (3 - frozen) * 2.0 * student.head
         if term.teacher:
             total += term.rows * 2.0 * simulation.teacher.head
     return total * work.micro_batches
 
 
 def _optimizer_seconds(student: ModelSize, sharding: Sharding, gpu: Gpu) -> float:
-    words = student.parameters / (sharding.world_size if sharding.stage else 1) * ADAM_TRAFFIC
+    words = student.trained / (sharding.world_size if sharding.stage else 1) * ADAM_TRAFFIC
     return words * 4 / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_SHARE)
 
 
@@ -112,7 +116,7 @@ def _communication_seconds(
         return 0.0
     student, teacher = sizes["student"], sizes["teacher"]
     body = student.parameters * student.itemsize
-    moved = body * 2.0  # gradients: a reduction and its counterpart
+    moved = student.trained * student.itemsize * 2.0  # gradients: a reduction and its counterpart
     if sharding.is_sharded("student"):
         moved += body * 2 * work.micro_batches * len(work.terms)  # forward and backward
     if teacher is not None and sharding.is_sharded("teacher"):

@@ -68,6 +68,7 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "method": stage.method,
         "parameters": {
             "student": simulation.student.parameters,
+            "student_trained": simulation.student.trained,
             "teacher": None if simulation.teacher is None else simulation.teacher.parameters,
         },
         "vocab_size": simulation.vocab_size,
@@ -111,7 +112,9 @@ def _models(stage: StagePlan) -> Table:
             cache = f"{size.kv_bytes_per_token / 1024:,.0f} KiB" if size.kv_bytes_per_token else "-"
             table.add_row(
                 who,
-                f"{size.parameters:,}",
+                f"{size.trained:,} trained of {size.parameters:,}"
+                if 0 < size.trained < size.parameters
+                else f"{size.parameters:,}",
                 str(size.layers),
                 f"{size.hidden_size:,}",
                 cache,

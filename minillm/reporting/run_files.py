@@ -55,6 +55,11 @@ class StageFiles:
         return path.removeprefix("stage:") if path.startswith("stage:") else None
 
     @property
+    def lora(self) -> dict[str, Any] | None:
+        """The settings of the adapters that were trained in the place of the weights."""
+        return self.settings.get("student", {}).get("lora")
+
+    @property
     def timed_by(self) -> str | None:
         """The stage whose training time this one was given."""
         limit = self.settings.get("train", {}).get("max_seconds")

@@ -81,3 +81,46 @@ def test_gguf_files_need_their_extra(recipe, installed):
     assert "needs accelerate:" in recipe.problems(teacher__path="model.gguf")["teacher.path"]
     installed.add("accelerate")
     assert recipe.problems(teacher__path="model.gguf") == {}
+
+
+def test_adapters_need_their_extra(recipe, installed):
+    message = recipe.problems(student__lora={"r": 8, "alpha": 32})["student.lora"]
+    assert "needs peft, which is not installed: pip install 'minillm[lora]'" in message
+    installed.add("peft")
+    assert recipe.problems(student__lora={"r": 8, "alpha": 32}) == {}
+    assert recipe.problems(student__lora={"r": 8, "alpha": 32, "target_modules": ["q_proj", "mlp.c_proj"]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("lora", "path", "words"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "student.lora.target_modules[1]", "lm_head is the LM head"),
+        ({"target_modules": ["gpt_neox.embed_in"]}, "student.lora.target_modules[0]", "is a table of embeddings"),
+        ({"target_modules": []}, "student.lora.target_modules", "must not be empty"),
+        ({"target_modules": "q_proj"}, "student.lora.target_modules", "a list of names"),
+        ({"target_modules": 7}, "student.lora.target_modules", "expected text or a list, not 7"),
+        ({"r": 0}, "student.lora.r", "at least 1"),
+        ({"r": None}, "student.lora.r", "expected a whole number"),
+        ({"lora_alpha": 16}, "student.lora.lora_alpha", "did you mean alpha?"),
+        ({"dropout": 0.1}, "student.lora.dropout", "unknown key"),
+    ],
+)
+def test_adapters_that_no_loss_would_see_or_that_mean_nothing(recipe, installed, lora, path, words):
+    installed.add("peft")
+    found = recipe.problems(student__lora={"r": 8, "alpha": 32, **lora})
+    assert list(found) == [path] and words in found[path]
+
+
+def test_rank_and_scale_must_be_said(recipe, installed):
+    installed.add("peft")
+    assert recipe.problems(student__lora={}) == {
+        "student.lora.r": "missing: the rank of the adapters",
+        "student.lora.alpha": "missing: the adapters' product is scaled by alpha / r",
+    }
+
+
+def test_a_stage_trains_all_weights_where_it_takes_the_adapters_back(recipe, installed):
+    installed.add("peft")
+    stages = {"teacher": {"student": {"lora": None}}, "distil": {}}
+    plan = recipe.load(student__lora={"r": 8, "alpha": 32}, stages=stages)
+    assert [stage.config.student.lora is None for stage in plan.stages] == [True, False]

@@ -11,7 +11,7 @@ TRAIN = {"max_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulatio
 
 def settings(train=None, **engine):
     train, engine = TrainConfig(**TRAIN, **(train or {})), DeepSpeedConfig(type="deepspeed", **engine)
-    return engine_settings(train, engine, world_size=2, parameters=1000)
+    return engine_settings(train, engine, world_size=2, trained=1000)
 
 
 def test_minillm_accumulates_by_itself():

@@ -29,7 +29,8 @@ def test_what_is_offloaded_is_in_the_host():
 
 def size(parameters: int, head: int = 0) -> ModelSize:
     """In bfloat16; the largest layer has 200 million weights."""
-    return ModelSize(parameters, 2, head, 0, layers=32, largest_layer=200_000_000, hidden_size=1, kv_bytes_per_token=0)
+    sizes = {"layers": 32, "largest_layer": 200_000_000, "hidden_size": 1, "kv_bytes_per_token": 0}
+    return ModelSize(parameters, 2, head, 0, **sizes, trained=parameters)
 
 
 def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):

@@ -1,5 +1,7 @@
 """FLOPs and seconds against sums written out by hand, from the counts of a small model."""
 
+from dataclasses import replace
+
 import pytest
 
 from minillm.planning.gpus import BANDWIDTH_SHARE, LINK_SHARE, MFU, Gpu
@@ -10,8 +12,8 @@ from minillm.planning.speed import forward_flops, speed_of
 from minillm.planning.work import Decoding, Forward, Term, Work
 
 # 1,000 weights: 100 in the head, 100 in a token table, 800 in two layers of 400
-STUDENT = ModelSize(1000, 2, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80)
-TEACHER = ModelSize(5000, 2, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320)
+STUDENT = ModelSize(1000, 2, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80, trained=1000)
+TEACHER = ModelSize(5000, 2, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320, trained=0)
 GPU = Gpu("test", 1.0, bf16_tflops=1e-6, fp32_tflops=5e-7, memory_gb_per_s=1e-3, link_gb_per_s=1e-4)
 PROMPT, ANSWER, MICRO = 5, 4, 2
 LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
@@ -37,6 +39,17 @@ def test_an_update_is_three_passes_and_four_head_products(checkpointing, passes)
     body = MICRO * LENGTH * (2 * 800 + 4 * LENGTH * 10 * 2)
     heads = ROWS * 2 * (3 * 100 + 200)
     assert speed(work(), checkpointing=checkpointing).update_flops == 3 * (passes * body + heads)
+
+
+@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 2), (True, 3)])
+def test_frozen_weights_below_adapters_cost_a_pass_and_a_head_product_less(checkpointing, passes):
+    body = MICRO * LENGTH * (2 * 800 + 4 * LENGTH * 10 * 2)
+    heads = ROWS * 2 * (2 * 100 + 200)
+    frozen = replace(STUDENT, trained=50)
+    found = speed(work(), student=frozen, checkpointing=checkpointing)
+    assert found.update_flops == 3 * (passes * body + heads)
+    optimizer = found.seconds["update"] - found.update_flops / (1e6 * MFU)
+    assert optimizer == pytest.approx(50 * 7 * 4 / (1e6 * BANDWIDTH_SHARE))
 
 
 def test_a_collection_is_shared_by_the_steps_that_use_it():
@@ -74,7 +87,7 @@ def test_adam_reads_and_writes_seven_words_a_weight_of_its_share():
 
 
 def test_fp32_weights_run_at_the_rate_of_fp32():
-    wide = ModelSize(1000, 4, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80)
+    wide = replace(STUDENT, itemsize=4)
     optimizer = 1000 * 7 * 4 / (1e6 * BANDWIDTH_SHARE)
     slow, fast = (speed(work(), student=wide, bf16=bf16).seconds["update"] - optimizer for bf16 in (False, True))
     assert slow == pytest.approx(2 * fast)

@@ -1,0 +1,61 @@
+"""Which modules `student.lora.target_modules` names, found in the model itself, before anything is trained."""
+
+import difflib
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from minillm.config.lora import HEAD_REFUSED, TABLE_REFUSED
+from minillm.models.access import decoder
+
+KEY = "student.lora.target_modules"
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight lies the other way
+
+
+def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
+    """The full names of the modules that get an adapter, in the model's order.
+
+    Args:
+        model: without adapters.
+        asked: "all-linear" for every linear layer below the LM head, or ends of names: `q_proj`, `mlp.c_proj`.
+
+    Raises ValueError, which starts with the key, for a name that is none of the model's, that is of no linear layer, or
+    that is of the LM head or of embeddings.
+    """
+    below = {id(module) for module in decoder(model).modules()}
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    linear = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, LINEAR) and id(module) in below and module is not head
+    ]
+    if asked == "all-linear":
+        return linear
+    chosen = set()
+    for ending in asked:
+        found = {name: module for name, module in modules.items() if f".{name}".endswith(f".{ending}")}
+        if any(module is head for module in found.values()):
+            raise ValueError(f"{KEY}: {HEAD_REFUSED.format(ending)}")
+        if any(isinstance(module, nn.Embedding) for module in found.values()):
+            raise ValueError(f"{KEY}: {TABLE_REFUSED.format(ending)}")
+        if not found:
+            raise ValueError(f"{KEY}: {type(model).__name__} has no module {ending}; {_nearest(ending, linear)}")
+        wrong = sorted(found.keys() - set(linear))
+        if wrong:
+            inside = [name for name in linear if name.startswith(f"{wrong[0]}.")]
+            hint = f"linear layers in it are {_endings(inside)}" if inside else _nearest(ending, linear)
+            raise ValueError(f"{KEY}: {wrong[0]} is a {type(modules[wrong[0]]).__name__}, not a linear layer; {hint}")
+        chosen |= found.keys()
+    return [name for name in linear if name in chosen]
+
+
+def _endings(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _nearest(ending: str, linear: list[str]) -> str:
+    endings = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    close = difflib.get_close_matches(ending.rpartition(".")[2], endings, 3, 0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"its linear layers are {', '.join(endings)}"
