@@ -13,7 +13,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Share, Stream
-from minillm.engine.device import cuts_weights, engine_device, loading_device
+from minillm.engine.device import check_backend, cuts_weights, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog
@@ -52,10 +52,19 @@ class Shared:
         config = stage.config
         device = engine_device(config.engine)
         first = loading_device(config.engine)
+        check_backend(config.engine, device)
+        # data first: what is wrong with it is said before a model is read
+        tokenizer = load_tokenizer(config.student, self.output_dir)
+        prompts = load_prompts(config.data.prompts, tokenizer)
+        read = [("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source)]
+        corpus = None
+        if config.data.corpus is not None:
+            corpus = load_corpus(config.data.corpus, tokenizer)
+            read.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
+        evaluator = self._load_evaluator(stage, tokenizer)
         # what is cut over the ranks rank 0 reads, and hands out piece by piece
         hollow = cuts_weights(config.engine) and distributed.rank() > 0
         teacher, teacher_tokenizer = distributed.together(lambda: self.teacher(config.teacher, first, hollow=hollow))
-        tokenizer = load_tokenizer(config.student, self.output_dir)
         adapted = config.student.lora is not None
         source = saved = None
         if checkpoint is not None:  # the architecture and the weights are the checkpoint's, or lie below its adapters
@@ -79,13 +88,7 @@ class Shared:
             use_cuda_graphs(models)
         if adapted and checkpoint is None:
             write_base_of(stage.name, student, tokenizer, self.output_dir)
-        prompts = load_prompts(config.data.prompts, tokenizer)
-        rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
-        corpus = None
-        if config.data.corpus is not None:
-            corpus = load_corpus(config.data.corpus, tokenizer)
-            rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-        self.console.preflight(rows)
+        self.console.preflight([*rows, *read])
         # each stage in an order of its own: one that goes on from another must not see the same records first again
         order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
         return StageTrainer(
@@ -98,7 +101,7 @@ class Shared:
                 watch=self.console.working,
             ),
             output_dir=self.output_dir,
-            evaluator=self._load_evaluator(stage, tokenizer),
+            evaluator=evaluator,
             log=log,
             console=self.console,
             progress=progress,

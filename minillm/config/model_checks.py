@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minillm.config.facts import Facts, Found, architecture_of
 from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES
-from minillm.config.models import StudentConfig
+from minillm.config.models import OF_INIT, StudentConfig
 from minillm.config.training import Engine
 
 # attn_implementation -> (distribution, how to get it)
@@ -25,10 +25,10 @@ _FLASH = {
 def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     """What each `init` needs, and keys that belong to another one."""
     written = facts.data.get("student", {})
-    for key, init in (("layers", "prune"), ("config", "random")):
+    for key, init in OF_INIT.items():
         # one that is inherited may stand beside another init
         together = "init" not in written or facts.together(f"student.{key}", "student.init")
-        if getattr(student, key) is not None and student.init != init and together:
+        if written.get(key) is not None and student.init != init and together:
             yield Found(f"student.{key}", f"has no effect without init: {init}", ("student.init",))
     if student.init == "prune" and student.layers is None:
         yield Found(
@@ -50,7 +50,7 @@ def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
 
 def pruned_layers(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     """The layers to keep are there, each once."""
-    if student.init != "prune" or student.layers is None:  # a later stage may inherit the layers and not prune
+    if student.layers is None:
         return
     there = architecture_of(facts, "student", pruned=False).layers
     if isinstance(student.layers, int):

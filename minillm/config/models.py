@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minillm.config.base import ModelPath, Strict, TokenizerPath
 from minillm.config.lora import LoraConfig
@@ -14,6 +14,7 @@ MODEL_PATH = (
     "A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed Python package "
     "carries), or stage:NAME (the model that an earlier stage left)"
 )
+OF_INIT = {"layers": "prune", "config": "random"}  # keys that mean something with one `init` alone
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -37,7 +38,7 @@ class TeacherConfig(ModelConfig):
 
 
 class StudentConfig(ModelConfig):
-    """The model that is trained."""
+    """The model that is trained. Keys of another `init`, which a stage may inherit, are None."""
 
     init: Literal["pretrained", "prune", "random"] = Field(
         "pretrained",
@@ -55,3 +56,10 @@ class StudentConfig(ModelConfig):
     lora: LoraConfig | None = Field(
         None, description="Train low-rank adapters alone; what the run saves is merged, a plain whole model"
     )
+
+    @model_validator(mode="after")
+    def _without_those_of_another_init(self) -> "StudentConfig":
+        for key, init in OF_INIT.items():
+            if self.init != init:
+                object.__setattr__(self, key, None)
+        return self

@@ -1,5 +1,7 @@
 """Where an engine's models are, and where they are read to first."""
 
+import os
+
 import torch
 
 from minillm.config.training import DeepSpeedEngine, TorchEngine
@@ -24,6 +26,15 @@ def engine_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
     if engine.type == "torch":
         return pick_device(engine.device)
     return pick_device(f"cuda:{launched_local_rank()}" if torch.cuda.is_available() else "cpu")
+
+
+def check_backend(engine: TorchEngine | DeepSpeedEngine, device: torch.device) -> None:
+    """Raises ValueError for a backend of the losses that the device cannot run."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if engine.backend == "triton" and device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"engine.backend is triton, which needs a GPU, and the models are on the {device.type}; use auto"
+        )
 
 
 def loading_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:

@@ -65,7 +65,7 @@ def test_values_never_change_after_loading():
         ("learning_rate", 3, "did you mean train.learning_rate?"),
         ("train.ppo_epochs", 3, "did you mean method.ppo_epochs?"),
         ("method.alpha", 0.2, "for name sft (minillm has alpha)"),
-        ("method.betta", 0.2, "for name sft (kd and gkd has beta)"),
+        ("method.betta", 0.2, "for name sft (kd and gkd have beta)"),
         ("eval.sets.a.pth", "x", "did you mean path?"),
         ("engine.qqqqqq", 1, "there are type, device, backend"),
         ("method.name", "minilm", "is not one of minillm, sft, kd, seqkd, gkd (did you mean minillm?)"),
@@ -117,7 +117,7 @@ def test_a_misspelt_required_key_is_not_also_missing():
 def test_errors_of_a_choice_are_about_the_chosen_branch_alone():
     messages = found(changed("data.prompts", {"type": "pydoc", "path": "x", "split": "dev"}))
     assert set(messages) == {"data.prompts.path", "data.prompts.split"}
-    assert "jsonl and parquet and hf and text has path" in messages["data.prompts.path"]
+    assert "jsonl and parquet and hf and text have path" in messages["data.prompts.path"]
 
 
 def test_an_item_of_a_list_is_named():

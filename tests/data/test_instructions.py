@@ -66,7 +66,7 @@ def test_prompts_over_the_length_are_dropped_and_counted(byte, jsonl):
     assert [example.index for example in prompts] == [0, 2, 4], "a dropped prompt must not change the others' noise"
     assert (len(prompts), prompts[1].index, prompts.source) == (3, 2, path)
     assert [example.index for example in load(byte, path, max_prompt_length=4, limit=2)] == [0, 2]
-    with pytest.raises(DataError, match=r"data.prompts: no usable prompt \(1 over max_prompt_length=4 tokens\)"):
+    with pytest.raises(DataError, match=r"data.prompts: no usable prompt in .*: all 1 are over max_prompt_length=4"):
         load(byte, jsonl({"instruction": "x" * 9}), max_prompt_length=4)
 
 
