@@ -56,7 +56,7 @@ class Console:
         self.close()
         if not self._live:
             for name, *values in rows:
-                self._line(f"{name}: {' | '.join(map(str, values))}")
+                self._line(f"{name}: {' | '.join(str(value) for value in values if value != '')}")
             return
         grid = Table(box=box.SIMPLE_HEAD, title="Preflight", title_justify="left")
         for heading in ("", "student", "teacher"):

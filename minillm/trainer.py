@@ -54,9 +54,9 @@ class Progress:
 def _require_references(stage: Stage, sources: Sources) -> None:
     bare = [example.index for example in sources.prompts.items if not example.response_ids]
     if bare:
-        raise TrainingError(
+        raise ValueError(
             f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, but {len(bare)} of "
-            f"{len(sources.prompts.items)} prompts of data.prompts have none (the first is record {bare[0] + 1}); give "
+            f"{len(sources.prompts.items)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
             "them an answer, or use a method that samples its own (minillm, seqkd)"
         )
 

@@ -22,9 +22,10 @@ from minillm.engine.module import StudentLoss, to_device
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.base import Term
+from minillm.models.access import checkpoint_activations
 from minillm.models.loading import is_hollow
 from minillm.models.pair import Models
-from minillm.models.sharded import is_sharded, release
+from minillm.models.sharded import is_sharded, name_accelerator, release
 
 # what an optimiser of DeepSpeed says of itself that is plain data of this rank
 _STATES = ("optimizer_state_dict", "base_optimizer_state")
@@ -51,7 +52,7 @@ class DeepSpeedEngine:
             object.__setattr__(models.teacher, "zero_engine", engine)
         student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
         if train.gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(student)
         module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
         client, self.scheduler = make_optimizer(student, train, total_steps=total_steps)  # while shapes say what decays
         if config.stage == 3:
@@ -166,9 +167,8 @@ def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: 
 def _deepspeed():
     """DeepSpeed, without the shared-memory operation that it would compile for minutes on a machine without GPU."""
     import logging
-    import os
 
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    name_accelerator()
     import deepspeed
     import deepspeed.ops
 

@@ -14,6 +14,7 @@ from minillm.engine.module import StudentLoss, to_device
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.base import Term
+from minillm.models.access import checkpoint_activations
 from minillm.models.pair import Models
 
 
@@ -27,7 +28,7 @@ class TorchEngine:
         self.models, self.train_config = models, train
         student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
         if train.gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(student)
         self.module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer, self.scheduler = make_optimizer(student, train, total_steps=total_steps)

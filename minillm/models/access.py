@@ -37,6 +37,13 @@ def forward_decoder(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
     return decoder(model)(input_ids=input_ids, attention_mask=attention_mask, **positions, **options)
 
 
+def checkpoint_activations(model: PreTrainedModel, **options) -> None:
+    """Compute activations again in the backward pass. `options` are those of torch.utils.checkpoint."""
+    # transformers before 5.23 know the older name alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **options})
+
+
 def lm_head(model: PreTrainedModel) -> LMHead:
     """The head with what the architecture does to its logits: Gemma's softcap, Cohere's scale, Granite's divisor.
 

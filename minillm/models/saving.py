@@ -12,7 +12,7 @@ from minillm import distributed
 from minillm.atomic import write_folder
 from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_adapter
 from minillm.models.preflight import end_ids
-from minillm.models.sharded import is_sharded, whole_state
+from minillm.models.sharded import is_sharded, name_accelerator, whole_state
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -49,6 +49,7 @@ def _write(
         model.generation_config.validate(strict=True)
     except ValueError:  # published models carry settings that transformers reads and refuses to write
         model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, **ids)
+    name_accelerator()
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 

@@ -1,9 +1,11 @@
 """Models whose weights ZeRO-3 has cut into a piece a rank: made whole for a while, and collected for a file."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from minillm import distributed
@@ -65,6 +67,12 @@ def whole(*modules: nn.Module | None) -> Iterator[None]:
                 module.is_whole = False
             for module, name, before in hooks:
                 setattr(module, name, before)
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed which accelerator there is: it warns where it finds none by itself, and whatever imports it where
+    it is installed, as accelerate does when a model is saved, would have it warn in runs that do not use it."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def release(model: nn.Module, engine) -> None:

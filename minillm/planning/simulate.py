@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from minillm.config.lora import LoraConfig
 from minillm.config.root import StageConfig
 from minillm.data.batch import TokenBatch
-from minillm.models.access import forward_decoder, lm_head, row_hidden
+from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.loading import without_dropout
 from minillm.models.pruning import layers_of
@@ -116,8 +116,7 @@ class _Simulator:
                 self.models["teacher"] = model.eval().requires_grad_(False)
         if setting.checkpointing:
             # no random state to preserve: there is no dropout
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            checkpoint_activations(self.student, preserve_rng_state=False)
         self.vocab_size = min(lm_head(model).weight.shape[0] for model in self.models.values())
         self.losses: dict[str, LossShape] = {}
         self.kv_bytes = dict.fromkeys(self.models, 0)

@@ -1,5 +1,6 @@
 """How large a model is, from its architecture alone."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,10 @@ def count_parameters(architecture: PreTrainedConfig) -> int:
 
 
 def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
-    """The model with random weights, with no memory behind them in a FakeTensorMode."""
+    """The model with random weights, with no memory behind them in a FakeTensorMode. The architecture stays as it is."""
     # the flash packages need a GPU; sdpa, like them, keeps no scores
     attention = "eager" if attention == "eager" else "sdpa"
+    architecture = copy.deepcopy(architecture)  # a model writes its dtype into the one it has
     return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype), attn_implementation=attention)
 
 

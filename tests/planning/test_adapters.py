@@ -55,7 +55,7 @@ def test_gradients_and_moments_are_those_of_the_adapters(recipe):
     update = adapted.simulation.phases["update"]
     assert update.most("gradients") == 4 * ADAPTERS and update.most("optimizer states") == 8 * ADAPTERS
     weights = update.most("student weights") - whole.simulation.phases["update"].most("student weights")
-    assert weights == 4 * ADAPTERS
+    assert 0 <= weights - 4 * ADAPTERS < 1024
     # the frozen head has no gradient either
     losses = [stage.simulation.phases["update"].most("loss buffers") for stage in (whole, adapted)]
     assert losses[0] - losses[1] >= 4 * 512 * 64

@@ -8,6 +8,7 @@ import yaml
 
 from minillm.cli import main
 from minillm.config.loading import load_run
+from minillm.planning import simulate
 from minillm.planning.advice import advise
 from minillm.planning.plan import plan_run, planned_peak_gib
 from minillm.rollout.fixed import fixed_room
@@ -145,6 +146,15 @@ def test_every_rank_keeps_the_whole_buffer(recipe):
     one, two = (planned(recipe(), *SHARDED, gpu="A100-80GB", world_size=size) for size in (1, 2))
     assert one.work.buffered == two.work.buffered == 8
     assert (one.work.decoding.total, two.work.decoding.total) == (8, 4)
+
+
+def test_what_is_planned_twice_is_simulated_once(recipe, monkeypatch):
+    """A stage is planned for its ranks and for one; two stages of the same shapes are one."""
+    runs, run = [], simulate._Simulator.run
+    monkeypatch.setattr(simulate, "_DONE", {})
+    monkeypatch.setattr(simulate._Simulator, "run", lambda self, wanted: runs.append(wanted) or run(self, wanted))
+    plan_run(load_run([recipe(stages={"one": {}, "two": {"train": {"learning_rate": 1e-3}}})]), gpu="cpu")
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize(
