@@ -1,5 +1,8 @@
 """Whole or not there."""
 
+import errno
+from types import SimpleNamespace
+
 import pytest
 
 from minillm.atomic import clean, write_folder, write_text
@@ -32,6 +35,18 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     clean(tmp_path)
     assert (tmp_path / "model" / "inner" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_called_that_whatever_the_writer_said(tmp_path, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        write_folder(tmp_path / "model", fail)
+    monkeypatch.setattr("minillm.atomic.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match="no space left") as caught:
+        write_folder(tmp_path / "model", fail)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_folder_set_aside_by_a_kill_comes_back(tmp_path):

@@ -296,6 +296,7 @@ def test_runs_that_differ_in_their_seed_have_means_and_deviations(tmp_path):
     assert list(table) == ["before main", "after main"]
     assert table["before main"]["Rouge-L (F1 × 100) ↑"] == "1.00"
     assert table["after main"]["Rouge-L (F1 × 100) ↑"] == "12.0 ± 2.0" and "4.00 s" in table["after main"].values()
+    assert "Over seeds" not in compare_reports([folders[0], folders[0]])  # one seed twice
     (tmp_path / "run-3" / "config.yaml").write_text(yaml.safe_dump({**DOCUMENT, "train": {"max_steps": 9}}))
     assert "Over seeds" not in compare_reports(folders)
 

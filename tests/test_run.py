@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from minillm.cli import main
 from minillm.config.loading import load_run
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.rollout import sampling, supported
@@ -235,15 +236,44 @@ def test_the_student_copies_the_teacher_only_where_it_would_read_the_same_weight
 def test_a_prompt_without_a_reference_is_an_error_before_any_step(recipe, tmp_path):
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write('{"prompt": "alone?"}\n')
-    with pytest.raises(TrainingError, match=r"stage 'teacher': method sft .* 1 of 9 .* record 9"):
+    with pytest.raises(ValueError, match=r"stage 'teacher': method sft .* 1 of 9 .* number 9"):
         train(recipe)
 
 
 def test_a_changed_recipe_is_refused_on_resume_and_named(recipe):
     train(recipe)
-    with pytest.raises(TrainingError, match="train"):
+    with pytest.raises(ValueError, match=r"in train\.learning_rate \([\d.]+ then, 0\.1 now\)\."):
         train(recipe, "train.learning_rate=0.1", resume=True)
     train(recipe, "save.keep=1", resume=True)
+
+
+def test_without_any_whole_checkpoint_nothing_is_overwritten(recipe, tmp_path):
+    train(recipe)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for manifest in (tmp_path / "run").glob("checkpoint-*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        train(recipe, resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_mistake_in_the_data_can_be_corrected_in_the_same_folder(recipe, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    good = prompts.read_text()
+    prompts.write_text(good + "{half")
+    command = ["train", str(recipe), "stages.teacher.train.max_steps=1", "stages.distil.train.max_steps=1"]
+    assert main(command) == 2
+    assert f"{prompts}:9: not JSON" in capsys.readouterr().err
+    prompts.write_text(good)
+    assert main(command) == 0
+    assert main(command) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_backend_that_the_device_cannot_run_is_an_error_before_any_step(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="engine.backend is triton, which needs a GPU"):
+        train(recipe, "engine={type: torch, device: cpu, backend: triton}")
+    assert not records(tmp_path / "run")
 
 
 def test_equal_time_is_that_of_the_stage_it_names(recipe, tmp_path, monkeypatch):

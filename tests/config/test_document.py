@@ -157,6 +157,14 @@ def test_merging_inside_freely_named_sets():
     assert merged(under, over)["eval"]["sets"] == expected
 
 
+def test_null_takes_a_group_or_an_entry_of_one_away():
+    under = {"eval": {"steps": 5, "sets": {"a": {"path": "x"}, "b": {"path": "y"}}}, "train": {"warmup_steps": 3}}
+    assert merged(under, {"eval": {"sets": {"a": None}}})["eval"]["sets"] == {"b": {"path": "y"}}
+    assert merged(under, {"eval": {"sets": None}})["eval"] == {"steps": 5}
+    assert merged(under, {"eval": None}) == {"train": {"warmup_steps": 3}}
+    assert merged(under, {"eval": {"steps": None}})["eval"]["steps"] is None  # a value, which null replaces
+
+
 def test_merged_values_remember_where_they_were_written():
     tree = merge(
         wrap({"train": {"a": 1, "b": 2}}, Origin("under", 3)), wrap({"train": {"b": 4}}, Origin("over", 9)), STAGE

@@ -27,6 +27,14 @@ def installed(monkeypatch):
         ({"path": "models/big", "init": "prune"}, {"student.layers": "missing"}),
         ({"path": "models/big", "layers": [0, 1]}, {"student.layers": "no effect without init: prune"}),
         ({"path": "models/big", "config": {}}, {"student.config": "no effect without init: random"}),
+        (
+            {"path": "models/big", "init": "pretrained", "layers": 2},
+            {"student.layers": "no effect without init: prune"},
+        ),
+        (
+            {"path": "models/big", "init": "prune", "layers": 2, "config": {}},
+            {"student.config": "without init: random"},
+        ),
         ({"init": "random"}, {"student.config": "missing", "student.tokenizer": "or say byte"}),
         ({"init": "random", "config": {}, "tokenizer": "byte"}, {"student.config": "model_type"}),
         ({"init": "random", "config": {"model_type": "llama"}, "tokenizer": "byte"}, {}),

@@ -59,6 +59,20 @@ def test_a_record_of_no_form_is_named(byte, jsonl, record, message):
         load(byte, path)
 
 
+def test_what_is_no_text_is_named(byte, jsonl):
+    path = jsonl({"instruction": "x", "output": "\ud800"})
+    with pytest.raises(DataError, match=f"{path}:1: output: half a character"):
+        load(byte, path)
+    path = jsonl({"messages": [{"role": "user", "content": "\udfff"}]})
+    with pytest.raises(DataError, match=f"{path}:1: messages: half a character"):
+        load(byte, path)
+
+
+def test_an_empty_source_says_so(byte, jsonl):
+    with pytest.raises(DataError, match=r"data.prompts: no prompt in .*data.jsonl"):
+        load(byte, jsonl())
+
+
 def test_prompts_over_the_length_are_dropped_and_counted(byte, jsonl):
     path = jsonl(*({"instruction": "x" * length, "output": "y"} for length in (3, 9, 4, 5, 1)))
     prompts = load(byte, path, max_prompt_length=4)

@@ -41,6 +41,13 @@ def test_a_line_of_another_encoding_is_named(tmp_path):
         list(read_texts(str(path)))
 
 
+def test_a_file_of_another_kind_is_named(jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = jsonl(RECORDS[0], name="data.parquet")
+    with pytest.raises(DataError, match=f"{path}: not a Parquet file"):
+        list(read_parquet(path))
+
+
 def test_a_cut_off_gzip_file_is_named(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-9])

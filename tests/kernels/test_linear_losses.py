@@ -92,3 +92,12 @@ def test_a_teacher_in_another_precision(kit):
     head = LMHead(case.student_weight.detach().double())
     wide = linear_divergence(case.student_hidden.double(), head, *case.arguments[2:4], labels=case.labels)
     assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("num_items", [0, -1, "3", True, torch.tensor(0), torch.tensor([3, 4])])
+def test_a_divisor_is_one_positive_number(num_items, kit):
+    case = kit.make_case(rows=4)
+    with pytest.raises(ValueError, match="num_items must be"):
+        linear_divergence(*case.arguments[:4], num_items=num_items)
+    one = linear_divergence(*case.arguments[:4], num_items=torch.tensor([7]))
+    torch.testing.assert_close(one, linear_divergence(*case.arguments[:4], num_items=7))

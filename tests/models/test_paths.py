@@ -3,8 +3,9 @@
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
-from minillm.models.paths import resolve_path
+from minillm.models.paths import reading, resolve_path
 
 
 def test_folders_variables_and_hub_names(tmp_path, monkeypatch):
@@ -14,6 +15,20 @@ def test_folders_variables_and_hub_names(tmp_path, monkeypatch):
     for text in (str(tmp_path / "model"), "$PLACE/model", "${PLACE}/model", "~/model"):
         assert resolve_path(text, tmp_path) == tmp_path / "model"
     assert resolve_path("some/hub-name", tmp_path) == "some/hub-name"
+
+
+def test_a_name_that_leads_nowhere_is_said_as_it_was_written(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"models/nope: no folder here \\(from {tmp_path}\\), and as a hub name: no net"
+    ):
+        with reading("models/nope"):
+            raise OSError("no net\nmore")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError, match="broken"), reading("there"):
+        raise OSError("broken")
+    with pytest.raises(ValueError, match="there: a .safetensors file in it cannot be read"), reading("there"):
+        raise SafetensorError("header")
 
 
 def test_a_stage(tmp_path):
