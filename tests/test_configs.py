@@ -23,7 +23,7 @@ RECIPES = sorted(
     for path in (ROOT / "configs" / folder).glob("*.yaml")
     if path.name not in LAYERS
 )
-NEEDS_DEEPSPEED = "engine: {type: deepspeed"
+NEEDS = {"engine: {type: deepspeed": "deepspeed", "lora: {": "peft"}  # what a recipe says -> the package it takes
 
 PARAMETERS = {
     "openai-community/gpt2": 124_439_808,
@@ -55,15 +55,16 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def skip_without_deepspeed(path: Path) -> None:
+def skip_without_its_packages(path: Path) -> None:
     text = "".join(Path(word).read_text() for word in command(path, "train"))
-    if NEEDS_DEEPSPEED in text and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
+    for words, package in NEEDS.items():
+        if words in text and importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_valid_by_the_command_in_its_header(recipe, capsys):
-    skip_without_deepspeed(recipe)
+    skip_without_its_packages(recipe)
     assert main(["validate", *command(recipe, "train")]) == 0
     capsys.readouterr()
 
@@ -72,7 +73,7 @@ def test_a_recipe_is_valid_by_the_command_in_its_header(recipe, capsys):
 def test_recipes_fit_the_hardware_in_their_headers(family):
     """A family at a time: its recipes share a teacher, whose stage is planned once a process."""
     for path in (path for path in RECIPES if path.stem.partition("-")[0] == family):
-        skip_without_deepspeed(path)
+        skip_without_its_packages(path)
         words = command(path, "plan")
         options = dict(zip(words[:-1], words[1:], strict=True))
         files = [Path(word) for word in words if word.endswith(".yaml")]
