@@ -98,7 +98,7 @@ def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(recipe, start, fin
     for moment in MOMENTS:
         ranks = start(2, str(Path(__file__).with_name("dying_rank.py")), *moment, *arguments)
         dead, other = ranks[int(moment[0])], ranks[1 - int(moment[0])]
-        dead.communicate(timeout=120)
+        dead.communicate(timeout=300)
         assert dead.returncode == -signal.SIGKILL, moment
         output, _ = other.communicate(timeout=60)
         assert other.returncode == 1 and f"rank {moment[0]} (process {dead.pid} on" in output, output[-3000:]
