@@ -47,6 +47,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "gguf": ["gguf>=0.10", "accelerate>=1.1"],
         "lora": ["peft>=0.21,<0.22"],
+        "quantization": ["bitsandbytes>=0.49,<0.51", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.7"],
         "test": [
             "pytest>=8.3",
@@ -55,6 +56,8 @@ setup(
             "ruff>=0.9",
             "deepspeed>=0.19,<0.20",
             "peft>=0.21,<0.22",
+            "bitsandbytes>=0.49,<0.51",
+            "accelerate>=1.1",
         ],
     },
     entry_points={"console_scripts": ["minillm=minillm.cli:program"]},

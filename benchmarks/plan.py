@@ -46,6 +46,7 @@ class Case:
     bf16: bool = False
     prompt: int = PROMPT
     answer: int = ANSWER
+    quantization: str | None = None  # of the teacher
     ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
 
 
@@ -55,6 +56,8 @@ CASES = (
     Case("sft, gpt2, accumulation", "gpt2", "sft", 512, 6, 16000, 6, batch=8, accumulation=2),
     Case("kd, large vocabulary", "qwen2", "kd", 384, 6, 60000, 10, batch=8),
     Case("kd, bf16", "llama", "kd", 384, 6, 8000, 8, batch=4, bf16=True),
+    Case("kd, teacher in nf4", "llama", "kd", 384, 6, 8000, 24, batch=8, quantization="nf4"),
+    Case("minillm, teacher in int8", "llama", "minillm", 384, 6, 8000, 24, batch=8, quantization="int8"),
     Case("gkd, opt", "opt", "gkd", 512, 6, 16000, 8, batch=8),
     Case("minillm", "llama", "minillm", 512, 6, 16000, 10, batch=8),
     Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=8, answer=144),
@@ -86,7 +89,7 @@ def document(case: Case, folder: Path) -> dict:
 
     teacher = None
     if case.method != "sft":
-        teacher = {"path": str(folder / "teacher")}
+        teacher = {"path": str(folder / "teacher"), "quantization": case.quantization}
         AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(folder / "teacher")
     text = folder / "corpus.txt"
     text.write_text("plain text")
@@ -158,7 +161,7 @@ def _take_steps(case: Case) -> dict[str, int]:
     peaks = {"collect": 0, "terms": 0, "update": 0}
     with tempfile.TemporaryDirectory() as name:
         config = load(case, Path(name)).stages[0].config
-        student, teacher, tokenizer = _models(config, case)
+        student, teacher, tokenizer = _models(config, case, Path(name))
         models, _ = preflight(student, teacher, tokenizer, tokenizer, student.device)
         del student, teacher
         method = build_method(config)
@@ -181,18 +184,21 @@ def _take_steps(case: Case) -> dict[str, int]:
     return peaks
 
 
-def _models(config, case: Case):
+def _models(config, case: Case, folder: Path):
     import torch
 
     from minillm.config.models import StudentConfig
-    from minillm.models.loading import load_student
+    from minillm.models.loading import load_student, load_teacher
     from minillm.models.tokenizers import load_tokenizer
 
-    cpu, folder, hollow = torch.device("cpu"), Path("."), distributed.rank() > 0
+    cpu, hollow = torch.device("cpu"), distributed.rank() > 0
     judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
     teacher = None
     if case.method != "sft":
         teacher = load_student(judge, output_dir=folder, device=cpu, seed=1, hollow=hollow).eval().requires_grad_(False)
+    if case.quantization is not None:
+        teacher.save_pretrained(folder / "teacher")
+        teacher = load_teacher(config.teacher, output_dir=folder, device=cpu)
     student = load_student(config.student, output_dir=folder, device=cpu, seed=0, hollow=hollow)
     return student, teacher, load_tokenizer(config.student, folder)
 

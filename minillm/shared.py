@@ -13,7 +13,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Share, Stream
-from minillm.engine.device import check_backend, cuts_weights, engine_device, loading_device
+from minillm.engine.device import check_backend, cuts_teacher, cuts_weights, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog
@@ -51,7 +51,6 @@ class Shared:
     ) -> StageTrainer:
         config = stage.config
         device = engine_device(config.engine)
-        first = loading_device(config.engine)
         check_backend(config.engine, device)
         # data first: what is wrong with it is said before a model is read
         tokenizer = load_tokenizer(config.student, self.output_dir)
@@ -63,8 +62,15 @@ class Shared:
             read.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
         evaluator = self._load_evaluator(stage, tokenizer)
         # what is cut over the ranks rank 0 reads, and hands out piece by piece
-        hollow = cuts_weights(config.engine) and distributed.rank() > 0
-        teacher, teacher_tokenizer = distributed.together(lambda: self.teacher(config.teacher, first, hollow=hollow))
+        cut, teacher_cut = cuts_weights(config.engine), cuts_teacher(config.engine, config.teacher)
+        hollow = cut and distributed.rank() > 0
+        teacher, teacher_tokenizer = distributed.together(
+            lambda: self.teacher(
+                config.teacher,
+                loading_device(config.engine, cut=teacher_cut),
+                hollow=teacher_cut and distributed.rank() > 0,
+            )
+        )
         adapted = config.student.lora is not None
         source = saved = None
         if checkpoint is not None:  # the architecture and the weights are the checkpoint's, or lie below its adapters
@@ -75,6 +81,7 @@ class Shared:
             )
         elif teacher is not None and not is_sharded(teacher) and not hollow:
             source = teacher if _same_weights(config.student, config.teacher) else None
+        first = loading_device(config.engine, cut=cut)
         options = {"output_dir": self.output_dir, "device": first, "seed": config.seed, "hollow": hollow}
         student = distributed.together(lambda: load_student(config.student, source=source, saved=saved, **options))
         if adapted and checkpoint is not None:
@@ -161,4 +168,8 @@ def _corpus_share(stream: Stream) -> Stream | Share:
 
 def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:
     """Whether the loaded teacher holds exactly what the student would be read from."""
-    return (student.path, student.revision, student.dtype) == (teacher.path, teacher.revision, teacher.dtype)
+    return teacher.quantization is None and (student.path, student.revision, student.dtype) == (
+        teacher.path,
+        teacher.revision,
+        teacher.dtype,
+    )

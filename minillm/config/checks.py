@@ -15,7 +15,7 @@ from minillm.config.facts import Facts, Found
 from minillm.config.length_checks import answers_fit, corpus_fits, evaluation_fits
 from minillm.config.messages import Finding
 from minillm.config.method import Method
-from minillm.config.model_checks import adapters, deepspeed_usable, installed, pruned_layers, student_form
+from minillm.config.model_checks import adapters, deepspeed_usable, installed, pruned_layers, quantized, student_form
 from minillm.config.models import TeacherConfig
 from minillm.config.place_checks import places_exist, stage_problem
 from minillm.config.rollout_checks import cuda_graphs_usable, neutral_sampling, whole_batches
@@ -95,6 +95,7 @@ CHECKS = (
     pruned_layers,
     adapters,
     installed,
+    quantized,
     deepspeed_usable,
     material,
     teacher_needed,

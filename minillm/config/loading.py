@@ -133,7 +133,8 @@ def checked_evaluation(
     if whole:
         earlier = {other: Facts(other, {}, {}, [], {}, ()) for other in before}
         findings += check_stage(Facts(name, draft.data, typed, findings, earlier, all_stages=(*earlier, name)))
-    if "eval" in typed and not typed["eval"].sets:
+    asked = typed.get("eval")
+    if asked is not None and not asked.sets and (asked.exposure_bias is not None or not asked.calibration):
         findings.append(Finding(("eval", "sets"), "missing: held-out prompts to evaluate on", "missing"))
     found = [draft.problem(finding) for finding in findings if whole or finding.kind != "missing"]
     problems += found

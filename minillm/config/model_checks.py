@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minillm.config.facts import Facts, Found, architecture_of
 from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES
-from minillm.config.models import OF_INIT, StudentConfig
+from minillm.config.models import OF_INIT, StudentConfig, TeacherConfig
 from minillm.config.training import Engine
 
 # attn_implementation -> (distribution, how to get it)
@@ -98,6 +98,19 @@ def installed(facts: Facts) -> Iterator[Found]:
             yield Found(f"{who}.path", message)
 
 
+def quantized(facts: Facts, teacher: TeacherConfig | None) -> Iterator[Found]:
+    """What quantises it is installed, and it is a folder of weights that are not quantised yet."""
+    if teacher is None or teacher.quantization is None:
+        return
+    missing = [name for name in ("bitsandbytes", "accelerate") if not _has(name)]
+    if missing:
+        message = f"needs {' and '.join(missing)}, not installed: pip install 'minillm[quantization]'"
+        yield Found("teacher.quantization", message)
+    if teacher.path.endswith(".gguf"):
+        message = "a .gguf file is read into whole weights; quantise a folder or a hub name, or leave this out"
+        yield Found("teacher.quantization", message, ("teacher.path",))
+
+
 def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
     """DeepSpeed is there, and its own file says nothing else than the YAML."""
     if engine.type != "deepspeed":
@@ -111,6 +124,9 @@ def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
     if engine.gather == "layers" and engine.stage != 3:
         message = f"stage {engine.stage} leaves the weights whole on every rank, so that nothing is gathered"
         yield Found("engine.gather", message, ("engine.stage",))
+    if engine.replicate_teacher and engine.stage != 3:
+        message = f"stage {engine.stage} has the teacher whole on every rank as it is"
+        yield Found("engine.replicate_teacher", message, ("engine.stage",))
     path = facts.data["engine"].get("config")
     if path is None or not Path(path).is_file():
         return

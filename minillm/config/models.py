@@ -16,6 +16,7 @@ MODEL_PATH = (
 )
 OF_INIT = {"layers": "prune", "config": "random"}  # keys that mean something with one `init` alone
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "nf4"]
 
 
 class ModelConfig(Strict):
@@ -35,6 +36,11 @@ class TeacherConfig(ModelConfig):
     """The model that judges. Its weights are never trained."""
 
     path: ModelPath = Field(description=MODEL_PATH)
+    quantization: Quantization | None = Field(
+        None,
+        description="Keep the linear layers below the head in 8 bits (LLM.int8) or in 4 (NormalFloat, scales quantised "
+        "too) through bitsandbytes; whole on every rank",
+    )
 
 
 class StudentConfig(ModelConfig):

@@ -81,7 +81,7 @@ class TorchEngine(Strict):
 
 
 class DeepSpeedEngine(Strict):
-    """ZeRO in one process or many, started by torchrun, deepspeed or Slurm. A sharded student has a sharded teacher."""
+    """ZeRO in one process or many, started by torchrun, deepspeed or Slurm."""
 
     type: Literal["deepspeed"]
     stage: Literal[1, 2, 3] = Field(3, description="What is sharded: 1 the optimiser, 2 gradients too, 3 weights too")
@@ -91,6 +91,9 @@ class DeepSpeedEngine(Strict):
         "whole",
         description="Stage 3, while sampling, scoring and evaluating: whole brings all weights to every rank once; layers "
         "brings one layer after the other in every pass, which needs the least memory and the most time",
+    )
+    replicate_teacher: bool = Field(
+        False, description="Stage 3: keep the teacher whole on every rank, as a quantised one always is"
     )
     config: FilesPath | None = Field(None, description="A DeepSpeed JSON for what these keys do not say")
     backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")

@@ -25,6 +25,7 @@ from minillm.methods.base import Term
 from minillm.models.access import checkpoint_activations
 from minillm.models.loading import is_hollow
 from minillm.models.pair import Models
+from minillm.models.quantization import is_quantized
 from minillm.models.sharded import is_sharded, name_accelerator, release
 
 # what an optimiser of DeepSpeed says of itself that is plain data of this rank
@@ -41,7 +42,8 @@ class DeepSpeedEngine:
         models.by_layers = config.stage == 3 and config.gather == "layers"
         trained = sum(parameter.numel() for parameter in models.student.parameters() if parameter.requires_grad)
         settings = engine_settings(train, config, world_size=self.world_size, trained=trained)
-        if config.stage == 3 and models.teacher is not None and not is_sharded(models.teacher):
+        cut = config.stage == 3 and not config.replicate_teacher and not is_quantized(models.teacher)
+        if cut and models.teacher is not None and not is_sharded(models.teacher):
             frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}
             zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
             if models.teacher.dtype == torch.bfloat16:

@@ -13,14 +13,29 @@ from minillm.config.paths import expand, is_hub_name
 from minillm.models.adapters import add_adapters
 from minillm.models.paths import hub_arguments, reading
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
+from minillm.models.quantization import check_quantized, quantization_options
 from minillm.models.tokenizers import load_tokenizer
 
 
 def load_teacher(
     config: TeacherConfig, *, output_dir: Path, device: torch.device, hollow: bool = False
 ) -> PreTrainedModel:
-    """The frozen model: evaluation mode, no gradients. `hollow`: see is_hollow."""
-    return _load(config, output_dir, hollow).to(device).eval().requires_grad_(False)
+    """The frozen model: evaluation mode, no gradients. `hollow`: see is_hollow; not for one that is quantised.
+
+    Raises ValueError where it cannot be quantised as `config` says.
+    """
+    if config.quantization is None:
+        model = _load(config, output_dir, hollow).to(device)
+    else:  # layer by layer on its way to the device
+        options = quantization_options(config.quantization, getattr(torch, config.dtype), device)
+        model = _load(config, output_dir, **options)
+        check_quantized(model)
+        for (
+            parameter
+        ) in model.parameters():  # on a CPU the plain ones lie in the mapped file, among all that were whole
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
+    return model.eval().requires_grad_(False)
 
 
 def load_student(
@@ -79,12 +94,12 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _load(config: ModelConfig, output_dir: Path, hollow: bool) -> PreTrainedModel:
+def _load(config: ModelConfig, output_dir: Path, hollow: bool = False, **quantization) -> PreTrainedModel:
     with reading(config.path):
-        return _read(config, output_dir, hollow)
+        return _read(config, output_dir, hollow, quantization)
 
 
-def _read(config: ModelConfig, output_dir: Path, hollow: bool) -> PreTrainedModel:
+def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dict) -> PreTrainedModel:
     where, place = hub_arguments(config.path, output_dir, config.revision)
     options = {
         "dtype": getattr(torch, config.dtype),
@@ -94,7 +109,7 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool) -> PreTrainedMode
     if "gguf_file" in place:  # small on disk, and what it holds is only known once it is read
         return _from_gguf(where, {**place, **options})
     if not hollow:
-        return AutoModelForCausalLM.from_pretrained(where, **place, **options)
+        return AutoModelForCausalLM.from_pretrained(where, **place, **options, **quantization)
     architecture = AutoConfig.from_pretrained(where, **place, trust_remote_code=config.trust_remote_code)
     model = _hollow(architecture, **options).eval()
     try:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minillm.models.access import head_error, lm_head
 from minillm.models.loading import is_hollow
 from minillm.models.pair import Models
+from minillm.models.quantization import element_count, is_quantized, quantization_name
 from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import end_of_turn
 
@@ -110,9 +111,14 @@ def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
 
 def _counts(model: PreTrainedModel) -> str:
     """The number of weights, and how many of them are trained where that is neither all nor none."""
-    sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in model.parameters()]
+    sizes = [(getattr(one, "ds_numel", element_count(one)), one.requires_grad) for one in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, graded in sizes if graded)
     return f"{trained:,} trained of {total:,}" if 0 < trained < total else f"{total:,}"
+
+
+def _precision(model: PreTrainedModel) -> str:
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{dtype} around {quantization_name(model)}" if is_quantized(model) else dtype
 
 
 def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -> list[Row]:
@@ -133,7 +139,7 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
         return [
             type(model).__name__,
             _counts(model),
-            f"{str(model.dtype).removeprefix('torch.')}, {config._attn_implementation}",
+            f"{_precision(model)}, {config._attn_implementation}",
             f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",
             ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer))

@@ -64,6 +64,8 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
         yield ["train.gradient_checkpointing=true"], "the same numbers, about a third more time in the update"
     if config.teacher is not None and config.teacher.dtype == "float32":
         yield ["teacher.dtype=bfloat16"], "halves the teacher, which is never trained"
+    if engine.type == "deepspeed" and engine.replicate_teacher:
+        yield ["engine.replicate_teacher=false"], "a piece of the teacher a rank, gathered for every collection"
     if engine.type == "deepspeed":
         if engine.stage < 3 and world_size > 1:
             yield [f"engine.stage={engine.stage + 1}"], "shards more of the student, for more communication"
@@ -86,6 +88,11 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
         yield ["engine.offload_optimizer=true"], "moments and master weights in the host's memory; slower steps"
     if engine.type == "deepspeed" and engine.stage == 3 and not engine.offload_param:
         yield ["engine.offload_param=true"], "weights in the host's memory; much slower"
+    if config.teacher is not None and config.teacher.quantization is None:
+        yield (
+            ["teacher.quantization=nf4"],
+            "a quarter of the teacher's layers in bfloat16; its judgement moves a little",
+        )
     if engine.type == "torch" and world_size == 1:
         yield (
             ["engine.type=deepspeed", "engine.stage=3", "engine.offload_optimizer=true"],

@@ -11,6 +11,7 @@ from typing import Any
 
 from minillm.config.paths import expand
 from minillm.config.root import StageConfig
+from minillm.engine.device import cuts_teacher
 from minillm.planning.sizes import ModelSize
 
 # DeepSpeed's defaults, in elements
@@ -92,13 +93,14 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         if world_size > 1:
             raise ValueError(f"engine.type torch is one process, not {world_size}; plan with engine.type=deepspeed")
         return Sharding()
+    cut = cuts_teacher(engine, config.teacher)
     return Sharding(
         world_size=world_size,
         stage=engine.stage,
         offload_optimizer=engine.offload_optimizer,
         offload_param=engine.offload_param,
         by_layers=engine.gather == "layers",
-        teacher="replicated" if engine.stage < 3 else "offloaded" if engine.offload_param else "sharded",
+        teacher="offloaded" if cut and engine.offload_param else "sharded" if cut else "replicated",
         zero={} if engine.config is None else _zero_settings(Path(expand(engine.config))),
     )
 

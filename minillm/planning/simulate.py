@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from minillm.config.lora import LoraConfig
+from minillm.config.models import Quantization
 from minillm.config.root import StageConfig
 from minillm.data.batch import TokenBatch
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
@@ -23,6 +24,7 @@ from minillm.models.loading import without_dropout
 from minillm.models.pruning import layers_of
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
+from minillm.planning.quantized import quantize
 from minillm.planning.sizes import ModelSize, build, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, Term, Work
 from minillm.rollout.cache import RoomyLayer, make_cache
@@ -52,6 +54,7 @@ class Setting:
     teacher_dtype: str
     student_attention: str
     teacher_attention: str
+    teacher_quantization: Quantization | None
     autocast: bool  # bf16, over weights of another dtype
     master_weights: bool  # the optimiser has an fp32 copy of the weights, and fp32 moments
     gradients_stay: bool  # from one step to the next
@@ -69,6 +72,7 @@ class Setting:
             teacher_dtype=teacher.dtype,
             student_attention=config.student.attn_implementation,
             teacher_attention=teacher.attn_implementation,
+            teacher_quantization=None if config.teacher is None else config.teacher.quantization,
             autocast=config.train.bf16 and not mixed,
             master_weights=deepspeed,
             gradients_stay=deepspeed,
@@ -113,6 +117,8 @@ class _Simulator:
         if teacher is not None:
             with ledger.part("teacher weights"):
                 model = build(teacher, setting.teacher_dtype, setting.teacher_attention)
+                if setting.teacher_quantization is not None:
+                    quantize(model, setting.teacher_quantization)
                 self.models["teacher"] = model.eval().requires_grad_(False)
         if setting.checkpointing:
             # no random state to preserve: there is no dropout

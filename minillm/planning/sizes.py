@@ -17,7 +17,8 @@ class ModelSize:
     """Counts of one model."""
 
     parameters: int  # adapters too
-    itemsize: int  # bytes of a stored weight
+    itemsize: int  # bytes of a weight that is not quantised
+    stored_bytes: int  # of all weights
     head: int  # weights of the LM head
     embeddings: int  # weights that no matrix product reads: token and position tables apart from a tied head
     layers: int
@@ -43,7 +44,11 @@ def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
 
 def weight_count(module: nn.Module) -> int:
     """Weights of a module, tied ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(map(_elements, module.parameters()))
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "elements", parameter.numel())  # of a quantised one, however it is packed
 
 
 def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
@@ -57,6 +62,7 @@ def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
     return ModelSize(
         parameters=weight_count(model),
         itemsize=head.dtype.itemsize,
+        stored_bytes=sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()),
         head=head.numel(),
         embeddings=sum(tables.values()),
         layers=len(counts),

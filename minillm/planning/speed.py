@@ -102,7 +102,7 @@ def _reading_seconds(sizes: dict[str, ModelSize | None], work: Work, gpu: Gpu) -
     total = 0.0
     for name in decoding.models:
         size = sizes[name]
-        weights = (size.parameters - size.embeddings) * size.itemsize
+        weights = size.stored_bytes - size.embeddings * size.itemsize
         caches = decoding.batch * (decoding.prompt + decoding.answer / 2) * size.kv_bytes_per_token
         total += weights + caches
     return batches * decoding.answer * total / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_SHARE)

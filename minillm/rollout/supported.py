@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from minillm.models.pair import Models
+from minillm.models.quantization import is_quantized
 
 
 def use_cuda_graphs(models: Models) -> None:
@@ -39,6 +40,8 @@ def require_fixed_shapes(role: str, model: PreTrainedModel) -> None:
         why = "computes its ALiBi from a mask that grows with the answers"
     elif attention not in ("sdpa", "eager"):
         why = f"has attn_implementation {attention}, which takes no mask over a cache's columns; sdpa and eager do"
+    elif is_quantized(model):
+        why = "is quantised, and its kernels ask the host on the way"
     else:
         return
     raise ValueError(

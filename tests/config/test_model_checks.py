@@ -91,6 +91,19 @@ def test_gguf_files_need_their_extra(recipe, installed):
     assert recipe.problems(teacher__path="model.gguf") == {}
 
 
+def test_quantisation_needs_its_extra_and_a_folder(recipe, installed):
+    assert recipe.problems(teacher__quantization="nf4") == {
+        "teacher.quantization": "needs bitsandbytes and accelerate, not installed: pip install 'minillm[quantization]'"
+    }
+    installed |= {"bitsandbytes", "accelerate", "gguf"}
+    assert recipe.problems(teacher__quantization="nf4") == {}
+    assert "not one of int8, nf4" in recipe.problems(teacher__quantization="fp4")["teacher.quantization"]
+    assert "unknown key" in recipe.problems(student__quantization="nf4")["student.quantization"]
+    (recipe.folder / "model.gguf").write_text("")
+    message = recipe.problems(teacher={"path": "model.gguf", "quantization": "nf4"})["teacher.quantization"]
+    assert "a .gguf file is read into whole weights" in message
+
+
 def test_adapters_need_their_extra(recipe, installed):
     message = recipe.problems(student__lora={"r": 8, "alpha": 32})["student.lora"]
     assert "needs peft, which is not installed: pip install 'minillm[lora]'" in message

@@ -17,6 +17,7 @@ TWO = ("engine.type=deepspeed", "train.gradient_accumulation_steps=1")
 HOW = {
     "stage-3": (),
     "stage-3-by-layers": ("engine.gather=layers",),
+    "stage-3-replicated-teacher": ("engine.replicate_teacher=true",),
     "stage-2-offloaded": ("engine.stage=2", "engine.offload_optimizer=true"),
 }
 

@@ -118,6 +118,21 @@ def test_without_a_teacher_there_are_no_distances(folder):
     assert "reverse_kl_nats" not in result["mean"] and "loss_nats" in result["mean"]
 
 
+def test_calibration_needs_no_prompts(folder):
+    words = {"path": "labels.jsonl", "label": "label", "words": ["yes", "no"], "question": "{text}", "template": "none"}
+    document = {
+        "teacher": {"path": "teacher"},
+        "engine": {"device": "cpu"},
+        "eval": {"calibration": {"answers": words}},
+    }
+    (folder / "labels.jsonl").write_text('{"text": "Is it?", "label": "yes"}\n{"text": "Or not?", "label": "no"}\n')
+    (folder / "calibration.yaml").write_text(yaml.safe_dump(document))
+    result = evaluate_model("student", evaluation_plan([folder / "calibration.yaml"]), Console(rank=1))
+    assert list(result["mean"]) == list(result["sets"]["answers"]) == ["accuracy", "ece"]
+    with pytest.raises(ConfigErrors, match="eval.sets: missing"):  # what exposure bias is measured on
+        evaluation_plan([folder / "calibration.yaml"], ["eval.exposure_bias.samples=1"])
+
+
 def test_what_is_not_finite_is_still_json(folder, monkeypatch):
     class Infinite:
         def __init__(self, *arguments, **options):

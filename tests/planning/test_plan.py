@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import yaml
 
 from minillm.cli import main
 from minillm.config.loading import load_run
@@ -12,41 +11,7 @@ from minillm.planning import simulate
 from minillm.planning.advice import advise
 from minillm.planning.plan import plan_run, planned_peak_gib
 from minillm.rollout.fixed import fixed_room
-
-STUDENT = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-           "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}  # fmt: skip
-LAYER = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
-PARAMETERS = 2 * LAYER + 2 * 512 * 64 + 64
-PROMPT, ANSWER = 10, 6
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    """Writes a configuration whose teacher has four layers in bfloat16, and returns its path."""
-
-    def write(**groups):
-        folder = tmp_path / "teacher"
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({**STUDENT, "num_hidden_layers": 4, "vocab_size": 640}))
-        keys = {
-            "output_dir": str(tmp_path / "run"),
-            "student": {"init": "random", "tokenizer": "byte", "config": STUDENT},
-            "teacher": {"path": str(folder), "dtype": "bfloat16"},
-            "data": {"prompts": {"type": "pydoc", "max_prompt_length": PROMPT, "max_response_length": ANSWER}},
-            "rollout": {"buffer_size": 8, "batch_size": 4, "max_new_tokens": ANSWER},
-            "method": {"name": "minillm", "lm_coef": 0.0},
-            "train": {"max_steps": 2, "per_device_train_batch_size": 4},
-            **groups,
-        }
-        path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(keys))
-        return path
-
-    return write
-
-
-def planned(path, *overrides, **options):
-    return plan_run(load_run([path], overrides), **{"gpu": "cpu", **options}).stages[0]
+from tests.planning.small import ANSWER, PARAMETERS, PROMPT, planned
 
 
 def test_weights_gradients_moments_and_caches_are_counted(recipe):

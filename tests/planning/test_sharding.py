@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from minillm.config.models import TeacherConfig
 from minillm.planning.sharding import Sharding, sharding_of
 from minillm.planning.sizes import ModelSize
 
@@ -30,7 +31,7 @@ def test_what_is_offloaded_is_in_the_host():
 def size(parameters: int, head: int = 0) -> ModelSize:
     """In bfloat16; the largest layer has 200 million weights."""
     sizes = {"layers": 32, "largest_layer": 200_000_000, "hidden_size": 1, "kv_bytes_per_token": 0}
-    return ModelSize(parameters, 2, head, 0, **sizes, trained=parameters)
+    return ModelSize(parameters, 2, 2 * parameters, head, 0, **sizes, trained=parameters)
 
 
 def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):
@@ -41,9 +42,15 @@ def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):
     zero = {"stage3_max_live_parameters": 1e6, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": "auto"}
     file.write_text(json.dumps({"zero_optimization": zero}))
     engine = SimpleNamespace(
-        type="deepspeed", stage=3, offload_optimizer=False, offload_param=True, gather="whole", config=str(file)
+        type="deepspeed",
+        stage=3,
+        offload_optimizer=False,
+        offload_param=True,
+        gather="whole",
+        replicate_teacher=False,
+        config=str(file),
     )
-    read = sharding_of(SimpleNamespace(engine=engine), 2)
+    read = sharding_of(SimpleNamespace(engine=engine, teacher=TeacherConfig(path="any")), 2)
     assert read.teacher == "offloaded" and read.layers(size(7_000_000_000)) == 400_000_000
     assert read.layers(size(7_000_000_000, head=300_000_000)) == 600_000_000
     assert read.buckets(7_000_000_000, 2) == 2_000_000_000  # sorted by ranks in a second one

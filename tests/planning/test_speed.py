@@ -12,8 +12,12 @@ from minillm.planning.speed import forward_flops, speed_of
 from minillm.planning.work import Decoding, Forward, Term, Work
 
 # 1,000 weights: 100 in the head, 100 in a token table, 800 in two layers of 400
-STUDENT = ModelSize(1000, 2, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80, trained=1000)
-TEACHER = ModelSize(5000, 2, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320, trained=0)
+STUDENT = ModelSize(
+    1000, 2, 2000, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80, trained=1000
+)
+TEACHER = ModelSize(
+    5000, 2, 10000, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320, trained=0
+)
 GPU = Gpu("test", 1.0, bf16_tflops=1e-6, fp32_tflops=5e-7, memory_gb_per_s=1e-3, link_gb_per_s=1e-4)
 PROMPT, ANSWER, MICRO = 5, 4, 2
 LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
