@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 
 if not torch.cuda.is_available():
@@ -100,3 +101,29 @@ def small_run():
         }
 
     return write
+
+
+@pytest.fixture
+def one_thread():
+    """A forked process has no threads of torch, and the last bits of a sum depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_stages(tmp_path, small_run) -> Path:
+    """The file of a run whose first stage fine-tunes a teacher and whose second distils it by MiniLLM."""
+    document = small_run(tmp_path, layers=1)
+    document["stages"] = {
+        "teacher": {"student": {"config": {"hidden_size": 24}}},
+        "distil": {
+            "teacher": {"path": "stage:teacher"},
+            "method": {"name": "minillm", "ppo_epochs": 2},
+            "train": {"max_steps": 6},
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path

@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from minillm.config.loading import load_run
 from minillm.run import run
-from tests.test_run import Silent, die_after, in_a_child, one_thread, records  # noqa: F401
+from tests.runs import Silent, die_after, in_a_child, records
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 LORA = {"r": 2, "alpha": 8}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from minillm.config.loading import load_run
 from minillm.models.saving import save_model
 from minillm.run import run
-from tests.test_run import Silent
+from tests.runs import Silent
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("deepspeed", "peft")),

@@ -1,0 +1,82 @@
+"""Whole runs in tests: training with a silent console, killing a child at a chosen moment, reading what is left."""
+
+import json
+import os
+import signal
+import traceback
+from pathlib import Path
+
+from minillm.config.loading import load_run
+from minillm.run import run
+
+
+class Silent:
+    """A console that remembers its notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def train(recipe: Path, *overrides: str, resume: bool = False) -> tuple[Path, Silent]:
+    console = Silent()
+    return run(load_run([recipe], list(overrides)), resume=resume, console=console), console
+
+
+def in_a_child(work) -> int:
+    """The wait status of a forked process that does `work`."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+def die_after(events: int) -> None:
+    """SIGKILL this process at its n-th event: a decode step, an optimiser step, a file synced, renamed or appended to."""
+    from minillm import atomic, metrics
+    from minillm.engine.torch import TorchEngine
+    from minillm.rollout.decoder import Decoder
+
+    left = [events]
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for owner, name in (
+        (Decoder, "forward"),
+        (TorchEngine, "step"),
+        (atomic, "sync"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (metrics.MetricsLog, "write"),
+    ):
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def without_clock(line: str) -> dict:
+    clock = {"seconds", "tokens_per_s", "memory/peak_gib"}
+    return {key: value for key, value in json.loads(line).items() if key not in clock and not key.startswith("time/")}
+
+
+def records(folder: Path) -> list[dict]:
+    return [without_clock(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

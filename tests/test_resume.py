@@ -1,0 +1,83 @@
+"""Runs that end early or go on: killed at many moments, interrupted, changed, made longer."""
+
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import die_after, in_a_child, records, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_killed_at_many_moments_the_run_ends_as_an_unbroken_one(two_stages, tmp_path):
+    final, _ = train(two_stages, f"output_dir={tmp_path / 'unbroken'}")
+    killed, kills, patience = tmp_path / "run", 0, 3
+
+    def go_on():
+        die_after(patience)
+        train(two_stages, resume=True)
+
+    while os.WIFSIGNALED(status := in_a_child(go_on)):
+        kills += 1
+        patience += 5  # later each time, so that every part of the run is hit and there is always progress
+        assert kills < 60
+    assert status == 0 and kills >= 8
+    ours, theirs = load_file(final / "model.safetensors"), load_file(killed / "final" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert records(killed) == records(tmp_path / "unbroken")
+    samples = [(folder / "samples.jsonl").read_text() for folder in (killed, tmp_path / "unbroken")]
+    assert samples[0] == samples[1]
+    assert not list(killed.glob(".checkpoint*"))
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(two_stages, tmp_path):
+    final, _ = train(two_stages, f"output_dir={tmp_path / 'unbroken'}")
+
+    def interrupted():
+        from minillm.engine.torch import TorchEngine
+
+        original, steps = TorchEngine.step, [0]
+
+        def step(self, micro_batches):
+            steps[0] += 1
+            if steps[0] == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, micro_batches)
+
+        TorchEngine.step = step
+        train(two_stages, "save.steps=null")
+
+    status = in_a_child(interrupted)
+    assert os.WEXITSTATUS(status) == 130
+    assert (tmp_path / "run" / "checkpoint-5" / "manifest.json").exists()
+    resumed, console = train(two_stages, "save.steps=null", resume=True)
+    assert any("step 3" in note for note in console.notes)
+    assert records(tmp_path / "run") == records(tmp_path / "unbroken")
+    assert (resumed / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_resumes_to_itself(two_stages, tmp_path):
+    final, _ = train(two_stages)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()
+    train(two_stages, resume=True)
+    assert ((tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()) == before
+
+
+def test_a_changed_recipe_is_refused_on_resume_and_named(two_stages):
+    train(two_stages)
+    with pytest.raises(ValueError, match=r"in train\.learning_rate \([\d.]+ then, 0\.1 now\)\."):
+        train(two_stages, "train.learning_rate=0.1", resume=True)
+    train(two_stages, "save.keep=1", resume=True)
+
+
+def test_without_any_whole_checkpoint_nothing_is_overwritten(two_stages, tmp_path):
+    train(two_stages)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for manifest in (tmp_path / "run").glob("checkpoint-*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        train(two_stages, resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
