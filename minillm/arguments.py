@@ -53,8 +53,13 @@ def make_parser() -> argparse.ArgumentParser:
     experiment = verbs.add_parser(
         "experiment", help="train and measure every arm of an experiment; goes on where it was"
     )
-    experiment.add_argument("name", metavar="NAME_OR_FILE", help="of configs/experiments, or a .yaml file")
-    experiment.add_argument("words", nargs="*", metavar="KEY=VALUE", help="base.train.learning_rate=..., arms.kd....")
+    experiment.add_argument(
+        "words",
+        nargs="*",
+        metavar="NAME_OR_FILE|KEY=VALUE",
+        help="a name of configs/experiments or a .yaml file (without it, the names are listed), and overrides such as "
+        "base.train.learning_rate=... or arms.kd....",
+    )
     experiment.add_argument("--seeds", type=_positive, metavar="N", help="the first N, instead of those of the file")
     experiment.add_argument("--seed", type=_natural, metavar="S", help="work on this seed alone")
     experiment.add_argument("--arms", metavar="A,B", help="work on these arms alone, and on what they start from")
@@ -85,25 +90,27 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--prompt", action="append", dest="prompts", default=[], help="may be repeated; without it, lines of stdin"
     )
-    generate.add_argument("--max-new-tokens", type=_positive, default=256)
+    generate.add_argument("--max-new-tokens", type=_positive, default=256, help="of an answer (default %(default)s)")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
-    generate.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--no-repeat-ngram-size", type=int, default=0)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--top-k", type=int, default=0, help="sample from the likeliest K tokens; 0: from all")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens that have this share; 1: from all"
+    )
+    generate.add_argument("--no-repeat-ngram-size", type=int, default=0, help="never repeat N tokens; 0: free to")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
     generate.add_argument(
         "--template", choices=("auto", "chat", "alpaca", "none"), default="auto", help="auto: as the run was trained"
     )
     generate.add_argument("--system", help="the system message of a chat")
     generate.add_argument("--tokenizer", help="of another folder or hub name")
-    generate.add_argument("--dtype", choices=DTYPES, default="float32")
+    generate.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
     bench = verbs.add_parser("bench", help="micro-benchmarks; --help after the name shows the options")
-    bench.add_argument("name", choices=BENCHMARKS)
+    bench.add_argument("name", choices=BENCHMARKS, help="what is measured")
 
     report = verbs.add_parser("report", help="write a run's report, or compare several runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
     report.add_argument("--figure", type=Path, metavar="PNG", help="of several runs: draw their curves here")
 
     verbs.add_parser("schema", help="JSON schema of the configuration, for editors")

@@ -110,13 +110,17 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _experiment(arguments: argparse.Namespace) -> int:
+    from minillm.experiment.loading import chosen_arms, chosen_seeds, load_experiment, titles
+
+    if not arguments.words:
+        print("\n".join(f"{name:20} {title}" for name, title in titles().items()))
+        return 0
     from minillm.config.paths import expand
     from minillm.experiment.jobs import commands
-    from minillm.experiment.loading import chosen_arms, chosen_seeds, load_experiment
     from minillm.experiment.report import write_experiment_report
     from minillm.experiment.runner import run_experiment, train_together
 
-    experiment = load_experiment(arguments.name, arguments.words)
+    experiment = load_experiment(arguments.words[0], arguments.words[1:])
     seeds = chosen_seeds(experiment, arguments.seeds)
     arms = chosen_arms(experiment, arguments.arms)
     output = arguments.output or Path(expand(experiment.config.output_dir))

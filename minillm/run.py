@@ -19,6 +19,7 @@ from minillm.atomic import clean, write_folder, write_text
 from minillm.bases import BASES
 from minillm.checkpoint import list_checkpoints, newest_whole
 from minillm.config.loading import RunPlan, Stage
+from minillm.config.training import SCHEDULES
 from minillm.environment import describe_environment
 from minillm.metrics import MetricsLog, SilentLog
 from minillm.model_card import write_model_card
@@ -30,6 +31,8 @@ from minillm.trainer import Progress, TrainingError
 MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
+# Keys of `train` that only say when a stage ends. They may grow.
+LIMITS = ("max_steps", "num_train_epochs", "max_seconds", "max_student_tokens")
 
 
 def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -> Path:
@@ -68,8 +71,11 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
     if checkpoint is not None:
         saved = json.loads((checkpoint / "state" / "trainer.json").read_text())
         progress = Progress(**saved["progress"])
-        _check_same_recipe(plan, progress.stage, saved["config"])
+        longer = _check_same_recipe(plan, progress.stage, saved["config"])
         console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
+        if longer and progress.finished:
+            progress.finished = False
+            distributed.on_rank_0(lambda: _take_back(output_dir, progress.stage))
     if distributed.rank() == 0:
         write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
         write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
@@ -170,19 +176,42 @@ def _measured_before(plan: RunPlan, stage: Stage) -> bool:
     return source.eval == config.eval and source.teacher == config.teacher
 
 
-def _check_same_recipe(plan: RunPlan, stage_name: str, saved: dict) -> None:
+def _check_same_recipe(plan: RunPlan, stage_name: str, saved: dict) -> bool:
+    """Whether the stage is to be longer than it was. Raises ValueError where it differs in anything else."""
     stage = next((stage for stage in plan.stages if stage.name == stage_name), None)
     if stage is None:
         raise ValueError(f"the checkpoint is in stage {stage_name!r}, which this configuration does not have")
     now = stage.config.model_dump(mode="json")
-    free = FREE_ON_RESUME
+    free, longer = FREE_ON_RESUME, _is_longer(saved["train"], now["train"])
+    if longer:
+        saved = {**saved, "train": {**saved["train"], **{key: now["train"][key] for key in LIMITS}}}
     changed = list(_changes(*({key: value for key, value in one.items() if key not in free} for one in (saved, now))))
     if changed:
         raise ValueError(
             f"the configuration differs from the checkpoint's in {'; '.join(changed)}. A resumed run must take the steps "
             "the unbroken one would have taken: undo the change, or start a new run in another output_dir with "
-            "student.path at the checkpoint"
+            "student.path at the checkpoint. (What ends a stage may grow, where its schedule does not depend on it.)"
         )
+    return longer
+
+
+def _is_longer(before: dict, now: dict) -> bool:
+    """Whether limits of `train` grew or went, none came or shrank, and the steps so far would have been the same."""
+    pairs = [(before[key], now[key]) for key in LIMITS if before[key] != now[key]]
+    grew = all(
+        then is not None and (later is None or _is_number(then, later) and later > then) for then, later in pairs
+    )
+    return bool(pairs) and grew and not SCHEDULES[now["lr_scheduler_type"]].counts_steps
+
+
+def _is_number(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _take_back(output_dir: Path, stage: str) -> None:
+    """The model that a stage left as its last one, which lies in its checkpoint as well, is not the last one any more."""
+    for folder in (output_dir / "final", output_dir / "stages" / stage):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -19,7 +19,7 @@ from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog
 from minillm.models.adapters import FOLDER, load_adapter
 from minillm.models.loading import load_student, load_teacher
-from minillm.models.preflight import preflight
+from minillm.models.preflight import preflight, require_same_tokenizer
 from minillm.models.sharded import is_sharded, readable, release
 from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.supported import use_cuda_graphs
@@ -52,8 +52,10 @@ class Shared:
         config = stage.config
         device = engine_device(config.engine)
         check_backend(config.engine, device)
-        # data first: what is wrong with it is said before a model is read
+        # tokenizers and data first: what is wrong with them is said before a model is read
         tokenizer = load_tokenizer(config.student, self.output_dir)
+        if config.teacher is not None:
+            require_same_tokenizer(tokenizer, load_tokenizer(config.teacher, self.output_dir))
         prompts = load_prompts(config.data.prompts, tokenizer)
         read = [("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source)]
         corpus = None

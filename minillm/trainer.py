@@ -108,6 +108,12 @@ class StageTrainer:
     def run(self, *, evaluate_first: bool) -> None:
         config, progress = self.config, self.progress
         self.console.start(self.name, self.total_steps, progress.stage_step)
+        warmup = config.train.warmup_steps
+        if self.total_steps is not None and warmup > self.total_steps:
+            self.console.note(
+                f"train.warmup_steps is {warmup}, but stage {self.name!r} has {self.total_steps} steps: the learning rate ends "
+                f"at {self.total_steps / warmup:.0%} of train.learning_rate"
+            )
         if progress.stage_step == 0:
             if self.judge_teacher:
                 self.evaluate("teacher")
@@ -282,7 +288,7 @@ class StageTrainer:
             self.engine.save_state(state)
             if self.engine.rank:
                 return
-            if not progress.finished and isinstance(self.items, RolloutBuffer):
+            if isinstance(self.items, RolloutBuffer):  # of a finished stage too, which may be made longer
                 save_file(self.items.state(), state / "buffer.safetensors")
             config = self.config.model_dump(mode="json")
             content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}

@@ -311,3 +311,23 @@ def test_a_reader_that_has_seen_enough(folder):
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.stdout == "{\n"
     assert result.stderr == ""
+
+
+def test_experiments_are_listed_where_none_is_named(folder, capsys):
+    Path("configs/experiments").mkdir(parents=True)
+    Path("configs/experiments/mine.yaml").write_text("title: What I measure\n")
+    for command in (["experiment"], ["experiment", "--list"]):
+        assert main(command) == 0
+        listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert listed["mine"] == "What I measure" and "equal student tokens" in listed["stories"]
+
+
+def test_every_option_is_explained():
+    (verbs,) = (action for action in make_parser()._actions if action.dest == "verb")
+    bare = [
+        f"{verb} {action.option_strings or action.dest}"
+        for verb, parser in verbs.choices.items()
+        for action in parser._actions
+        if not action.help
+    ]
+    assert not bare

@@ -81,3 +81,26 @@ def test_without_any_whole_checkpoint_nothing_is_overwritten(two_stages, tmp_pat
     with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
         train(two_stages, resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_made_longer_takes_the_steps_of_one_that_was_as_long_from_the_start(two_stages, tmp_path):
+    """From a finished run, in the middle of a buffer, and from one that was interrupted."""
+    long = "stages.distil.train.max_steps=9"
+    expected, _ = train(two_stages, long, f"output_dir={tmp_path / 'unbroken'}")
+    steps = [record for record in records(tmp_path / "unbroken") if record["kind"] == "train"]
+    short, _ = train(two_stages, "stages.distil.train.max_steps=5")
+    before = (short / "model.safetensors").read_bytes()
+    final, console = train(two_stages, long, resume=True)
+    assert any("stage distil, step 5" in note for note in console.notes)
+    assert before != (final / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "stages" / "distil" / "model.safetensors").read_bytes() != before
+    assert [record for record in records(tmp_path / "run") if record["kind"] == "train"] == steps
+    with pytest.raises(ValueError, match=r"train\.max_steps \(9 then, 4 now\).*What ends a stage may grow"):
+        train(two_stages, "stages.distil.train.max_steps=4", resume=True)
+
+
+def test_a_schedule_that_was_laid_out_for_its_length_keeps_it(two_stages):
+    schedule = "train.lr_scheduler_type=cosine"
+    train(two_stages, schedule)
+    with pytest.raises(ValueError, match=r"train\.max_steps \(6 then, 9 now\)"):
+        train(two_stages, schedule, "stages.distil.train.max_steps=9", resume=True)

@@ -8,6 +8,8 @@ import torch
 
 from minillm.cli import main
 from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.models.preflight import PreflightError
+from minillm.models.tokenizers import byte_tokenizer
 from minillm.rollout import sampling, supported
 from minillm.shared import _same_weights
 from minillm.trainer import TrainingError
@@ -150,3 +152,21 @@ def test_a_run_whose_steps_are_captured_takes_the_same_steps(two_stages, tmp_pat
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)), key
+
+
+def test_two_tokenizers_are_an_error_before_a_model_is_read(two_stages, tmp_path, monkeypatch):
+    train(two_stages, "stages.distil.train.max_steps=1")
+    taught = tmp_path / "run" / "stages" / "teacher"
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(taught)
+    monkeypatch.setattr("minillm.shared.load_teacher", lambda *args, **kwargs: pytest.fail("a model was read"))
+    keys = ("stages.teacher=null", f"stages.distil.teacher.path={taught}", f"output_dir={tmp_path / 'other'}")
+    with pytest.raises(PreflightError, match="student and teacher have different tokenizers"):
+        train(two_stages, *keys)
+
+
+def test_a_warm_up_that_outlasts_its_stage_is_said(two_stages):
+    _, console = train(two_stages, "stages.distil.train.warmup_steps=12")
+    (said,) = (note for note in console.notes if "warmup_steps" in note)
+    assert "is 12, but stage 'distil' has 6 steps" in said and "50% of train.learning_rate" in said

@@ -14,6 +14,7 @@ from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_pa
 from minillm.data.templates import Message, render
 from minillm.models.tokenizers import end_of_turn
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # (question, answer, context); the first whose answer is there, else the first whose question is
 FORMS = (
     ("instruction", "output", "input"),
@@ -162,6 +163,8 @@ def _parse_messages(where: str, messages: Any) -> tuple[list[Message], str, tupl
         raise DataError(f"{where}: messages: expected a list of {{role, content}}, found {json.dumps(messages)[:80]}")
     for message in messages:
         _text(where, "messages", message["content"])
+        if message["role"] not in ROLES:
+            raise DataError(f"{where}: messages: the role {message['role']!r}; known are {', '.join(ROLES)}")
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:
             raise DataError(f"{where}: messages: an answer without a question before it")

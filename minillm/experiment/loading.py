@@ -59,15 +59,25 @@ def experiment_file(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
-    folders = [Path.cwd() / FOLDER, Path(__file__).parents[2] / FOLDER]
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            file = folder / f"{name}.yaml"
-            return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    known = known_experiments()
+    if name in known:
+        file = known[name]
+        return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
     close = difflib.get_close_matches(name, known, 1, 0.6)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}" if known else "give a .yaml file"
     raise ConfigErrors([Problem(COMMAND_LINE, None, "", f"there is no experiment {name!r} ({hint})")])
+
+
+def known_experiments() -> dict[str, Path]:
+    """The files that may be named, in configs/experiments of the current folder and of this program, by name."""
+    folders = [Path(__file__).parents[2] / FOLDER, Path.cwd() / FOLDER]
+    return dict(sorted((path.stem, path) for folder in folders for path in folder.glob("*.yaml")))
+
+
+def titles() -> dict[str, str]:
+    """What each of them is about, by name."""
+    documents = {name: _read(file, []).plain() for name, file in known_experiments().items()}
+    return {name: str(document.get("title", "")) for name, document in documents.items()}
 
 
 def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -37,7 +37,7 @@ def preflight(
         rows_t = lm_head(teacher).weight.shape[0]
         vocab_size = min(rows_s, rows_t)
         if teacher_tokenizer is not None:
-            _check_same(student_tokenizer, teacher_tokenizer)
+            require_same_tokenizer(student_tokenizer, teacher_tokenizer)
     if len(student_tokenizer) > vocab_size:
         raise PreflightError(
             f"the tokenizer has {len(student_tokenizer):,} tokens, but the heads share only {vocab_size:,} rows (student "
@@ -95,7 +95,8 @@ def _check_head(who: str, model: PreTrainedModel) -> None:
         )
 
 
-def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises PreflightError where an id means one thing to one of them and another to the other."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return

@@ -51,6 +51,7 @@ def test_every_form(byte, jsonl, record, prompt, references):
         ({"messages": "Why?"}, "messages: expected a list"),
         ({"messages": [{"role": "user"}]}, "messages: expected a list"),
         ({"messages": CHAT[1:]}, "messages: an answer without a question"),
+        ({"messages": [{"role": "human", "content": "Why?"}]}, "messages: the role 'human'; known are system, .*user"),
     ],
 )
 def test_a_record_of_no_form_is_named(byte, jsonl, record, message):
