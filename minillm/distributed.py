@@ -149,6 +149,19 @@ def _named(head: Mapping[str, list], data: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
+def exchange(outgoing: Sequence[Tensor]) -> list[Tensor]:
+    """One tensor of bytes, (bytes,) uint8 on the CPU, for each rank; gives what each rank had for this one."""
+    counts = [sent[rank()] for sent in gather([len(part) for part in outgoing])]
+    received = torch.empty(sum(counts), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(list(outgoing)), counts, [len(part) for part in outgoing])
+    return list(received.split(counts))
+
+
+def home(index: int) -> int:
+    """The rank that `share` deals this index to."""
+    return index % world_size()
+
+
 def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
     """What was dealt out by `share`, in its first order."""
     return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm import distributed
+from minillm.atomic import sync
 from minillm.checkpoint import write_checkpoint
 from minillm.config.loading import Stage
 from minillm.engine import build_engine
@@ -24,6 +25,7 @@ from minillm.metrics import MetricsLog
 from minillm.models.pair import Models
 from minillm.models.saving import save_model, write_model
 from minillm.rollout.buffer import RolloutBuffer
+from minillm.rollout.lending import lend
 
 HIGHER_IS_BETTER = {"rouge_l", "exact_match"}
 
@@ -161,11 +163,14 @@ class StageTrainer:
         if collects:
             self.items = method.collect(self.sources, self.models, progress.draw)
             progress.draw, progress.epoch, progress.position = progress.draw + 1, 0, 0
-        items = self._next_items()
+        chosen = self._next_indices()
         # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
         # buffer by minillm.config.checks.whole_batches, and a step's items are as many on every rank
-        share = len(items) // self.engine.world_size
-        items, all_items = items[self.engine.rank * share :][:share], items
+        parts = np.array_split(chosen, self.engine.world_size)
+        if isinstance(self.items, RolloutBuffer):
+            items = lend(self.items, parts)
+        else:
+            items = [self.items[index] for index in parts[self.engine.rank]]
         size = self.config.train.per_device_train_batch_size
         micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
         with timing.of("scoring"):
@@ -176,7 +181,7 @@ class StageTrainer:
         except NonFiniteError as error:
             raise TrainingError(
                 f"step {progress.step + 1} of stage {self.name!r}: {error}. Prompts of the batch (by index): "
-                f"{[item.key for item in all_items]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
+                f"{[self.items[index].key for index in chosen]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
                 "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
             ) from None
         seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)
@@ -187,7 +192,7 @@ class StageTrainer:
         self._slowest[collects] = max(self._slowest[collects], seconds)
         progress.step += 1
         progress.stage_step += 1
-        progress.position += len(all_items)
+        progress.position += len(chosen)
         progress.seconds += seconds
         progress.student_tokens += result.rows
         return {
@@ -209,10 +214,9 @@ class StageTrainer:
             self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
         return not self.items or self.progress.epoch >= self.method.inner_epochs
 
-    def _next_items(self) -> list[Item]:
+    def _next_indices(self) -> np.ndarray:  # (step_size,), or fewer at the end of what was collected
         order = np.random.default_rng([self.config.seed, self.progress.draw, self.progress.epoch])
-        chosen = order.permutation(len(self.items))[self.progress.position :][: self.method.step_size]
-        return [self.items[index] for index in chosen]
+        return order.permutation(len(self.items))[self.progress.position :][: self.method.step_size]
 
     def _total_steps(self) -> int | None:
         """Steps of the stage as far as they are known before it starts."""
@@ -286,10 +290,12 @@ class StageTrainer:
             state = folder / "state"
             state.mkdir(exist_ok=True)
             self.engine.save_state(state)
+            if isinstance(self.items, RolloutBuffer):  # of a finished stage too, which may be made longer
+                path = self._buffer_path(state)
+                save_file(self.items.state(), path)
+                sync(path)
             if self.engine.rank:
                 return
-            if isinstance(self.items, RolloutBuffer):  # of a finished stage too, which may be made longer
-                save_file(self.items.state(), state / "buffer.safetensors")
             config = self.config.model_dump(mode="json")
             content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
             (state / "trainer.json").write_text(json.dumps(content, indent=1))
@@ -311,5 +317,10 @@ class StageTrainer:
         self.sources.prompts.load_state_dict(self.progress.streams["prompts"])
         if self.sources.corpus is not None:
             self.sources.corpus.load_state_dict(self.progress.streams["corpus"])
-        if (state / "buffer.safetensors").exists():
-            self.items = RolloutBuffer.from_state(load_file(state / "buffer.safetensors"))
+        if self._buffer_path(state).exists():
+            self.items = RolloutBuffer.from_state(load_file(self._buffer_path(state)))
+
+    def _buffer_path(self, state: Path) -> Path:
+        """Each rank keeps the teacher's hidden states that it holds."""
+        rank, ranks = self.engine.rank, self.engine.world_size
+        return state / ("buffer.safetensors" if ranks == 1 else f"buffer-{rank}-of-{ranks}.safetensors")

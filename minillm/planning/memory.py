@@ -34,7 +34,7 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
     student = simulation.student
     one_memory = device.type == "cpu"
     factors, host_factors = sharding.factors(), sharding.host_factors()
-    buffer, waiting = _teacher_rows(simulation, work)
+    buffer, waiting = _teacher_rows(simulation, work, sharding.world_size)
     result = []
     for phase, timeline in simulation.phases.items():
         added = dict.fromkeys(PARTS, 0)
@@ -73,11 +73,11 @@ def _gathered(phase: str, simulation: Simulation, work: Work, sharding: Sharding
     return sum(map(sharding.layers, gathered)) + heads
 
 
-def _teacher_rows(simulation: Simulation, work: Work) -> tuple[int, dict[bool, int]]:
-    """Bytes of a rollout buffer; and of the teacher's hidden states that wait for a step, from the buffer or not."""
+def _teacher_rows(simulation: Simulation, work: Work, world_size: int) -> tuple[int, dict[bool, int]]:
+    """Bytes of a rollout buffer, of which a rank has all vectors and its share of the hidden states; and of the teacher's hidden states that wait for a step, from the buffer or not."""
     if simulation.teacher is None:
         return 0, {False: 0, True: 0}
     row = simulation.teacher.hidden_size * simulation.teacher.itemsize
     answers = 0 if not work.buffered else work.buffered * work.decoding.answer
     waiting = {flag: work.waiting_rows(from_buffer=flag) * row for flag in (False, True)}
-    return answers * (row + VECTOR_BYTES), waiting
+    return answers * row // world_size + answers * VECTOR_BYTES, waiting

@@ -70,7 +70,7 @@ class Work:
     terms: tuple[Term, ...]
     micro_batches: int
     steps_per_collection: int
-    buffered: int  # answers kept with the teacher's hidden states, all of them on every rank
+    buffered: int  # answers kept with the teacher's hidden states, of all ranks
 
     @property
     def moment(self) -> "Work":

@@ -20,7 +20,8 @@ class Rollout:
     response: list[int]  # with the EOS that ended it, if one did
     ended: bool
     vectors: dict[str, Tensor] = field(default_factory=dict)  # (T,) each; `score` says which, methods add theirs
-    teacher_hidden: Tensor | None = None  # (T, H_t) in the teacher's dtype: what predicts each response token
+    # (T, H_t) in the teacher's dtype: what predicts each response token. None on ranks that did not score the answer
+    teacher_hidden: Tensor | None = None
 
     @property
     def pair(self) -> Pair:
@@ -57,8 +58,10 @@ class RolloutBuffer(Sequence[Rollout]):
             state[f"{name}_ids"] = _integers(token for sequence in sequences for token in sequence)
         for name in dict.fromkeys(name for rollout in self for name in rollout.vectors):
             state[VECTOR + name] = self._joined(name, [rollout.vectors.get(name) for rollout in self])
-        if any(rollout.teacher_hidden is not None for rollout in self):
-            state["teacher_hidden"] = self._joined("teacher_hidden", [rollout.teacher_hidden for rollout in self])
+        scored = RolloutBuffer(rollout for rollout in self if rollout.teacher_hidden is not None)
+        if scored:
+            state["teacher_hidden"] = scored._joined("teacher_hidden", [rollout.teacher_hidden for rollout in scored])
+            state["scored"] = torch.tensor([rollout.teacher_hidden is not None for rollout in self])
         return state
 
     @classmethod
@@ -94,7 +97,11 @@ def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
     lengths = state["response_lengths"]
     responses = _split(state["response_ids"], lengths)
     vectors = {name.removeprefix(VECTOR): _split(value, lengths) for name, value in state.items() if VECTOR in name}
-    hidden = _split(state["teacher_hidden"], lengths) if "teacher_hidden" in state else [None] * len(lengths)
+    hidden: list[Tensor | None] = [None] * len(lengths)
+    if "teacher_hidden" in state:
+        rows = state["scored"].nonzero()[:, 0].tolist()
+        for row, part in zip(rows, _split(state["teacher_hidden"], lengths[rows]), strict=True):
+            hidden[row] = part
     return [
         Rollout(
             key=int(key),

@@ -1,6 +1,7 @@
 """One pass of each model over sampled answers: what the buffer keeps, so that inner epochs never run the teacher."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -22,7 +23,8 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
 
     mixture_logprob, log p~(y_t) as it was sampled; student_logprob, log q_old(y_t); teacher_logprob, log p(y_t);
     reverse_kl, KL(q || p) over the shared vocabulary; all in nats at temperature 1. And the teacher's hidden states.
-    Answers of a like length share a micro-batch of `batch_size`; the buffer keeps their order.
+    Answers of a like length share a micro-batch of `batch_size`; the buffer keeps their order. Of several ranks each
+    gets all vectors, and the hidden states of the answers that it scored (minillm.rollout.lending).
 
     Raises ValueError without a teacher, or for keys that do not match the answers.
     """
@@ -53,10 +55,12 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     scored = RolloutBuffer(rollouts[index] for index in mine)
     if distributed.world_size() == 1:
         return scored
-    parts = distributed.gather_tensors(scored.state() if len(scored) else {})
-    return RolloutBuffer(
-        distributed.interleave([list(RolloutBuffer.from_state(part)) if part else [] for part in parts])
-    )
+    bare = RolloutBuffer(replace(rollout, teacher_hidden=None) for rollout in scored)
+    parts = distributed.gather_tensors(bare.state())
+    everyones = distributed.interleave([list(RolloutBuffer.from_state(part)) for part in parts])
+    for index in mine:
+        everyones[index].teacher_hidden = rollouts[index].teacher_hidden
+    return RolloutBuffer(everyones)
 
 
 def teacher_hidden(models: Models, batch: TokenBatch) -> Tensor:  # (N, H_t)

@@ -39,6 +39,9 @@ def exchange(folder: Path) -> None:
             assert found.keys() == expected.keys()
             for name, tensor in expected.items():
                 assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    sent = [torch.full((2 * rank + other,), 10 * rank + other, dtype=torch.uint8) for other in range(2)]
+    for other, found in enumerate(distributed.exchange(sent)):
+        assert found.tolist() == [10 * other + rank] * (2 * other + rank)
     before = waited()
     time.sleep(1.0 * rank)
     distributed.barrier()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from minillm import distributed
 from minillm.launcher import end
 from minillm.models.pair import Models
+from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.sampling import Sampling, sample
 from minillm.rollout.scoring import score
 
@@ -53,8 +54,7 @@ def rank(how: str, folder: Path) -> None:
         models = tiny_models(tie)
         DeepSpeedEngine(models, TrainConfig(max_steps=1), DeepSpeedConfig(type="deepspeed", gather=how), total_steps=1)
         found = collect(models, PROMPTS, SAMPLING)
-        if distributed.rank() == 0:
-            save_file(found, folder / f"{how}-tied-{tie}.safetensors")
+        save_file(found, folder / f"{how}-tied-{tie}-{distributed.rank()}.safetensors")
     # one rank's answers end at once, the other's never
     models.eos_ids = tuple(range(64)) if distributed.rank() == 0 else ()
     lengths = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 50)["response_lengths"].tolist()
@@ -67,14 +67,18 @@ def rank(how: str, folder: Path) -> None:
 def test_two_ranks_sample_and_score_as_one_process(how, tmp_path, start, finish):
     finish(start(2, __file__, how, str(tmp_path)), timeout=120)
     for tie in (False, True):
-        ours, theirs = (
-            load_file(tmp_path / f"{how}-tied-{tie}.safetensors"),
-            collect(tiny_models(tie), PROMPTS, SAMPLING),
-        )
+        theirs = collect(tiny_models(tie), PROMPTS, SAMPLING)
         assert len(set(theirs["response_lengths"].tolist())) > 3  # they do end at different moments
-        assert ours.keys() == theirs.keys()
-        for name, tensor in theirs.items():
-            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        expected = RolloutBuffer.from_state(theirs)
+        for rank in range(2):
+            ours = load_file(tmp_path / f"{how}-tied-{tie}-{rank}.safetensors")
+            assert ours.keys() == theirs.keys()
+            for name in ours.keys() - {"teacher_hidden", "scored"}:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+            for index, (mine, whole) in enumerate(zip(RolloutBuffer.from_state(ours), expected, strict=True)):
+                assert (mine.teacher_hidden is not None) == (index % 2 == rank)  # of what this rank scored
+                if index % 2 == rank:
+                    torch.testing.assert_close(mine.teacher_hidden, whole.teacher_hidden, rtol=1e-4, atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,14 @@ def test_empty_and_without_hidden_states(tmp_path):
     assert_same(RolloutBuffer.from_state(bare.state()), bare)
 
 
+def test_hidden_states_may_be_of_some_alone(tmp_path):
+    """As on one of several ranks."""
+    buffer = make_buffer()
+    buffer[1].teacher_hidden = None
+    save_file(buffer.state(), tmp_path / "buffer.safetensors")
+    assert_same(RolloutBuffer.from_state(load_file(tmp_path / "buffer.safetensors")), buffer)
+
+
 def test_is_a_sequence():
     buffer = make_buffer()
     assert [rollout.key - 2**40 for rollout in buffer] == [0, 1, 2] and buffer[-1].response == [7] * 4
@@ -70,8 +78,8 @@ def test_rollouts_that_do_not_fit_together():
     with pytest.raises(ValueError, match="advantage has 3 rows for a response of 4 tokens"):
         buffer.state()
     buffer = make_buffer()
-    buffer[2].teacher_hidden = None
-    with pytest.raises(ValueError, match="teacher_hidden"):
+    buffer[2].teacher_hidden = torch.zeros(3, 5)
+    with pytest.raises(ValueError, match="teacher_hidden has 3 rows for a response of 4 tokens"):
         buffer.state()
 
 
