@@ -157,6 +157,7 @@ def _take_steps(case: Case) -> dict[str, int]:
     from minillm.methods import build_method
     from minillm.methods.base import Sources
     from minillm.models.preflight import preflight
+    from minillm.rollout.lending import part_of_step
 
     peaks = {"collect": 0, "terms": 0, "update": 0}
     with tempfile.TemporaryDirectory() as name:
@@ -172,9 +173,9 @@ def _take_steps(case: Case) -> dict[str, int]:
             with _phase(peaks, "collect"):
                 if case.method != "minillm" or step != 1:  # a second buffer, beside the first
                     items = method.collect(sources, models, step)
-            share, size = method.step_size // engine.world_size, case.batch
-            taken = items[engine.rank * share : (engine.rank + 1) * share]
+            size = case.batch
             with _phase(peaks, "terms"):
+                taken = part_of_step(items, range(method.step_size))
                 terms = [
                     method.terms(taken[start : start + size], sources, models) for start in range(0, len(taken), size)
                 ]

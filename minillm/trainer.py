@@ -25,7 +25,7 @@ from minillm.metrics import MetricsLog
 from minillm.models.pair import Models
 from minillm.models.saving import save_model, write_model
 from minillm.rollout.buffer import RolloutBuffer
-from minillm.rollout.lending import lend
+from minillm.rollout.lending import part_of_step
 
 HIGHER_IS_BETTER = {"rouge_l", "exact_match"}
 
@@ -166,11 +166,7 @@ class StageTrainer:
         chosen = self._next_indices()
         # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
         # buffer by minillm.config.checks.whole_batches, and a step's items are as many on every rank
-        parts = np.array_split(chosen, self.engine.world_size)
-        if isinstance(self.items, RolloutBuffer):
-            items = lend(self.items, parts)
-        else:
-            items = [self.items[index] for index in parts[self.engine.rank]]
+        items = part_of_step(self.items, chosen)
         size = self.config.train.per_device_train_batch_size
         micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
         with timing.of("scoring"):

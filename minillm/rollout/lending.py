@@ -1,25 +1,35 @@
-"""A buffer over several ranks: the teacher's hidden states stay with the rank that scored an answer, and are lent to the
-rank that steps through it, for that step."""
+"""What each of several ranks steps through. The teacher's hidden states of a buffer stay with the rank that scored an
+answer, and are lent to the rank that trains on it, for that step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minillm import distributed
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 
+Item = TypeVar("Item")
 
-def lend(buffer: RolloutBuffer, parts: Sequence[Sequence[int]]) -> list[Rollout]:
-    """This rank's rollouts of a step, with their hidden states. All ranks call it with the same parts.
+
+def part_of_step(items: Sequence[Item] | RolloutBuffer, chosen: Sequence[int]) -> list[Item] | list[Rollout]:
+    """This rank's items of a step, rollouts with their hidden states. All ranks call it together.
 
     Args:
-        buffer: as `score` gives it.
-        parts: for each rank the indices of its rollouts; one part with one process.
+        items: what was collected: the same on every rank, or a buffer as `score` gives it.
+        chosen: the step's indices, the same on every rank, as many for each of them.
     """
-    if distributed.world_size() == 1:
-        return [buffer[index] for index in parts[0]]
+    parts = np.array_split(np.asarray(chosen), distributed.world_size())
+    mine = parts[distributed.rank()]
+    if not isinstance(items, RolloutBuffer) or distributed.world_size() == 1:
+        return [items[index] for index in mine]
+    return _lend(items, parts)
+
+
+def _lend(buffer: RolloutBuffer, parts: Sequence[np.ndarray]) -> list[Rollout]:
     me = distributed.rank()
     outgoing = [[buffer[index].teacher_hidden for index in part if distributed.home(index) == me] for part in parts]
     incoming = distributed.exchange([_bytes(rows) for rows in outgoing])
