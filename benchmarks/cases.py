@@ -35,7 +35,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        shape = f"{self.student_hidden}+{self.teacher_hidden}x{self.vocab}"
+        shape = f"{self.student_hidden}_{self.teacher_hidden}x{self.vocab}"
         return f"{self.loss}-{self.tokens}x{shape}-{self.dtype}-ignored{round(100 * self.ignored)}"
 
     @property

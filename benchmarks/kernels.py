@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,15 +43,17 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe(device, threads=arguments.threads)
-    with tempfile.TemporaryDirectory(prefix="minillm-bench-") as scratch:
-        results = _run(arguments, device, cases, providers, Path(scratch))
-    rows, skipped = summarise(cases, results, YARDSTICK)
     settings = {
         "repeats": arguments.repeats,
         "runs per repeat": f"{arguments.rep_ms} ms" if device == "cuda" else arguments.runs,
         "seed": arguments.seed,
     }
-    write_csv(folder / "results.csv", rows, machine)
+    rows, skipped = [], {}
+    with tempfile.TemporaryDirectory(prefix="minillm-bench-") as scratch:
+        for results in _run(arguments, device, cases, providers, Path(scratch)):
+            rows, skipped = summarise(cases, results, YARDSTICK)
+            write_csv(folder / "results.csv", rows, machine)
+            write_markdown(folder / "results.md", rows, skipped, machine, settings, plots=[])
     plots = write_plots(folder, rows)
     table = write_markdown(folder / "results.md", rows, skipped, machine, settings, plots)
     print(table)
@@ -101,7 +104,8 @@ def _cases(arguments: argparse.Namespace, device: str) -> list[Case]:
 
 def _run(
     arguments: argparse.Namespace, device: str, cases: list[Case], providers: list[str], scratch: Path
-) -> list[dict]:
+) -> Iterator[list[dict]]:
+    """All results so far, after every process: a long run that is stopped has left its tables."""
     job = {
         "device": device,
         "cases": [case.as_dict() for case in cases],
@@ -130,7 +134,7 @@ def _run(
             results += found
             if all("skipped" in result for result in found):
                 unavailable.add(provider)
-    return results
+            yield results
 
 
 def _process(job: dict, arguments: argparse.Namespace, scratch: Path) -> list[dict]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillm import losses
 from minillm.benchmarks.cases import IGNORED, Inputs
-from minillm.kernels.chunks import chunk_rows
+from minillm.kernels.chunks import chunk_rows, logits_buffer
 
 Call = Callable[[], Tensor]
 CHECKPOINT_ROWS = 256
@@ -35,7 +35,8 @@ def _ours(backend: str, inputs: Inputs) -> Call:
     teacher = inputs.teacher_hidden, inputs.teacher_weight
     if backend != "torch" and student[0].device.type != "cuda":
         raise Unavailable("needs a CUDA device")
-    labels = dict(labels=inputs.labels, ignore_index=IGNORED, backend=backend)
+    # kept: how many labels count, which a trainer knows from its batch
+    labels = dict(labels=inputs.labels, ignore_index=IGNORED, kept=case.kept, backend=backend)
     if case.loss == "cross_entropy":
         return lambda: losses.linear_cross_entropy(*student, **labels)
     if case.loss == "minillm":
@@ -121,34 +122,40 @@ def _matmuls(inputs: Inputs) -> Call:
         case.kept, case.vocab, models=2 if case.needs_teacher else 1, itemsize=4, device=device, chunk_bytes=None
     )
 
-    out_s, out_t = (torch.empty(rows, case.vocab, device=device) for _ in range(2))
-    dz = torch.randn(rows, case.vocab, device=device).to(inputs.student_hidden.dtype) if half else out_s
+    # rows as long as the fast products want them, as ours are
+    out_s, out_t = (logits_buffer(rows, case.vocab, torch.float32, device) for _ in range(2))
+    dz = logits_buffer(rows, case.vocab, inputs.student_hidden.dtype, device).normal_() if half else out_s
     wide = dict(out_dtype=torch.float32) if half else {}
 
     class Products(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, teacher, teacher_weight):
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        def forward(ctx, graded, hidden, weight, teacher, teacher_weight):
+            if graded:
+                grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+                ctx.save_for_backward(grad_hidden, grad_weight)
             for start in range(0, hidden.shape[0], rows):
                 part = hidden[start : start + rows]
                 size = part.shape[0]
                 torch.mm(part, weight.t(), out=out_s[:size], **wide)
                 if case.needs_teacher:
                     torch.mm(teacher[start : start + rows], teacher_weight.t(), out=out_t[:size], **wide)
-                if any(ctx.needs_input_grad):
+                if graded:
                     torch.mm(dz[:size], weight, out=grad_hidden[start : start + rows])
-                    torch.addmm(grad_weight, dz[:size].t(), part, out=grad_weight, **wide)
-            ctx.save_for_backward(grad_hidden, grad_weight)
+                    if start:
+                        torch.addmm(grad_weight, dz[:size].t(), part, out=grad_weight, **wide)
+                    else:
+                        torch.mm(dz[:size].t(), part, out=grad_weight, **wide)
             return torch.ones((), device=device)
 
         @staticmethod
         def backward(ctx, grad_output):
             grad_hidden, grad_weight = ctx.saved_tensors
-            return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None
+            return None, grad_hidden, grad_weight.to(grad_hidden.dtype), None, None
 
     def run() -> Tensor:
         hidden, teacher, _, _ = inputs.kept()
-        return Products.apply(hidden, inputs.student_weight, teacher, inputs.teacher_weight)
+        graded = torch.is_grad_enabled()  # inside of the function nothing says so
+        return Products.apply(graded, hidden, inputs.student_weight, teacher, inputs.teacher_weight)
 
     return run
 

@@ -62,7 +62,9 @@ def expectation(weights: Tensor, values: Tensor) -> Tensor:
 def log_mixture(r: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """(log m - log p, log m - log q) of m = weight p + (1 - weight) q, from r alone: no overflow, no cancellation."""
     near = r.abs().neg_().exp_()  # exp(-|r|), the smaller probability over the larger
-    share = torch.where(r > 0, torch.tensor(1 - weight, dtype=r.dtype), torch.tensor(weight, dtype=r.dtype))
+    # on the device of r: a scalar of the host would be waited for
+    larger = (torch.full((), value, dtype=r.dtype, device=r.device) for value in (1 - weight, weight))
+    share = torch.where(r > 0, *larger)
     # share is the weight of the larger one; log_m = log m - max(log p, log q)
     log_m = near.mul_(1 - share).add_(share).log_()
     return log_m + r.clamp(min=0), log_m.sub_(r.clamp(max=0))

@@ -29,27 +29,34 @@ def _on_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _tile_rows(weight: Tensor, logits: torch.dtype) -> int:
+    if weight.device.type != "cpu":
+        return weight.shape[0]
     return min(TILE_ROWS, max(1, TILE_BYTES // (weight.shape[1] * logits.itemsize)))
 
 
 def _tiles(weight: Tensor, compute: torch.dtype, logits: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the weight in the dtype of the logits, rounded to `compute` on the way."""
-    rows = weight.shape[0] if weight.device.type != "cpu" else _tile_rows(weight, logits)
+    rows = _tile_rows(weight, logits)
     for start in range(0, weight.shape[0], rows):
         tile = weight[start : start + rows]
         yield slice(start, start + rows), tile.to(compute).to(logits)
 
 
+def ready(weight: Tensor, compute: torch.dtype) -> Tensor:  # (V, H) -> (V, H)
+    """The weight as `project` and `HeadGradients` read it chunk after chunk: cast once where the tensor cores take it."""
+    return weight.to(compute) if _on_tensor_cores(compute, weight.device) else weight
+
+
 def project(
     hidden: Tensor,  # (C, H) in `compute`
-    weight: Tensor,  # (V, H)
+    weight: Tensor,  # (V, H), `ready`
     bias: Tensor | None,  # (V,)
     compute: torch.dtype,
     out: Tensor,  # (C, V) fp32 or fp64, rows may be padded
 ) -> Tensor:
     """out = hidden W^T + b, accumulated and stored in the dtype of `out`."""
     if _on_tensor_cores(compute, hidden.device):
-        torch.mm(hidden, weight.to(compute).t(), out_dtype=out.dtype, out=out)
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
         for columns, tile in _tiles(weight, compute, out.dtype):
@@ -78,9 +85,7 @@ class HeadGradients:
         accumulation: torch.dtype | Tensor,
     ):
         self.compute, self.logits, self.vocab_size = compute, logits, vocab_size
-        self.weight_value = weight[:vocab_size] if needs[0] else None
-        if _on_tensor_cores(compute, hidden.device) and self.weight_value is not None:
-            self.weight_value = self.weight_value.to(compute)
+        self.weight_value = ready(weight[:vocab_size], compute) if needs[0] else None
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = self.bias = None
         self.into = isinstance(accumulation, Tensor)
@@ -113,7 +118,9 @@ class HeadGradients:
 
     def _add_on_tensor_cores(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:
         if self.hidden is not None:
-            self.hidden[rows] = torch.mm(dz, self.weight_value).to(self.hidden.dtype)
+            # summed in fp32 to the end: parts of a long sum would be added up in bf16
+            product = torch.mm(dz, self.weight_value, out_dtype=torch.float32)
+            self.hidden[rows] = product.to(self.hidden.dtype)
         if self.weight is not None:
             used = self.weight[: self.vocab_size]
             if used.dtype == torch.float32:

@@ -65,6 +65,8 @@ def linear_objective(
             anything but one loss a token, or depends on a foreign tensor that requires grad.
         RuntimeError: on double backward.
     """
+    if backend == "tiled":
+        raise ValueError("backend='tiled' does not offer linear_objective; use backend='triton' or 'auto'")
     problem, tensors = prepare(
         student_hidden,
         student_head,
@@ -91,9 +93,7 @@ def objective_sum(
     inputs: Mapping[str, Tensor],
     weight_grad: str | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """linear_objective on checked arguments."""
-    if problem.backend == "tiled":
-        raise ValueError("backend='tiled' does not offer linear_objective; use backend='triton' or 'auto'")
+    """linear_objective on checked arguments, of a backend that offers it."""
     into = accumulation(weight_grad, tensors.student_weight, problem.logits)
     inputs = {name: _check_input(name, value, problem, tensors) for name, value in inputs.items()}
     graded = tensors.student_hidden, tensors.student_weight, tensors.student_bias
@@ -117,7 +117,7 @@ def _run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     losses: list[Tensor] = []
     metrics: dict[str, list[Tensor]] = {}
-    for chunk in problem.chunks(tensors):
+    for chunk in problem.chunks(tensors, sums=sums):
         given = {name: value[chunk.rows] for name, value in inputs.items()}
 
         def evaluate(rows: slice, values: dict[str, Tensor], given=given) -> dict[str, Tensor]:

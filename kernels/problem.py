@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import RowSpec
-from minillm.kernels.head import HeadGradients, LMHead, project
+from minillm.kernels.head import HeadGradients, LMHead, project, ready
 
 
 class Tensors(NamedTuple):
@@ -60,14 +60,17 @@ class Problem:
         for start in range(0, self.kept, self.chunk):
             yield slice(start, min(start + self.chunk, self.kept))
 
-    def chunks(self, tensors: Tensors, *, teacher: bool = True) -> Iterator[Chunk]:
-        """Raw logits, chunk after chunk, in the same memory."""
+    def chunks(self, tensors: Tensors, *, sums: HeadGradients | None = None, teacher: bool = True) -> Iterator[Chunk]:
+        """Raw logits, chunk after chunk, in the same memory. `sums` may have the student's weight ready already."""
         teacher = teacher and tensors.teacher_hidden is not None
         if self.kept:
             device = tensors.student_hidden.device
             student_out = logits_buffer(self.chunk, self.vocab_size, self.logits, device)
             teacher_out = logits_buffer(self.chunk, self.vocab_size, self.logits, device) if teacher else None
-        weight = tensors.student_weight[: self.vocab_size]
+        weight = None if sums is None else sums.weight_value
+        if weight is None:
+            weight = ready(tensors.student_weight[: self.vocab_size], self.student_compute)
+        teacher_weight = ready(tensors.teacher_weight, self.teacher_compute) if teacher else None
         bias = None if tensors.student_bias is None else tensors.student_bias[: self.vocab_size]
         for part in self.slices():
             rows = part if tensors.kept is None else tensors.kept[part]
@@ -81,7 +84,7 @@ class Problem:
                 student=project(hidden, weight, bias, self.student_compute, student_out[:size]),
                 teacher=project(
                     tensors.teacher_hidden[rows].to(self.teacher_compute),
-                    tensors.teacher_weight,
+                    teacher_weight,
                     tensors.teacher_bias,
                     self.teacher_compute,
                     teacher_out[:size],

@@ -254,11 +254,14 @@ def _slot_names(spec: RowSpec, *, teacher: bool) -> list[str]:
 
 def _shares(row_tiles: int, vocab_size: int, block: int, device: torch.device) -> tuple[int, int]:
     """Into how many shares the vocabulary is cut to keep the device busy, and the ids of each."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     tiles = triton.cdiv(vocab_size, block)
-    shares = min(tiles, max(1, triton.cdiv(WAVES * processors, row_tiles)))
+    shares = min(tiles, max(1, triton.cdiv(WAVES * _processors(device), row_tiles)))
     tiles_a_share = triton.cdiv(tiles, shares)
     return triton.cdiv(tiles, tiles_a_share), tiles_a_share * block
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _model(who: str, hidden: Tensor | None, head: LMHead | None, config: dict[str, int]) -> dict[str, object]:

@@ -173,7 +173,7 @@ class _TokenStats(torch.autograd.Function):
             sums = problem.gradients(tensors, ctx.needs_input_grad[2:5], ctx.into)
             if coefficients:
                 needs_teacher = any(FIELDS[name].teacher for name in coefficients)
-                for chunk in problem.chunks(tensors, teacher=needs_teacher):
+                for chunk in problem.chunks(tensors, sums=sums, teacher=needs_teacher):
                     dz = problem.rows.row_gradients(
                         chunk.student,
                         chunk.teacher,
@@ -184,6 +184,7 @@ class _TokenStats(torch.autograd.Function):
                         sums.dz_dtype,
                     )
                     sums.add(dz, chunk.hidden, chunk.rows)
+                chunk = dz = None  # the logits' memory goes before the weight's gradient is cast
         return (None, None, *guard(sums.results(tensors[:3]), tensors[:3]), None, None, None, None, None)
 
 

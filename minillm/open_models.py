@@ -6,7 +6,7 @@ import transformers
 
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import PACKAGE, STAGE, expand, is_hub_name, package_file
-from minillm.engine.device import pick_device
+from minillm.devices import pick_device
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.pair import Models
 from minillm.models.preflight import preflight

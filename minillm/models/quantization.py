@@ -2,18 +2,19 @@
 fused losses read a plain head."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from minillm.config.models import Quantization
+if TYPE_CHECKING:  # the rollouts' benchmark runs where pydantic is not
+    from minillm.config.models import Quantization
 
 CPU_OUTPUTS, CPU_INPUTS = 32, 64  # bitsandbytes packs such multiples alone in 4 bits on a CPU with AVX-512
 
 
-def quantization_options(kind: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def quantization_options(kind: "Quantization", dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What from_pretrained takes beside a dtype to quantise each layer on its way to the device.
 
     int8 is LLM.int8 (arXiv 2208.07339), with columns beyond its threshold in fp16; nf4 the 4-bit NormalFloat of QLoRA

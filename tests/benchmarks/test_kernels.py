@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.benchmarks import kernels, measure, tables
 from minillm.benchmarks.cases import IGNORED, LOSSES, Case, make_inputs, oracle, suite, token_loss
@@ -86,6 +87,16 @@ def test_floating_point_operations():
     assert Case("cross_entropy", 10, 3, 5, 7).flops("full") == 2 * 10 * 7 * 3 * 3
 
 
+@pytest.mark.parametrize("loss", ["reverse_kl", "cross_entropy"])
+@pytest.mark.parametrize("mode", ["full", "forward"])
+def test_the_yardstick_runs_those_products_alone(loss, mode):
+    case = Case(loss, ignored=0.5, **TINY)
+    run = measure.runner(PROVIDERS["matmuls"](make_inputs(case, CPU)), make_inputs(case, CPU), mode)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == case.flops(mode)
+
+
 def test_quantiles():
     assert tables.quantile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 0.2) == 2.0
     assert tables.quantile([4.0], 0.8) == 4.0
@@ -108,7 +119,7 @@ def test_end_to_end(tmp_path, capsys):
     page = (out / "results.md").read_text(encoding="utf-8")
     assert "minillm_triton: needs a CUDA device" in page
     assert torch.__version__ in page
-    assert "reverse_kl-48x16+24x90-float32-ignored50" in capsys.readouterr().out
+    assert "reverse_kl-48x16_24x90-float32-ignored50" in capsys.readouterr().out
     with (out / "results.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert set(lines[0]) == set(tables.COLUMNS)

@@ -8,8 +8,8 @@ import torch
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
 from minillm.data.batch import collate
+from minillm.devices import pick_device
 from minillm.engine.base import NonFiniteError
-from minillm.engine.device import pick_device
 from minillm.engine.torch import TorchEngine
 from minillm.methods.base import Term
 

@@ -143,6 +143,20 @@ def test_vocabulary_sizes(vocab, backend, kit):
         torch.testing.assert_close(value.double(), expected[name], rtol=GRADIENT, atol=2e-5)
 
 
+@pytest.mark.parametrize("vocab", [2, 1001, 50257])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_at_any_vocabulary(vocab, dtype, backend, kit):
+    """Rows of the head and of the logits whose length no tensor core likes."""
+    if kit.interpreted(backend) and vocab > 5000:
+        pytest.skip("Triton's interpreter takes 15 s for it")
+    case = kit.make_case(rows=20, vocab=vocab, hidden=24, teacher_hidden=40, dtype=dtype)
+    weights = coefficients(case)
+    loss64, expected = expected_gradients(case, weights, kit)
+    loss = objective_of(case, backend, weights)
+    torch.testing.assert_close(loss.double(), loss64, rtol=1e-5, atol=1e-5)
+    assert_close(gradients(loss, case), expected, 5e-3, kit)
+
+
 @pytest.mark.parametrize(("vocab", "teacher_vocab"), [(113, 90), (90, 113), (113, 113)])
 def test_a_shared_vocabulary_is_cut_out_of_both_heads(vocab, teacher_vocab, backend, kit):
     case = kit.make_case(vocab=vocab, teacher_vocab=teacher_vocab, vocab_size=80, bias=True)

@@ -94,7 +94,7 @@ def report(folder: Path) -> dict[str, dict[str, int]]:
 def compiled(tmp_path_factory) -> dict[str, dict[str, int]]:
     folder = tmp_path_factory.mktemp("sm_90")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache")}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
     )
