@@ -1,7 +1,12 @@
 """For the kernel tests: problems of any shape, the float64 oracle on full logits, and every backend that runs here."""
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -188,3 +193,20 @@ def kit():
         interpreted=lambda backend: backend != "torch" and DEVICE == "cpu",
         device=DEVICE,
     )
+
+
+@pytest.fixture(scope="session")
+def run_apart(tmp_path_factory):
+    """run_apart(FILE): what `python FILE FOLDER` prints as JSON, in a process where Triton compiles instead of interpreting."""
+
+    def run(file: str) -> dict:
+        folder = tmp_path_factory.mktemp("apart")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(
+            [sys.executable, file, str(folder)], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run

@@ -5,8 +5,6 @@ for sm_90 and reads registers, stack and local memory off the machine code.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -91,15 +89,8 @@ def report(folder: Path) -> dict[str, dict[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, dict[str, int]]:
-    folder = tmp_path_factory.mktemp("sm_90")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def compiled(run_apart) -> dict[str, dict[str, int]]:
+    return run_apart(__file__)
 
 
 CASES = [f"statistics: {name}" for name in STATISTICS] + [f"gradients: {name}" for name in GRADIENTS]
