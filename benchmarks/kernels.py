@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         for results in _run(arguments, device, cases, providers, Path(scratch)):
             rows, skipped = summarise(cases, results, YARDSTICK)
             write_csv(folder / "results.csv", rows, machine)
-            write_markdown(folder / "results.md", rows, skipped, machine, settings, plots=[])
+            so_far = settings | {"state": "still running"}
+            write_markdown(folder / "results.md", rows, skipped, machine, so_far, plots=[])
     plots = write_plots(folder, rows)
     table = write_markdown(folder / "results.md", rows, skipped, machine, settings, plots)
     print(table)

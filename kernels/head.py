@@ -1,7 +1,7 @@
 """LMHead, and the GEMMs of a chunk: hidden states to fp32 logits, and the logits' gradient back to hidden and weight.
 
 Logits are fp32 whatever the inputs (float64 for float64): on CUDA the tensor cores write fp32 from half-precision
-inputs; elsewhere the weight is converted a tile at a time, so that no full converted copy exists.
+inputs; on a CPU the weight is converted a tile at a time, so that no full converted copy exists.
 """
 
 from collections.abc import Iterator, Sequence

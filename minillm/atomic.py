@@ -47,6 +47,15 @@ def write_folder(
     distributed.barrier()
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, whole or not at all: a kill leaves what `clean` removes."""
+    if folder.exists():
+        partial = _beside(folder, _PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.rename(partial)
+        shutil.rmtree(partial)
+
+
 def _put_in_place(folder: Path, partial: Path, stale: Path) -> None:
     for path in [*partial.rglob("*"), partial]:
         sync(path)

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a run that had to stop, 2 something to correct in what wa
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -14,6 +15,9 @@ from typing import NoReturn
 
 from minillm.arguments import BENCHMARKS, parse, split
 from minillm.launcher import end, launched_rank, launched_size, without_local_rank
+
+# transformers imports bitsandbytes where peft is; on some CPUs that warns of kernels which only quantised teachers use
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 STOPPED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 # A full or read-only disk, or a file that may not be written: its message says which, and is no defect.
@@ -113,7 +117,8 @@ def _experiment(arguments: argparse.Namespace) -> int:
     from minillm.experiment.loading import chosen_arms, chosen_seeds, load_experiment, titles
 
     if not arguments.words:
-        print("\n".join(f"{name:20} {title}" for name, title in titles().items()))
+        lines = [f"{name:20} {title}" for name, title in titles().items()]
+        print("\n".join(lines) or "there are no experiments in configs/experiments here; name a .yaml file")
         return 0
     from minillm.config.paths import expand
     from minillm.experiment.jobs import commands

@@ -11,7 +11,7 @@ import torch
 def describe_environment() -> dict:
     """What env.json holds; `gpu` is None without one, `started` is local time with its offset."""
     versions = {"python": platform.python_version(), "minillm": version("minillm")}
-    for name in ("torch", "transformers", "triton", "datasets", "numpy", "peft"):
+    for name in ("torch", "transformers", "triton", "datasets", "numpy", "peft", "deepspeed", "bitsandbytes"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -112,7 +112,8 @@ def _step(stage: StageFiles) -> str:
     if stage.lora:
         words += f", through {lora_words(**stage.lora)}, merged into the weights"
     if settings.get("teacher") and method != "sft":
-        words += f", with {_named(settings['teacher'].get('path'))} as the teacher"
+        bits = settings["teacher"].get("quantization")
+        words += f", with {_named(settings['teacher'].get('path'))}{f' in {bits}' if bits else ''} as the teacher"
     prompts = settings.get("data", {}).get("prompts") or {}
     if prompts:
         words += f", on prompts of {_named(prompts.get('path')) if prompts.get('path') else prompts['type']}"

@@ -15,7 +15,7 @@ import transformers
 import yaml
 
 from minillm import distributed
-from minillm.atomic import clean, write_folder, write_text
+from minillm.atomic import clean, remove_folder, write_folder, write_text
 from minillm.bases import BASES
 from minillm.checkpoint import list_checkpoints, newest_whole
 from minillm.config.loading import RunPlan, Stage
@@ -67,15 +67,12 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
     check_targets(plan)
     checkpoint = distributed.on_rank_0(lambda: _prepare(output_dir, resume, console))
     checkpoint = None if checkpoint is None else Path(checkpoint)
-    progress = None
+    progress, longer = None, False
     if checkpoint is not None:
         saved = json.loads((checkpoint / "state" / "trainer.json").read_text())
         progress = Progress(**saved["progress"])
-        longer = _check_same_recipe(plan, progress.stage, saved["config"])
+        longer = _check_same_recipe(plan, progress, saved["config"])
         console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
-        if longer and progress.finished:
-            progress.finished = False
-            distributed.on_rank_0(lambda: _take_back(output_dir, progress.stage))
     if distributed.rank() == 0:
         write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
         write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
@@ -93,7 +90,7 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
             resumed = progress is not None and progress.stage == stage.name
             if not resumed:
                 progress = _next_progress(progress, stage.name)
-            if not progress.finished:
+            if not progress.finished or resumed and longer:
                 trainer = shared.trainer(
                     stage,
                     log,
@@ -105,8 +102,12 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
                 )
                 if resumed:
                     trainer.load(checkpoint)
+                if progress.finished and not trainer.done():
+                    progress.finished = False
+                    distributed.on_rank_0(lambda name=stage.name: _take_back(plan, name))
                 # where this student comes straight from an earlier stage, that stage's last evaluation is this one's first
-                trainer.run(evaluate_first=not _measured_before(plan, stage))
+                if not progress.finished:
+                    trainer.run(evaluate_first=not _measured_before(plan, stage))
                 trainer.close()
                 del trainer  # before the next stage loads its student
                 checkpoint = output_dir / f"checkpoint-{progress.step}"
@@ -148,7 +149,7 @@ def _describe(output_dir: Path, final: Path) -> None:
 def _next_progress(before: Progress | None, stage: str) -> Progress:
     if before is None:
         return Progress(stage)
-    return Progress(stage, step=before.step, stage_seconds=before.stage_seconds)
+    return Progress(stage, step=before.step, stage_seconds=before.stage_seconds, stage_configs=before.stage_configs)
 
 
 def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
@@ -176,16 +177,24 @@ def _measured_before(plan: RunPlan, stage: Stage) -> bool:
     return source.eval == config.eval and source.teacher == config.teacher
 
 
-def _check_same_recipe(plan: RunPlan, stage_name: str, saved: dict) -> bool:
-    """Whether the stage is to be longer than it was. Raises ValueError where it differs in anything else."""
-    stage = next((stage for stage in plan.stages if stage.name == stage_name), None)
-    if stage is None:
-        raise ValueError(f"the checkpoint is in stage {stage_name!r}, which this configuration does not have")
-    now = stage.config.model_dump(mode="json")
-    free, longer = FREE_ON_RESUME, _is_longer(saved["train"], now["train"])
+def _check_same_recipe(plan: RunPlan, progress: Progress, saved: dict) -> bool:
+    """Whether the checkpoint's stage is to be longer than it was. Raises ValueError where it, or a stage before it,
+    differs in anything else."""
+    stages = {stage.name: stage.config.model_dump(mode="json") for stage in plan.stages}
+    if progress.stage not in stages:
+        raise ValueError(f"the checkpoint is in stage {progress.stage!r}, which this configuration does not have")
+    longer = _is_longer(saved["train"], stages[progress.stage]["train"])
     if longer:
-        saved = {**saved, "train": {**saved["train"], **{key: now["train"][key] for key in LIMITS}}}
-    changed = list(_changes(*({key: value for key, value in one.items() if key not in free} for one in (saved, now))))
+        limits = {key: stages[progress.stage]["train"][key] for key in LIMITS}
+        saved = {**saved, "train": {**saved["train"], **limits}}
+    changed = []
+    for name, before in {**progress.stage_configs, progress.stage: saved}.items():
+        if name not in stages:
+            changed.append(f"stages.{name}, which is over and is not there now")
+            continue
+        where = f"stages.{name}." if name != progress.stage else ""
+        kept = ({key: one[key] for key in one if key not in FREE_ON_RESUME} for one in (before, stages[name]))
+        changed += [where + change for change in _changes(*kept)]
     if changed:
         raise ValueError(
             f"the configuration differs from the checkpoint's in {'; '.join(changed)}. A resumed run must take the steps "
@@ -208,10 +217,14 @@ def _is_number(*values: Any) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
-def _take_back(output_dir: Path, stage: str) -> None:
-    """The model that a stage left as its last one, which lies in its checkpoint as well, is not the last one any more."""
-    for folder in (output_dir / "final", output_dir / "stages" / stage):
-        shutil.rmtree(folder, ignore_errors=True)
+def _take_back(plan: RunPlan, name: str) -> None:
+    """The model that a stage left, which lies in its checkpoint as well, is not its last one any more; nor is what later
+    stages have had it write."""
+    names = [stage.name for stage in plan.stages]
+    folders = [plan.output_dir / "final", plan.output_dir / "stages" / name]
+    folders += [plan.output_dir / "written" / later for later in names[names.index(name) + 1 :]]
+    for folder in folders:
+        remove_folder(folder)
 
 
 def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -10,10 +10,11 @@ from minillm import distributed
 from minillm.bases import base_of, write_base_of
 from minillm.config.loading import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.sharding import cuts_teacher, cuts_weights
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import Share, Stream
-from minillm.engine.device import check_backend, cuts_teacher, cuts_weights, engine_device, loading_device
+from minillm.engine.device import check_backend, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods.base import Sources
 from minillm.metrics import MetricsLog
@@ -70,7 +71,7 @@ class Shared:
             lambda: self.teacher(
                 config.teacher,
                 loading_device(config.engine, cut=teacher_cut),
-                hollow=teacher_cut and distributed.rank() > 0,
+                cut=teacher_cut,
             )
         )
         adapted = config.student.lora is not None
@@ -119,13 +120,14 @@ class Shared:
             interrupted=interrupted,
         )
 
-    def teacher(self, config: TeacherConfig | None, device: torch.device, *, hollow: bool = False):
-        """(model, tokenizer); the model that was loaded last is kept. `hollow`: see minillm.models.loading.is_hollow."""
+    def teacher(self, config: TeacherConfig | None, device: torch.device, *, cut: bool = False):
+        """(model, tokenizer); the model that was loaded last is kept. `cut`: over the ranks, of which rank 0 reads it."""
         if config is None:
             return None, None
-        key = self._of_this_run(config)
+        key = self._of_this_run(config), cut
         if self._teacher[0] != key:
             self.close()
+            hollow = cut and distributed.rank() > 0
             model = load_teacher(config, output_dir=self.output_dir, device=device, hollow=hollow)
             self._teacher = (key, (model, load_tokenizer(config, self.output_dir)))
         return self._teacher[1]

@@ -51,6 +51,7 @@ class Progress:
     streams: dict = field(default_factory=dict)
     log: dict = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl
     stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done
+    stage_configs: dict[str, dict] = field(default_factory=dict)  # of the stages that are done
 
 
 def _require_references(stage: Stage, sources: Sources) -> None:
@@ -110,24 +111,19 @@ class StageTrainer:
     def run(self, *, evaluate_first: bool) -> None:
         config, progress = self.config, self.progress
         self.console.start(self.name, self.total_steps, progress.stage_step)
-        warmup = config.train.warmup_steps
-        if self.total_steps is not None and warmup > self.total_steps:
-            self.console.note(
-                f"train.warmup_steps is {warmup}, but stage {self.name!r} has {self.total_steps} steps: the learning rate ends "
-                f"at {self.total_steps / warmup:.0%} of train.learning_rate"
-            )
+        self._say_if_never_warm()
         if progress.stage_step == 0:
             if self.judge_teacher:
                 self.evaluate("teacher")
             if evaluate_first:
                 self.evaluate()
-        while not self._done():
+        while not self.done():
             record = self._step()
-            if progress.stage_step % config.log.steps == 0 or self._done():
+            if progress.stage_step % config.log.steps == 0 or self.done():
                 # the times of all steps since the last record; the plan at the end, when nobody waits for it
-                self.log.write(record | self.sources.timing.read() | (self._plan() if self._done() else {}))
+                self.log.write(record | self.sources.timing.read() | (self._plan() if self.done() else {}))
             self.console.step(record)
-            if self._done():
+            if self.done():
                 break
             if config.eval.steps and progress.stage_step % config.eval.steps == 0:
                 self.evaluate()
@@ -140,7 +136,16 @@ class StageTrainer:
         self.evaluate()
         progress.finished = True
         progress.stage_seconds = {**progress.stage_seconds, self.name: progress.seconds}
+        progress.stage_configs = {**progress.stage_configs, self.name: config.model_dump(mode="json")}
         self.save()
+
+    def _say_if_never_warm(self) -> None:
+        train, total = self.config.train, self.total_steps
+        if train.lr_scheduler_type != "constant" and total is not None and train.warmup_steps > total:
+            self.console.note(
+                f"train.warmup_steps is {train.warmup_steps}, but stage {self.name!r} has {total} steps: the learning rate "
+                f"ends at {(total - 1) / train.warmup_steps:.0%} of train.learning_rate"
+            )
 
     def _plan(self) -> dict[str, float]:
         """{memory/planned_peak_gib} of this stage, where that can be held against its peak."""
@@ -166,10 +171,10 @@ class StageTrainer:
         chosen = self._next_indices()
         # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
         # buffer by minillm.config.checks.whole_batches, and a step's items are as many on every rank
-        items = part_of_step(self.items, chosen)
         size = self.config.train.per_device_train_batch_size
-        micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
         with timing.of("scoring"):
+            items = part_of_step(self.items, chosen)
+            micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
             terms = [method.terms(micro_batch, self.sources, self.models) for micro_batch in micro_batches]
         try:
             with timing.of("update"):
@@ -223,7 +228,8 @@ class StageTrainer:
             limits.append(max(1, math.ceil(items / self.method.step_size)))
         return min(limits, default=None)
 
-    def _done(self) -> bool:
+    def done(self) -> bool:
+        """Whether the stage has all its steps."""
         progress, limit = self.progress, self.config.train.max_seconds
         if self.total_steps is not None and progress.stage_step >= self.total_steps:
             return True

@@ -68,7 +68,7 @@ def test_a_finished_run_resumes_to_itself(two_stages, tmp_path):
 
 def test_a_changed_recipe_is_refused_on_resume_and_named(two_stages):
     train(two_stages)
-    with pytest.raises(ValueError, match=r"in train\.learning_rate \([\d.]+ then, 0\.1 now\)\."):
+    with pytest.raises(ValueError, match=r"; train\.learning_rate \([\d.]+ then, 0\.1 now\)\."):
         train(two_stages, "train.learning_rate=0.1", resume=True)
     train(two_stages, "save.keep=1", resume=True)
 
@@ -84,7 +84,7 @@ def test_without_any_whole_checkpoint_nothing_is_overwritten(two_stages, tmp_pat
 
 
 def test_a_run_made_longer_takes_the_steps_of_one_that_was_as_long_from_the_start(two_stages, tmp_path):
-    """From a finished run, in the middle of a buffer, and from one that was interrupted."""
+    """From a finished run, whose last step was in the middle of a buffer."""
     long = "stages.distil.train.max_steps=9"
     expected, _ = train(two_stages, long, f"output_dir={tmp_path / 'unbroken'}")
     steps = [record for record in records(tmp_path / "unbroken") if record["kind"] == "train"]
@@ -104,3 +104,28 @@ def test_a_schedule_that_was_laid_out_for_its_length_keeps_it(two_stages):
     train(two_stages, schedule)
     with pytest.raises(ValueError, match=r"train\.max_steps \(6 then, 9 now\)"):
         train(two_stages, schedule, "stages.distil.train.max_steps=9", resume=True)
+
+
+def test_a_stage_that_is_over_keeps_its_length(two_stages):
+    """Its student is where the next one began."""
+    train(two_stages)
+    with pytest.raises(ValueError, match=r"stages\.teacher\.train\.max_steps \(2 then, 3 now\)"):
+        train(two_stages, "train.max_steps=3", resume=True)
+
+
+def test_a_limit_that_makes_nothing_longer_changes_nothing(two_stages, tmp_path):
+    train(two_stages, "stages.distil.train.max_student_tokens=100000")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    made = (tmp_path / "run" / "final" / "model.safetensors").stat().st_mtime_ns
+    train(two_stages, "stages.distil.train.max_student_tokens=200000", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "final" / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_what_fails_before_its_first_step_takes_nothing_back(two_stages, tmp_path):
+    final, _ = train(two_stages)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(prompts.read_text() + "{half")
+    with pytest.raises(ValueError, match="not JSON"):
+        train(two_stages, "stages.distil.train.max_steps=9", resume=True)
+    assert (final / "model.safetensors").exists()

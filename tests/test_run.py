@@ -169,4 +169,4 @@ def test_two_tokenizers_are_an_error_before_a_model_is_read(two_stages, tmp_path
 def test_a_warm_up_that_outlasts_its_stage_is_said(two_stages):
     _, console = train(two_stages, "stages.distil.train.warmup_steps=12")
     (said,) = (note for note in console.notes if "warmup_steps" in note)
-    assert "is 12, but stage 'distil' has 6 steps" in said and "50% of train.learning_rate" in said
+    assert "is 12, but stage 'distil' has 6 steps" in said and "42% of train.learning_rate" in said

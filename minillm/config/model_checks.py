@@ -106,6 +106,10 @@ def quantized(facts: Facts, teacher: TeacherConfig | None) -> Iterator[Found]:
     if missing:
         message = f"needs {' and '.join(missing)}, not installed: pip install 'minillm[quantization]'"
         yield Found("teacher.quantization", message)
+    engine = facts.groups.get("engine")
+    if engine is not None and engine.type == "deepspeed" and engine.replicate_teacher:
+        message = "has no effect: a quantised teacher is whole on every rank anyway"
+        yield Found("engine.replicate_teacher", message, ("teacher.quantization",))
     if teacher.path.endswith(".gguf"):
         message = "a .gguf file is read into whole weights; quantise a folder or a hub name, or leave this out"
         yield Found("teacher.quantization", message, ("teacher.path",))

@@ -14,7 +14,7 @@ from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_pa
 from minillm.data.templates import Message, render
 from minillm.models.tokenizers import end_of_turn
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # (question, answer, context); the first whose answer is there, else the first whose question is
 FORMS = (
     ("instruction", "output", "input"),

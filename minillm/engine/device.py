@@ -4,7 +4,6 @@ import os
 
 import torch
 
-from minillm.config.models import TeacherConfig
 from minillm.config.training import DeepSpeedEngine, TorchEngine
 from minillm.devices import pick_device
 from minillm.launcher import launched_local_rank
@@ -29,14 +28,3 @@ def check_backend(engine: TorchEngine | DeepSpeedEngine, device: torch.device) -
 def loading_device(engine: TorchEngine | DeepSpeedEngine, *, cut: bool) -> torch.device:
     """Where a model is read to: one that will be cut to the host, from which each rank's device gets its piece alone."""
     return torch.device("cpu") if cut else engine_device(engine)
-
-
-def cuts_weights(engine: TorchEngine | DeepSpeedEngine) -> bool:
-    """Whether each rank will hold only a piece of every weight of the student."""
-    return engine.type == "deepspeed" and engine.stage == 3
-
-
-def cuts_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | None) -> bool:
-    """The same of the teacher. What is quantised stays whole."""
-    whole = teacher is None or teacher.quantization is not None
-    return cuts_weights(engine) and not engine.replicate_teacher and not whole

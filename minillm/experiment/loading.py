@@ -71,7 +71,8 @@ def experiment_file(name: str) -> Path:
 def known_experiments() -> dict[str, Path]:
     """The files that may be named, in configs/experiments of the current folder and of this program, by name."""
     folders = [Path(__file__).parents[2] / FOLDER, Path.cwd() / FOLDER]
-    return dict(sorted((path.stem, path) for folder in folders for path in folder.glob("*.yaml")))
+    files = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}  # the current folder's hold
+    return dict(sorted(files.items()))
 
 
 def titles() -> dict[str, str]:

@@ -30,9 +30,8 @@ def load_teacher(
         options = quantization_options(config.quantization, getattr(torch, config.dtype), device)
         model = _load(config, output_dir, **options)
         check_quantized(model)
-        for (
-            parameter
-        ) in model.parameters():  # on a CPU the plain ones lie in the mapped file, among all that were whole
+        # on a CPU the plain ones lie in the mapped file, among all that were whole
+        for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
     return model.eval().requires_grad_(False)
@@ -108,9 +107,14 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dic
     }
     if "gguf_file" in place:  # small on disk, and what it holds is only known once it is read
         return _from_gguf(where, {**place, **options})
+    architecture = AutoConfig.from_pretrained(where, **place, trust_remote_code=config.trust_remote_code)
+    if getattr(architecture, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{config.path}: its weights are quantised already (quantization_config in its config.json). Give the model with "
+            "whole weights; teacher.quantization makes a teacher's small as it is read"
+        )
     if not hollow:
         return AutoModelForCausalLM.from_pretrained(where, **place, **options, **quantization)
-    architecture = AutoConfig.from_pretrained(where, **place, trust_remote_code=config.trust_remote_code)
     model = _hollow(architecture, **options).eval()
     try:
         model.generation_config = GenerationConfig.from_pretrained(where, **place)

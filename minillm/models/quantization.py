@@ -51,7 +51,7 @@ def check_quantized(model: PreTrainedModel) -> None:
     if model.device.type == "cpu" and odd:
         raise ValueError(
             f"teacher.quantization: nf4 on this CPU is for layers from a multiple of {CPU_INPUTS} to one of {CPU_OUTPUTS}, "
-            f"which {odd[0]} is not, nor {len(odd) - 1} more; use int8, or a GPU"
+            f"which {len(odd)} of its layers are not, {odd[0]} the first; use int8, or a GPU"
         )
 
 

@@ -66,10 +66,12 @@ class LossTwin(torch.autograd.Function):
         trained = weight.requires_grad
         hidden_sum = torch.zeros_like(hidden)
         weight_sum = torch.zeros_like(weight, dtype=LOGITS) if trained else None
-        casts = []
-        if shape.device.type == "cuda" and weight.dtype != compute:  # one kept by HeadGradients, one in each GEMM
-            casts = [torch.empty_like(weight, dtype=compute) for _ in range(2)]
+        on_gpu, casts = shape.device.type == "cuda", []
+        if on_gpu and weight.dtype != compute:  # once a call
+            casts = [torch.empty_like(weight, dtype=compute)]
         logits = hidden.new_empty(shape.logits_bytes, dtype=torch.uint8)
+        if on_gpu and compute != LOGITS:  # a chunk's gradient of the hidden states, before it is rounded
+            casts.append(hidden.new_empty(min(shape.chunk, len(hidden)), hidden.shape[1], dtype=LOGITS))
         del logits, casts
         ctx.save_for_backward(hidden, weight, hidden_sum, weight_sum)
         ctx.ledger = ledger

@@ -11,7 +11,7 @@ from typing import Any
 
 from minillm.config.paths import expand
 from minillm.config.root import StageConfig
-from minillm.engine.device import cuts_teacher
+from minillm.config.sharding import cuts_teacher
 from minillm.planning.sizes import ModelSize
 
 # DeepSpeed's defaults, in elements

@@ -95,6 +95,8 @@ def test_names_are_those_of_the_files(folder):
     (folder / "configs" / "experiments" / "mine.yaml").write_text("")
     assert experiment_file("mine") == Path("configs/experiments/mine.yaml")
     assert experiment_file("stories").name == "stories.yaml"
+    (folder / "configs" / "experiments" / "stories.yaml").write_text("")  # the current folder's before the program's
+    assert experiment_file("stories") == Path("configs/experiments/stories.yaml")
     with pytest.raises(ConfigErrors, match=r"no experiment 'minne' \(did you mean mine\?\)"):
         experiment_file("minne")
 
