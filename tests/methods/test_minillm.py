@@ -164,10 +164,10 @@ def test_the_presets_are_the_published_and_the_released_settings():
     assert stage(preset="lmops", gamma=0.5).method.gamma == 0.5
 
 
-def test_the_default_is_the_published_formulas_with_what_measured_best():
+def test_the_default_is_the_published_formulas_with_what_measured_better():
     settings = [stage(**keys).method.model_dump(exclude={"preset"}) for keys in ({}, {"preset": "paper"})]
-    assert settings[0] == {**settings[1], "ppo_epochs": 1} and stage().method.preset == "measured"
-    assert stage(preset="paper", ppo_epochs=2).method.ppo_epochs == 2
+    assert settings[0] == {**settings[1], "ppo_epochs": 2} and stage().method.preset == "measured"
+    assert stage(preset="paper", ppo_epochs=3).method.ppo_epochs == 3
 
 
 @pytest.mark.parametrize("reduction, count", [("sequences", 6.0), ("tokens", None)])
