@@ -60,7 +60,8 @@ class MiniLLM(Strict):
         "sequences", description="Sum over tokens divided by the number of sequences, or by the number of tokens"
     )
     ppo_epochs: Annotated[int, Field(ge=1)] = Field(
-        2, description="Passes over each buffer of answers (published: 4); fewer learn more from a token, and sample more"
+        2,
+        description="Passes over each buffer of answers (published: 4); fewer learn more from a token, and sample more",
     )
     reward_scaling: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Rewards are divided by this")
     cliprange_reward: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Then clipped to +- this")
