@@ -23,6 +23,7 @@ import torch.distributed as dist
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 GRACE_SECONDS = 10.0  # for a rank to stop by itself after another one is gone
+LAST_WORDS_SECONDS = 5.0  # for the store to say what a dead rank left in it
 _LAST_WORDS = 300  # characters of an error that others are told
 
 
@@ -95,6 +96,8 @@ class Watch:
         self._unchanged = {peer.rank: 0 for peer in self._others}  # readings since the last change
         self._unanswered = 0.0  # seconds since the store's last answer
         self._broken = False  # the connection to the store
+        self._asked = self._answered = 0  # readings of the store that began, and the last one that ended
+        self._asked_at_death: int | None = None
         self._number, self._error, self._loss = 0, None, None
         self._ended, self._due = threading.Event(), threading.Event()
         self._beating = threading.Thread(target=self._exchange, daemon=True)
@@ -135,6 +138,8 @@ class Watch:
 
     def _find_loss(self) -> Loss | None:
         gone = {peer: "was killed or crashed" for peer in self._others if self._died(peer)}
+        if gone and not self._last_words_are_read():
+            return None
         told = next((beat.lost for beat in self._heard.values() if beat.lost), None)
         if not gone and told is not None:
             return Loss(told, explained=False)
@@ -151,6 +156,13 @@ class Watch:
             f"{peer} stopped with {words[peer]}" if words.get(peer) else f"{peer} {how}" for peer, how in gone.items()
         )
         return Loss(text, explained=all(words.get(peer) for peer in gone))
+
+    def _last_words_are_read(self) -> bool:
+        """Whether the store was read after a death was noticed, or cannot be: the words of the dead may be in it."""
+        if self._asked_at_death is None:
+            self._asked_at_death = self._asked
+            self._due.set()
+        return self._answered > self._asked_at_death or self._broken or self._unanswered >= LAST_WORDS_SECONDS
 
     def _died(self, peer: Peer) -> bool:
         return peer.machine == self._me.machine and not _alive(peer.pid)
@@ -171,6 +183,7 @@ class Watch:
         self._store.set(str(self._me.rank), json.dumps(asdict(beat)))
 
     def _hear(self) -> None:
+        self._asked += 1
         texts = self._store.multi_get([str(peer.rank) for peer in self._others])
         self._unanswered = 0.0
         for peer, text in zip(self._others, texts, strict=True):
@@ -179,6 +192,7 @@ class Watch:
             self._heard[peer.rank] = beat
             self._changes[peer.rank] += changed
             self._unchanged[peer.rank] = 0 if changed else self._unchanged[peer.rank] + 1
+        self._answered = self._asked
 
     def _guard(self) -> None:
         """End this process where another one is gone and the main thread waits for it."""
