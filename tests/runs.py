@@ -6,6 +6,8 @@ import signal
 import traceback
 from pathlib import Path
 
+import torch
+
 from minillm.config.loading import load_run
 from minillm.run import run
 
@@ -33,6 +35,9 @@ def in_a_child(work) -> int:
     pid = os.fork()
     if pid == 0:
         status = 1
+        # torch makes its pool of threads anew where it is first asked for after a fork, and two threads of a model's
+        # loading that ask at once find none
+        torch.set_num_threads(1)
         try:
             work()
             status = 0
