@@ -74,7 +74,8 @@ def _gathered(phase: str, simulation: Simulation, work: Work, sharding: Sharding
 
 
 def _teacher_rows(simulation: Simulation, work: Work, world_size: int) -> tuple[int, dict[bool, int]]:
-    """Bytes of a rollout buffer, of which a rank has all vectors and its share of the hidden states; and of the teacher's hidden states that wait for a step, from the buffer or not."""
+    """Bytes of a rollout buffer, of which a rank has all vectors and its share of the hidden states; and of the teacher's
+    hidden states that wait for a step, from the buffer or not."""
     if simulation.teacher is None:
         return 0, {False: 0, True: 0}
     row = simulation.teacher.hidden_size * simulation.teacher.itemsize
