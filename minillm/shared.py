@@ -23,8 +23,9 @@ from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight, require_same_tokenizer
 from minillm.models.sharded import is_sharded, readable, release
 from minillm.models.tokenizers import load_tokenizer
+from minillm.progress import Progress
 from minillm.rollout.supported import use_cuda_graphs
-from minillm.trainer import Progress, StageTrainer
+from minillm.trainer import StageTrainer
 
 
 class Shared:

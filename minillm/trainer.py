@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from minillm.methods.base import Item, Sources
 from minillm.metrics import MetricsLog
 from minillm.models.pair import Models
 from minillm.models.saving import save_model, write_model
+from minillm.progress import Progress
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.lending import part_of_step
 
@@ -32,26 +33,6 @@ HIGHER_IS_BETTER = {"rouge_l", "exact_match"}
 
 class TrainingError(RuntimeError):
     """A run that had to stop, with what to look at."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands. Together with the weights, engine.pt and the buffer this is all that resuming needs."""
-
-    stage: str
-    step: int = 0  # over all stages
-    stage_step: int = 0
-    draw: int = 0  # collections so far
-    epoch: int = 0  # of the current collection
-    position: int = 0  # items of this epoch already used
-    seconds: float = 0.0  # training time of this stage, without evaluation and saving
-    student_tokens: int = 0  # predictions of this stage that received a gradient
-    finished: bool = False
-    best: dict | None = None  # of this stage: {"value", "step"}
-    streams: dict = field(default_factory=dict)
-    log: dict = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl
-    stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done
-    stage_configs: dict[str, dict] = field(default_factory=dict)  # of the stages that are done
 
 
 def _require_references(stage: Stage, sources: Sources) -> None:

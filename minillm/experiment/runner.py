@@ -19,8 +19,9 @@ from minillm.experiment.measuring import Measuring
 from minillm.experiment.report import write_experiment_report
 from minillm.experiment.results import FAILURE
 from minillm.metrics import METRICS, read_records
+from minillm.recipe import FREE_ON_RESUME
 from minillm.reporting.markdown import duration
-from minillm.run import FREE_ON_RESUME, run
+from minillm.run import run
 from minillm.shared import Shared
 from minillm.trainer import TrainingError
 
