@@ -20,15 +20,17 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def write_checkpoint(output_dir: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
-    """Write checkpoint-<step> through `fill`, which gets an empty folder, then drop all but the newest `keep`.
+    """Write checkpoint-<step> through `fill`, which gets an empty folder, then drop all but it and the newest before it.
 
-    A kill at any moment leaves either no folder of that name or a whole one; the older ones go only afterwards.
+    `keep` stay. A kill at any moment leaves either no folder of that name or a whole one; the older ones go only
+    afterwards. Of later steps there are only damaged ones, which were passed over, and which the run will replace.
     """
     folder = output_dir / f"checkpoint-{step}"
 
     write_folder(folder, fill, sign=sign)
     if distributed.rank() == 0:
-        for _, old in list_checkpoints(output_dir)[:-keep]:
+        so_far = [old for number, old in list_checkpoints(output_dir) if number <= step]
+        for old in so_far[:-keep]:
             shutil.rmtree(old)
     return folder
 

@@ -74,7 +74,7 @@ class MetricsLog:
         self._close_board()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
         # a lone surrogate (from an escape in a data file) becomes its escape again instead of stopping the run
         self._files[name].write(line.encode(errors="backslashreplace"))
         self._files[name].flush()
@@ -160,12 +160,12 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield f"{stage}/{record.get('kind', 'train')}/{name}", value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in what JSON can say: numbers of numpy and torch as Python's, what is not finite by name."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

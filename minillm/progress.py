@@ -16,7 +16,7 @@ class Progress:
     seconds: float = 0.0  # training time of this stage, without evaluation and saving
     student_tokens: int = 0  # predictions of this stage that received a gradient
     finished: bool = False
-    best: dict | None = None  # of this stage: {"value", "step"}
+    best: dict | None = None  # of this stage: {"metric", "value", "step", "stage"}
     streams: dict = field(default_factory=dict)
     log: dict = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl
     stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done

@@ -120,7 +120,8 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
 def _prepare(output_dir: Path, resume: bool, console) -> str | None:
     """A folder without what a kill left; the checkpoint to go on from.
 
-    Raises ValueError where the folder cannot be made, and where it has checkpoints of which none is whole.
+    Raises ValueError where the folder cannot be made, and where there is nothing to go on from but something to lose:
+    checkpoints of which none is whole, or models.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -128,13 +129,26 @@ def _prepare(output_dir: Path, resume: bool, console) -> str | None:
         raise ValueError(f"output_dir {output_dir} cannot be made: {error}; choose another one") from None
     for folder in (output_dir, output_dir / "stages", output_dir / BASES):
         clean(folder)
-    checkpoint = newest_whole(output_dir, console.note) if resume else None
-    if resume and checkpoint is None and list_checkpoints(output_dir):
+    if not resume:
+        return None
+    checkpoint = newest_whole(output_dir, console.note)
+    if checkpoint is not None:
+        return str(checkpoint)
+    left = [str(folder.relative_to(output_dir)) for folder in _models(output_dir)]
+    damaged = list_checkpoints(output_dir)
+    if left or damaged:
+        what = "no checkpoint in it is whole" if damaged else "there is no checkpoint to go on from"
+        beside = f" beside {', '.join(left)}" if left else ""
         raise ValueError(
-            f"no checkpoint in {output_dir} is whole, and a start from the beginning would overwrite its records. Start "
-            "in another output_dir, or delete the folders checkpoint-* there to begin anew in this one"
+            f"{output_dir}: {what}{beside}, and a start from the beginning would overwrite its records. Start in another "
+            "output_dir, or delete this one"
         )
-    return None if checkpoint is None else str(checkpoint)
+    return None
+
+
+def _models(output_dir: Path) -> list[Path]:
+    """The models that stages have left."""
+    return [folder for folder in (output_dir / "final", *sorted(output_dir.glob("stages/*"))) if folder.is_dir()]
 
 
 def _describe(output_dir: Path, final: Path) -> None:

@@ -25,10 +25,9 @@ from minillm.metrics import MetricsLog
 from minillm.models.pair import Models
 from minillm.models.saving import save_model, write_model
 from minillm.progress import Progress
+from minillm.reporting.metric import find_metric
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.lending import part_of_step
-
-HIGHER_IS_BETTER = {"rouge_l", "exact_match"}
 
 
 class TrainingError(RuntimeError):
@@ -43,6 +42,11 @@ def _require_references(stage: Stage, sources: Sources) -> None:
             f"{len(sources.prompts.items)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
             "them an answer, or use a method that samples its own (minillm, seqkd)"
         )
+
+
+def _scored_by(config: dict) -> dict:
+    """What of a stage's configuration decides the value that its best model is chosen by."""
+    return {key: value for key, value in config["eval"].items() if key not in ("steps", "samples", "batch_size")}
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -87,6 +91,7 @@ class StageTrainer:
         self.total_steps = self._total_steps()
         self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
         self.items: Sequence[Item] | RolloutBuffer = []
+        self._said_no_best = False
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
     def run(self, *, evaluate_first: bool) -> None:
@@ -253,10 +258,15 @@ class StageTrainer:
     def _keep_best(self, mean: dict[str, float]) -> None:
         metric, progress = self.config.eval.metric, self.progress
         value = mean.get(metric)
-        if value is None or not self.config.save.best or not math.isfinite(value):
+        if not self.config.save.best or value is not None and not math.isfinite(value):
+            return
+        if value is None:
+            if not self._said_no_best:
+                self._said_no_best = True
+                self.console.note(f"no best/ is kept: these eval.sets have nothing to measure eval.metric={metric} on")
             return
         best = progress.best
-        if best is None or (value > best["value"] if metric in HIGHER_IS_BETTER else value < best["value"]):
+        if best is None or find_metric(metric).better * (value - best["value"]) > 0:
             progress.best = {"metric": metric, "value": value, "step": progress.step, "stage": self.name}
             save_model(self.models.student, self.models.tokenizer, self.output_dir / "best")
 
@@ -289,7 +299,12 @@ class StageTrainer:
     def load(self, folder: Path) -> None:
         """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
         state = folder / "state"
-        before = json.loads((state / "trainer.json").read_text()).get("world_size", 1)
+        saved = json.loads((state / "trainer.json").read_text())
+        now = self.config.model_dump(mode="json")
+        if self.progress.best is not None and _scored_by(saved["config"]) != _scored_by(now):
+            self.console.note("eval has changed: best/ is replaced at the next evaluation, whatever that finds")
+            self.progress.best = None
+        before = saved.get("world_size", 1)
         if before != self.engine.world_size:
             self.console.note(
                 f"{folder.name} was written by {before} ranks, and there are {self.engine.world_size}: the weights go on, "

@@ -30,6 +30,13 @@ def test_the_newest_is_taken_by_number_and_old_ones_go(run):
     assert [step for step, _ in list_checkpoints(run)] == [10, 12]
 
 
+def test_a_damaged_one_of_a_later_step_takes_the_place_of_none(run):
+    (run / "checkpoint-10" / MANIFEST).unlink()
+    write_checkpoint(run, 6, fill("6"), keep=1)
+    assert [step for step, _ in list_checkpoints(run)] == [6, 10]
+    assert newest_whole(run, lambda text: None).name == "checkpoint-6"
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [

@@ -6,10 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 from transformers import AutoConfig
 
 from minillm.cli import main
-from minillm.config.loading import load_run
+from minillm.config.loading import load_evaluation, load_run
+from minillm.data.labels import load_labels
+from minillm.models.tokenizers import byte_tokenizer
 from minillm.planning.architectures import known_architecture
 from minillm.planning.plan import plan_run
 from minillm.planning.sizes import count_parameters
@@ -85,3 +88,24 @@ def test_recipes_fit_the_hardware_in_their_headers(family):
 def test_an_architecture_has_as_many_parameters_as_the_model(name, parameters):
     architecture = AutoConfig.from_pretrained(known_architecture(name, [ROOT / "configs" / "architectures"]))
     assert count_parameters(architecture) == parameters
+
+
+def test_the_calibration_sets_are_read_from_folders_of_the_same_fields(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}<assistant>"
+    records = {
+        "sst2": {"idx": 0, "sentence": "a delight", "label": 1},
+        "boolq": {"question": "is snow cold", "answer": False, "passage": "Snow is warm."},
+    }
+    for name, record in records.items():
+        DatasetDict(validation=Dataset.from_list([record])).save_to_disk(tmp_path / name)
+    overrides = [f"eval.calibration.{name}.path={tmp_path / name}" for name in records]
+    plan = load_evaluation([ROOT / "configs" / "calibration.yaml"], overrides)
+    found = {name: load_labels(keys, tokenizer, name=name) for name, keys in plan.eval.calibration.items()}
+    asked = {name: one.questions[0] for name, one in found.items()}
+    assert "positive or negative?\n\na delight<assistant>" in tokenizer.decode(asked["sst2"].prompt_ids)
+    assert "Snow is warm.\n\nQuestion: is snow cold? " in tokenizer.decode(asked["boolq"].prompt_ids)
+    assert {name: plan.eval.calibration[name].words[one.label] for name, one in asked.items()} == {
+        "sst2": "positive",
+        "boolq": "no",
+    }

@@ -1,6 +1,8 @@
 """Runs that end early or go on: killed at many moments, interrupted, changed, made longer."""
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -78,9 +80,36 @@ def test_without_any_whole_checkpoint_nothing_is_overwritten(two_stages, tmp_pat
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for manifest in (tmp_path / "run").glob("checkpoint-*/manifest.json"):
         manifest.unlink()
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match="no checkpoint in it is whole"):
         train(two_stages, resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_models_without_a_checkpoint_are_not_trained_over(two_stages, tmp_path):
+    train(two_stages)
+    left = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="no checkpoint to go on from beside final, stages/distil, stages/teacher"):
+        train(two_stages, "stages.distil.train.max_steps=9", resume=True)
+    kept = {path: content for path, content in left.items() if "checkpoint-" not in str(path)}
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_best_model_by_another_measure_is_not_compared_with(two_stages, tmp_path):
+    def best() -> dict:
+        newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+        return json.loads((newest / "state" / "trainer.json").read_text())["progress"]["best"]
+
+    def train_on(*overrides: str) -> list[str]:
+        _, console = train(two_stages, *overrides, resume=True)
+        return [note for note in console.notes if "best/ is replaced" in note]
+
+    train(two_stages, "stages.distil.train.max_steps=3")
+    assert best()["metric"] == "rouge_l"
+    assert not train_on("stages.distil.train.max_steps=4", "eval.steps=1")
+    assert len(train_on("stages.distil.train.max_steps=5", "eval.steps=1", "eval.metric=loss_nats")) == 1
+    assert (best()["metric"], best()["step"]) == ("loss_nats", 7)
 
 
 def test_a_run_made_longer_takes_the_steps_of_one_that_was_as_long_from_the_start(two_stages, tmp_path):

@@ -51,7 +51,7 @@ class HfLabels(LabelKeys):
     type: Literal["hf"]
     path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
     name: str | None = Field(None, description="The configuration of a hub dataset")
-    split: str = "validation"
+    split: str = Field("validation", description="Which part of the dataset")
 
 
 Labels = Annotated[JsonlLabels | ParquetLabels | HfLabels, Field(discriminator="type"), default_type("jsonl")]

@@ -18,7 +18,7 @@ from minillm.config.method import Method
 from minillm.config.model_checks import adapters, deepspeed_usable, installed, pruned_layers, quantized, student_form
 from minillm.config.models import TeacherConfig
 from minillm.config.place_checks import places_exist, stage_problem
-from minillm.config.rollout_checks import cuda_graphs_usable, neutral_sampling, whole_batches
+from minillm.config.rollout_checks import cuda_graphs_usable, neutral_sampling, one_temperature, whole_batches
 from minillm.config.shape import KeyPath, walk
 from minillm.config.training import SCHEDULES, TrainConfig
 
@@ -101,6 +101,7 @@ CHECKS = (
     teacher_needed,
     divergence_options,
     neutral_sampling,
+    one_temperature,
     whole_batches,
     cuda_graphs_usable,
     answers_fit,

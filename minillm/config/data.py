@@ -12,7 +12,8 @@ Template = Literal["alpaca", "chat", "none"]
 class InstructionKeys(Strict):
     """How a record becomes a prompt and its references, whatever file it comes from.
 
-    A record is instruction/input/output, prompt/completion or messages: recognised by its keys.
+    A record is instruction/input/output, instruction/context/response, prompt/completion, question/answer or messages:
+    recognised by its keys.
     """
 
     template: Template = Field(
@@ -49,14 +50,14 @@ class HfPrompts(InstructionKeys):
     type: Literal["hf"]
     path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
     name: str | None = Field(None, description="The configuration of a hub dataset")
-    split: str = "train"
+    split: str = Field("train", description="Which part of the dataset")
 
 
 class PydocPrompts(InstructionKeys):
     """Questions about Python's own library, answered by the docstrings of the running interpreter."""
 
     type: Literal["pydoc"]
-    template: Template = "chat"
+    template: Template = Field("chat", description="As for the others")
     split: Literal["train", "test"] = Field("train", description="A fixed tenth of all names, by hash, is the test")
 
 
@@ -98,7 +99,7 @@ class HfCorpus(CorpusKeys):
     type: Literal["hf"]
     path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
     name: str | None = Field(None, description="The configuration of a hub dataset")
-    split: str = "train"
+    split: str = Field("train", description="Which part of the dataset")
     skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many documents")
 
 

@@ -14,17 +14,20 @@ Metric = Literal[
 
 
 class EvalConfig(Strict):
-    """What is measured, on what and when. At the start and at the end of a stage it always is, where there are sets."""
+    """What is measured, on what and when. Where there are sets it always is at the end of a stage, and at its start but
+    where the stage before has just measured the same student."""
 
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="Evaluate every so many steps as well")
     sets: dict[str, Prompts] = Field({}, description="Named held-out prompts")
     metric: Metric = Field("rouge_l", description="What the best checkpoint is chosen by, as the mean over the sets")
     seeds: list[int] = Field([10], min_length=1, description="One set of sampled answers a seed; mean and deviation")
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        16, description="Answers decoded and scored side by side on a device"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(256, description="The longest answer, its end included")
     temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Of the scored answers; 0 is greedy")
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Of the scored answers; 0: all tokens")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Of the scored answers; 1: all tokens")
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] = Field(
         0, description="Ban repeated n-grams in the scored answers (the released MiniLLM code evaluates with 6)"
     )

@@ -85,7 +85,7 @@ class KD(Strict):
     """Word-level distillation on the references: (1 - ce_ratio) divergence + ce_ratio cross-entropy."""
 
     name: Literal["kd"]
-    divergence: Divergence = "forward_kl"
+    divergence: Divergence = Field("forward_kl", description="Of student and teacher at every token of the reference")
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="jsd: weight of the teacher in the mixture")
     skew: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="skew KLs: how much of the other model is mixed in"

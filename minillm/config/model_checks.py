@@ -4,8 +4,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
+from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.facts import Facts, Found, architecture_of
 from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES
 from minillm.config.models import OF_INIT, StudentConfig, TeacherConfig
@@ -73,7 +73,7 @@ def adapters(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     if student.lora is None:
         return
     if not _has("peft"):
-        yield Found("student.lora", "needs peft, which is not installed: pip install 'minillm[lora]'")
+        yield Found("student.lora", "needs peft, which is not installed: pip install -e '.[lora]' in minillm's folder")
     names = student.lora.target_modules
     for place, name in enumerate([] if isinstance(names, str) else names):
         last = name.rpartition(".")[2]
@@ -94,7 +94,7 @@ def installed(facts: Facts) -> Iterator[Found]:
             yield Found(f"{who}.attn_implementation", message)
         missing = [name for name in ("gguf", "accelerate") if not _has(name)]
         if (model.path or "").endswith(".gguf") and missing:
-            message = f"a .gguf file needs {' and '.join(missing)}: pip install 'minillm[gguf]'"
+            message = f"a .gguf file needs {' and '.join(missing)}: pip install -e '.[gguf]' in minillm's folder"
             yield Found(f"{who}.path", message)
 
 
@@ -104,7 +104,7 @@ def quantized(facts: Facts, teacher: TeacherConfig | None) -> Iterator[Found]:
         return
     missing = [name for name in ("bitsandbytes", "accelerate") if not _has(name)]
     if missing:
-        message = f"needs {' and '.join(missing)}, not installed: pip install 'minillm[quantization]'"
+        message = f"needs {' and '.join(missing)}, not installed: pip install -e '.[quantization]' in minillm's folder"
         yield Found("teacher.quantization", message)
     engine = facts.groups.get("engine")
     if engine is not None and engine.type == "deepspeed" and engine.replicate_teacher:
@@ -120,7 +120,7 @@ def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
     if engine.type != "deepspeed":
         return
     if not _has("deepspeed"):
-        message = "deepspeed needs the package of that name: pip install 'minillm[deepspeed]'"
+        message = "deepspeed needs the package of that name: pip install -e '.[deepspeed]' in minillm's folder"
         yield Found("engine.type", message)
     if engine.offload_param and engine.stage != 3:
         message = f"stage {engine.stage} leaves the weights whole on every rank; only stage 3 can keep them in the host"
@@ -131,13 +131,10 @@ def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
     if engine.replicate_teacher and engine.stage != 3:
         message = f"stage {engine.stage} has the teacher whole on every rank as it is"
         yield Found("engine.replicate_teacher", message, ("engine.stage",))
-    path = facts.data["engine"].get("config")
-    if path is None or not Path(path).is_file():
-        return
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        given = read_deepspeed_file(facts.data["engine"].get("config"))
     except ValueError as problem:
-        yield Found("engine.config", f"{path} is not JSON: {problem}")
+        yield Found("engine.config", str(problem))
         return
     train = facts.groups.get("train")
     zero = given.get("zero_optimization", {})
@@ -176,9 +173,14 @@ def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
                 f"its {name} is {json.dumps(theirs)}, but {key} is {json.dumps(ours)}; leave it out there or say auto",
                 (key,),
             )
-    for name in ("optimizer", "scheduler", "fp16"):
-        if name in given:
+    for name in ("optimizer", "scheduler", "fp16", "train_batch_size"):
+        if given.get(name, "auto") != "auto":
             yield Found("engine.config", f"its {name} has no effect here: `train` says that; leave it out there")
+    for part in ("offload_optimizer", "offload_param"):
+        device = zero.get(part, {}).get("device")
+        if getattr(engine, part) and device not in (None, "none", "cpu"):
+            message = f"its zero_optimization.{part}.device is {json.dumps(device)}; minillm offloads to the host"
+            yield Found("engine.config", message)
 
 
 def _has(distribution: str) -> bool:

@@ -10,12 +10,16 @@ from minillm.config.base import Strict
 class RolloutConfig(Strict):
     """Sampling for training. `minillm` accepts only neutral sampling: temperature 1, top_k 0, top_p 1."""
 
-    buffer_size: Annotated[int, Field(ge=1)] = Field(256, description="Answers sampled at a time, over all ranks")
+    buffer_size: Annotated[int, Field(ge=1)] = Field(
+        256, description="minillm: answers sampled at a time, on all ranks"
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(32, description="Answers decoded side by side on one device")
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(256, description="The longest answer, its end included")
+    temperature: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Logits are divided by it")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: all tokens")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="The likeliest tokens that together have this probability; 1: all"
+    )
     cuda_graphs: bool = Field(
         False,
         description="On a GPU, replay a captured CUDA graph for every token, in evaluation too. Memory for the longest "

@@ -24,6 +24,13 @@ def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> It
             )
 
 
+def one_temperature(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
+    """The temperature of seqkd's answers is a key of the method."""
+    if method.name == "seqkd" and rollout.temperature != 1.0:
+        message = "has no effect on seqkd: the temperature of the teacher's answers is method.temperature"
+        yield Found("rollout.temperature", message, ("method.name",))
+
+
 def whole_batches(facts: Facts, rollout: RolloutConfig, train: TrainConfig, method: Method) -> Iterator[Found]:
     """A buffer is used up in whole steps."""
     ranks = launched_size()

@@ -16,6 +16,9 @@ def file_schema() -> dict[str, Any]:
     whole = _relaxed(StageConfig.model_json_schema())
     definitions, properties = whole["$defs"], whole["properties"]
     shared = {key: value for key, value in properties.items() if key not in OF_THE_RUN}
+    for group, _, key in (name.partition(".") for name in OF_THE_RUN if "." in name):
+        definitions[f"Stage{group}"] = _without(definitions[shared[group]["$ref"].rpartition("/")[2]], key)
+        shared[group] = {**shared[group], "$ref": f"#/$defs/Stage{group}"}
     definitions["Stage"] = {
         "title": "Stage",
         "description": "The keys that this stage changes",
@@ -38,6 +41,10 @@ def file_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "$defs": definitions,
     }
+
+
+def _without(group: dict[str, Any], key: str) -> dict[str, Any]:
+    return {**group, "properties": {name: value for name, value in group["properties"].items() if name != key}}
 
 
 def _relaxed(schema: Any) -> Any:

@@ -47,7 +47,10 @@ def _merge_documents(under: Node, over: Node) -> Node:
     if below is not None and above is not None and isinstance(below.value, dict) and isinstance(above.value, dict):
         names = {**below.value, **above.value}
         for name in below.value.keys() & above.value.keys():
-            names[name] = merge(below.value[name], above.value[name], STAGE)
+            if above.value[name].value is None:  # taken away, as everything that is null above
+                del names[name]
+            else:
+                names[name] = merge(below.value[name], above.value[name], STAGE)
         stages = Node(names, below.origin)
     return merged if stages is None else Node({**merged.value, "stages": stages}, merged.origin)
 

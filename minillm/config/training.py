@@ -43,7 +43,7 @@ SCHEDULES: dict[str, ScheduleKeys] = {
 class TrainConfig(Strict):
     """The optimiser, its schedule, and how long."""
 
-    max_steps: Positive | None = Field(None, description="Optimiser steps; this or num_train_epochs is required")
+    max_steps: Positive | None = Field(None, description="Optimiser steps; one of the four limits is required")
     num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Passes over the prompts; with max_steps, whichever ends first"
     )
@@ -55,19 +55,27 @@ class TrainConfig(Strict):
     max_student_tokens: Positive | None = Field(
         None, description="Stop at the step after which so many predictions received a gradient, inner epochs counted"
     )
-    per_device_train_batch_size: Positive = 8
-    gradient_accumulation_steps: Positive = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
-    lr_scheduler_type: Scheduler = "constant_with_warmup"
+    per_device_train_batch_size: Positive = Field(8, description="Answers of a micro-batch on each rank")
+    gradient_accumulation_steps: Positive = Field(1, description="Micro-batches of a step on each rank")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="The highest of the schedule")
+    lr_scheduler_type: Scheduler = Field("constant_with_warmup", description="As transformers.get_scheduler names them")
     lr_scheduler_kwargs: dict[str, float] = Field({}, description="As transformers.get_scheduler takes them")
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps in which the learning rate rises from 0")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="On matrices; never on biases or norms")
-    adam_beta1: Share = 0.9
-    adam_beta2: Share = 0.95
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    bf16: bool = Field(False, description="Run the student's forward under bfloat16 autocast; weights stay as loaded")
-    gradient_checkpointing: bool = False
+    adam_beta1: Share = Field(0.9, description="AdamW's decay of the mean gradient")
+    adam_beta2: Share = Field(0.95, description="AdamW's decay of the mean squared gradient")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the root of the latter")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="A gradient with a larger 2-norm is scaled down to it; null: none is"
+    )
+    bf16: bool = Field(
+        False,
+        description="Train in bfloat16: with engine.type torch under autocast, and answers are sampled and scored in the "
+        "dtype of the weights; with deepspeed in bfloat16 weights, over fp32 ones in the optimiser",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Keep the inputs of layers alone and compute the rest again: less memory, more time"
+    )
 
 
 class TorchEngine(Strict):
@@ -77,7 +85,9 @@ class TorchEngine(Strict):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
         "auto", description="auto (a GPU where there is one), cpu, cuda or cuda:N"
     )
-    backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")
+    backend: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="Which fused losses the update takes (minillm.losses); scoring takes those of auto"
+    )
 
 
 class DeepSpeedEngine(Strict):
@@ -96,7 +106,9 @@ class DeepSpeedEngine(Strict):
         False, description="Stage 3: keep the teacher whole on every rank, as a quantised one always is"
     )
     config: FilesPath | None = Field(None, description="A DeepSpeed JSON for what these keys do not say")
-    backend: Literal["auto", "torch", "triton"] = Field("auto", description="Which fused losses: minillm.losses")
+    backend: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="Which fused losses the update takes (minillm.losses); scoring takes those of auto"
+    )
 
 
 Engine = Annotated[TorchEngine | DeepSpeedEngine, Field(discriminator="type"), default_type("torch")]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import Corpus as CorpusConfig
+from minillm.data.instructions import require_end
 from minillm.data.pydoc import pydoc_documents
 from minillm.data.sources import DataError, read_hf, read_texts, texts_of
 
@@ -18,7 +19,8 @@ class Corpus:
 
 
 def load_corpus(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Read and pack. Raises DataError where the text does not fill one block."""
+    """Read and pack. Raises DataError where the text does not fill one block, and for a tokenizer without an end."""
+    require_end(tokenizer, "data.corpus")
     if config.type == "pydoc":
         texts = pydoc_documents()
     else:

@@ -52,6 +52,7 @@ class PromptSet(Sequence[Example]):
 
 def load_prompts(config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: str = "data.prompts") -> PromptSet:
     """Read, render and tokenise. Raises DataError naming file and line for a record that is of none of the forms."""
+    require_end(tokenizer, name)
     examples, dropped = [], 0
     loaded = _plain(config, tokenizer) if isinstance(config, PlainPrompts) else _instructions(config, tokenizer)
     for example in loaded:
@@ -100,6 +101,15 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
         prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
         reference = tokenizer.decode(rest[: config.max_response_length], skip_special_tokens=True)
         yield Example(index, prompt_ids, response_ids, prompt, (reference,))
+
+
+def require_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises DataError for a tokenizer with which no text could be closed."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{name}: the tokenizer has no EOS token, and neither its chat template nor the model's generation "
+            "configuration names an end, so no answer could be closed; set eos_token in its tokenizer_config.json"
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

@@ -39,7 +39,7 @@ def load_labels(config: Labels, tokenizer: PreTrainedTokenizerBase, *, name: str
     for where, record in records_of(config):
         try:
             text = config.question.format(**record)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             found = ", ".join(record)
             raise DataError(f"{where}: question {config.question!r}: no field {error}; there are {found}") from None
         prompt = render([{"role": "user", "content": text}], config, tokenizer, context="", where=where)

@@ -70,7 +70,10 @@ def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False)
             dataset = dataset[split]
     else:
         try:
-            dataset = load_dataset(path, name, split=split, streaming=streaming)
+            place = str(folder) if folder.exists() else path
+            dataset = load_dataset(place, name, split=split, streaming=streaming)
+        except ValueError as error:  # a split or a configuration that it has not
+            raise DataError(f"{path} ({split}): {_first_line(error)}") from None
         except DatasetGenerationError as error:
             reason = _first_line(error.__cause__ or error)
             raise DataError(

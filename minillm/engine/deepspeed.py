@@ -4,7 +4,6 @@ Gradients are those of one process with the whole batch: divisors are summed ove
 by their number is multiplied by it before.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from minillm import distributed
 from minillm.atomic import sync
+from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TrainConfig
 from minillm.engine.base import NonFiniteError, StepResult
@@ -141,12 +141,11 @@ def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: 
 
     `trained` is how many weights of the student receive a gradient.
     """
-    given = {} if config.config is None else json.loads(Path(config.config).read_text(encoding="utf-8"))
+    given = read_deepspeed_file(config.config)
     zero: dict[str, Any] = {**given.get("zero_optimization", {}), "stage": config.stage}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if config.offload_param:
-        zero["offload_param"] = {"device": "cpu"}
+    for part in ("offload_optimizer", "offload_param"):
+        if getattr(config, part):
+            zero[part] = {**zero.get(part, {}), "device": "cpu"}
     # DeepSpeed allocates the whole bucket, 2 GB of float32 as it comes, however small the model
     bucket = zero.get("reduce_bucket_size", "auto")
     zero["reduce_bucket_size"] = min(trained, 500_000_000 if bucket == "auto" else int(bucket))

@@ -19,7 +19,7 @@ and NAME_std their standard deviation where it was measured more than once.
 
 import statistics
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -111,7 +111,7 @@ class Evaluator:
             scores = _score_texts(texts, examples)
             for metric, values in {**scores, **_shape(answers)}.items():
                 _add(measured, metric, statistics.fmean(value for value in values if value is not None))
-            self._measure_text(measured, examples, answers, scores.get("rouge_l"))
+            self._measure_text(measured, models, examples, answers, scores.get("rouge_l"))
             if seed == self.config.seeds[0]:
                 shown = self._samples(name, examples, models, who, answers, texts, scores)
             if self.scored == self.neutral:
@@ -148,6 +148,7 @@ class Evaluator:
     def _measure_text(
         self,
         measured: Measurements,
+        models: Models,
         examples: list[Example],
         answers: list[Answer],
         rouge: list[float | None] | None,
@@ -156,7 +157,7 @@ class Evaluator:
         for size in self.config.distinct:
             _add(measured, f"distinct_{size}", distinct([answer.response for answer in answers], size))
         if rouge is not None and self.config.length_buckets:
-            lengths = [max(len(example.response_ids) - 1, 0) for example in examples]  # without the end of the answer
+            lengths = [_text_tokens(example.response_ids, models.eos_ids) for example in examples]
             for bucket, (mean, _) in mean_by_length(rouge, lengths, self.config.length_buckets).items():
                 _add(measured, f"rouge_l_{bucket}", mean)
 
@@ -220,6 +221,11 @@ class Evaluator:
             for record, answer in zip(records, beside, strict=True):
                 record |= {"teacher": _text(models, answer), "teacher_ended": answer.ended}
         return records
+
+
+def _text_tokens(response_ids: Sequence[int], eos_ids: Sequence[int]) -> int:
+    """The tokens of a reference without the end of the answer, which one that was cut off has not."""
+    return len(response_ids) - (bool(response_ids) and response_ids[-1] in eos_ids)
 
 
 def _pairs(examples: list[Example], answers: list[Answer]) -> list[tuple[list[int], list[int]]]:

@@ -1,19 +1,22 @@
 """`minillm eval`: a model measured apart from any training, on the sets of a configuration or on one data file."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm.atomic import write_text
+from minillm.config.document import COMMAND_LINE
+from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.loading import EvaluationPlan, load_evaluation
+from minillm.config.paths import expand
 from minillm.console import Console
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
+from minillm.metrics import plain
 from minillm.open_models import model_path, open_models
 from minillm.reporting.analyses import draw_analyses
 from minillm.rollout.supported import use_cuda_graphs
@@ -40,14 +43,19 @@ def evaluation_plan(
 
     Raises ConfigErrors with every problem.
     """
+    if seeds is not None and len(set(seeds)) < len(seeds):
+        raise _refusal(f"--seeds {' '.join(map(str, seeds))} would measure the same twice: name every seed once")
     kinds = {file: _kind(file) for file in files}
-    sets = {
-        file.name.partition(".")[0]: {"type": kind, "path": str(file)}
-        for file, kind in kinds.items()
-        if kind is not None
-    }
     configurations = [file for file in files if kinds[file] is None]
+    data = [file for file in files if kinds[file] is not None]
+    named = {_set_name(file): file for file in data}
+    sets = {name: {"type": kinds[file], "path": str(file)} for name, file in named.items()}
     plan = load_evaluation(configurations, overrides, base={"eval": {"sets": sets}} if sets else {})
+    for file in data:
+        name = _set_name(file)
+        other = getattr(plan.eval.sets.get(name), "path", None)
+        if named[name] is not file or other != expand(str(file)):
+            raise _refusal(f"{file} and {other or 'another'} would both be the set {name!r}: measure them one by one")
     changed: dict[str, Any] = {} if seeds is None else {"seeds": list(seeds)}
     if max_prompts is not None:
         limits = {
@@ -57,6 +65,14 @@ def evaluation_plan(
         sets = plan.eval.sets.items()
         changed["sets"] = {name: prompts.model_copy(update={"limit": limits[name]}) for name, prompts in sets}
     return EvaluationPlan(**{**vars(plan), "eval": plan.eval.model_copy(update=changed)})
+
+
+def _set_name(file: Path) -> str:
+    return file.name.partition(".")[0]
+
+
+def _refusal(message: str) -> ConfigErrors:
+    return ConfigErrors([Problem(COMMAND_LINE, None, "", message)])
 
 
 def _kind(file: Path) -> str | None:
@@ -133,16 +149,5 @@ def evaluate_model(
             console.note(f"drawn: {path}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(output, json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
-
-
-def finite(value: Any) -> Any:
-    """Numbers that JSON has no spelling for by their names, as metrics.jsonl has them."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

@@ -42,13 +42,16 @@ def plan_jobs(experiment: Experiment, output: Path, seeds: Sequence[int], arms: 
     jobs = []
     for seed in seeds:
         for name in [*experiment.shared, *experiment.arms]:
-            # a model that no seed has a part in is measured once
-            fixed = name in experiment.as_is and not references(experiment, name)
-            if name in needed and (not fixed or seed == experiment.config.seeds[0]):
+            if name in needed and (not is_seedless(experiment, name) or seed == experiment.config.seeds[0]):
                 trained = name not in experiment.as_is
                 measured = name in arms and name not in experiment.shared
                 jobs.append(Job(name, seed, folder_of(output, seed, name), trained, measured))
     return jobs
+
+
+def is_seedless(experiment: Experiment, name: str) -> bool:
+    """Whether an arm is a model that no seed has a part in, which is measured once."""
+    return name in experiment.as_is and not references(experiment, name)
 
 
 def _needed(experiment: Experiment, arms: Sequence[str]) -> set[str]:

@@ -27,6 +27,7 @@ from minillm.experiment.measures import known_measures
 EXPERIMENT = Group(ExperimentConfig)
 FOLDER = Path("configs") / "experiments"
 STUDENT, TEACHER = "student", "teacher"
+OF_BASE = ("student", "teacher", "engine")
 OF_THE_EXPERIMENT = ("output_dir", "seed", "stages")
 
 
@@ -40,7 +41,7 @@ class Experiment:
     shared: dict[str, Stage]  # trained once a seed, in order
     trained: dict[str, Stage]  # the arms that are trained, in order
     as_is: dict[str, str]  # the arms that are models, and which
-    base: Stage  # what the arms that are models are measured with: student, teacher and engine
+    base: Stage  # what the arms that are models are measured with: the student, teacher and engine of base
     documents: dict[str, dict[str, Any]]  # of every shared stage and trained arm its keys, as they were written
     evaluation: EvalConfig
 
@@ -107,7 +108,8 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     stages = {stage.name: stage for stage in checked_stages(whole, problems)}
     trees = stage_trees(whole, [])
     evaluation = _evaluation(document, trees, config, problems)
-    problems += _as_is_problems(document, config)
+    like_base = _like_base(document, trees)
+    problems += _as_is_problems(document, config, trees[like_base])
     problems += _sense(document, config, evaluation.eval if evaluation else None)
     raise_problems(problems, [file])
     as_is = {arm: keys for arm, keys in config.arms.items() if isinstance(keys, str)}
@@ -118,7 +120,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
         {name: stages[name] for name in config.shared},
         {name: stages[name] for name in config.arms if name not in as_is},
         as_is,
-        next(iter(stages.values())),
+        stages[like_base],
         {name: tree.plain() for name, tree in trees.items()},
         evaluation.eval,
     )
@@ -202,8 +204,23 @@ def _evaluation(document: Node, trees: dict[str, Node], config: ExperimentConfig
     return checked_evaluation(tree, problems, name="evaluation", before=list(config.shared))
 
 
-def _as_is_problems(document: Node, config: ExperimentConfig) -> Iterator[Problem]:
+def _like_base(document: Node, trees: dict[str, Node]) -> str:
+    """The first stage that has the student, teacher and engine of base; without any, the first."""
+    own = document.value["base"].plain()
+    like = [name for name, tree in trees.items() if all(tree.plain().get(key) == own.get(key) for key in OF_BASE)]
+    return next(iter([*like, *trees]))
+
+
+def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -> Iterator[Problem]:
     """Arms that are models name one."""
+    for arm, text in config.arms.items():
+        own = document.value["base"].plain().get("student")
+        if text == STUDENT and own is not None and like_base.plain().get("student") != own:
+            where = document.value["arms"].value[arm].origin
+            yield where.problem(
+                "is the student of base, but every shared stage and arm has another student, teacher or engine than base: "
+                "say these in base, or name a model here"
+            )
     jobs = [*config.shared, *(arm for arm, keys in config.arms.items() if not isinstance(keys, str))]
     facts = Facts("", {}, {}, [], dict.fromkeys(jobs), tuple(jobs))
     for arm, text in config.arms.items():

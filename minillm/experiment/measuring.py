@@ -14,9 +14,9 @@ from minillm.data.labels import load_labels
 from minillm.engine.device import engine_device
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
-from minillm.evaluate.standalone import finite
 from minillm.experiment.jobs import FINAL, Job, model_folder
 from minillm.experiment.loading import STUDENT, Experiment
+from minillm.metrics import plain
 from minillm.models.loading import load_student
 from minillm.models.pair import Models
 from minillm.models.preflight import preflight
@@ -75,7 +75,7 @@ class Measuring:
             "curves": evaluation.curves,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / EVALUATION, json.dumps(finite(result), indent=1, ensure_ascii=False, allow_nan=False))
+        write_text(folder / EVALUATION, json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False))
 
     def _asked(self) -> dict:
         return self.experiment.evaluation.model_dump(mode="json")

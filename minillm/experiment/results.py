@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillm.experiment.jobs import FINAL, folder_of
+from minillm.experiment.jobs import FINAL, folder_of, is_seedless
 from minillm.experiment.loading import TEACHER, Experiment
 from minillm.experiment.measures import COSTS
 from minillm.experiment.measuring import TEACHERS, read_evaluation
@@ -38,6 +38,16 @@ class Results:
     teachers: dict[str, dict[int, Result]]  # arm -> seed -> the result of its teacher
     shared: dict[str, dict[int, Result]]  # stages before the arms: no evaluation, but what the training took
     failures: dict[tuple[str, int], str]
+    seedless: frozenset[str] = frozenset()  # arms that are measured once
+
+    def pairs(self, arm: str, than: str, measure: str) -> dict[int, tuple[float, float]]:
+        """seed -> the values of two arms, where both are there. One that is measured once stands beside every seed."""
+        left, right = self.values(arm, measure, other=than), self.values(than, measure, other=arm)
+        if arm in self.seedless and left and than not in self.seedless:
+            left = dict.fromkeys(right, next(iter(left.values())))
+        if than in self.seedless and right and arm not in self.seedless:
+            right = dict.fromkeys(left, next(iter(right.values())))
+        return {seed: (left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())}
 
     def values(self, arm: str, measure: str, *, other: str | None = None) -> dict[int, float]:
         """seed -> value. The teacher's are those of the teacher of `other`."""
@@ -72,7 +82,8 @@ def read_results(experiment: Experiment, output: Path, seeds: list[int]) -> Resu
                 beside = read_evaluation(place)
                 if beside is not None:
                     teachers.setdefault(name, {})[seed] = _result(place, beside, {}, [])
-    return Results(arms, teachers, shared, failures)
+    seedless = frozenset(name for name in experiment.arms if is_seedless(experiment, name))
+    return Results(arms, teachers, shared, failures, seedless)
 
 
 def _result(folder: Path, found: dict[str, Any], costs: dict[str, float], records: list[dict]) -> Result:

@@ -30,16 +30,14 @@ def judge(claim: Claim, results: Results) -> Verdict:
 
     Not one test of significance: with as few seeds as experiments have, that all of them agree is what can be said.
     """
-    left = results.values(claim.arm, claim.measure, other=claim.than)
-    right = results.values(claim.than, claim.measure, other=claim.arm)
-    seeds = sorted(left.keys() & right.keys())
-    if not seeds:
+    pairs = results.pairs(claim.arm, claim.than, claim.measure).values()
+    if not pairs:
         return Verdict(claim, OPEN, 0, 0, None, None, None, None)
-    holds = sum(_holds(claim, left[seed], right[seed]) for seed in seeds)
-    word = HOLDS if holds == len(seeds) else FAILS if holds == 0 else MIXED
-    difference, deviation = over_seeds([left[seed] - right[seed] for seed in seeds])
-    means = (over_seeds([values[seed] for seed in seeds])[0] for values in (left, right))
-    return Verdict(claim, word, holds, len(seeds), *means, difference, deviation)
+    holds = sum(_holds(claim, left, right) for left, right in pairs)
+    word = HOLDS if holds == len(pairs) else FAILS if holds == 0 else MIXED
+    difference, deviation = over_seeds([left - right for left, right in pairs])
+    means = (over_seeds(values)[0] for values in zip(*pairs, strict=True))
+    return Verdict(claim, word, holds, len(pairs), *means, difference, deviation)
 
 
 def _holds(claim: Claim, left: float, right: float) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from minillm.methods.base import Item, Method, Sources, Supervised, Term
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
+from minillm.rollout.noise import distinct_keys
 from minillm.rollout.sampling import Sampling, sample
 
 
@@ -36,7 +37,7 @@ class GeneralisedDistillation(Method):
                 models,
                 [item.prompt for item in references],
                 Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
-                keys=[item.key for item in references],
+                keys=distinct_keys([item.key for item in references]),
                 seed=self.config.seed,
                 draw=draw,
                 batch_size=rollout.batch_size,

@@ -5,7 +5,7 @@
     r_t = log p(y_t) - log q(y_t),    p~ = alpha p + (1 - alpha) q,    w_t = q(y_t) / p~(y_t)
 
 The policy gradient is clipped as in PPO, and each buffer of answers is used for several epochs. A loss on plain text
-(data.corpus) is added with weight lm_coef. tests/methods/test_minillm.py shows on an enumerated language model which
+(data.corpus) is added with weight lm_coef. tests/methods/test_minillm_exactness.py shows on an enumerated language model which
 settings make this gradient exact.
 """
 
@@ -22,6 +22,7 @@ from minillm.methods.returns import discounted_returns, importance_weights, shap
 from minillm.methods.supervised import mixed_term
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
+from minillm.rollout.noise import distinct_keys
 from minillm.rollout.sampling import Sampling, sample
 from minillm.rollout.scoring import score
 
@@ -112,7 +113,7 @@ class MiniLLMMethod(Method):
                 models,
                 [example.prompt_ids for example in examples],
                 Sampling(rollout.max_new_tokens, alpha=self.config.method.alpha),
-                keys=keys,
+                keys=distinct_keys(keys),
                 seed=self.config.seed,
                 draw=draw,
                 who="mixture" if self.config.method.alpha > 0 else "student",

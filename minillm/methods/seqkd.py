@@ -12,6 +12,9 @@ from minillm.models.pair import Models
 from minillm.rollout.archive import AnswerArchive
 from minillm.rollout.sampling import Sampling
 
+# What of the teacher's configuration its answers depend on.
+OF_THE_TEACHER = {"path", "revision", "dtype", "quantization"}
+
 
 class SequenceDistillation(Method):
     """L = kd_ratio * KL(p || q) - (1 - kd_ratio) * log q(y), y sampled from the teacher, mean over its tokens."""
@@ -42,6 +45,7 @@ class SequenceDistillation(Method):
             keys=[example.index for example in examples],
             seed=self.config.seed,
             batch_size=rollout.batch_size,
+            teacher=self.config.teacher.model_dump(mode="json", include=OF_THE_TEACHER),
             progress=lambda done: sources.watch("the teacher writes", done, len(examples)),
         )
         return archive.read()

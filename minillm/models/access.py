@@ -31,8 +31,7 @@ def row_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:  # (N, H)
 
 
 def forward_decoder(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids, **options):
-    """One forward pass below the head, with the positions spelled as the architecture takes them."""
-    # transformers' OPT numbers positions from the mask by itself
+    """One forward pass below the head; without positions the model numbers them by itself."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return decoder(model)(input_ids=input_ids, attention_mask=attention_mask, **positions, **options)
 

@@ -179,7 +179,12 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
         architecture = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
         architecture = changed_architecture(architecture, keys)
     elif "model_type" in keys:
-        architecture = AutoConfig.for_model(**keys)
+        try:
+            architecture = AutoConfig.for_model(**keys)
+        except ValueError:
+            raise ValueError(
+                f"student.config.model_type: transformers knows no {keys['model_type']!r} (llama, gpt2, qwen2, ...)"
+            ) from None
     else:
         raise ValueError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}

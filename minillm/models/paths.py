@@ -36,6 +36,8 @@ def reading(text: str | None) -> Iterator[None]:
         raise ValueError(
             f"{text}: a .safetensors file in it cannot be read ({error}); it is cut off or damaged"
         ) from None
+    except ValueError as error:  # a model type that transformers does not know, code that it may not run
+        raise ValueError(f"{text}: {error}") from error
     except OSError as error:
         if text is None or Path(expand(text)).exists() or text.startswith((STAGE, PACKAGE)):
             raise

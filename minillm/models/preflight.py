@@ -58,8 +58,6 @@ def preflight(
             "in the tokenizer"
         )
     student.generation_config.eos_token_id = list(eos_ids)
-    if student_tokenizer.eos_token_id is None:  # the data closes answers with the tokenizer's
-        student_tokenizer.eos_token = student_tokenizer.convert_ids_to_tokens(eos_ids[0])
     pad_id = student_tokenizer.pad_token_id
     models = Models(
         student,

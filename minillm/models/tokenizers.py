@@ -6,7 +6,13 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from minillm.config.models import ModelConfig
 from minillm.models.paths import hub_arguments, reading
@@ -33,7 +39,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that `config.tokenizer` names (`byte`, a folder, a hub name), or the one of the model's path."""
+    """The tokenizer that `config.tokenizer` names (`byte`, a folder, a hub name), or the one of the model's path.
+
+    One without an end of text takes what its chat template closes an answer with, or what the model ends with.
+    """
     if config.tokenizer == "byte":
         return byte_tokenizer()
     if config.tokenizer is not None:  # the revision is that of the model's path
@@ -41,7 +50,28 @@ def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizer
     else:
         where, options = hub_arguments(config.path, output_dir, config.revision)
     with reading(config.tokenizer or config.path):
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
+    if tokenizer.eos_token_id is None:
+        ends = [end_of_turn(tokenizer), *_ends_of_model(config, output_dir)]
+        known = [end for end in ends if end is not None and end < len(tokenizer)]
+        if known:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(known[0])
+    return tokenizer
+
+
+def _ends_of_model(config: ModelConfig, output_dir: Path) -> list[int | None]:
+    """The ids at which the model stops, by its generation configuration or, without one, its architecture's."""
+    if config.path is None:
+        ends = (getattr(config, "config", None) or {}).get("eos_token_id")
+    else:
+        where, options = hub_arguments(config.path, output_dir, config.revision)
+        with reading(config.path):
+            try:
+                ends = GenerationConfig.from_pretrained(where, **options).eos_token_id
+            except OSError:  # there is none
+                architecture = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
+                ends = architecture.get_text_config().eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -36,7 +36,6 @@ def advise(plan: RunPlan, run: PlannedRun, overrides: Sequence[str]) -> list[Cha
         keys, why, current = step
         taken += keys
         changes.append(Change(keys, why, current.peak_bytes, current.fits))
-        plan = load_run(plan.files, taken)
     return changes
 
 
@@ -69,16 +68,17 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
     if engine.type == "deepspeed":
         if engine.stage < 3 and world_size > 1:
             yield [f"engine.stage={engine.stage + 1}"], "shards more of the student, for more communication"
-    fewer = [f"rollout.batch_size={rollout.batch_size // 2}"], "the same answers, decoded fewer at a time"
-    collecting = phase in ("rollout", "scoring")
-    if collecting and rollout.batch_size > 8:
+    collecting = phase in ("rollout", "scoring", "evaluation")
+    group, side_by_side = ("eval", config.eval.batch_size) if phase == "evaluation" else ("rollout", rollout.batch_size)
+    fewer = [f"{group}.batch_size={side_by_side // 2}"], "the same answers, decoded fewer at a time"
+    if collecting and side_by_side > 8:
         yield fewer
     if collecting and engine.type == "deepspeed" and engine.stage == 3 and engine.gather == "whole":
         yield ["engine.gather=layers"], "sharded weights a layer at a time in every pass; much slower sampling"
-    if collecting and 1 < rollout.batch_size <= 8:
+    if collecting and 1 < side_by_side <= 8:
         yield fewer
     micro = train.per_device_train_batch_size
-    if phase != "rollout" and micro > 1 and micro % 2 == 0:
+    if phase not in ("rollout", "evaluation") and micro > 1 and micro % 2 == 0:
         keys = [
             f"train.per_device_train_batch_size={micro // 2}",
             f"train.gradient_accumulation_steps={train.gradient_accumulation_steps * 2}",
@@ -96,5 +96,5 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
     if engine.type == "torch" and world_size == 1:
         yield (
             ["engine.type=deepspeed", "engine.stage=3", "engine.offload_optimizer=true"],
-            "weights and moments sharded or in the host's memory: pip install 'minillm[deepspeed]'",
+            "weights and moments sharded or in the host's memory: pip install -e '.[deepspeed]'",
         )

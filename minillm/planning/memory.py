@@ -7,7 +7,7 @@ import torch
 from minillm.planning.ledger import PARTS
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import Simulation
-from minillm.planning.work import Work
+from minillm.planning.work import Decoding, Forward, Work
 
 VECTOR_BYTES = 7 * 4  # of a response token: three log-probabilities, a divergence and three weights, fp32
 
@@ -64,8 +64,12 @@ def _gathered(phase: str, simulation: Simulation, work: Work, sharding: Sharding
         if teacher is not None and any(term.teacher for term in work.terms) and sharding.gathers("teacher"):
             total += teacher.head * teacher.itemsize  # all that the update reads of it
         return total
-    sizes = {"student": student, "teacher": teacher}
-    forward = work.decoding if phase == "rollout" else work.scoring
+    parts = {"rollout": (work.decoding,), "scoring": (work.scoring,), "evaluation": work.evaluation}[phase]
+    return max(_gathered_for(part, simulation, sharding) for part in parts)
+
+
+def _gathered_for(forward: Decoding | Forward, simulation: Simulation, sharding: Sharding) -> int:
+    sizes = {"student": simulation.student, "teacher": simulation.teacher}
     gathered = [sizes[name] for name in forward.models if sharding.gathers(name)]
     if forward.reads_heads and not sharding.by_layers:
         return sum(size.parameters * size.itemsize for size in gathered)

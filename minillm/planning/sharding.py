@@ -3,13 +3,11 @@
 Sizes that DeepSpeed chooses by itself are its documented defaults; a user's own DeepSpeed JSON is read for them.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from minillm.config.paths import expand
+from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.root import StageConfig
 from minillm.config.sharding import cuts_teacher
 from minillm.planning.sizes import ModelSize
@@ -101,9 +99,5 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         offload_param=engine.offload_param,
         by_layers=engine.gather == "layers",
         teacher="offloaded" if cut and engine.offload_param else "sharded" if cut else "replicated",
-        zero={} if engine.config is None else _zero_settings(Path(expand(engine.config))),
+        zero=read_deepspeed_file(engine.config).get("zero_optimization", {}),
     )
-
-
-def _zero_settings(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})

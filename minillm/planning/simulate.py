@@ -3,6 +3,7 @@
 rollout   prompts, then the last token, through the models that sample, with the caches of minillm.rollout
 scoring   forward passes without a gradient; a collection's, or those of the teacher before each step
 update    forward, loss and backward of every term, with checkpointing and autocast as configured; then the optimiser
+evaluation    between steps: answers of student and teacher, and forward passes over them
 """
 
 from collections.abc import Collection, Iterator
@@ -31,7 +32,7 @@ from minillm.rollout.cache import RoomyLayer, make_cache
 from minillm.rollout.decoder import sampling_mode
 from minillm.rollout.distribution import padded_size
 
-PHASES = ("rollout", "scoring", "update")
+PHASES = ("rollout", "scoring", "update", "evaluation")
 FEW = 3  # layers: the first, the last, and one between two others
 
 
@@ -39,11 +40,11 @@ FEW = 3  # layers: the first, the last, and one between two others
 class Simulation:
     """What one rank would hold if nothing were sharded."""
 
-    phases: dict[str, Timeline]  # rollout, scoring, update: those that the method has
+    phases: dict[str, Timeline]  # of PHASES those that the stage has
     student: ModelSize
     teacher: ModelSize | None
     vocab_size: int  # what the heads share
-    losses: dict[str, LossShape]  # by term, and `scoring`
+    losses: dict[str, LossShape]  # by term, and of the phases without a gradient
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,16 @@ class _Simulator:
                 self._rollout(work.decoding)
                 phases["rollout"] = ledger.take()
             if work.scoring is not None and "scoring" in wanted:
-                self._score(work.scoring)
+                self._score(work.scoring, "scoring")
                 phases["scoring"] = ledger.take()
+            if work.evaluation and "evaluation" in wanted:
+                self._evaluate(work.evaluation)
+                phases["evaluation"] = ledger.take()
         if "update" in wanted:
             self._update()
             phases["update"] = ledger.take()
         del states
+        phases = {phase: phases[phase] for phase in PHASES if phase in phases}
         teacher = self.models.get("teacher")
         return Simulation(
             phases,
@@ -236,7 +241,14 @@ class _Simulator:
         forward_decoder(self.models[name], ids, mask, positions, past_key_values=cache, use_cache=True)
         self.ledger.relabel(_stored(cache), f"{name} KV cache")
 
-    def _score(self, forward: Forward) -> None:
+    def _evaluate(self, parts: tuple[Decoding | Forward, ...]) -> None:
+        for part in parts:
+            if isinstance(part, Decoding):
+                self._rollout(part)
+            else:
+                self._score(part, "evaluation")
+
+    def _score(self, forward: Forward, phase: str) -> None:
         models = [self.models[name] for name in forward.models]
         with sampling_mode(models), self._few_layers(forward.models):
             batch = _batch(forward.batch, forward.length, forward.rows)
@@ -246,8 +258,8 @@ class _Simulator:
                 if name == "teacher":
                     self.ledger.relabel(hidden, "teacher hidden states")
             if forward.statistics:
-                shape = LossShape(forward.rows, self.vocab_size, 2, self.device)
-                self.losses["scoring"] = shape
+                shape = LossShape(forward.rows, self.vocab_size, len(models), self.device)
+                self.losses[phase] = shape
                 with self.ledger.part("loss buffers"):
                     statistics_twin(hidden[0], shape)
 

@@ -6,6 +6,7 @@ teacher's, on the tokens that count. Decoding is bound by
 whichever is slower, its FLOPs or reading weights and caches once a token.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from minillm.planning.gpus import BANDWIDTH_SHARE, LINK_SHARE, MFU, Gpu
@@ -43,31 +44,42 @@ def speed_of(
     """Estimates for the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
     share = 1.0 / work.steps_per_collection if work.buffered else 1.0
-    flops = {"rollout": 0.0, "scoring": 0.0, "update": _update_flops(simulation, work, checkpointing)}
+    by_model = {"rollout": Counter(), "scoring": Counter()}  # phase -> model -> FLOPs
     if work.decoding is not None and work.decoding.total:
         decoding = work.decoding
         width = decoding.prompt + decoding.answer - 1
         for name in decoding.models:
             tokens = decoding.total * width
             heads = decoding.total * decoding.answer * 2 * sizes[name].head
-            flops["rollout"] += share * (forward_flops(sizes[name], tokens, width / 2) + heads)
+            by_model["rollout"][name] += share * (forward_flops(sizes[name], tokens, width / 2) + heads)
     if work.scoring is not None:
         scoring = work.scoring
         for name in scoring.models:
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
             body = forward_flops(sizes[name], scoring.total * scoring.length, scoring.length)
-            flops["scoring"] += share * (body + rows * 2 * sizes[name].head)
+            by_model["scoring"][name] += share * (body + rows * 2 * sizes[name].head)
+    for term in work.judged_in_the_step:
+        tokens = work.micro_batches * term.batch * term.length
+        by_model["scoring"]["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
+    flops = {phase: sum(models.values()) for phase, models in by_model.items()}
+    flops["update"] = _update_flops(simulation, work, checkpointing)
     seconds = None
     if gpu.bf16_tflops is not None:
-        peak = gpu.bf16_tflops if bf16 or simulation.student.itemsize == 2 else gpu.fp32_tflops
-        judge = gpu.bf16_tflops if simulation.teacher and simulation.teacher.itemsize == 2 else gpu.fp32_tflops
-        rate = {"update": peak, "scoring": judge if work.scoring else peak, "rollout": peak}
-        seconds = {name: amount / (rate[name] * TERA * MFU) for name, amount in flops.items()}
+        # train.bf16 is for the update: answers are sampled and scored in the dtype of the weights
+        rates = {name: _flops_per_s(gpu, bf16=size is not None and size.itemsize == 2) for name, size in sizes.items()}
+        seconds = {
+            phase: sum(amount / rates[name] for name, amount in models.items()) for phase, models in by_model.items()
+        }
+        seconds["update"] = flops["update"] / _flops_per_s(gpu, bf16=bf16 or simulation.student.itemsize == 2)
         seconds["update"] += _optimizer_seconds(simulation.student, sharding, gpu)
         if work.decoding is not None and work.decoding.total:
             seconds["rollout"] = max(seconds["rollout"], share * _reading_seconds(sizes, work, gpu))
         seconds["communication"] = _communication_seconds(sizes, work, sharding, gpu, share)
     return Speed(flops["rollout"], flops["scoring"], flops["update"], seconds)
+
+
+def _flops_per_s(gpu: Gpu, *, bf16: bool) -> float:
+    return (gpu.bf16_tflops if bf16 else gpu.fp32_tflops) * TERA * MFU
 
 
 def forward_flops(size: ModelSize, tokens: float, context: float) -> float:
@@ -122,6 +134,7 @@ def _communication_seconds(
     if teacher is not None and sharding.is_sharded("teacher"):
         heads = work.micro_batches * sum(term.teacher for term in work.terms)
         moved += teacher.head * teacher.itemsize * heads
+        moved += teacher.parameters * teacher.itemsize * work.micro_batches * len(work.judged_in_the_step)
     for collection in (work.decoding, work.scoring):
         if collection is None or not collection.total:
             continue

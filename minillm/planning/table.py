@@ -89,7 +89,7 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
                 "rows": shape.rows,
                 "chunk_rows": shape.chunk,
                 "fused_logits": shape.logits_bytes,
-                "full_logits": shape.full_logits_bytes(gradient=name != "scoring"),
+                "full_logits": shape.full_logits_bytes(gradient=name not in ("scoring", "evaluation")),
             }
             for name, shape in simulation.losses.items()
         },
@@ -145,7 +145,7 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
         f"{_gib(stage.activations(True))} GiB with it"
     )
     for name, shape in stage.simulation.losses.items():
-        full = shape.full_logits_bytes(gradient=name != "scoring")
+        full = shape.full_logits_bytes(gradient=name not in ("scoring", "evaluation"))
         yield Text(
             f"loss `{name}`: {shape.rows:,} rows in chunks of {shape.chunk:,}, logits {_gib(shape.logits_bytes)} GiB; "
             f"full logits would take {_gib(full)} GiB"

@@ -5,7 +5,7 @@ Every prompt and every answer counts at its longest: a plan is for the worst bat
 
 from dataclasses import dataclass, replace
 
-from minillm.config.data import PlainPrompts
+from minillm.config.data import PlainPrompts, Prompts
 from minillm.config.root import StageConfig
 from minillm.rollout.fixed import fixed_room
 
@@ -71,6 +71,7 @@ class Work:
     micro_batches: int
     steps_per_collection: int
     buffered: int  # answers kept with the teacher's hidden states, of all ranks
+    evaluation: tuple[Decoding | Forward, ...] = ()  # between steps: what is held is of one at a time
 
     @property
     def moment(self) -> "Work":
@@ -82,7 +83,13 @@ class Work:
             micro_batches=min(self.micro_batches, 2),
             steps_per_collection=1,
             buffered=0,
+            evaluation=tuple(replace(part, total=0) for part in self.evaluation),
         )
+
+    @property
+    def judged_in_the_step(self) -> tuple[Term, ...]:
+        """Terms beside a buffer's whose teacher runs anew in every step, which `scoring` does not count."""
+        return tuple(term for term in self.terms if self.buffered and term.teacher and not term.from_buffer)
 
     def waiting_rows(self, *, from_buffer: bool) -> int:
         """Rows of the teacher's hidden states that all micro-batches of a step hold before it begins."""
@@ -91,11 +98,11 @@ class Work:
 
 
 def work_of(config: StageConfig, world_size: int) -> Work:
-    """The sizes of a stage. Raises ValueError where there are no prompts, or fewer answers than ranks."""
+    """The sizes of a stage. Raises ValueError where there are no prompts, or no whole number of steps in a buffer."""
     method, train, rollout, prompts = config.method, config.train, config.rollout, config.data.prompts
     if prompts is None:
         raise ValueError("data.prompts is missing, so no length is known")
-    prompt = prompts.prompt_length if isinstance(prompts, PlainPrompts) else prompts.max_prompt_length
+    prompt = _prompt_length(prompts)
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     name = method.name
     sampled = name in ("minillm", "seqkd") or name == "gkd" and method.on_policy > 0
@@ -108,8 +115,11 @@ def work_of(config: StageConfig, world_size: int) -> Work:
     buffered = 0
     steps = 1
     if name == "minillm":
-        if rollout.buffer_size % world_size:
-            raise ValueError(f"rollout.buffer_size {rollout.buffer_size} does not divide over {world_size} ranks")
+        if rollout.buffer_size % (micro * accumulation * world_size):
+            raise ValueError(
+                f"rollout.buffer_size {rollout.buffer_size} does not divide into steps of {micro} x {accumulation} on "
+                f"{world_size} ranks"
+            )
         buffered = rollout.buffer_size
         mine = buffered // world_size
         batch = min(rollout.batch_size, mine)
@@ -117,7 +127,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
         who = ("teacher",) if method.alpha == 1 else who
         decoding = Decoding(who, batch, prompt, rollout.max_new_tokens, mine, rollout.cuda_graphs)
         scoring = Forward(("teacher", "student"), batch, length, batch * rows, True, mine)
-        steps = max(1, mine * method.ppo_epochs // (micro * accumulation))
+        steps = mine * method.ppo_epochs // (micro * accumulation)
     elif sampled:
         step = micro * accumulation
         # seqkd: every prompt once, before the first step
@@ -134,4 +144,25 @@ def work_of(config: StageConfig, world_size: int) -> Work:
     if name == "minillm" and method.lm_coef > 0 and config.data.corpus is not None:
         fed = config.data.corpus.block_size - 1
         terms.append(Term("pretraining", micro, fed, micro * fed, method.pt_kd_ratio > 0, False))
-    return Work(decoding, scoring, tuple(terms), accumulation, steps, buffered)
+    return Work(decoding, scoring, tuple(terms), accumulation, steps, buffered, _evaluation(config))
+
+
+def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
+    """The student answers, the teacher answers, and both are run over answers and references."""
+    keys, sets = config.eval, config.eval.sets.values()
+    if not sets:
+        return ()
+    prompt = max(_prompt_length(prompts) for prompts in sets)
+    batch = min(keys.batch_size, max(prompts.limit or keys.batch_size for prompts in sets))
+    judged = config.teacher is not None and keys.teacher
+    longest = max(keys.max_new_tokens, *(prompts.max_response_length for prompts in sets))
+    answering = [
+        Decoding((name,), batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
+        for name in ("student", "teacher")[: 1 + judged]
+    ]
+    models = ("teacher", "student") if judged else ("student",)
+    return (*answering, Forward(models, batch, prompt + longest - 1, batch * longest, True, 0))
+
+
+def _prompt_length(prompts: Prompts) -> int:
+    return prompts.prompt_length if isinstance(prompts, PlainPrompts) else prompts.max_prompt_length

@@ -33,16 +33,17 @@ class AnswerArchive:
         keys: Sequence[int],
         seed: int,
         batch_size: int,
+        teacher: Record,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Let the teacher answer every prompt whose key has no answer yet; a kill loses the batch in hand at most.
 
-        `progress` is called after every batch with the number of answers there are of these prompts. Raises ValueError
+        `teacher` says which one it is, in words that JSON knows. `progress` is called after every batch with the number of answers there are of these prompts. Raises ValueError
         where the file holds answers that were sampled in another way or to other prompts, and for repeated keys.
         """
         if len(set(keys)) != len(keys) or len(keys) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")
-        header = {"sampling": asdict(sampling), "seed": seed, "vocab_size": models.vocab_size}
+        header = {"teacher": teacher, "sampling": asdict(sampling), "seed": seed, "vocab_size": models.vocab_size}
         found = self._on_rank_0(lambda: self._prepare(header))
         at_once = batch_size * distributed.world_size()
         prompt_of = dict(zip(keys, prompts, strict=True))

@@ -4,6 +4,7 @@ Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 seed and the draw are its key, the sample and the position its counter.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 WORD = 1 << 64
+AGAIN = 1 << 32  # more than there are prompts
 
 
 def uniforms(seed: int, keys: Sequence[int], draw: int, length: int) -> Tensor:
@@ -25,6 +27,16 @@ def uniforms(seed: int, keys: Sequence[int], draw: int, length: int) -> Tensor:
         raw[row] = stream.random_raw(length)
     # 52 bits and a half: exact in float64, and neither 0 nor 1
     return torch.from_numpy(((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
+
+
+def distinct_keys(prompts: Sequence[int]) -> list[int]:
+    """A key for each of the prompts that are answered together: its number, and another one each time it comes again."""
+    before: Counter[int] = Counter()
+    keys = []
+    for number in prompts:
+        keys.append(number + AGAIN * before[number])
+        before[number] += 1
+    return keys
 
 
 def _words(*numbers: int) -> np.ndarray:

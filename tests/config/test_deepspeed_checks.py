@@ -5,6 +5,7 @@ import json
 import pytest
 
 from minillm.config import model_checks
+from minillm.config.deepspeed_file import read_deepspeed_file
 
 
 @pytest.fixture
@@ -56,8 +57,24 @@ def test_what_has_no_effect_is_named(problems, name):
     assert f"its {name} has no effect" in problems({name: {}})["engine.config"]
 
 
+def test_batches_and_places_that_minillm_decides_are_named(problems):
+    assert "its train_batch_size has no effect" in problems({"train_batch_size": 64})["engine.config"]
+    assert problems({"train_batch_size": "auto"}) == {}
+    to_disk = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
+    assert "minillm offloads to the host" in problems(to_disk, offload_optimizer=True)["engine.config"]
+
+
 def test_a_file_that_is_not_json(problems):
     assert "not JSON" in problems("{oops")["engine.config"]
+    assert "not a JSON object" in problems("[1]")["engine.config"]
+
+
+def test_the_file_is_found_as_every_path_is(problems, recipe, monkeypatch):
+    monkeypatch.setenv("PLACE", str(recipe.folder))
+    problems({"zero_optimization": {"stage": 2, "reduce_bucket_size": 50}})
+    assert "engine.stage is 3" in problems(config="$PLACE/d?.json")["engine.config"]
+    assert read_deepspeed_file("$PLACE/d?.json")["zero_optimization"]["reduce_bucket_size"] == 50
+    assert read_deepspeed_file(None) == {}
 
 
 def test_weights_stay_whole_below_stage_3(problems):
@@ -67,4 +84,4 @@ def test_weights_stay_whole_below_stage_3(problems):
 
 def test_a_missing_package_is_said(recipe, monkeypatch):
     monkeypatch.setattr(model_checks, "_has", lambda distribution: distribution != "deepspeed")
-    assert "pip install 'minillm[deepspeed]'" in recipe.problems(engine={"type": "deepspeed"})["engine.type"]
+    assert "pip install -e '.[deepspeed]'" in recipe.problems(engine={"type": "deepspeed"})["engine.type"]

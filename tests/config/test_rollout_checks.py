@@ -11,6 +11,12 @@ def test_minillm_samples_only_from_the_models_own_distributions(recipe, key, val
     assert recipe.problems(rollout={key: value}, method={"name": "gkd"}) == {}
 
 
+def test_the_teachers_answers_have_a_temperature_of_their_own(recipe):
+    found = recipe.problems(rollout={"temperature": 0.7}, method={"name": "seqkd"})
+    assert set(found) == {"rollout.temperature"} and "method.temperature" in found["rollout.temperature"]
+    assert recipe.problems(rollout={"top_k": 5}, method={"name": "seqkd", "temperature": 0.7}) == {}
+
+
 def test_a_buffer_divides_into_steps(recipe):
     train = {"max_steps": 1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
     assert "240 and 252" in recipe.problems(rollout={"buffer_size": 250}, train=train)["rollout.buffer_size"]

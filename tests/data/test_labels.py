@@ -41,3 +41,8 @@ def test_long_questions_are_dropped_and_counted_and_limits_hold(byte, jsonl):
 def test_a_record_that_says_nothing_is_named(byte, jsonl, record, message):
     with pytest.raises(DataError, match=message):
         load_labels(labels(jsonl(record)), byte, name="moods")
+
+
+def test_a_question_that_asks_a_field_for_more_is_named(byte, jsonl):
+    with pytest.raises(DataError, match=r"data.jsonl:1: question '\{text\.mood\}\?': no field .*there are text, mood"):
+        load_labels(labels(jsonl({"text": "a", "mood": 1}), question="{text.mood}?"), byte, name="moods")

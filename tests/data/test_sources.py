@@ -1,6 +1,7 @@
 """Records from every kind of file, and errors that say where."""
 
 import gzip
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -42,7 +43,6 @@ def test_a_line_of_another_encoding_is_named(tmp_path):
 
 
 def test_a_file_of_another_kind_is_named(jsonl, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = jsonl(RECORDS[0], name="data.parquet")
     with pytest.raises(DataError, match=f"{path}: not a Parquet file"):
         list(read_parquet(path))
@@ -82,6 +82,18 @@ def test_saved_datasets(tmp_path):
     assert [record for _, record in read_hf(str(tmp_path / "two"), None, "test")] == RECORDS[1:]
     with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
         list(read_hf(str(tmp_path / "two"), None, "dev"))
+
+
+def test_a_folder_of_plain_files_is_a_dataset_too(jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    Path(jsonl({"text": "a"})).rename(tmp_path / "set" / "train.jsonl")
+    assert [record for _, record in read_hf("$PLACE/set", None, "train")] == [{"text": "a"}]
+    with pytest.raises(DataError, match=r"\$PLACE/set \(dev\): .*split"):
+        list(read_hf("$PLACE/set", None, "dev"))
+    with pytest.raises(DataError, match=r"\$PLACE/set \(train\): .*other"):
+        list(read_hf("$PLACE/set", "other", "train"))
 
 
 def test_texts(jsonl, tmp_path):

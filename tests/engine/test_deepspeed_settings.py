@@ -33,6 +33,13 @@ def test_what_is_offloaded():
     assert settings(stage=2)["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
 
 
+def test_what_the_file_says_of_what_is_offloaded_stays(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}))
+    zero = settings(config=str(file), offload_optimizer=True)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+
 def test_the_bucket_of_gradients_is_no_larger_than_the_student(tmp_path):
     assert settings()["zero_optimization"]["reduce_bucket_size"] == 1000
     for asked, expected in (("auto", 1000), (5e8, 1000), (100, 100)):

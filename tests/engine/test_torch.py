@@ -132,3 +132,14 @@ def test_a_missing_gpu_is_an_error_that_says_what_to_do():
     with pytest.raises(ValueError, match="engine.device=cpu"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    for name in ("meta", "mps", "gpu"):
+        with pytest.raises(ValueError, match=f"device is '{name}'; it must be auto, cpu, cuda or cuda:N"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda").type == "cuda" and pick_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="'cuda:2', but torch sees 2 GPUs here"):
+        pick_device("cuda:2")

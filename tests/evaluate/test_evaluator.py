@@ -160,6 +160,11 @@ def test_seeds_give_means_and_deviations(make_models, words, calls):
     assert "loss_nats_std" not in found and "forward_kl_nats_std" not in found  # measured once
 
 
+def test_a_reference_that_was_cut_off_has_no_end_to_leave_out(make_models, words):
+    found = make({"words": words}, length_buckets=[1, 2]).evaluate(make_models()).sets["words"]
+    assert {name for name in found if name.startswith("rouge_l_")} == {"rouge_l_0_1", "rouge_l_2_2", "rouge_l_3_up"}
+
+
 def test_what_cannot_be_measured_is_absent(make_models):
     bare = prompt_set(example(0, [3, 4]))
     found = make({"bare": bare}).evaluate(make_models(teacher=False)).mean

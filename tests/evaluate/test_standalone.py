@@ -72,6 +72,21 @@ def test_max_prompts_never_raises_a_limit(folder):
     assert evaluation_plan([folder / "test.jsonl"], max_prompts=3).eval.sets["test"].limit == 3
 
 
+def test_sets_of_one_name_are_refused(folder):
+    (folder / "other").mkdir()
+    (folder / "other" / "test.jsonl").write_text((folder / "test.jsonl").read_text())
+    with pytest.raises(ConfigErrors, match=r"other/test\.jsonl would both be the set 'test'"):
+        evaluation_plan([folder / "test.jsonl", folder / "other" / "test.jsonl"])
+    (folder / "named.yaml").write_text(f"eval: {{sets: {{test: {{path: {folder / 'other' / 'test.jsonl'}}}}}}}")
+    with pytest.raises(ConfigErrors, match="would both be the set 'test'"):
+        evaluation_plan([folder / "named.yaml", folder / "test.jsonl"])
+
+
+def test_seeds_are_named_once(folder):
+    with pytest.raises(ConfigErrors, match="--seeds 1 2 1 would measure the same twice"):
+        evaluation_plan([folder / "run.yaml"], seeds=[1, 2, 1])
+
+
 def test_a_data_file_that_is_not_there_is_a_problem_of_the_configuration(folder):
     with pytest.raises(ConfigErrors, match=r"eval.sets.gone.path: no such file"):
         evaluation_plan([folder / "gone.jsonl"])

@@ -90,6 +90,14 @@ def test_an_experiment_that_only_measures_need_not_say_how_to_train(write):
     assert (experiment.arms, experiment.trained, experiment.base.config.teacher.path) == (["a", "b"], {}, "org/big")
 
 
+def test_the_student_of_base_is_measured_beside_what_base_says(write):
+    other = {"student": {"config": {"num_hidden_layers": 2}}}
+    experiment = load_experiment(write(arms__fresh="student", shared={"warmup": other, "second": {}}))
+    assert experiment.base.config.student.config["num_hidden_layers"] == 1
+    found = problems(write(shared={"warmup": other}))
+    assert "is the student of base, but every shared stage and arm has another" in found["arms.fresh"]
+
+
 def test_names_are_those_of_the_files(folder):
     (folder / "configs" / "experiments").mkdir(parents=True)
     (folder / "configs" / "experiments" / "mine.yaml").write_text("")

@@ -1,6 +1,7 @@
 """Verdicts on made-up numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,14 @@ def test_seeds_are_paired_and_the_difference_has_their_deviation():
     verdict = judge(claim("below"), results(a={1: 1.0, 2: 4.0, 3: 0.0}, b={2: 6.0, 1: 2.0, 4: 9.0}))
     assert (verdict.seeds, verdict.holds, verdict.left, verdict.right) == (2, 2, 2.5, 4.0)
     assert verdict.difference == -1.5 and verdict.deviation == pytest.approx(0.5**0.5)
+
+
+def test_a_model_that_is_measured_once_stands_beside_every_seed():
+    found = replace(results(a={1: 1.0, 2: 4.0}, b={1: 3.0}), seedless=frozenset({"b"}))
+    verdict = judge(claim("below"), found)
+    assert (verdict.word, verdict.seeds, verdict.left, verdict.right) == (MIXED, 2, 2.5, 3.0)
+    assert judge(claim("below"), replace(found, seedless=frozenset({"a", "b"}))).seeds == 1
+    assert judge(claim("below", than="c"), found).word == OPEN
 
 
 def test_against_the_teacher_and_without_values():

@@ -116,6 +116,14 @@ def test_advantages_are_constants_and_know_nothing_of_padding(make_models, sourc
         torch.testing.assert_close(advantage.double(), torch.tensor(later, dtype=torch.float64), rtol=1e-5, atol=1e-6)
 
 
+def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(make_models, tmp_path):
+    examples = [Example(i, [60 + i, 70], [90, 91], "", ()) for i in range(3)]
+    sources = Sources(Stream(examples, seed=1), None, tmp_path)
+    buffer = build_method(stage(lm_coef=0.0)).collect(sources, make_models(), draw=0)
+    assert sorted(rollout.key for rollout in buffer) == [0, 0, 1, 1, 2, 2]
+    assert len({(rollout.key, *rollout.response) for rollout in buffer}) == 6
+
+
 def test_inner_epochs_never_run_the_teacher(make_models, sources, monkeypatch):
     models = make_models()
     method = build_method(stage(lm_coef=0.0))

@@ -105,6 +105,8 @@ def test_a_fresh_student_may_have_another_number_of_layers(build_model, ids, tmp
 def test_an_architecture_needs_a_type():
     with pytest.raises(ValueError, match="needs a model_type"):
         student(init="random", config={"hidden_size": 8}, tokenizer="byte")
+    with pytest.raises(ValueError, match="student.config.model_type: transformers knows no 'lama'"):
+        student(init="random", config={"model_type": "lama"}, tokenizer="byte")
 
 
 def test_pruning(folder):

@@ -27,6 +27,8 @@ def test_a_name_that_leads_nowhere_is_said_as_it_was_written(monkeypatch, tmp_pa
     (tmp_path / "there").mkdir()
     with pytest.raises(OSError, match="broken"), reading("there"):
         raise OSError("broken")
+    with pytest.raises(ValueError, match="there: an unknown model type"), reading("there"):
+        raise ValueError("an unknown model type")
     with pytest.raises(ValueError, match="there: a .safetensors file in it cannot be read"), reading("there"):
         raise SafetensorError("header")
 

@@ -79,14 +79,6 @@ def test_an_end_that_no_head_row_answers_to_is_left_out(build_model):
     assert models.eos_ids == (1,) and models.pad_id == 1
 
 
-def test_a_tokenizer_without_an_end_takes_the_models(build_model):
-    """The data closes reference answers with the tokenizer's EOS."""
-    model, tokenizer = build_model("llama"), words("a", "b", "c")
-    model.generation_config.eos_token_id = 2
-    models, _ = preflight(model, None, tokenizer, None, CPU)
-    assert models.eos_ids == (2,) and tokenizer.eos_token_id == 2
-
-
 def test_what_ends_an_answer_for_either_model_ends_it_for_both(build_model, tmp_path):
     """A base student beside a chat teacher: past the teacher's end of turn there is nothing to learn from it."""
     student, teacher = build_model("llama"), build_model("llama", vocab_size=75)

@@ -3,10 +3,15 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minillm.config.models import TeacherConfig
+from minillm.config.data import PydocPrompts
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.data.instructions import load_prompts
+from minillm.data.sources import DataError
 from minillm.models.tokenizers import EOS, byte_tokenizer, end_of_turn, load_tokenizer
 
 BYTES = byte_tokenizer()
@@ -56,6 +61,30 @@ def test_a_named_tokenizer_beats_the_models_own(tmp_path):
     assert len(load_tokenizer(TeacherConfig(**config, tokenizer="byte"), tmp_path)) == 257
 
 
+def endless() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_tokenizer_without_an_end_takes_the_models(build_model, tmp_path):
+    """The data closes reference answers with the tokenizer's EOS, before any weight is read."""
+    endless().save_pretrained(tmp_path)
+    model = build_model("llama")
+    model.generation_config.eos_token_id = [70, 2, 1]
+    model.save_pretrained(tmp_path)
+    config = TeacherConfig(path=str(tmp_path))
+    assert load_tokenizer(config, tmp_path).eos_token == "c", "70 is no id of the tokenizer's"
+    (tmp_path / "generation_config.json").unlink()
+    assert load_tokenizer(config, tmp_path).eos_token == "a", "the architecture's is 0"
+    student = {"path": None, "init": "random", "tokenizer": str(tmp_path)}
+    random = StudentConfig(**student, config={"model_type": "llama", "eos_token_id": 1})
+    assert load_tokenizer(random, tmp_path).eos_token == "b"
+    random = StudentConfig(**student, config={"model_type": "llama"})
+    with pytest.raises(DataError, match=r"data\.prompts: the tokenizer has no EOS token"):
+        load_prompts(PydocPrompts(type="pydoc", template="none"), load_tokenizer(random, tmp_path))
+
+
 TURNS = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}CLOSE\n{% endfor %}"
 
 
@@ -82,7 +111,12 @@ def test_the_end_of_a_turn_is_the_templates(template, expected):
 
 def test_the_revision_is_the_models_and_not_that_of_another_tokenizer(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda where, **options: asked.append((where, options)))
+
+    def load(where, **options):
+        asked.append((where, options))
+        return BYTES
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
     config = {"path": "some/model", "revision": "abc"}
     load_tokenizer(TeacherConfig(**config), tmp_path)
     load_tokenizer(TeacherConfig(**config, tokenizer="other/tokenizer"), tmp_path)

@@ -21,7 +21,7 @@ def write(make_models, prompts, tmp_path):
 
     def write(name: str = "answers.jsonl", *, count: int = 7, sampling=None, prompts=prompts, **options):
         archive = AnswerArchive(write.folder / name)
-        settings = {"keys": KEYS[:count], "seed": 4, "batch_size": 2, **options}
+        settings = {"keys": KEYS[:count], "seed": 4, "batch_size": 2, "teacher": {"path": "large"}, **options}
         archive.write(models, prompts[:count], sampling or Sampling(9), **settings)
         return archive
 
@@ -81,6 +81,8 @@ def test_answers_of_another_kind(write, prompts):
         write(sampling=Sampling(10))
     with pytest.raises(ValueError, match="another seed"):
         write(seed=5)
+    with pytest.raises(ValueError, match="another teacher: .*large.*, now .*larger"):
+        write(teacher={"path": "larger"})
     with pytest.raises(ValueError, match="key 11 was written to another prompt"):
         write(prompts=[[1, 2, 3], *prompts[1:]])
     with pytest.raises(ValueError, match="different keys"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.rollout.noise import uniforms
+from minillm.rollout.noise import distinct_keys, uniforms
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
@@ -67,3 +67,9 @@ def test_seeds_and_draws_are_not_interchangeable_sums():
 
 def test_no_samples():
     assert uniforms(0, [], 0, 5).shape == (0, 5)
+
+
+def test_a_prompt_that_is_answered_twice_has_two_keys():
+    assert distinct_keys([3, 8, 5]) == [3, 8, 5]
+    keys = distinct_keys([3, 8, 3, 3, 8])
+    assert keys[:2] == [3, 8] and len(set(keys)) == 5
