@@ -9,6 +9,7 @@ from minillm.cli import main
 from minillm.config.loading import load_run
 from minillm.planning import simulate
 from minillm.planning.advice import advise
+from minillm.planning.gpus import GPUS, USABLE_MEMORY, Gpu
 from minillm.planning.plan import plan_run, planned_peak_gib
 from minillm.rollout.fixed import fixed_room
 from tests.planning.small import ANSWER, PARAMETERS, PROMPT, planned
@@ -83,7 +84,6 @@ def test_by_layers_only_the_heads_are_whole(recipe):
 
 def test_advice_gathers_by_layers_where_whole_models_do_not_fit(recipe, monkeypatch):
     from minillm.planning import plan as module
-    from minillm.planning.gpus import Gpu
 
     sizes = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 1}
     zero = recipe().parent / "ds.json"  # models this small would live whole at once
@@ -149,7 +149,6 @@ def test_checkpointing_and_smaller_parts_need_less(recipe):
 
 def test_advice_lowers_the_peak_until_it_fits(recipe, monkeypatch):
     from minillm.planning import plan as module
-    from minillm.planning.gpus import Gpu
 
     # a device that holds what is asked for only with less alive at a time
     path = recipe(method={"name": "sft"}, teacher=None)
@@ -192,6 +191,37 @@ def test_what_cannot_be_planned_is_said(recipe, capsys):
 
 def test_the_peak_that_a_run_is_held_against_is_that_of_the_whole_plan(recipe):
     plan = load_run([recipe(engine={"type": "deepspeed", "stage": 3})], [])
-    whole = plan_run(plan, gpu="A100-80GB", world_size=4)
-    assert planned_peak_gib(plan, plan.stages[0], torch.device("cuda"), world_size=4) == whole.peak_bytes / 2**30
-    assert planned_peak_gib(plan, plan.stages[0], torch.device("cuda"), world_size=3) is None  # of 8 answers
+    whole = plan_run(plan, gpu="A100-80GB", world_size=2)
+    assert planned_peak_gib(plan, plan.stages[0], torch.device("cuda"), world_size=2) == whole.peak_bytes / 2**30
+    for size in (3, 4):  # 8 answers are no whole number of their steps of 4
+        assert planned_peak_gib(plan, plan.stages[0], torch.device("cuda"), world_size=size) is None
+
+
+EVALUATION = {"sets": {"a": {"type": "pydoc", "max_prompt_length": 30, "max_response_length": 9}},
+              "batch_size": 6, "max_new_tokens": 50}  # fmt: skip
+
+
+def test_an_evaluation_has_caches_and_gathers_of_its_own(recipe):
+    stage = planned(recipe(eval=EVALUATION))
+    assert [phase.phase for phase in stage.memory] == ["rollout", "scoring", "update", "evaluation"]
+    timeline = stage.simulation.phases["evaluation"]
+    tokens = 6 * (30 + 50 - 1)
+    assert timeline.most("student KV cache") == tokens * 2 * 2 * 2 * 16 * 4
+    assert timeline.most("teacher KV cache") == tokens * 4 * 2 * 2 * 16 * 2
+    assert stage.simulation.losses["evaluation"].rows == 6 * 50
+    alone = planned(recipe(eval={**EVALUATION, "teacher": False})).simulation.phases["evaluation"]
+    assert alone.most("teacher KV cache") == 0 < alone.most("student KV cache")
+    sharded = planned(recipe(eval=EVALUATION), *SHARDED, gpu="A100-80GB", world_size=2)
+    gathered = {phase.phase: phase.device["gathered weights"] for phase in sharded.memory}
+    assert gathered["evaluation"] == gathered["scoring"] > gathered["update"]
+
+
+def test_a_supervised_stage_is_planned_with_its_evaluation_and_advised_about_it(recipe, monkeypatch):
+    path = recipe(method={"name": "sft"}, teacher=None, eval={**EVALUATION, "batch_size": 512})
+    plan = load_run([path], [])
+    (stage,) = plan_run(plan, gpu="A100-80GB").stages
+    assert stage.peak.phase == "evaluation"
+    update = next(phase.device_bytes for phase in stage.memory if phase.phase == "update")
+    monkeypatch.setitem(GPUS, "small", Gpu("small", 2 * update / USABLE_MEMORY / 2**30))
+    changes = advise(plan, plan_run(plan, gpu="small"), [])
+    assert changes[0].overrides == ["eval.batch_size=256"] and changes[-1].fits

@@ -29,7 +29,7 @@ def speed(work, *, sharding=None, checkpointing=False, bf16=True, student=STUDEN
 
 
 def work(**parts):
-    term = Term("distillation", MICRO, LENGTH, ROWS, teacher=True, from_buffer=False)
+    term = Term("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=bool(parts.get("buffered")))
     return Work(**{"decoding": None, "scoring": None, "terms": (term,), "micro_batches": 3,
                    "steps_per_collection": 1, "buffered": 0, **parts})  # fmt: skip
 
@@ -72,6 +72,20 @@ def test_supervised_scoring_has_no_head_and_is_not_shared():
     assert speed(work(scoring=scoring)).scoring_flops == 6 * LENGTH * (2 * 4800 + 4 * LENGTH * 20 * 4)
 
 
+def test_a_term_beside_the_buffer_has_its_teacher_run_in_every_step():
+    """The pre-training loss with pt_kd_ratio."""
+    scoring = Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8)
+    alone = work(scoring=scoring, steps_per_collection=4, buffered=8)
+    pretraining = Term("pretraining", MICRO, 20, MICRO * 20, teacher=True, from_buffer=False)
+    both = replace(alone, terms=(*alone.terms, pretraining))
+    more = 3 * MICRO * 20 * (2 * 4800 + 4 * 20 * 20 * 4)
+    assert speed(both).scoring_flops - speed(alone).scoring_flops == more
+    sharded = Sharding(world_size=2, stage=3, teacher="sharded")
+    alone, both = (speed(one, sharding=sharded).seconds["communication"] for one in (alone, both))
+    moved = (3 * 2 * 1000 * 2 + 3 * 200 * 2 + 3 * 5000 * 2) / 2  # the student's passes, the head, the whole teacher
+    assert both - alone == pytest.approx(moved / (1e5 * LINK_SHARE))
+
+
 def test_decoding_takes_what_reading_takes_where_that_is_longer():
     decoding = Decoding(("student",), 4, PROMPT, ANSWER, total=8)
     read = (1000 - 100) * 2 + 4 * (PROMPT + ANSWER / 2) * 80  # bytes for a token of a batch
@@ -95,6 +109,11 @@ def test_fp32_weights_run_at_the_rate_of_fp32():
     optimizer = 1000 * 7 * 4 / (1e6 * BANDWIDTH_SHARE)
     slow, fast = (speed(work(), student=wide, bf16=bf16).seconds["update"] - optimizer for bf16 in (False, True))
     assert slow == pytest.approx(2 * fast)
+    scoring = work(scoring=Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8))
+    body, heads = 8 * LENGTH * (2 * 800 + 4 * LENGTH * 10 * 2), 8 * ANSWER * 2 * 100
+    for bf16 in (False, True):  # which is for the update alone
+        slow, fast = (speed(scoring, student=size, bf16=bf16).seconds["scoring"] for size in (wide, STUDENT))
+        assert slow - fast == pytest.approx((body + heads) / (1e6 * MFU))
 
 
 def test_what_travels_between_two_ranks():
