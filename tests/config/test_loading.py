@@ -73,6 +73,15 @@ def test_files_merge_left_to_right_then_overrides(recipe):
     assert (config.data.prompts.limit, config.data.prompts.path, config.method.alpha) == (5, "data/train.jsonl", 0)
 
 
+def test_a_stage_that_is_null_above_is_taken_away(recipe):
+    file = recipe.write(EXAMPLE)
+    assert [stage.name for stage in load_run([file], ["stages.distil=null"]).stages] == ["warmup"]
+    over = recipe.write("stages: {distil: null}\n", "over.yaml")
+    assert [stage.name for stage in load_run([file, over]).stages] == ["warmup"]
+    (problem,) = errors_of([file], ["stages.warmup=null"])
+    assert "stages.distil.student.path" in problem and "warmup" in problem
+
+
 def test_a_value_at_the_root_never_beats_a_stages_own(recipe):
     file = recipe.write(EXAMPLE)
     warmup, distil = (stage.config.train for stage in load_run([file], ["train.max_steps=7"]).stages)
