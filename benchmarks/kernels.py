@@ -20,10 +20,8 @@ import torch
 from minillm.benchmarks.cases import LOSSES, Case, suite
 from minillm.benchmarks.machine import describe
 from minillm.benchmarks.measure import MODES
-from minillm.benchmarks.providers import PROVIDERS
+from minillm.benchmarks.providers import PROVIDERS, YARDSTICK
 from minillm.benchmarks.tables import Row, summarise, write_csv, write_markdown, write_plots
-
-YARDSTICK = "matmuls"
 
 
 def main(argv: list[str] | None = None) -> int:

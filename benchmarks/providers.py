@@ -8,6 +8,7 @@ on the device. Providers that do not drop ignored rows themselves get the kept r
 import functools
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from minillm.kernels.chunks import chunk_rows, logits_buffer
 
 Call = Callable[[], Tensor]
 CHECKPOINT_ROWS = 256
+YARDSTICK = "matmuls"
 
 
 class Unavailable(Exception):
@@ -73,9 +75,7 @@ def _rowwise(inputs: Inputs, weight: Tensor, hidden: Tensor, teacher: Tensor, la
     if case.loss == "forward_kl":
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     if case.loss == "jsd":
-        mixture = torch.stack(
-            (log_p + torch.tensor(case.beta).log().item(), log_q + torch.tensor(1 - case.beta).log().item())
-        ).logsumexp(0)
+        mixture = torch.stack((log_p + math.log(case.beta), log_q + math.log1p(-case.beta))).logsumexp(0)
         over_p = F.kl_div(mixture, log_p, reduction="sum", log_target=True)
         return case.beta * over_p + (1 - case.beta) * F.kl_div(mixture, log_q, reduction="sum", log_target=True)
     reverse_kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
@@ -118,29 +118,34 @@ def _matmuls(inputs: Inputs) -> Call:
     case = inputs.case
     device = inputs.student_hidden.device
     half = device.type == "cuda" and case.dtype != "float32"
-    rows = chunk_rows(
+    chunk = chunk_rows(
         case.kept, case.vocab, models=2 if case.needs_teacher else 1, itemsize=4, device=device, chunk_bytes=None
     )
+    with torch.no_grad():  # once: dropping rows is no product, and a CPU has none of half precision with an fp32 result
+        kept, teacher, _, _ = inputs.kept()
+        leaf = kept.detach().requires_grad_()
+        operands = (kept, inputs.student_weight, teacher, inputs.teacher_weight)
+        rows, weight, teacher, teacher_weight = (one.detach() if half else one.detach().float() for one in operands)
 
     # rows as long as the fast products want them, as ours are
-    out_s, out_t = (logits_buffer(rows, case.vocab, torch.float32, device) for _ in range(2))
-    dz = logits_buffer(rows, case.vocab, inputs.student_hidden.dtype, device).normal_() if half else out_s
+    out_s, out_t = (logits_buffer(chunk, case.vocab, torch.float32, device) for _ in range(2))
+    dz = logits_buffer(chunk, case.vocab, rows.dtype, device).normal_() if half else out_s
     wide = dict(out_dtype=torch.float32) if half else {}
 
     class Products(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, graded, hidden, weight, teacher, teacher_weight):
+        def forward(ctx, graded, *leaves):
             if graded:
-                grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
-                ctx.save_for_backward(grad_hidden, grad_weight)
-            for start in range(0, hidden.shape[0], rows):
-                part = hidden[start : start + rows]
+                grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight, dtype=torch.float32)
+                ctx.save_for_backward(grad_rows, grad_weight)
+            for start in range(0, rows.shape[0], chunk):
+                part = rows[start : start + chunk]
                 size = part.shape[0]
                 torch.mm(part, weight.t(), out=out_s[:size], **wide)
                 if case.needs_teacher:
-                    torch.mm(teacher[start : start + rows], teacher_weight.t(), out=out_t[:size], **wide)
+                    torch.mm(teacher[start : start + chunk], teacher_weight.t(), out=out_t[:size], **wide)
                 if graded:
-                    torch.mm(dz[:size], weight, out=grad_hidden[start : start + rows])
+                    torch.mm(dz[:size], weight, out=grad_rows[start : start + chunk])
                     if start:
                         torch.addmm(grad_weight, dz[:size].t(), part, out=grad_weight, **wide)
                     else:
@@ -149,13 +154,13 @@ def _matmuls(inputs: Inputs) -> Call:
 
         @staticmethod
         def backward(ctx, grad_output):
-            grad_hidden, grad_weight = ctx.saved_tensors
-            return None, grad_hidden, grad_weight.to(grad_hidden.dtype), None, None
+            grad_rows, grad_weight = ctx.saved_tensors
+            return None, grad_rows.to(leaf.dtype), grad_weight.to(leaf.dtype)
 
     def run() -> Tensor:
-        hidden, teacher, _, _ = inputs.kept()
-        graded = torch.is_grad_enabled()  # inside of the function nothing says so
-        return Products.apply(graded, hidden, inputs.student_weight, teacher, inputs.teacher_weight)
+        leaf.grad = None
+        # inside of the function nothing says whether gradients are wanted
+        return Products.apply(torch.is_grad_enabled(), leaf, inputs.student_weight)
 
     return run
 
@@ -297,6 +302,6 @@ PROVIDERS: dict[str, Callable[[Inputs], Call]] = {
     "liger_cross_entropy": _liger_cross_entropy,
     "cce": _cce,
     "verl": _verl,
-    "matmuls": _matmuls,
+    YARDSTICK: _matmuls,
 }
 PEER_PACKAGES = ("liger_kernel", "trl", "fla_core", "cut_cross_entropy", "verl")

@@ -3,6 +3,7 @@
 import importlib.util
 import numbers
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def prepare(
     teacher_head: LMHead | Tensor | None,
     labels: Tensor | None,  # (...)
     *,
-    fields: tuple[str, ...] | None,
+    fields: str | Iterable[str] | None,
     beta: float,
     alpha: float,
     ignore_index: int,
@@ -78,14 +79,15 @@ def prepare(
     if not spec.needs("teacher"):
         teacher_hidden = teacher = None
     if labels is not None:
-        labels = _check_labels(labels, shape, student_hidden.device).reshape(-1)
+        labels = _check_labels(labels, shape, student_hidden.device).reshape(-1).contiguous()
+        vouched = kept is not None and labels.device.type != "cpu"  # then nothing looked at them
         index, kept = keep_rows(labels, ignore_index, size, kept)
     else:
-        index, kept = None, shape.numel()
+        index, kept, vouched = None, shape.numel(), False
     if not spec.needs("labels"):
         labels = None
-    elif kept is not None and labels.device.type != "cpu":
-        labels = labels.clamp(0, size - 1)  # ignored rows, and labels that the caller vouched for
+    elif vouched:
+        labels = labels.clamp(0, size - 1)
     wide = torch.float64 in (student_hidden.dtype, None if teacher is None else teacher_hidden.dtype)
     logits = torch.float64 if wide else torch.float32
     device = student_hidden.device
@@ -113,10 +115,10 @@ def prepare(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
         student.weight,
         student.bias,
-        None if teacher is None else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        None if teacher is None else teacher.weight.detach()[:size],
-        None if teacher is None or teacher.bias is None else teacher.bias.detach()[:size],
-        labels,
+        None if teacher is None else _constant(teacher_hidden).reshape(-1, teacher_hidden.shape[-1]),
+        None if teacher is None else _constant(teacher.weight)[:size],
+        None if teacher is None or teacher.bias is None else _constant(teacher.bias)[:size],
+        None if labels is None else _constant(labels),
         index,
     )
     return problem, tensors
@@ -138,6 +140,11 @@ def accumulation(weight_grad: Any, weight: Tensor, logits: torch.dtype) -> torch
     if weight_grad == "bf16":
         return torch.bfloat16
     raise ValueError(f"weight_grad must be 'fp32', 'bf16' or a tensor to add into, got {weight_grad!r}")
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """Without a gradient; a copy where it was made under torch.inference_mode(), which no backward pass may read."""
+    return tensor.clone() if tensor.is_inference() and torch.is_grad_enabled() else tensor.detach()
 
 
 def _head(head: Any, name: str) -> LMHead:
@@ -220,14 +227,15 @@ def _vocab_size(student: LMHead, teacher: LMHead | None, vocab_size: int | None,
     return int(vocab_size)
 
 
-def _fields(fields: tuple[str, ...] | None, *, has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
+def _fields(fields: str | Iterable[str] | None, *, has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
     def available(name: str) -> bool:
         return (has_teacher or not FIELDS[name].teacher) and (has_labels or not FIELDS[name].labels)
 
     if fields is None:
         return tuple(name for name in TOKEN_STATS if available(name))
-    if isinstance(fields, str):
-        fields = (fields,)
+    fields = (fields,) if isinstance(fields, str) else tuple(fields)
+    if not fields:
+        raise ValueError(f"fields names no statistic; there are {', '.join(FIELDS)}")
     for name in fields:
         if name not in FIELDS:
             raise ValueError(f"fields: unknown statistic {name!r}; there are {', '.join(FIELDS)}")

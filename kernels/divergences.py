@@ -7,7 +7,7 @@ c_f on statistic f, and u_f = d f / d q,
     dZ_j = q_j * (sum_f c_f u_fj - sum_f c_f E_q[u_f])
            + c_forward_kl * (q_j - p_j) + c_student_logprob * (1[j = y] - q_j)
 
-Only r, q, p and log q enter the table. Minus infinity (a banned or padded id) is folded into r once, by `rows`:
+Only r, q, p and their logarithms enter the table. Minus infinity (a banned or padded id) is folded into r once:
 r = 0 where both logits are -inf, r = -FAR where the student's alone is, r = +FAR where the teacher's alone is. As the
 probability beside it is exactly 0, FAR never shows, except in the two KLs, which become infinite where they truly are.
 """

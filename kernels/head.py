@@ -24,8 +24,8 @@ class LMHead:
     softcap: float | None = None
 
 
-def _on_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+def _on_tensor_cores(dtype: torch.dtype, logits: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and logits == torch.float32
 
 
 def _tile_rows(weight: Tensor, logits: torch.dtype) -> int:
@@ -42,9 +42,9 @@ def _tiles(weight: Tensor, compute: torch.dtype, logits: torch.dtype) -> Iterato
         yield slice(start, start + rows), tile.to(compute).to(logits)
 
 
-def ready(weight: Tensor, compute: torch.dtype) -> Tensor:  # (V, H) -> (V, H)
+def ready(weight: Tensor, compute: torch.dtype, logits: torch.dtype) -> Tensor:  # (V, H) -> (V, H)
     """The weight as `project` and `HeadGradients` read it chunk after chunk: cast once where the tensor cores take it."""
-    return weight.to(compute) if _on_tensor_cores(compute, weight.device) else weight
+    return weight.to(compute) if _on_tensor_cores(compute, logits, weight.device) else weight
 
 
 def project(
@@ -55,7 +55,7 @@ def project(
     out: Tensor,  # (C, V) fp32 or fp64, rows may be padded
 ) -> Tensor:
     """out = hidden W^T + b, accumulated and stored in the dtype of `out`."""
-    if _on_tensor_cores(compute, hidden.device):
+    if _on_tensor_cores(compute, out.dtype, hidden.device):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
@@ -85,7 +85,7 @@ class HeadGradients:
         accumulation: torch.dtype | Tensor,
     ):
         self.compute, self.logits, self.vocab_size = compute, logits, vocab_size
-        self.weight_value = ready(weight[:vocab_size], compute) if needs[0] else None
+        self.weight_value = ready(weight[:vocab_size], compute, logits) if needs[0] else None
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = self.bias = None
         self.into = isinstance(accumulation, Tensor)
@@ -97,7 +97,7 @@ class HeadGradients:
     @property
     def dz_dtype(self) -> torch.dtype:
         """The dtype in which `add` wants the gradient of the logits."""
-        return self.compute if _on_tensor_cores(self.compute, self.device) else self.logits
+        return self.compute if _on_tensor_cores(self.compute, self.logits, self.device) else self.logits
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +111,7 @@ class HeadGradients:
     ) -> None:
         if self.bias is not None:
             self.bias[: self.vocab_size] += dz.sum(0, dtype=self.logits)
-        if _on_tensor_cores(self.compute, dz.device):
+        if _on_tensor_cores(self.compute, self.logits, dz.device):
             self._add_on_tensor_cores(dz, hidden, rows)
         else:
             self._add_in_tiles(dz, hidden.to(self.logits), rows)

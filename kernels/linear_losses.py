@@ -74,7 +74,7 @@ def linear_divergence(
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     alpha: float = 0.1,
-    labels: Tensor | None = None,  # (...) integers: only which are ignored matters
+    labels: Tensor | None = None,  # (...) integers in the vocabulary, of which only the ignored ones matter
     ignore_index: int = -100,
     temperature: float = 1.0,
     vocab_size: int | None = None,

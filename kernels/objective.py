@@ -42,7 +42,8 @@ def linear_objective(
     backend: str = "auto",
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum over kept tokens of objective(stats, **inputs), and its metrics, summed likewise. Scalars, fp32.
+    """The sum over kept tokens of objective(stats, **inputs), and its metrics, summed likewise. Scalars, fp32
+    (float64 for float64 inputs).
 
     The gradient with respect to the student's hidden states, weight and bias is computed here and scaled in the
     backward pass; the teacher is a constant. Arguments that are not named below are those of linear_token_stats.
@@ -73,7 +74,7 @@ def linear_objective(
         teacher_hidden,
         teacher_head,
         labels,
-        fields=fields if fields is None else tuple([fields] if isinstance(fields, str) else fields),
+        fields=fields,
         beta=beta,
         alpha=alpha,
         ignore_index=ignore_index,
@@ -226,13 +227,13 @@ class _Attach(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
         inputs, gradients = saved[:3], saved[3:]
         with torch.no_grad():
+            if ctx.into is not None and gradients[1] is not None:
+                ctx.into.addcmul_(gradients[1], grad_output)  # in fp32, not rounded to the weight's dtype
+                gradients = (gradients[0], None, gradients[2])
             scaled = [
                 None if gradient is None else _scaled(gradient, grad_output, of.dtype)
                 for gradient, of in zip(gradients, inputs, strict=True)
             ]
-            if ctx.into is not None and scaled[1] is not None:
-                ctx.into.add_(scaled[1])
-                scaled[1] = None
         return (None, None, *guard(scaled, inputs), None, None, None)
 
 

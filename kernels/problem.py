@@ -69,8 +69,8 @@ class Problem:
             teacher_out = logits_buffer(self.chunk, self.vocab_size, self.logits, device) if teacher else None
         weight = None if sums is None else sums.weight_value
         if weight is None:
-            weight = ready(tensors.student_weight[: self.vocab_size], self.student_compute)
-        teacher_weight = ready(tensors.teacher_weight, self.teacher_compute) if teacher else None
+            weight = ready(tensors.student_weight[: self.vocab_size], self.student_compute, self.logits)
+        teacher_weight = ready(tensors.teacher_weight, self.teacher_compute, self.logits) if teacher else None
         bias = None if tensors.student_bias is None else tensors.student_bias[: self.vocab_size]
         for part in self.slices():
             rows = part if tensors.kept is None else tensors.kept[part]

@@ -60,8 +60,11 @@ def token_stats(
     if labels is not None:
         result["teacher_logprob"] = log_p[rows, labels]
 
+    nowhere = (log_p == -math.inf) & (log_q == -math.inf)  # the derivative of logaddexp there is NaN
+
     def mixture(weight: float) -> Tensor:  # log(weight p + (1 - weight) q)
-        return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+        ours, theirs = log_q.masked_fill(nowhere, 0.0), log_p.masked_fill(nowhere, 0.0)
+        return torch.logaddexp(theirs + math.log(weight), ours + math.log1p(-weight))
 
     result["reverse_kl"] = _terms(q, log_q - log_p).sum(-1)
     result["forward_kl"] = _terms(p, log_p - log_q).sum(-1)

@@ -27,7 +27,8 @@ def gradient_kernel(
     student_inner, student_outer, teacher_inner, teacher_outer, chain, beta, alpha,
     STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
     # the slot of each vector, -1 where there is none; C_x is d loss / d x
-    STUDENT_LSE: tl.constexpr, TEACHER_LSE: tl.constexpr, REVERSE_KL: tl.constexpr, STUDENT_ENTROPY: tl.constexpr,
+    STUDENT_MAX: tl.constexpr, STUDENT_LOG_SUM: tl.constexpr,
+    TEACHER_MAX: tl.constexpr, TEACHER_LOG_SUM: tl.constexpr, REVERSE_KL: tl.constexpr, STUDENT_ENTROPY: tl.constexpr,
     MEAN_U_JSD: tl.constexpr, MEAN_U_SKEW_FORWARD_KL: tl.constexpr,
     MEAN_U_SKEW_REVERSE_KL: tl.constexpr,
     C_STUDENT_LOGPROB: tl.constexpr, C_REVERSE_KL: tl.constexpr, C_FORWARD_KL: tl.constexpr,
@@ -35,7 +36,7 @@ def gradient_kernel(
     C_SKEW_REVERSE_KL: tl.constexpr, C_TVD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    TEACHER: tl.constexpr = TEACHER_LSE >= 0
+    TEACHER: tl.constexpr = TEACHER_MAX >= 0
     index = tl.program_id(0).to(tl.int64)
     student += index * student_stride
     gradient += index * gradient_stride
@@ -44,11 +45,12 @@ def gradient_kernel(
     lanes = tl.arange(0, BLOCK)
     whole = V - V % BLOCK
 
-    student_lse = tl.load(vectors + STUDENT_LSE * C)
+    # the maximum and the rest of the log-sum-exp apart: together they lose the digits of small log-ratios
+    m_s, log_s = tl.load(vectors + STUDENT_MAX * C), tl.load(vectors + STUDENT_LOG_SUM * C)
     constant = 0.0  # minus the mean of sum_f c_f u_f under q
     if TEACHER:
         teacher += index * teacher_stride
-        teacher_lse = tl.load(vectors + TEACHER_LSE * C)
+        m_t, log_t = tl.load(vectors + TEACHER_MAX * C), tl.load(vectors + TEACHER_LOG_SUM * C)
     if C_STUDENT_LOGPROB >= 0:
         label = tl.load(labels + index)
         c_logprob = tl.load(vectors + C_STUDENT_LOGPROB * C)
@@ -79,8 +81,9 @@ def gradient_kernel(
             columns = start + lanes
             z_s = load_logits(student, columns, V, student_inner, student_outer, STUDENT_MODE, True)
             z_t = load_logits(teacher, columns, V, teacher_inner, teacher_outer, TEACHER_MODE, True)
-            log_q = z_s - student_lse
-            r = log_ratio(z_s, z_t, log_q - (z_t - teacher_lse))
+            x_s, x_t = z_s - m_s, z_t - m_t
+            log_q = x_s - log_s
+            r = log_ratio(z_s, z_t, (x_s - x_t) - (log_s - log_t))
             signs += tl.exp(log_q) * tl.where(r > 0, 0.5, tl.where(r < 0, -0.5, 0.0))
         constant -= times(c_tvd, tl.sum(signs, 0))
 
@@ -92,13 +95,15 @@ def gradient_kernel(
             else:
                 raw = tl.load(student + columns)
             z_s = to_logits(raw, student_inner, student_outer, STUDENT_MODE)
-            log_q = z_s - student_lse
+            x_s = z_s - m_s
+            log_q = x_s - log_s
             q = tl.exp(log_q)
             u = tl.zeros((BLOCK,), tl.float32) + constant
             if TEACHER:
                 z_t = load_logits(teacher, columns, V, teacher_inner, teacher_outer, TEACHER_MODE, tail)
-                log_p = z_t - teacher_lse
-                r = log_ratio(z_s, z_t, log_q - log_p)
+                x_t = z_t - m_t
+                log_p = x_t - log_t
+                r = log_ratio(z_s, z_t, (x_s - x_t) - (log_s - log_t))
             if C_REVERSE_KL >= 0:
                 u += times(c_reverse, r)
             if C_STUDENT_ENTROPY >= 0:

@@ -26,7 +26,8 @@ def statistics_kernel(
     STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
     STUDENT_ARGMAX: tl.constexpr, TEACHER_ARGMAX: tl.constexpr,
     # the slot of each statistic in `out`, -1 where it is not wanted
-    STUDENT_LSE: tl.constexpr, TEACHER_LSE: tl.constexpr,
+    STUDENT_MAX: tl.constexpr, STUDENT_LOG_SUM: tl.constexpr,
+    TEACHER_MAX: tl.constexpr, TEACHER_LOG_SUM: tl.constexpr,
     STUDENT_LOGPROB: tl.constexpr, TEACHER_LOGPROB: tl.constexpr,
     REVERSE_KL: tl.constexpr, FORWARD_KL: tl.constexpr,
     STUDENT_ENTROPY: tl.constexpr, TEACHER_ENTROPY: tl.constexpr,
@@ -35,7 +36,7 @@ def statistics_kernel(
     MEAN_U_SKEW_REVERSE_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    TEACHER: tl.constexpr = TEACHER_LSE >= 0
+    TEACHER: tl.constexpr = TEACHER_MAX >= 0
     RATIO: tl.constexpr = REVERSE_KL >= 0 or FORWARD_KL >= 0
     SECOND: tl.constexpr = JSD >= 0 or SKEW_FORWARD_KL >= 0 or SKEW_REVERSE_KL >= 0 or TVD >= 0
     index = tl.program_id(0).to(tl.int64)
@@ -85,7 +86,8 @@ def statistics_kernel(
     m_s, s, log_s, s_d, s_x, best_s = merge(
         m_s, s, s_d, s_x, best_s, V, REVERSE_KL >= 0, STUDENT_ENTROPY >= 0, STUDENT_ARGMAX
     )
-    tl.store(out + STUDENT_LSE * C, m_s + log_s)
+    tl.store(out + STUDENT_MAX * C, m_s)
+    tl.store(out + STUDENT_LOG_SUM * C, log_s)
     if STUDENT_LOGPROB >= 0 or TEACHER_LOGPROB >= 0:
         label = tl.load(labels + index)
     if STUDENT_LOGPROB >= 0:
@@ -99,7 +101,8 @@ def statistics_kernel(
         m_t, t, log_t, t_d, t_x, best_t = merge(
             m_t, t, t_d, t_x, best_t, V, FORWARD_KL >= 0, TEACHER_ENTROPY >= 0, TEACHER_ARGMAX
         )
-        tl.store(out + TEACHER_LSE * C, m_t + log_t)
+        tl.store(out + TEACHER_MAX * C, m_t)
+        tl.store(out + TEACHER_LOG_SUM * C, log_t)
         if TEACHER_LOGPROB >= 0:
             z_y = to_logits(tl.load(teacher + label), teacher_inner, teacher_outer, TEACHER_MODE)
             tl.store(out + TEACHER_LOGPROB * C, (z_y - m_t) - log_t)

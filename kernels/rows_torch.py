@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
 
 BLOCK_BYTES = 2 * 2**20  # of one (B, V) temporary on a CPU: they stay in its caches, and calls cost little beside them
@@ -24,7 +25,8 @@ def row_statistics(
 ) -> dict[str, Tensor]:
     """The statistics `spec.fields`, each (C,) in the dtype of the logits (argmaxes int64). The logits stay as they are.
 
-    Besides: `student_lse`, and `teacher_lse` where a teacher is given.
+    Besides: `student_max` and `student_log_sum`, which add up to the log-sum-exp; the same of the teacher where one is
+    given.
     """
     blocks = [
         _block_statistics(
@@ -52,7 +54,7 @@ def row_gradients(
 
     A coefficient that is exactly 0 contributes exactly nothing, even where its statistic is infinite.
     """
-    gradient = student if student.dtype == grad_dtype else torch.empty_like(student, dtype=grad_dtype)
+    gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     if not any(FIELDS[name].teacher for name in coefficients):
         teacher = None
     for block in _blocks(student):
@@ -80,7 +82,7 @@ def row_loss_gradients(
     differentiate(rows, statistics) is called with a block of rows of this chunk and their statistics, (B,) each, and
     returns their coefficients, (B,) each. None where it never returned any.
     """
-    gradient = student if student.dtype == grad_dtype else torch.empty_like(student, dtype=grad_dtype)
+    gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     found = False
     for block in _blocks(student):
         label = None if labels is None else labels[block, None]
@@ -133,10 +135,6 @@ class _Softmax:
         total = softmax.sum(1, keepdim=True)
         return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total)
 
-    @property
-    def lse(self) -> Tensor:  # (B, 1)
-        return self.largest - self.top.log()
-
     def probabilities(self) -> Tensor:  # (B, V)
         return self.softmax.mul_(self.total.reciprocal())
 
@@ -157,7 +155,7 @@ def _block_statistics(
         models["teacher"] = _Softmax.of(logits_from_raw(teacher, *_scaling(spec, "teacher")))
     result = {}
     for who, model in models.items():
-        result[f"{who}_lse"] = model.lse
+        result |= {f"{who}_max": model.largest, f"{who}_log_sum": -model.top.log()}
         if f"{who}_logprob" in spec.fields:
             result[f"{who}_logprob"] = model.logprob(labels)
         if f"{who}_argmax" in spec.fields:

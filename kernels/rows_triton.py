@@ -19,7 +19,7 @@ GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
 
 SECOND_PASS = tuple(name for name, field in FIELDS.items() if field.second_pass)
 STATISTIC_SLOTS = (
-    *("student_lse", "teacher_lse"),
+    *("student_max", "student_log_sum", "teacher_max", "teacher_log_sum"),
     *(name for name in FIELDS if not name.endswith("argmax")),
     *(f"mean_u_{name}" for name in SECOND_PASS if name != "tvd"),
 )
@@ -38,15 +38,15 @@ def row_statistics(
 ) -> dict[str, Tensor]:
     """The statistics `spec.fields`, each (C,) fp32 (argmaxes int64). The logits stay as they are.
 
-    Besides: `student_lse`, `teacher_lse` (where a teacher is given), and `mean_u_F` = E_q[u_F] for every divergence F
-    from a mixture. `row_gradients` reads them.
+    Besides, what `row_gradients` reads: `student_max` and `student_log_sum`, which add up to the log-sum-exp; the same of
+    the teacher where one is given; and `mean_u_F` = E_q[u_F] for every divergence F from a mixture.
     """
     _check(student, teacher)
     C, V = student.shape
-    names = {"student_lse"} | {name for name in spec.fields if not name.endswith("argmax")}
+    names = {"student_max", "student_log_sum"} | {name for name in spec.fields if not name.endswith("argmax")}
     names |= {f"mean_u_{name}" for name in spec.fields if f"mean_u_{name}" in STATISTIC_SLOTS}
     if teacher is not None:
-        names |= {"teacher_lse"}
+        names |= {"teacher_max", "teacher_log_sum"}
     slots = {name: slot for slot, name in enumerate(name for name in STATISTIC_SLOTS if name in names)}
     out = torch.empty(len(slots), C, dtype=torch.float32, device=student.device)
     result = dict(zip(slots, out, strict=True))
@@ -95,13 +95,12 @@ def row_gradients(
     _check(student, teacher)
     C, V = student.shape
     gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
-    vectors = {"student_lse": statistics["student_lse"]}
-    if teacher is not None:
-        vectors["teacher_lse"] = statistics["teacher_lse"]
+    models = ("student",) if teacher is None else ("student", "teacher")
+    vectors = {name: statistics[name] for who in models for name in (f"{who}_max", f"{who}_log_sum")}
     vectors |= {name: statistics[name] for name, field in ROW_STATISTICS if field in coefficients}
     vectors |= {f"c_{name}": value for name, value in coefficients.items()}
     slots = {name: slot for slot, name in enumerate(vectors)}
-    keys = ["student_lse", "teacher_lse", *(name for name, _ in ROW_STATISTICS)]
+    keys = [*STATISTIC_SLOTS[:4], *(name for name, _ in ROW_STATISTICS)]
     keys += [f"c_{name}" for name, field in FIELDS.items() if field.differentiable]
     if C:
         with torch.cuda.device_of(student):

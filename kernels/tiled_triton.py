@@ -274,7 +274,7 @@ def _model(who: str, hidden: Tensor | None, head: LMHead | None, config: dict[st
     return {
         f"{who}_hidden": TensorDescriptor.from_tensor(_aligned(hidden), [rows, depth]),
         f"{who}_weight": TensorDescriptor.from_tensor(_aligned(head.weight), [columns, depth]),
-        f"{who}_bias": head.bias,
+        f"{who}_bias": None if head.bias is None else head.bias.contiguous(),
         f"{who}_H": hidden.shape[1],
         f"{who.upper()}_BIAS": head.bias is not None,
     }
@@ -300,7 +300,7 @@ def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> 
     total = {x: (sums[f"s_{x}"] * weight[x]).sum(0) for _, x in models}
     log_total = {x: total[x].log().masked_fill(total[x] == 0, torch.nan) for _, x in models}  # no id at all: NaN
     for index, (who, x) in enumerate(models):
-        result[f"{who}_lse"] = top[x] + log_total[x]
+        result |= {f"{who}_max": top[x], f"{who}_log_sum": log_total[x]}
         if f"{who}_logprob" in fields:
             result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top[x]) - log_total[x]
         if f"{who}_entropy" in fields:

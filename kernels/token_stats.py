@@ -119,7 +119,7 @@ def linear_token_stats(
         teacher_hidden,
         teacher_head,
         labels,
-        fields=fields if fields is None else tuple([fields] if isinstance(fields, str) else fields),
+        fields=fields,
         beta=beta,
         alpha=alpha,
         ignore_index=ignore_index,
@@ -179,7 +179,7 @@ class _TokenStats(torch.autograd.Function):
                         chunk.teacher,
                         chunk.labels,
                         {name: value[chunk.slice] for name, value in statistics.items()},
-                        {name: value[chunk.slice].contiguous() for name, value in coefficients.items()},
+                        {name: value[chunk.slice] for name, value in coefficients.items()},
                         problem.spec,
                         sums.dz_dtype,
                     )

@@ -97,6 +97,14 @@ def test_the_yardstick_runs_those_products_alone(loss, mode):
     assert counter.get_total_flops() == case.flops(mode)
 
 
+def test_the_yardstick_takes_half_precision_on_a_cpu():
+    """In fp32: a CPU has no product of half precision with an fp32 result."""
+    inputs = make_inputs(Case("reverse_kl", ignored=0.5, **{**TINY, "dtype": "bfloat16"}), CPU)
+    for _ in range(2):
+        measure.runner(PROVIDERS["matmuls"](inputs), inputs, "full")()
+    assert inputs.student_weight.grad.dtype == torch.bfloat16
+
+
 def test_quantiles():
     assert tables.quantile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 0.2) == 2.0
     assert tables.quantile([4.0], 0.8) == 4.0

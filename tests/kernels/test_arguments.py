@@ -71,6 +71,7 @@ WRONG = {
     "DTensor": (dict(student_head=LMHead(shard(device_mesh=1))), "student_head.weight is a DTensor.*full_tensor"),
     "empty weight": (dict(student_head=torch.ones(0, 4)), "not empty"),
     "unknown field": (dict(fields=("kl",)), "fields: unknown statistic 'kl'"),
+    "no field": (dict(fields=()), "fields names no statistic"),
     "field without teacher": (
         dict(teacher_hidden=None, teacher_head=None, fields=("reverse_kl",)),
         "fields: reverse_kl needs the teacher",

@@ -113,6 +113,10 @@ def test_micro_batches_add_up_to_the_batch(kit):
 def test_where_the_weight_gradient_goes(kind, weight_grad, kit):
     case = kit.make_case(dtype=torch.bfloat16, bias=True, vocab_size=100)
     exact = torch.autograd.grad(losses_with(case, kind), list(case.leaves.values()))
+    # what a main_grad must get and bf16's 8 bits cannot hold; a GPU's products take dz in bf16
+    wide = case.doubled()
+    unrounded = torch.autograd.grad(losses_with(wide, kind), wide.student_weight)[0]
+    tolerance = 1e-5 if kit.device == "cpu" else 5e-3
     main = torch.full_like(case.student_weight, 2.0, dtype=torch.float32, requires_grad=False)
     loss = losses_with(case, kind, weight_grad="bf16" if weight_grad == "bf16" else main)
     for repeat in (1, 2):
@@ -121,7 +125,7 @@ def test_where_the_weight_gradient_goes(kind, weight_grad, kit):
             assert kit.relative_error(case.student_weight.grad, 3 * repeat * exact[1]) < 2e-2
         else:
             assert case.student_weight.grad is None
-            assert kit.relative_error(main - 2, 3 * repeat * exact[1]) < 5e-3
+            assert kit.relative_error(main - 2, 3 * repeat * unrounded) < tolerance
         assert kit.relative_error(case.student_hidden.grad, 3 * repeat * exact[0]) < 1e-2
         assert kit.relative_error(case.student_bias.grad, 3 * repeat * exact[2]) < 1e-2
 
@@ -178,3 +182,18 @@ def test_inside_a_compiled_model(kind, kit):
         results.append((loss, *torch.autograd.grad(loss, [*case.leaves.values(), *model.parameters()])))
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(plain, compiled)
+
+
+@pytest.mark.parametrize("kind", ["objective", "token_stats"])
+def test_a_teacher_from_inference_mode(kind, kit):
+    case = kit.make_case(rows=12)
+    with torch.inference_mode():
+        states, weight, labels = case.teacher_hidden * 1, case.teacher_weight * 1, case.labels * 1
+    made = case.with_(teacher_hidden=states, teacher_weight=weight, labels=labels)
+    expected = torch.autograd.grad(losses_with(case, kind), list(case.leaves.values()))
+    for found, wanted in zip(
+        torch.autograd.grad(losses_with(made, kind), list(made.leaves.values())), expected, strict=True
+    ):
+        assert torch.equal(found, wanted)
+    with torch.inference_mode():
+        assert losses_with(made, kind) == losses_with(case, kind).detach()

@@ -188,8 +188,9 @@ def test_strided_inputs(backend, kit):
     transposed = case.student_weight.detach().t().contiguous().t().requires_grad_()
     hidden = torch.stack((case.student_hidden.detach(),) * 2, 1)[:, 0].requires_grad_()
     teacher_weight = torch.cat((case.teacher_weight,) * 2, 1)[:, :8]
-    strided = case.with_(student_weight=transposed, student_hidden=hidden, teacher_weight=teacher_weight)
-    assert not (transposed.is_contiguous() or hidden.is_contiguous() or teacher_weight.is_contiguous())
+    labels = torch.stack((case.labels, torch.zeros_like(case.labels)), 1)[:, 0]
+    strided = case.with_(student_weight=transposed, student_hidden=hidden, teacher_weight=teacher_weight, labels=labels)
+    assert not any(one.is_contiguous() for one in (transposed, hidden, teacher_weight, labels))
     weights = coefficients(case)
     actual = gradients(objective_of(strided, backend, weights), strided)
     assert_close(actual, expected_gradients(case, weights, kit)[1], GRADIENT, kit)

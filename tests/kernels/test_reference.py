@@ -65,3 +65,15 @@ def test_logits():
     raw = F.linear(hidden, weight, bias) * 0.5
     assert (z[:, 2] == -math.inf).all()
     torch.testing.assert_close(z[:, [0, 1, 3]], (3 * torch.tanh(raw / 3) / 2)[:, [0, 1, 3]])
+
+
+def test_ids_that_do_not_exist_pass_no_gradient():
+    student = torch.tensor([[0.3, -0.2, -math.inf, 0.9]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[0.1, 0.4, -math.inf, -0.5]], dtype=torch.float64)
+    kept = [0, 1, 3]
+    for name in ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "student_entropy"):
+        (found,) = torch.autograd.grad(reference.token_stats(student, teacher, None)[name].sum(), student)
+        without = student.detach()[:, kept].requires_grad_()
+        (expected,) = torch.autograd.grad(reference.token_stats(without, teacher[:, kept], None)[name].sum(), without)
+        assert found[0, 2] == 0, name
+        torch.testing.assert_close(found[:, kept], expected, msg=name)

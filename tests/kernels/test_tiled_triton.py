@@ -78,7 +78,7 @@ def test_equals_the_oracle(rows, vocab_size, sizes, options, bias, dtype):
     student, teacher, labels = problem(rows, vocab_size, *sizes, dtype=dtype, bias=bias)
     spec = RowSpec(EIGHT, **options)
     result = tiled(student, teacher, labels, spec)
-    assert set(result) == {*EIGHT, "student_lse", "teacher_lse"}
+    assert set(result) == {*EIGHT, *(f"{who}_{part}" for who in ("student", "teacher") for part in ("max", "log_sum"))}
     for name, expected in exact(student, teacher, labels, spec).items():
         if name in EIGHT:
             assert result[name].dtype == (torch.int64 if name.endswith("argmax") else torch.float32)
@@ -180,6 +180,18 @@ def test_nan_stays_visible_and_in_its_row():
     assert result["teacher_entropy"].isfinite().all()
 
 
+def test_a_strided_bias():
+    """A column of a table; and one number for all ids, which takes no memory of its own."""
+    student, teacher, labels = problem(5, 100, 24, 16, bias=True)
+    table = torch.stack((student[2], torch.full_like(student[2], 9.0)), 1)
+    one = torch.full((1,), 0.5, device=DEVICE).expand(100)
+    spec = RowSpec(("student_logprob", "reverse_kl"))
+    strided = tiled((*student[:2], table[:, 0]), (*teacher[:2], one), labels, spec)
+    plain = tiled(student, (*teacher[:2], one.contiguous()), labels, spec)
+    for name in spec.fields:
+        assert torch.equal(strided[name], plain[name]), name
+
+
 def test_equal_models_have_no_divergence():
     student, _, labels = problem(9, 500, 48, 48, dtype=torch.bfloat16)
     result = tiled(student, student, labels, RowSpec(("reverse_kl", "forward_kl")))
@@ -193,7 +205,7 @@ def test_one_model_and_padded_rows():
     result = tiled((student[0], wide[:, :40], None), None, labels, RowSpec(("student_logprob",)))
     expected = exact(student, None, labels, RowSpec(("student_logprob",)))["student_logprob"]
     torch.testing.assert_close(result["student_logprob"], expected.float(), rtol=3e-6, atol=3e-6)
-    assert set(result) == {"student_logprob", "student_lse"}
+    assert set(result) == {"student_logprob", "student_max", "student_log_sum"}
 
 
 def test_refusals_name_what_is_refused():
