@@ -18,8 +18,9 @@ STATISTICS_BLOCK, STATISTICS_WARPS = 1024, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
 
 SECOND_PASS = tuple(name for name, field in FIELDS.items() if field.second_pass)
+LOG_SUMS = {who: (f"{who}_max", f"{who}_log_sum") for who in ("student", "teacher")}
 STATISTIC_SLOTS = (
-    *("student_max", "student_log_sum", "teacher_max", "teacher_log_sum"),
+    *(*LOG_SUMS["student"], *LOG_SUMS["teacher"]),
     *(name for name in FIELDS if not name.endswith("argmax")),
     *(f"mean_u_{name}" for name in SECOND_PASS if name != "tvd"),
 )
@@ -43,10 +44,10 @@ def row_statistics(
     """
     _check(student, teacher)
     C, V = student.shape
-    names = {"student_max", "student_log_sum"} | {name for name in spec.fields if not name.endswith("argmax")}
+    names = {*LOG_SUMS["student"]} | {name for name in spec.fields if not name.endswith("argmax")}
     names |= {f"mean_u_{name}" for name in spec.fields if f"mean_u_{name}" in STATISTIC_SLOTS}
     if teacher is not None:
-        names |= {"teacher_max", "teacher_log_sum"}
+        names |= {*LOG_SUMS["teacher"]}
     slots = {name: slot for slot, name in enumerate(name for name in STATISTIC_SLOTS if name in names)}
     out = torch.empty(len(slots), C, dtype=torch.float32, device=student.device)
     result = dict(zip(slots, out, strict=True))
@@ -96,11 +97,11 @@ def row_gradients(
     C, V = student.shape
     gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
     models = ("student",) if teacher is None else ("student", "teacher")
-    vectors = {name: statistics[name] for who in models for name in (f"{who}_max", f"{who}_log_sum")}
+    vectors = {name: statistics[name] for who in models for name in LOG_SUMS[who]}
     vectors |= {name: statistics[name] for name, field in ROW_STATISTICS if field in coefficients}
     vectors |= {f"c_{name}": value for name, value in coefficients.items()}
     slots = {name: slot for slot, name in enumerate(vectors)}
-    keys = [*STATISTIC_SLOTS[:4], *(name for name, _ in ROW_STATISTICS)]
+    keys = [*LOG_SUMS["student"], *LOG_SUMS["teacher"], *(name for name, _ in ROW_STATISTICS)]
     keys += [f"c_{name}" for name, field in FIELDS.items() if field.differentiable]
     if C:
         with torch.cuda.device_of(student):

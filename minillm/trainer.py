@@ -257,15 +257,16 @@ class StageTrainer:
 
     def _keep_best(self, mean: dict[str, float]) -> None:
         metric, progress = self.config.eval.metric, self.progress
-        value = mean.get(metric)
-        if not self.config.save.best or value is not None and not math.isfinite(value):
+        if not self.config.save.best:
             return
-        if value is None:
+        if metric not in mean:
             if not self._said_no_best:
-                self._said_no_best = True
                 self.console.note(f"no best/ is kept: these eval.sets have nothing to measure eval.metric={metric} on")
+            self._said_no_best = True
             return
-        best = progress.best
+        value, best = mean[metric], progress.best
+        if not math.isfinite(value):
+            return
         if best is None or find_metric(metric).better * (value - best["value"]) > 0:
             progress.best = {"metric": metric, "value": value, "step": progress.step, "stage": self.name}
             save_model(self.models.student, self.models.tokenizer, self.output_dir / "best")

@@ -5,8 +5,8 @@
     r_t = log p(y_t) - log q(y_t),    p~ = alpha p + (1 - alpha) q,    w_t = q(y_t) / p~(y_t)
 
 The policy gradient is clipped as in PPO, and each buffer of answers is used for several epochs. A loss on plain text
-(data.corpus) is added with weight lm_coef. tests/methods/test_minillm_exactness.py shows on an enumerated language model which
-settings make this gradient exact.
+(data.corpus) is added with weight lm_coef. tests/methods/test_minillm_exactness.py shows on an enumerated language
+model which settings make this gradient exact.
 """
 
 from collections.abc import Sequence
