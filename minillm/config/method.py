@@ -9,8 +9,8 @@ from minillm.config.base import Strict
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 
-# Where a preset differs from the defaults below: the published formulas, with what was ahead of the published settings in
-# every seed of every comparison (benchmarks/results/evidence.md).
+# Where a preset differs from the defaults below: the published formulas, with what was ahead of the published settings on
+# both pairs that were measured (benchmarks/results/evidence.md).
 PAPER = dict(ppo_epochs=4)
 LMOPS = dict(
     ppo_epochs=4,
