@@ -52,7 +52,7 @@ class Decoder:
             self._logits = torch.empty(shape, device=hidden.device)
         used = self._logits[:, : self.vocab_size]
         self._logits[:, self.vocab_size :] = -torch.inf  # again in every step: sampling works in this memory
-        project(hidden, ready(self.weight, hidden.dtype), self.bias, hidden.dtype, used)
+        project(hidden, ready(self.weight, hidden.dtype, used.dtype), self.bias, hidden.dtype, used)
         if self.logit_scale != 1.0 or self.softcap is not None:
             used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))
         return self._logits

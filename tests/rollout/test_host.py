@@ -66,7 +66,7 @@ def make_loop(make_models, monkeypatch):
 @pytest.fixture(autouse=True)
 def tensor_cores(monkeypatch):
     """The branch of the LM head that half precision takes on a GPU."""
-    monkeypatch.setattr(head, "_on_tensor_cores", lambda dtype, device: dtype == torch.bfloat16)
+    monkeypatch.setattr(head, "_on_tensor_cores", lambda dtype, logits, device: dtype == torch.bfloat16)
     with torch.no_grad():
         yield
 
