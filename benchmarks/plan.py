@@ -47,6 +47,7 @@ class Case:
     prompt: int = PROMPT
     answer: int = ANSWER
     quantization: str | None = None  # of the teacher
+    evaluated: int = 0  # answers side by side in an evaluation after every step; 0: none
     ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
 
 
@@ -62,6 +63,8 @@ CASES = (
     Case("minillm", "llama", "minillm", 512, 6, 16000, 10, batch=8),
     Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=8, answer=144),
     Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 16000, 10, batch=8, checkpointing=True),
+    Case("sft, evaluated", "llama", "sft", 512, 6, 16000, 6, batch=2, evaluated=64),
+    Case("minillm, evaluated", "llama", "minillm", 384, 6, 16000, 10, batch=2, evaluated=64),
     *(
         Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", "minillm", 512, 8, 8000, 12, 2, ranks=ranks)
         for ranks in (1, 2, 4)
@@ -93,13 +96,15 @@ def document(case: Case, folder: Path) -> dict:
         AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(folder / "teacher")
     text = folder / "corpus.txt"
     text.write_text("plain text")
+    prompts = {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer}
+    evaluation = {"sets": {"held_out": prompts}, "batch_size": case.evaluated, "max_new_tokens": case.answer}
     method = {"minillm": {"ppo_epochs": 2}, "gkd": {"on_policy": 1.0}}.get(case.method, {})
     return {
         "output_dir": str(folder / "run"),
         "student": {"init": "random", "tokenizer": "byte", "config": architecture(case, case.layers)},
         "teacher": teacher,
         "data": {
-            "prompts": {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer},
+            "prompts": prompts,
             "corpus": {"path": str(text), "block_size": case.prompt + case.answer},
         },
         "rollout": {"buffer_size": 4 * case.batch, "batch_size": 2 * case.batch, "max_new_tokens": case.answer},
@@ -111,6 +116,7 @@ def document(case: Case, folder: Path) -> dict:
             "gradient_checkpointing": case.checkpointing,
             "bf16": case.bf16,
         },
+        "eval": evaluation if case.evaluated else {},
         "engine": {"type": "deepspeed", "stage": 3, "gather": "layers"}
         if case.ranks
         else {"type": "torch", "device": "cpu"},
@@ -153,13 +159,15 @@ def measure(case: Case) -> dict[str, int]:
 
 def _take_steps(case: Case) -> dict[str, int]:
     """Train as the trainer does; the high-water mark of each phase."""
+    from minillm.data.instructions import PromptSet
     from minillm.engine import build_engine
+    from minillm.evaluate.evaluator import Evaluator
     from minillm.methods import build_method
     from minillm.methods.base import Sources
     from minillm.models.preflight import preflight
     from minillm.rollout.lending import part_of_step
 
-    peaks = {"collect": 0, "terms": 0, "update": 0}
+    peaks = {"collect": 0, "terms": 0, "update": 0, "evaluation": 0}
     with tempfile.TemporaryDirectory() as name:
         config = load(case, Path(name)).stages[0].config
         student, teacher, tokenizer = _models(config, case, Path(name))
@@ -169,6 +177,8 @@ def _take_steps(case: Case) -> dict[str, int]:
         engine = build_engine(config, models, total_steps=STEPS)
         sources = Sources(*_streams(case), written=Path(name))
         items: Sequence = []
+        held_out = PromptSet(sources.prompts.items[: 2 * case.evaluated], 0, "")
+        evaluator = Evaluator({"held_out": held_out}, config.eval, seed=0) if case.evaluated else None
         for step in range(STEPS):
             with _phase(peaks, "collect"):
                 if case.method != "minillm" or step != 1:  # a second buffer, beside the first
@@ -181,6 +191,9 @@ def _take_steps(case: Case) -> dict[str, int]:
                 ]
             with _phase(peaks, "update"):
                 engine.step(terms)
+            if evaluator is not None:
+                with _phase(peaks, "evaluation"):
+                    evaluator.evaluate(models)
         engine.close()
     return peaks
 
@@ -211,7 +224,7 @@ def _streams(case: Case):
 
     examples = [
         Example(index, list(range(1, case.prompt + 1 - 4 * (index % 2))), list(range(1, case.answer + 1)), "", ())
-        for index in range(8 * case.batch)
+        for index in range(max(8 * case.batch, 2 * case.evaluated))
     ]
     blocks = [list(range(1, case.prompt + case.answer + 1)) for _ in range(4 * case.batch)]
     return Stream(examples, seed=0), Stream(blocks, seed=0)
