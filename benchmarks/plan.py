@@ -64,7 +64,7 @@ CASES = (
     Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=8, answer=144),
     Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 16000, 10, batch=8, checkpointing=True),
     Case("sft, evaluated", "llama", "sft", 512, 6, 16000, 6, batch=2, evaluated=64),
-    Case("minillm, evaluated", "llama", "minillm", 384, 6, 16000, 10, batch=2, evaluated=64),
+    Case("minillm, evaluated", "llama", "minillm", 384, 6, 16000, 10, batch=2, evaluated=128),
     *(
         Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", "minillm", 512, 8, 8000, 12, 2, ranks=ranks)
         for ranks in (1, 2, 4)
