@@ -9,8 +9,9 @@ from minillm.config.loading import RunPlan, Stage
 from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
+from minillm.planning.setting import Setting
 from minillm.planning.sharding import Sharding, sharding_of
-from minillm.planning.simulate import PHASES, Setting, Simulation, simulate
+from minillm.planning.simulate import PHASES, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
 from minillm.planning.work import Work, work_of
 

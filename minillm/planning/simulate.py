@@ -15,9 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from minillm.config.lora import LoraConfig
-from minillm.config.models import Quantization
-from minillm.config.root import StageConfig
 from minillm.data.batch import TokenBatch
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
@@ -26,6 +23,7 @@ from minillm.models.pruning import layers_of
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
 from minillm.planning.quantized import quantize
+from minillm.planning.setting import Setting
 from minillm.planning.sizes import ModelSize, build, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, Term, Work
 from minillm.rollout.cache import RoomyLayer, make_cache
@@ -45,41 +43,6 @@ class Simulation:
     teacher: ModelSize | None
     vocab_size: int  # what the heads share
     losses: dict[str, LossShape]  # by term, and of the phases without a gradient
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What of a stage's configuration the shapes depend on, beside its architectures and sizes."""
-
-    student_dtype: str
-    teacher_dtype: str
-    student_attention: str
-    teacher_attention: str
-    teacher_quantization: Quantization | None
-    autocast: bool  # bf16, over weights of another dtype
-    master_weights: bool  # the optimiser has an fp32 copy of the weights, and fp32 moments
-    gradients_stay: bool  # from one step to the next
-    checkpointing: bool
-    lora: LoraConfig | None
-
-    @classmethod
-    def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
-        """`checkpointing` stands in for train.gradient_checkpointing."""
-        deepspeed = config.engine.type == "deepspeed"
-        mixed = deepspeed and config.train.bf16  # DeepSpeed casts the weights, torch's autocast each use of them
-        teacher = config.teacher or config.student
-        return cls(
-            student_dtype="bfloat16" if mixed else config.student.dtype,
-            teacher_dtype=teacher.dtype,
-            student_attention=config.student.attn_implementation,
-            teacher_attention=teacher.attn_implementation,
-            teacher_quantization=None if config.teacher is None else config.teacher.quantization,
-            autocast=config.train.bf16 and not mixed,
-            master_weights=deepspeed,
-            gradients_stay=deepspeed,
-            checkpointing=checkpointing,
-            lora=config.student.lora,
-        )
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here

@@ -83,7 +83,6 @@ class Work:
             micro_batches=min(self.micro_batches, 2),
             steps_per_collection=1,
             buffered=0,
-            evaluation=tuple(replace(part, total=0) for part in self.evaluation),
         )
 
     @property

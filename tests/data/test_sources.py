@@ -3,12 +3,18 @@
 import gzip
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
 from minillm.data.sources import DataError, find_files, read_hf, read_jsonl, read_parquet, read_texts
 
 RECORDS = [{"text": "one"}, {"text": "zwölf\u2028 𝔘"}]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # the variable was read at import
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
@@ -86,7 +92,6 @@ def test_saved_datasets(tmp_path):
 
 def test_a_folder_of_plain_files_is_a_dataset_too(jsonl, tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", str(tmp_path))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     Path(jsonl({"text": "a"})).rename(tmp_path / "set" / "train.jsonl")
     assert [record for _, record in read_hf("$PLACE/set", None, "train")] == [{"text": "a"}]

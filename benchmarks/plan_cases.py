@@ -1,0 +1,112 @@
+"""The cases of `minillm bench plan`, and the configuration of each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS = 3
+PROMPT, ANSWER = 48, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. The teacher is the student with `teacher_layers`."""
+
+    name: str
+    family: str
+    method: str
+    hidden: int
+    layers: int
+    vocab: int
+    teacher_layers: int
+    batch: int
+    accumulation: int = 1
+    checkpointing: bool = False
+    bf16: bool = False
+    prompt: int = PROMPT
+    answer: int = ANSWER
+    quantization: str | None = None  # of the teacher
+    evaluated: int = 0  # answers side by side in an evaluation after every step; 0: none
+    ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
+
+
+CASES = (
+    Case("sft", "llama", "sft", 512, 6, 8000, 6, batch=8),
+    Case("sft, checkpointing", "llama", "sft", 512, 12, 8000, 12, batch=16, checkpointing=True),
+    Case("sft, gpt2, accumulation", "gpt2", "sft", 512, 6, 16000, 6, batch=8, accumulation=2),
+    Case("kd, large vocabulary", "qwen2", "kd", 384, 6, 60000, 10, batch=8),
+    Case("kd, bf16", "llama", "kd", 384, 6, 8000, 8, batch=4, bf16=True),
+    Case("kd, teacher in nf4", "llama", "kd", 384, 6, 8000, 24, batch=8, quantization="nf4"),
+    Case("minillm, teacher in int8", "llama", "minillm", 384, 6, 8000, 24, batch=8, quantization="int8"),
+    Case("gkd, opt", "opt", "gkd", 512, 6, 16000, 8, batch=8),
+    Case("minillm", "llama", "minillm", 512, 6, 16000, 10, batch=8),
+    Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=8, answer=144),
+    Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 16000, 10, batch=8, checkpointing=True),
+    Case("sft, evaluated", "llama", "sft", 512, 6, 16000, 6, batch=2, evaluated=64),
+    Case("minillm, evaluated", "llama", "minillm", 384, 6, 16000, 10, batch=2, evaluated=128),
+    *(
+        Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", "minillm", 512, 8, 8000, 12, 2, ranks=ranks)
+        for ranks in (1, 2, 4)
+    ),
+)
+
+
+def architecture(case: Case, layers: int) -> dict:
+    """Keys of the transformers configuration."""
+    h, heads, context = case.hidden, case.hidden // 64, 1024
+    if case.family == "gpt2":
+        own = {"n_embd": h, "n_layer": layers, "n_head": heads, "n_positions": context}
+    elif case.family == "opt":
+        own = {"hidden_size": h, "ffn_dim": 4 * h, "num_hidden_layers": layers, "num_attention_heads": heads,
+               "word_embed_proj_dim": h, "max_position_embeddings": context}  # fmt: skip
+    else:
+        own = {"hidden_size": h, "intermediate_size": 3 * h, "num_hidden_layers": layers, "num_attention_heads": heads,
+               "num_key_value_heads": max(1, heads // 2), "max_position_embeddings": context}  # fmt: skip
+    return {"model_type": case.family, "vocab_size": case.vocab, "tie_word_embeddings": case.family != "llama", **own}
+
+
+def document(case: Case, folder: Path) -> dict:
+    """The configuration, with the teacher's config.json written into the folder."""
+    from transformers import AutoConfig
+
+    teacher = None
+    if case.method != "sft":
+        teacher = {"path": str(folder / "teacher"), "quantization": case.quantization}
+        AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(folder / "teacher")
+    text = folder / "corpus.txt"
+    text.write_text("plain text")
+    prompts = {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer}
+    evaluation = {"sets": {"held_out": prompts}, "batch_size": case.evaluated, "max_new_tokens": case.answer}
+    method = {"minillm": {"ppo_epochs": 2}, "gkd": {"on_policy": 1.0}}.get(case.method, {})
+    return {
+        "output_dir": str(folder / "run"),
+        "student": {"init": "random", "tokenizer": "byte", "config": architecture(case, case.layers)},
+        "teacher": teacher,
+        "data": {
+            "prompts": prompts,
+            "corpus": {"path": str(text), "block_size": case.prompt + case.answer},
+        },
+        "rollout": {"buffer_size": 4 * case.batch, "batch_size": 2 * case.batch, "max_new_tokens": case.answer},
+        "method": {"name": case.method, **method},
+        "train": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": case.batch,
+            "gradient_accumulation_steps": case.accumulation,
+            "gradient_checkpointing": case.checkpointing,
+            "bf16": case.bf16,
+        },
+        "eval": evaluation if case.evaluated else {},
+        "engine": {"type": "deepspeed", "stage": 3, "gather": "layers"}
+        if case.ranks
+        else {"type": "torch", "device": "cpu"},
+    }
+
+
+def load(case: Case, folder: Path):
+    """The plan of the one-stage configuration."""
+    import yaml
+
+    from minillm.config.loading import load_run
+
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(document(case, folder)))
+    return load_run([file])

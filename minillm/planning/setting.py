@@ -1,0 +1,42 @@
+"""What of a stage's configuration the simulated shapes depend on, beside its architectures and sizes."""
+
+from dataclasses import dataclass
+
+from minillm.config.lora import LoraConfig
+from minillm.config.models import Quantization
+from minillm.config.root import StageConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """See the module."""
+
+    student_dtype: str
+    teacher_dtype: str
+    student_attention: str
+    teacher_attention: str
+    teacher_quantization: Quantization | None
+    autocast: bool  # bf16, over weights of another dtype
+    master_weights: bool  # the optimiser has an fp32 copy of the weights, and fp32 moments
+    gradients_stay: bool  # from one step to the next
+    checkpointing: bool
+    lora: LoraConfig | None
+
+    @classmethod
+    def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
+        """`checkpointing` stands in for train.gradient_checkpointing."""
+        deepspeed = config.engine.type == "deepspeed"
+        mixed = deepspeed and config.train.bf16  # DeepSpeed casts the weights, torch's autocast each use of them
+        teacher = config.teacher or config.student
+        return cls(
+            student_dtype="bfloat16" if mixed else config.student.dtype,
+            teacher_dtype=teacher.dtype,
+            student_attention=config.student.attn_implementation,
+            teacher_attention=teacher.attn_implementation,
+            teacher_quantization=None if config.teacher is None else config.teacher.quantization,
+            autocast=config.train.bf16 and not mixed,
+            master_weights=deepspeed,
+            gradients_stay=deepspeed,
+            checkpointing=checkpointing,
+            lora=config.student.lora,
+        )
