@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm import distributed
 from minillm.atomic import sync
+from minillm.best import BestModel
 from minillm.checkpoint import write_checkpoint
 from minillm.config.loading import Stage
 from minillm.engine import build_engine
@@ -23,9 +24,8 @@ from minillm.methods import build_method
 from minillm.methods.base import Item, Sources
 from minillm.metrics import MetricsLog
 from minillm.models.pair import Models
-from minillm.models.saving import save_model, write_model
+from minillm.models.saving import write_model
 from minillm.progress import Progress
-from minillm.reporting.metric import find_metric
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.lending import part_of_step
 
@@ -42,11 +42,6 @@ def _require_references(stage: Stage, sources: Sources) -> None:
             f"{len(sources.prompts.items)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
             "them an answer, or use a method that samples its own (minillm, seqkd)"
         )
-
-
-def _scored_by(config: dict) -> dict:
-    """What of a stage's configuration decides the value that its best model is chosen by."""
-    return {key: value for key, value in config["eval"].items() if key not in ("steps", "samples", "batch_size")}
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -82,7 +77,7 @@ class StageTrainer:
         self.name, self.config, self.models, self.sources = stage.name, stage.config, models, sources
         self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
         self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
-        self.planned_peak_gib = planned_peak_gib
+        self.planned_peak_gib, self.best = planned_peak_gib, BestModel(stage, output_dir, console.note)
         if models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(models.device)  # of the stage before
         self.method = build_method(stage.config)
@@ -91,7 +86,6 @@ class StageTrainer:
         self.total_steps = self._total_steps()
         self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
         self.items: Sequence[Item] | RolloutBuffer = []
-        self._said_no_best = False
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
     def run(self, *, evaluate_first: bool) -> None:
@@ -253,23 +247,7 @@ class StageTrainer:
             self.log.sample({"stage": self.name, "step": progress.step, **sample})
         self.console.evaluation(record, evaluation.samples)
         if who == "student":
-            self._keep_best(evaluation.mean)
-
-    def _keep_best(self, mean: dict[str, float]) -> None:
-        metric, progress = self.config.eval.metric, self.progress
-        if not self.config.save.best:
-            return
-        if metric not in mean:
-            if not self._said_no_best:
-                self.console.note(f"no best/ is kept: these eval.sets have nothing to measure eval.metric={metric} on")
-            self._said_no_best = True
-            return
-        value, best = mean[metric], progress.best
-        if not math.isfinite(value):
-            return
-        if best is None or find_metric(metric).better * (value - best["value"]) > 0:
-            progress.best = {"metric": metric, "value": value, "step": progress.step, "stage": self.name}
-            save_model(self.models.student, self.models.tokenizer, self.output_dir / "best")
+            self.best.keep(evaluation.mean, self.models, progress)
 
     def save(self) -> None:
         """A checkpoint of this very moment."""
@@ -301,10 +279,7 @@ class StageTrainer:
         """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
         state = folder / "state"
         saved = json.loads((state / "trainer.json").read_text())
-        now = self.config.model_dump(mode="json")
-        if self.progress.best is not None and _scored_by(saved["config"]) != _scored_by(now):
-            self.console.note("eval has changed: best/ is replaced at the next evaluation, whatever that finds")
-            self.progress.best = None
+        self.best.forget_another_measure(saved["config"], self.progress)
         before = saved.get("world_size", 1)
         if before != self.engine.world_size:
             self.console.note(
