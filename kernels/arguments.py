@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.kernels.chunks import chunk_rows, keep_rows
+from minillm.kernels.chunks import TILE_BYTES, TILE_IDS, chunk_rows, keep_rows
 from minillm.kernels.divergences import FIELDS, RowSpec
 from minillm.kernels.head import LMHead
 from minillm.kernels.problem import Problem, Tensors
@@ -93,6 +93,11 @@ def prepare(
     device = student_hidden.device
     if chunk_bytes is not None and not (_is_int(chunk_bytes) and chunk_bytes > 0):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
+    backend = _backend(backend, device, logits, fields)
+    if backend == "tiled":
+        ids, chunk_bytes = min(size, TILE_IDS), chunk_bytes or TILE_BYTES
+    else:
+        ids = size
     problem = Problem(
         spec=spec,
         shape=shape,
@@ -100,7 +105,7 @@ def prepare(
         vocab_size=size,
         chunk=chunk_rows(
             kept,
-            size,
+            ids,
             models=1 if teacher is None else 2,
             itemsize=logits.itemsize,
             device=device,
@@ -109,7 +114,7 @@ def prepare(
         student_compute=_compute_dtype(student_hidden),
         teacher_compute=None if teacher is None else _compute_dtype(teacher_hidden),
         logits=logits,
-        backend=_backend(backend, device, logits, fields),
+        backend=backend,
     )
     tensors = Tensors(
         student_hidden.reshape(-1, student_hidden.shape[-1]),

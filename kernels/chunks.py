@@ -7,6 +7,7 @@ CPU_BUDGET = 96 * 2**20  # bytes of logits of both models: more is faster, by le
 DEVICE_BUDGET = 1280 * 2**20
 DEVICE_ROWS = (512, 4096)  # fewer starve the GEMMs, more save nothing
 DEVICE_MULTIPLE = 128
+TILE_IDS, TILE_BYTES = 2048, 32 * 2**20  # ids of a tile of the tiled engine's gradient, and its logits: both fit in L2
 
 
 def keep_rows(

@@ -66,6 +66,21 @@ def project(
     return out
 
 
+def logits_gradient_dtype(compute: torch.dtype, logits: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which the products that follow want the gradient of the logits."""
+    return compute if _on_tensor_cores(compute, logits, device) else logits
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:  # (M, N), (M, K), (K, N)
+    """total += left right, summed in the dtype of `total` or better, without a temporary where a GEMM can add."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif _on_tensor_cores(left.dtype, total.dtype, left.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(left, right))
+
+
 class HeadGradients:
     """Sums d loss / d (hidden, weight, bias) over chunks. What needs no gradient costs no GEMM.
 
@@ -97,7 +112,7 @@ class HeadGradients:
     @property
     def dz_dtype(self) -> torch.dtype:
         """The dtype in which `add` wants the gradient of the logits."""
-        return self.compute if _on_tensor_cores(self.compute, self.logits, self.device) else self.logits
+        return logits_gradient_dtype(self.compute, self.logits, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -112,38 +127,25 @@ class HeadGradients:
         if self.bias is not None:
             self.bias[: self.vocab_size] += dz.sum(0, dtype=self.logits)
         if _on_tensor_cores(self.compute, self.logits, dz.device):
-            self._add_on_tensor_cores(dz, hidden, rows)
+            hidden_gradient = self._hidden_on_tensor_cores
         else:
-            self._add_in_tiles(dz, hidden.to(self.logits), rows)
-
-    def _add_on_tensor_cores(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:
+            hidden, hidden_gradient = hidden.to(self.logits), self._hidden_in_tiles
         if self.hidden is not None:
-            # summed in fp32 to the end: parts of a long sum would be added up in bf16
-            product = torch.mm(dz, self.weight_value, out_dtype=torch.float32)
-            self.hidden[rows] = product.to(self.hidden.dtype)
-        if self.weight is not None:
-            used = self.weight[: self.vocab_size]
-            if used.dtype == torch.float32:
-                torch.addmm(used, dz.t(), hidden, out_dtype=torch.float32, out=used)
-            else:
-                used.add_(torch.mm(dz.t(), hidden))
-
-    def _add_in_tiles(self, dz: Tensor, hidden: Tensor, rows: Tensor | slice) -> None:
-        if self.hidden is not None:
-            # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
-            total = sum(
-                torch.mm(dz[:, columns], tile) for columns, tile in _tiles(self.weight_value, self.compute, self.logits)
-            )
-            self.hidden[rows] = total.to(self.hidden.dtype)
+            self.hidden[rows] = hidden_gradient(dz).to(self.hidden.dtype)
         if self.weight is not None:
             used = self.weight[: self.vocab_size]
             tile = _tile_rows(used, self.logits)
             for start in range(0, self.vocab_size, tile):
-                target, part = used[start : start + tile], dz[:, start : start + tile].t()
-                if target.dtype == self.logits:
-                    target.addmm_(part, hidden)
-                else:
-                    target.add_(torch.mm(part, hidden))
+                add_product(used[start : start + tile], dz[:, start : start + tile].t(), hidden)
+
+    def _hidden_on_tensor_cores(self, dz: Tensor) -> Tensor:
+        # summed in fp32 to the end: parts of a long sum would be added up in bf16
+        return torch.mm(dz, self.weight_value, out_dtype=torch.float32)
+
+    def _hidden_in_tiles(self, dz: Tensor) -> Tensor:
+        # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
+        tiles = _tiles(self.weight_value, self.compute, self.logits)
+        return sum(torch.mm(dz[:, columns], tile) for columns, tile in tiles)
 
     def results(self, like: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients of hidden, weight and bias in the dtypes of `like`; None for what went into another tensor."""

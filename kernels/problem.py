@@ -44,7 +44,7 @@ class Problem:
     shape: torch.Size  # leading dimensions of the hidden states
     kept: int  # K
     vocab_size: int
-    chunk: int
+    chunk: int  # rows whose logits are alive at a time: all V ids of them, or for tiled TILE_IDS
     student_compute: torch.dtype  # of the student's GEMMs
     teacher_compute: torch.dtype | None
     logits: torch.dtype

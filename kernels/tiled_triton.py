@@ -16,8 +16,7 @@ Ids that the model whose e it is bans are left out of its D; those that the othe
 NaN, which, where both S are sound, means that the divergence is infinite.
 
 Notation and conventions of `minillm.kernels.divergences`. What needs normalised probabilities (the divergences from a
-mixture) would need every product twice and is not offered; nor is a gradient: `token_stats` recomputes logits a chunk
-at a time for that.
+mixture) would need every product twice and is not offered. The gradient is `tile_gradients`, from these statistics.
 """
 
 import torch

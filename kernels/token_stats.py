@@ -169,23 +169,41 @@ class _TokenStats(torch.autograd.Function):
             if gradient is not None and FIELDS[name].differentiable:
                 gradient = gradient.detach().to(problem.logits)
                 coefficients[name] = gradient if tensors.kept is None else gradient[tensors.kept]
+        needs = ctx.needs_input_grad[2:5]
         with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
-            sums = problem.gradients(tensors, ctx.needs_input_grad[2:5], ctx.into)
-            if coefficients:
-                needs_teacher = any(FIELDS[name].teacher for name in coefficients)
-                for chunk in problem.chunks(tensors, sums=sums, teacher=needs_teacher):
-                    dz = problem.rows.row_gradients(
-                        chunk.student,
-                        chunk.teacher,
-                        chunk.labels,
-                        {name: value[chunk.slice] for name, value in statistics.items()},
-                        {name: value[chunk.slice] for name, value in coefficients.items()},
-                        problem.spec,
-                        sums.dz_dtype,
-                    )
-                    sums.add(dz, chunk.hidden, chunk.rows)
-                chunk = dz = None  # the logits' memory goes before the weight's gradient is cast
-        return (None, None, *guard(sums.results(tensors[:3]), tensors[:3]), None, None, None, None, None)
+            gradients = _gradients(problem, tensors, statistics, coefficients, needs, ctx.into)
+        return (None, None, *guard(gradients, tensors[:3]), None, None, None, None, None)
+
+
+def _gradients(
+    problem: Problem,
+    tensors: Tensors,
+    statistics: dict[str, Tensor],  # (K,) each
+    coefficients: dict[str, Tensor],  # (K,) each: d loss / d field
+    needs: tuple[bool, bool, bool],
+    into: torch.dtype | Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of student_hidden, student_weight and student_bias, in their dtypes."""
+    if problem.backend == "tiled":
+        from minillm.kernels.tile_gradients import tile_gradients
+
+        return tile_gradients(problem, tensors, statistics, coefficients, needs, into)
+    sums = problem.gradients(tensors, needs, into)
+    if coefficients:
+        needs_teacher = any(FIELDS[name].teacher for name in coefficients)
+        for chunk in problem.chunks(tensors, sums=sums, teacher=needs_teacher):
+            dz = problem.rows.row_gradients(
+                chunk.student,
+                chunk.teacher,
+                chunk.labels,
+                {name: value[chunk.slice] for name, value in statistics.items()},
+                {name: value[chunk.slice] for name, value in coefficients.items()},
+                problem.spec,
+                sums.dz_dtype,
+            )
+            sums.add(dz, chunk.hidden, chunk.rows)
+        chunk = dz = None  # the logits' memory goes before the weight's gradient is cast
+    return sums.results(tensors[:3])
 
 
 def _statistics(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
