@@ -1,6 +1,7 @@
 """`minillm bench kernels`: the fused losses beside plain torch and the peers that are installed.
 
 Every provider runs in a process of its own, in a new random order in every repeat; samples of all repeats are pooled.
+With --goals only what the goals of `goals` need runs, and the page says which were reached.
 Needs torch alone (and triton on a GPU); plots need matplotlib.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from minillm.benchmarks import goals
 from minillm.benchmarks.cases import LOSSES, Case, suite
 from minillm.benchmarks.machine import describe
 from minillm.benchmarks.measure import MODES
@@ -35,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(case.name for case in cases))
         return 0
-    providers = list(dict.fromkeys([*(arguments.providers or PROVIDERS), YARDSTICK]))
+    if arguments.goals and device != "cuda":
+        print("--goals: they are about a GPU, and torch sees none here", file=sys.stderr)
+        return 2
+    providers = arguments.providers or (goals.PROVIDERS if arguments.goals else PROVIDERS)
+    providers = list(dict.fromkeys([*providers, YARDSTICK]))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     folder = Path(arguments.output)
@@ -46,16 +52,17 @@ def main(argv: list[str] | None = None) -> int:
         "runs per repeat": f"{arguments.rep_ms} ms" if device == "cuda" else arguments.runs,
         "seed": arguments.seed,
     }
-    rows, skipped = [], {}
+    rows, skipped, verdicts = [], {}, ""
     with tempfile.TemporaryDirectory(prefix="minillm-bench-") as scratch:
         for results in _run(arguments, device, cases, providers, Path(scratch)):
             rows, skipped = summarise(cases, results, YARDSTICK)
             write_csv(folder / "results.csv", rows, machine)
             so_far = settings | {"state": "still running"}
-            write_markdown(folder / "results.md", rows, skipped, machine, so_far, plots=[])
+            if arguments.goals:
+                verdicts = goals.as_markdown(goals.judge(rows, skipped))
+            write_markdown(folder / "results.md", rows, skipped, machine, so_far, [], verdicts)
     plots = write_plots(folder, rows)
-    table = write_markdown(folder / "results.md", rows, skipped, machine, settings, plots)
-    print(table)
+    print(write_markdown(folder / "results.md", rows, skipped, machine, settings, plots, verdicts))
     print(f"written to {folder}")
     return 0 if any(isinstance(row, Row) and row.provider != YARDSTICK for row in rows) else 1
 
@@ -65,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--output", default="bench-kernels", help="folder of the results (default: %(default)s)")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), help="default: all")
+    parser.add_argument("--goals", action="store_true", help="only what the kernels' goals need, on a GPU")
     parser.add_argument("--match", help="only cases whose name contains this")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -86,8 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(arguments: argparse.Namespace, device: str) -> list[Case]:
-    cases = suite(device)
+    cases = list(goals.CASES) if arguments.goals else suite(device)
     own = arguments.losses, arguments.tokens, arguments.shape, arguments.dtype, arguments.ignored
+    if any(own) and arguments.goals:
+        raise SystemExit("--goals has cases of its own; leave the options for cases out")
     if any(own):
         first = cases[0]
         shape = arguments.shape or (first.student_hidden, first.teacher_hidden, first.vocab)
@@ -129,7 +139,11 @@ def _run(
             print(
                 f"repeat {repeat + 1}/{arguments.repeats}, {position + 1}/{len(providers)}: {provider}", file=sys.stderr
             )
-            found = _process({**job, "provider": provider, "errors": repeat == 0}, arguments, scratch)
+            chosen = [case for case in cases if not arguments.goals or goals.runs(provider, case)]
+            if not chosen:
+                continue
+            mine = {"provider": provider, "errors": repeat == 0, "cases": [case.as_dict() for case in chosen]}
+            found = _process(job | mine, arguments, scratch)
             results += found
             if all("skipped" in result for result in found):
                 unavailable.add(provider)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.benchmarks.providers import PEER_PACKAGES
+from minillm.benchmarks.peers import PEER_PACKAGES
 
 
 def describe(device: str, *, threads: int | None = None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Who computes a loss: this library's backends, plain torch, and the peers, through their public functions.
+"""Who computes a loss: this library's backends, plain torch, the bare matrix products, and the peers of `peers`.
 
 A provider is a function that takes the inputs of a case and returns a call: the mean loss over kept tokens, a scalar
 with a graph. It raises Unavailable with the reason where it is not installed, or computes another loss, or cannot run
@@ -6,11 +6,7 @@ on the device. Providers that do not drop ignored rows themselves get the kept r
 """
 
 import functools
-import importlib
-import importlib.util
 import math
-import sys
-import types
 from collections.abc import Callable
 
 import torch
@@ -20,25 +16,22 @@ from torch.utils.checkpoint import checkpoint
 
 from minillm import losses
 from minillm.benchmarks.cases import IGNORED, Inputs
+from minillm.benchmarks.peers import PEERS, Call, Unavailable
 from minillm.kernels.chunks import chunk_rows, logits_buffer
 
-Call = Callable[[], Tensor]
 CHECKPOINT_ROWS = 256
+LEAN = dict(weight_grad="bf16", chunk_bytes=640 * 2**20)  # half the logits and half the sum of the defaults
 YARDSTICK = "matmuls"
 
 
-class Unavailable(Exception):
-    """Why a provider does not run a case."""
-
-
-def _ours(backend: str, inputs: Inputs) -> Call:
+def _ours(backend: str, inputs: Inputs, **options: object) -> Call:
     case = inputs.case
     student = inputs.student_hidden, inputs.student_weight
     teacher = inputs.teacher_hidden, inputs.teacher_weight
     if backend != "torch" and student[0].device.type != "cuda":
         raise Unavailable("needs a CUDA device")
     # kept: how many labels count, which a trainer knows from its batch
-    labels = dict(labels=inputs.labels, ignore_index=IGNORED, kept=case.kept, backend=backend)
+    labels = dict(labels=inputs.labels, ignore_index=IGNORED, kept=case.kept, backend=backend, **options)
     if case.loss == "cross_entropy":
         return lambda: losses.linear_cross_entropy(*student, **labels)
     if case.loss == "minillm":
@@ -165,143 +158,14 @@ def _matmuls(inputs: Inputs) -> Call:
     return run
 
 
-# --- peers ----------------------------------------------------------------------------------------------------------
-
-LIGER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # and TRL's: the end points of their generalised JSD
-
-
-def _peer(module: str, name: str) -> Callable:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a peer may fail to import in any way it likes
-        package = module.partition(".")[0]
-        if importlib.util.find_spec(package) is None:
-            raise Unavailable(f"{package} is not installed") from error
-        raise Unavailable(f"{module} does not import: {type(error).__name__}: {error}") from error
-
-
-def _only(inputs: Inputs, *offered: str, cuda: bool = False) -> None:
-    if inputs.case.loss not in offered:
-        raise Unavailable(f"does not compute {inputs.case.loss}")
-    if cuda and inputs.student_hidden.device.type != "cuda":
-        raise Unavailable("needs a CUDA device")
-
-
-def _beta(inputs: Inputs) -> float:
-    return LIGER_BETA.get(inputs.case.loss, inputs.case.beta)
-
-
-def _liger_fused(accumulation: torch.dtype | None, inputs: Inputs) -> Call:
-    _only(inputs, "reverse_kl", "forward_kl", "jsd", cuda=True)
-    module = _peer("liger_kernel.transformers.fused_linear_jsd", "LigerFusedLinearJSD")
-    loss = module(jsd_beta=_beta(inputs), ignore_index=IGNORED, accum_dtype=accumulation)
-    return lambda: loss(
-        inputs.student_hidden, inputs.student_weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels
-    )
-
-
-def _liger_chunked(compiled: bool, inputs: Inputs) -> Call:
-    _only(inputs, "reverse_kl", "forward_kl", "jsd")
-    module = _peer("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
-    loss = module(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_beta(inputs), ignore_index=IGNORED, compiled=compiled
-    )
-    return lambda: loss(
-        inputs.student_hidden, inputs.student_weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels
-    )
-
-
-def _trl(inputs: Inputs) -> Call:
-    _only(inputs, "reverse_kl", "forward_kl", "jsd")
-    function = _peer("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
-
-    def run() -> Tensor:
-        hidden, teacher, _, _ = inputs.kept()
-        student = hidden, inputs.student_weight, None
-        return function.apply(*student, teacher, inputs.teacher_weight, None, _beta(inputs))[0].mean()
-
-    return run
-
-
-def _fla(accumulate_fp32: bool, inputs: Inputs) -> Call:
-    _only(inputs, "forward_kl", cuda=True)
-    function = _peer("fla.modules.fused_kl_div", "fused_kl_div_loss")
-
-    def run() -> Tensor:
-        hidden, teacher, _, _ = inputs.kept()
-        return function(
-            hidden,
-            teacher,
-            inputs.student_weight,
-            inputs.teacher_weight,
-            accumulate_grad_in_fp32=accumulate_fp32,
-        )
-
-    return run
-
-
-def _liger_cross_entropy(inputs: Inputs) -> Call:
-    _only(inputs, "cross_entropy", cuda=True)
-    module = _peer("liger_kernel.transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
-    loss = module(ignore_index=IGNORED, accum_dtype=torch.float32)
-    return lambda: loss(inputs.student_weight, inputs.student_hidden, inputs.labels)
-
-
-def _cce(inputs: Inputs) -> Call:
-    _only(inputs, "cross_entropy", cuda=True)
-    function = _peer("cut_cross_entropy", "linear_cross_entropy")
-    return lambda: function(inputs.student_hidden, inputs.student_weight, inputs.labels, ignore_index=IGNORED)
-
-
-def _verl(inputs: Inputs) -> Call:
-    _only(inputs, "cross_entropy", cuda=True)
-    _verl_without_its_trainers()
-    function = _peer("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
-
-    def run() -> Tensor:
-        hidden, _, labels, _ = inputs.kept()
-        return -function(hidden, inputs.student_weight, labels, 1.0, "none")[0].mean()
-
-    return run
-
-
-def _verl_without_its_trainers() -> None:
-    """Lets verl's kernels import without Ray and the rest of its trainers, which its packages load on import."""
-    if "verl" in sys.modules:
-        return
-    spec = importlib.util.find_spec("verl")
-    if spec is None:
-        raise Unavailable("verl is not installed")
-    root = spec.submodule_search_locations[0]
-    for name in ("verl", "verl.utils", "verl.utils.kernel"):
-        package = types.ModuleType(name)
-        package.__path__ = ["/".join((root, *name.split(".")[1:]))]
-        sys.modules[name] = package
-    device = types.ModuleType("verl.utils.device")
-    device.is_cuda_available = torch.cuda.is_available()
-    device.get_device_capability = torch.cuda.get_device_capability
-    device.get_device_name = lambda: "cuda"
-    device.get_torch_device = lambda: torch.cuda
-    sys.modules["verl.utils.device"] = device
-
-
 PROVIDERS: dict[str, Callable[[Inputs], Call]] = {
     "minillm_torch": functools.partial(_ours, "torch"),
     "minillm_triton": functools.partial(_ours, "triton"),
+    "minillm_triton_lean": functools.partial(_ours, "triton", **LEAN),
     "minillm_tiled": functools.partial(_ours, "tiled"),
     "eager": _eager,
     "torch_compile": _compiled,
     "checkpointed": _checkpointed,
-    "liger_fused": functools.partial(_liger_fused, None),
-    "liger_fused_fp32_accum": functools.partial(_liger_fused, torch.float32),
-    "liger_chunked": functools.partial(_liger_chunked, False),
-    "liger_chunked_compiled": functools.partial(_liger_chunked, True),
-    "trl": _trl,
-    "fla": functools.partial(_fla, False),
-    "fla_fp32_accum": functools.partial(_fla, True),
-    "liger_cross_entropy": _liger_cross_entropy,
-    "cce": _cce,
-    "verl": _verl,
+    **PEERS,
     YARDSTICK: _matmuls,
 }
-PEER_PACKAGES = ("liger_kernel", "trl", "fla_core", "cut_cross_entropy", "verl")

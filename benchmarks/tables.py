@@ -160,8 +160,9 @@ def write_markdown(
     machine: dict[str, str],
     settings: dict[str, object],
     plots: list[Path],
+    verdicts: str = "",
 ) -> str:
-    """One page: the tables, who did not run and why, and what it was measured on. Returns the tables."""
+    """One page: verdicts, the tables, who did not run and why, and what it was measured on. Returns the first two."""
     tables = []
     for case in dict.fromkeys(row.case for row in rows):
         tables.append(f"## {case.name}\n")
@@ -180,7 +181,7 @@ def write_markdown(
             ]
             tables.append("| " + " | ".join(cells) + " |")
         tables.append("")
-    table = "\n".join(tables)
+    table = "\n".join([verdicts, *tables] if verdicts else tables)
     lines = ["# Fused losses", "", table, "## Not run", ""]
     for provider, cases in sorted(skipped.items()):
         lines.append(f"- {provider}: {'; '.join(sorted(set(cases.values())))}")

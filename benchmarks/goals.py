@@ -1,0 +1,190 @@
+"""What the kernels are to reach on a Hopper GPU, as data: the cases, who must run them, and each goal's bound.
+
+`minillm bench kernels --goals` measures these alone. Goals are about bf16 inputs and the reverse KL; ratios are between
+numbers of one run. "The bare products" are the head products and nothing else, with fp32 logits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from minillm.benchmarks.cases import Case
+from minillm.benchmarks.providers import YARDSTICK
+from minillm.benchmarks.tables import Row
+
+LARGE = Case("reverse_kl", 8192, 2048, 5120, 151936)
+HALF = replace(LARGE, ignored=0.5)
+LONG = replace(LARGE, tokens=4 * LARGE.tokens)
+QUARTER = replace(LARGE, vocab=LARGE.vocab // 4)
+SMALL = replace(LARGE, vocab=32000)
+GPT2 = Case("reverse_kl", 8192, 768, 1600, 50257)
+COMPARED = (LARGE, SMALL, GPT2)  # peers run these
+CASES = (*COMPARED, HALF, LONG, QUARTER)
+
+OURS, LEAN, TILED = "minillm_triton", "minillm_triton_lean", "minillm_tiled"
+ROUNDING_PEERS = ("eager", "torch_compile", "checkpointed", "liger_chunked_compiled")  # their logits are bf16
+PEERS = (*ROUNDING_PEERS, "liger_fused_fp32_accum", "trl")
+PROVIDERS = (YARDSTICK, OURS, TILED, LEAN, *PEERS)
+GIB = 2**30
+
+
+def runs(provider: str, case: Case) -> bool:
+    """Whether a goal needs this provider on this case."""
+    if provider == LEAN:
+        return case == LARGE
+    return case in COMPARED or provider in (YARDSTICK, OURS)
+
+
+@dataclass(frozen=True)
+class Goal:
+    what: str
+    measured: Callable[["Results"], float]
+    bound: float
+    at_most: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    what: str
+    measured: float | None  # None where a number that it needs is missing
+    bound: float
+    at_most: bool
+
+    @property
+    def reached(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+class Missing(Exception):
+    """A number that a goal needs and that was not measured."""
+
+
+class Results:
+    """The rows of a run, whatever seed they had."""
+
+    def __init__(self, rows: list[Row], skipped: dict[str, dict[str, str]]):
+        self.rows = {(replace(row.case, seed=0), row.provider, row.mode): row for row in rows}
+        self.skipped = skipped
+
+    def row(self, case: Case, provider: str = OURS, mode: str = "full") -> Row:
+        try:
+            return self.rows[case, provider, mode]
+        except KeyError:
+            raise Missing from None
+
+    def time(self, case: Case, provider: str = OURS, mode: str = "full") -> float:
+        return self.row(case, provider, mode).milliseconds[0]
+
+    def over_products(self, case: Case, mode: str) -> float:
+        return self.time(case, OURS, mode) / self.time(case, YARDSTICK, mode)
+
+    def speedup(self, case: Case, peer: str) -> float:
+        return self.time(case, peer) / self.time(case)
+
+    def able(self, case: Case, peers: tuple[str, ...]) -> list[str]:
+        """Those that did not fail: a peer for which the memory is too small is not ahead, nor more exact."""
+        failed = ("failed", "the process ended", "took longer")
+        return [peer for peer in peers if not self.skipped.get(peer, {}).get(case.name, "").startswith(failed)]
+
+    def speedup_over_the_fastest(self, case: Case, mode: str) -> float:
+        times = [self.time(case, peer, mode) for peer in self.able(case, PEERS)]
+        return min(times) / self.time(case, OURS, mode)
+
+    def error_over_the_least(self, case: Case) -> float:
+        return self.error(case) / min(self.error(case, peer) for peer in self.able(case, ROUNDING_PEERS))
+
+    def peak(self, case: Case, provider: str) -> float:
+        """GiB over the inputs."""
+        peak = self.row(case, provider).peak_bytes
+        if peak is None:
+            raise Missing
+        return peak / GIB
+
+    def beside_the_gradients(self, case: Case, provider: str) -> float:
+        gradients = 2 * (case.tokens + case.vocab) * case.student_hidden  # in bf16
+        return self.peak(case, provider) - gradients / GIB
+
+    def error(self, case: Case, provider: str = OURS) -> float:
+        """The larger relative error of the two gradients."""
+        errors = self.row(case, provider).errors
+        names = ("hidden_grad_error", "weight_grad_error")
+        if not all(name in errors for name in names):
+            raise Missing
+        return max(errors[name] for name in names)
+
+
+GOALS = (
+    Goal("forward and backward over the bare products", lambda r: r.over_products(LARGE, "full"), 1.2),
+    Goal("times as fast as TRL", lambda r: r.speedup(LARGE, "trl"), 1.4, at_most=False),
+    Goal("times as fast as Liger fused", lambda r: r.speedup(LARGE, "liger_fused_fp32_accum"), 2.0, at_most=False),
+    Goal(
+        "times as fast as Liger chunked, compiled",
+        lambda r: r.speedup(LARGE, "liger_chunked_compiled"),
+        1.2,
+        at_most=False,
+    ),
+    Goal("peak memory over inputs, GiB", lambda r: r.peak(LARGE, OURS), 2.5),
+    Goal("the same, lean", lambda r: r.peak(LARGE, LEAN), 1.4),
+    Goal("the same, tiled, beside the gradients", lambda r: r.beside_the_gradients(LARGE, TILED), 0.1),
+    Goal("V=32,000: over the bare products", lambda r: r.over_products(SMALL, "full"), 1.25),
+    Goal(
+        "V=32,000: times as fast as the fastest peer",
+        lambda r: r.speedup_over_the_fastest(SMALL, "full"),
+        1.0,
+        at_most=False,
+    ),
+    Goal("GPT-2's heads: over the bare products", lambda r: r.over_products(GPT2, "full"), 1.25),
+    Goal(
+        "GPT-2's heads: times as fast as the fastest peer",
+        lambda r: r.speedup_over_the_fastest(GPT2, "full"),
+        1.0,
+        at_most=False,
+    ),
+    Goal("scoring over the bare products", lambda r: r.over_products(LARGE, "forward"), 1.15),
+    Goal(
+        "scoring: times as fast as the fastest peer",
+        lambda r: r.speedup_over_the_fastest(LARGE, "forward"),
+        1.0,
+        at_most=False,
+    ),
+    Goal("relative error of the gradients", lambda r: max(r.error(case) for case in COMPARED), 5e-3),
+    Goal(
+        "the same over the least of a peer that rounds its logits",
+        lambda r: max(r.error_over_the_least(case) for case in COMPARED),
+        0.5,
+    ),
+    Goal("time at 4 x the tokens", lambda r: r.time(LONG) / r.time(LARGE), 4.2),
+    Goal("time at 4 x the vocabulary", lambda r: r.time(LARGE) / r.time(QUARTER), 4.2),
+    Goal(
+        "memory beside the gradients at 4 x the tokens",
+        lambda r: r.beside_the_gradients(LONG, OURS) / r.beside_the_gradients(LARGE, OURS),
+        1.05,
+    ),
+    Goal("time with half of the tokens ignored", lambda r: r.time(HALF) / r.time(LARGE), 0.55),
+)
+
+
+def judge(rows: list[Row], skipped: dict[str, dict[str, str]]) -> list[Verdict]:
+    """Every goal, in order, on the rows of one run; `skipped` is {provider: {case: why it did not run}}."""
+    results, verdicts = Results(rows, skipped), []
+    for goal in GOALS:
+        try:
+            measured = goal.measured(results)
+        except (Missing, ValueError):  # ValueError: no peer is left
+            measured = None
+        verdicts.append(Verdict(goal.what, measured, goal.bound, goal.at_most))
+    return verdicts
+
+
+def as_markdown(verdicts: list[Verdict]) -> str:
+    """A table under a heading."""
+    words = {True: "reached", False: "missed", None: "not measured"}
+    lines = ["## Goals", "", "| goal | bound | measured | |", "|---|--:|--:|---|"]
+    for verdict in verdicts:
+        bound = f"{'at most' if verdict.at_most else 'at least'} {verdict.bound:g}"
+        measured = "" if verdict.measured is None else f"{verdict.measured:.3g}"
+        lines.append(f"| {verdict.what} | {bound} | {measured} | {words[verdict.reached]} |")
+    large = f"{LARGE.student_hidden:,} and {LARGE.teacher_hidden:,} to {LARGE.vocab:,} ids"
+    lines += ["", f"Where nothing else is said: reverse KL, {LARGE.tokens:,} tokens, {large}, bf16."]
+    return "\n".join([*lines, ""])
