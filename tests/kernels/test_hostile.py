@@ -59,12 +59,13 @@ def test_large_maxima_cost_no_digits(backend, kit):
     )
     expected, _ = kit.oracle(exact)
     stats = stats_of(exact, backend, fields=FIELDS)
+    tolerance = 2e-4 if kit.device == "cpu" else 5e-4  # a GPU approximates exp
     for name in ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
-        assert kit.relative_error(getattr(stats, name), expected[name]) < 2e-4, name
+        assert kit.relative_error(getattr(stats, name), expected[name]) < tolerance, name
         found = gradients(getattr(stats_of(exact, backend, fields=(name,)), name).sum(), exact)
         expected_of, leaves = kit.oracle(exact)
         wanted = torch.autograd.grad(expected_of[name].sum(), leaves["hidden"])[0]
-        assert kit.relative_error(found["hidden"], wanted) < 2e-4, name
+        assert kit.relative_error(found["hidden"], wanted) < tolerance, name
 
 
 def test_selected_probability_below_the_smallest_float(backend, kit):
