@@ -71,14 +71,16 @@ def logits_gradient_dtype(compute: torch.dtype, logits: torch.dtype, device: tor
     return compute if _on_tensor_cores(compute, logits, device) else logits
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:  # (M, N), (M, K), (K, N)
-    """total += left right, summed in the dtype of `total` or better, without a temporary where a GEMM can add."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> None:  # (M, N), (M, K), (K, N)
+    """total += left right, or with `first` total = left right: by a GEMM into `total` where there is one of the dtypes."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        torch.mm(left, right, out=total) if first else total.addmm_(left, right)
     elif _on_tensor_cores(left.dtype, total.dtype, left.device):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        into = dict(out_dtype=total.dtype, out=total)
+        torch.mm(left, right, **into) if first else torch.addmm(total, left, right, **into)
     else:
-        total.add_(torch.mm(left, right))
+        product = torch.mm(left, right)
+        total.copy_(product) if first else total.add_(product)
 
 
 class HeadGradients:
@@ -102,12 +104,23 @@ class HeadGradients:
         self.compute, self.logits, self.vocab_size = compute, logits, vocab_size
         self.weight_value = ready(weight[:vocab_size], compute, logits) if needs[0] else None
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = self.bias = None
+        self._weight = self.bias = None
         self.into = isinstance(accumulation, Tensor)
+        self._unwritten = needs[1] and not self.into  # the first chunk's product takes the place of zeros
         if needs[1]:
-            self.weight = accumulation if self.into else torch.zeros_like(weight, dtype=accumulation)
+            self._weight = accumulation if self.into else torch.empty_like(weight, dtype=accumulation)
+        if self._unwritten:
+            self._weight[vocab_size:].zero_()
         if needs[2]:
             self.bias = torch.zeros_like(bias, dtype=logits)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The sum so far, (V, H)."""
+        if self._unwritten:
+            self._weight.zero_()
+            self._unwritten = False
+        return self._weight
 
     @property
     def dz_dtype(self) -> torch.dtype:
@@ -116,7 +129,7 @@ class HeadGradients:
 
     @property
     def device(self) -> torch.device:
-        return next(t.device for t in (self.hidden, self.weight, self.bias) if t is not None)
+        return next(t.device for t in (self.hidden, self._weight, self.bias) if t is not None)
 
     def add(
         self,
@@ -132,11 +145,13 @@ class HeadGradients:
             hidden, hidden_gradient = hidden.to(self.logits), self._hidden_in_tiles
         if self.hidden is not None:
             self.hidden[rows] = hidden_gradient(dz).to(self.hidden.dtype)
-        if self.weight is not None:
-            used = self.weight[: self.vocab_size]
+        if self._weight is not None:
+            used = self._weight[: self.vocab_size]
             tile = _tile_rows(used, self.logits)
             for start in range(0, self.vocab_size, tile):
-                add_product(used[start : start + tile], dz[:, start : start + tile].t(), hidden)
+                part = dz[:, start : start + tile].t()
+                add_product(used[start : start + tile], part, hidden, first=self._unwritten)
+            self._unwritten = False
 
     def _hidden_on_tensor_cores(self, dz: Tensor) -> Tensor:
         # summed in fp32 to the end: parts of a long sum would be added up in bf16

@@ -46,34 +46,25 @@ def tile_gradients(
     bias_sum = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
     slice_sum = torch.empty(TILE_IDS, weight.shape[1], dtype=dtype, device=device) if needs[1] else None
     weight_grad = torch.zeros_like(weight) if needs[1] and not isinstance(into, Tensor) else None
-    for start in range(0, problem.vocab_size, TILE_IDS):
+    for start in range(0, problem.vocab_size, TILE_IDS) if rows else ():
         ids = slice(start, min(start + TILE_IDS, problem.vocab_size))
         width = ids.stop - start
         student_part = weight[ids].to(problem.student_compute).to(dz_dtype)
         teacher_part = tensors.teacher_weight[ids].to(problem.teacher_compute) if teacher else None
-        if slice_sum is not None:
-            slice_sum.zero_()
         for part in rows:
             size = part.student.shape[0]
-            z_s = project(
-                part.student, student_part, _cut(bias, ids), problem.student_compute, student_out[:size, :width]
-            )
-            z_t = None
+            out = student_out[:size, :width]
+            z_s, z_t = project(part.student, student_part, _cut(bias, ids), problem.student_compute, out), None
             if teacher:
-                z_t = project(
-                    part.teacher,
-                    teacher_part,
-                    _cut(tensors.teacher_bias, ids),
-                    problem.teacher_compute,
-                    teacher_out[:size, :width],
-                )
+                out, teacher_bias = teacher_out[:size, :width], _cut(tensors.teacher_bias, ids)
+                z_t = project(part.teacher, teacher_part, teacher_bias, problem.teacher_compute, out)
             # a label outside the tile equals no id of it, and is not read otherwise
             labels = None if part.labels is None else part.labels - start
             dz = row_gradients(z_s, z_t, labels, part.statistics, part.coefficients, problem.spec, dz_dtype)
             if hidden_sum is not None:
                 add_product(hidden_sum[part.slice], dz, student_part)
             if slice_sum is not None:
-                add_product(slice_sum[:width], dz.t(), part.student)
+                add_product(slice_sum[:width], dz.t(), part.student, first=part is rows[0])
             if bias_sum is not None:
                 bias_sum[ids] += dz.sum(0, dtype=dtype)
         if weight_grad is not None:

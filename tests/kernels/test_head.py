@@ -77,3 +77,18 @@ def test_what_is_not_needed_is_not_computed():
     )
     sums.add(dz, hidden, slice(0, 6))
     assert sums.weight is None and sums.bias is None and sums.hidden.abs().sum() > 0
+
+
+@pytest.mark.parametrize("vocab_size", [20, 30])
+def test_without_a_chunk_the_weight_has_a_gradient_of_zero(vocab_size):
+    """And ids that are not in use have one in any case: their memory is not that of the first product."""
+    hidden, weight, _, dz = numbers(torch.float32)
+    options = dict(needs=(False, True, False), compute=torch.float32, logits=torch.float32, vocab_size=vocab_size)
+    for chunks in (0, 1, 2):
+        sums = HeadGradients(hidden, weight, None, **options, accumulation=torch.float32)
+        sums._weight[:vocab_size] = torch.nan  # whatever was in that memory
+        for _ in range(chunks):
+            sums.add(dz[:, :vocab_size], hidden, slice(0, 6))
+        assert (sums.weight[vocab_size:] == 0).all()
+        torch.testing.assert_close(sums.weight[:vocab_size], chunks * (dz[:, :vocab_size].t() @ hidden))
+        assert torch.equal(sums.results((hidden, weight, None))[1], sums.weight)
