@@ -8,7 +8,7 @@ from pathlib import Path
 
 import minillm
 
-BENCHMARKS = ("kernels", "plan", "rollout", "step")
+BENCHMARKS = ("kernels", "plan", "rollout", "step", "tune")
 DTYPES = ("float32", "bfloat16", "float16")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 

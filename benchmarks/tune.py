@@ -1,0 +1,369 @@
+"""`minillm bench tune`: which sizes of blocks, tiles and chunks are the fastest on this GPU, beside those in use.
+
+The machine's ceilings first (a copy, the head products), then the kernels with every size that is worth a try, each
+compared with the result of the sizes in use before it is timed, then whole losses, and where the time of one goes. It
+changes nothing: the sizes are constants of the modules that it names. Needs torch and triton alone.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from minillm.benchmarks.cases import Case, Inputs, make_inputs
+from minillm.benchmarks.goals import LARGE
+from minillm.benchmarks.machine import as_table, describe
+from minillm.kernels import arguments as argument_checks
+from minillm.kernels import chunks
+from minillm.kernels.divergences import RowSpec
+from minillm.kernels.head import HeadGradients, LMHead, project
+from minillm.losses import linear_divergence
+
+WARMUP_MS, REP_MS = 25, 150
+MIB = 2**20
+SAME = 1e-3  # relative L2: another order of summation, and bf16 gradients
+FIELDS = ("student_logprob", "reverse_kl")  # what a MiniLLM step reads
+PARTS = ("ceilings", "statistics", "gradients", "tiled", "losses", "profile")
+
+Settings = tuple[tuple[ModuleType, str, object], ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to time, under some constants."""
+
+    part: str
+    name: str
+    run: Callable[[], object]
+    amount: float  # floating-point operations or bytes
+    unit: str  # TFLOP/s or GB/s
+    settings: Settings = ()
+    current: bool = False  # what the code does now
+    result: Callable[[], Tensor] | None = None  # to compare variants of a part by; None: the run's own
+
+    def value(self) -> Tensor:
+        with applied(self.settings):
+            return (self.result or self.run)()
+
+
+@dataclass(frozen=True)
+class Timing:
+    variant: Variant
+    milliseconds: float
+    error: float | None  # from what the sizes in use give; None for those themselves and where nothing is compared
+    failure: str | None = None
+
+    @property
+    def rate(self) -> float:
+        return self.variant.amount / self.milliseconds * 1e3 / (1e12 if self.variant.unit == "TFLOP/s" else 1e9)
+
+    def line(self) -> str:
+        head = f"| {self.variant.part} | {self.variant.name} | {'now' if self.variant.current else ''} |"
+        if self.failure:
+            return f"{head} | | {self.failure} |"
+        different = self.error is not None and not self.error < SAME
+        note = f"other results: {self.error:.1e}" if different else ""
+        return f"{head} {self.milliseconds:.4g} | {self.rate:,.4g} {self.variant.unit} | {note} |"
+
+
+HEADER = ("| part | variant | | ms | rate | |", "|---|---|---|--:|--:|---|")
+
+
+@contextlib.contextmanager
+def applied(settings: Settings) -> Iterator[None]:
+    """Constants of modules set to other values for a while."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    try:
+        for module, name, value in settings:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def ceilings(inputs: Inputs) -> Iterator[Variant]:
+    """A copy, and the four products of a chunk in the layouts in which the losses call them."""
+    case, device = inputs.case, inputs.labels.device
+    source = torch.randn(MIB * (256 if device.type == "cuda" else 1), device=device)
+    target = torch.empty_like(source)
+    yield Variant("ceilings", "copy", lambda: target.copy_(source), 2 * source.nbytes, "GB/s")
+    student, teacher = inputs.student_hidden.detach(), inputs.teacher_hidden
+    weight, dtype = inputs.student_weight.detach(), inputs.student_hidden.dtype
+    for rows in sorted({min(rows, case.tokens) for rows in (512, 1024, 2048, 4096)}):
+        out = chunks.logits_buffer(rows, case.vocab, torch.float32, device)
+        sums = HeadGradients(
+            student,
+            weight,
+            None,
+            needs=(True, True, False),
+            compute=dtype,
+            logits=torch.float32,
+            vocab_size=case.vocab,
+            accumulation=torch.float32,
+        )
+        dz = out.normal_() if sums.dz_dtype == out.dtype else out.view(dtype)[:, : case.vocab].normal_()
+        products = {
+            "student's logits": lambda out=out, rows=rows: project(student[:rows], weight, None, dtype, out),
+            "teacher's logits": lambda out=out, rows=rows: project(
+                teacher[:rows], inputs.teacher_weight, None, dtype, out
+            ),
+            "gradients of hidden states and weight": lambda sums=sums, dz=dz, rows=rows: sums.add(
+                dz, student[:rows], slice(0, rows)
+            ),
+        }
+        sizes = (case.student_hidden, case.teacher_hidden, 2 * case.student_hidden)
+        for (name, run), size in reversed(list(zip(products.items(), sizes, strict=True))):  # before dz is overwritten
+            yield Variant("ceilings", f"{name}, {rows} rows", run, 2.0 * rows * case.vocab * size, "TFLOP/s")
+
+
+def _chunk(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of both models and labels of one chunk, as the losses would cut it."""
+    case, device = inputs.case, inputs.labels.device
+    rows = chunks.chunk_rows(case.kept, case.vocab, models=2, itemsize=4, device=device, chunk_bytes=None)
+    student, teacher = (chunks.logits_buffer(rows, case.vocab, torch.float32, device) for _ in range(2))
+    dtype = inputs.student_hidden.dtype
+    project(inputs.student_hidden.detach()[:rows], inputs.student_weight.detach(), None, dtype, student)
+    project(inputs.teacher_hidden[:rows], inputs.teacher_weight, None, dtype, teacher)
+    return student, teacher, inputs.labels[:rows]
+
+
+def statistics(inputs: Inputs) -> Iterator[Variant]:
+    from minillm.kernels import rows_triton
+
+    student, teacher, labels = _chunk(inputs)
+    spec = RowSpec(FIELDS)
+    used = rows_triton.STATISTICS_BLOCK, rows_triton.STATISTICS_WARPS
+
+    def run() -> dict[str, Tensor]:
+        return rows_triton.row_statistics(student, teacher, labels, spec)
+
+    for block, warps in _first(used, [(b, w) for b in (512, 1024, 2048, 4096) for w in (4, 8, 16)]):
+        yield Variant(
+            "statistics",
+            f"STATISTICS_BLOCK {block}, {warps} warps",
+            run,
+            8.0 * student.numel(),
+            "GB/s",
+            ((rows_triton, "STATISTICS_BLOCK", block), (rows_triton, "STATISTICS_WARPS", warps)),
+            current=(block, warps) == used,
+            result=lambda: run()["reverse_kl"],
+        )
+
+
+def gradients(inputs: Inputs) -> Iterator[Variant]:
+    from minillm.kernels import rows_triton
+
+    student, teacher, labels = _chunk(inputs)
+    spec, dtype = RowSpec(FIELDS), inputs.student_hidden.dtype
+    found = rows_triton.row_statistics(student, teacher, labels, spec)
+    coefficients = {name: torch.ones_like(found["reverse_kl"]) for name in FIELDS}
+    used = rows_triton.GRADIENT_BLOCK, rows_triton.GRADIENT_WARPS
+    before = student.clone()
+
+    def run() -> Tensor:  # over and over in the same memory: what the numbers are does not matter to the time
+        return rows_triton.row_gradients(student, teacher, labels, found, coefficients, spec, dtype)
+
+    def result() -> Tensor:
+        student.copy_(before)
+        return run().clone()
+
+    for block, warps in _first(used, [(b, w) for b in (1024, 2048, 4096) for w in (4, 8, 16)]):
+        yield Variant(
+            "gradients",
+            f"GRADIENT_BLOCK {block}, {warps} warps",
+            run,
+            (8.0 + dtype.itemsize) * student.numel(),
+            "GB/s",
+            ((rows_triton, "GRADIENT_BLOCK", block), (rows_triton, "GRADIENT_WARPS", warps)),
+            current=(block, warps) == used,
+            result=result,
+        )
+
+
+def tiled(inputs: Inputs) -> Iterator[Variant]:
+    from minillm.kernels import tiled_triton
+
+    size = inputs.student_hidden.dtype.itemsize
+    config, waves = tiled_triton.CONFIGS[size], tiled_triton.WAVES
+    student = inputs.student_hidden.detach(), LMHead(inputs.student_weight.detach())
+    teacher = inputs.teacher_hidden, LMHead(inputs.teacher_weight)
+
+    def run() -> dict[str, Tensor]:
+        return tiled_triton.tiled_stats(*student, *teacher, inputs.labels, RowSpec(FIELDS))
+
+    shapes = [(128, 64, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4), (64, 256, 8), (128, 256, 8)]
+    tried = [{**config, "BLOCK_M": m, "BLOCK_N": n, "num_warps": w} for m, n, w in shapes]
+    tried += [{**config, "num_stages": stages} for stages in (2, 4)]
+    variants = [(one, waves) for one in tried] + [(config, number) for number in (1, 2, 8)]
+    for one, number in _first((config, waves), variants):
+        tile = "{BLOCK_M} x {BLOCK_N} x {BLOCK_H}, {num_warps} warps, {num_stages} stages".format(**one)
+        yield Variant(
+            "tiled",
+            f"{tile}, WAVES {number}",
+            run,
+            inputs.case.flops("forward"),
+            "TFLOP/s",
+            ((tiled_triton, "CONFIGS", {**tiled_triton.CONFIGS, size: one}), (tiled_triton, "WAVES", number)),
+            current=(one, number) == (config, waves),
+            result=lambda: run()["reverse_kl"],
+        )
+
+
+def losses(inputs: Inputs) -> Iterator[Variant]:
+    """Forward and backward of the reverse KL: by chunks of several sizes, and by the tiled engine's tiles."""
+    from minillm.kernels import tile_gradients
+
+    student = inputs.student_hidden, inputs.student_weight
+    teacher = inputs.teacher_hidden, inputs.teacher_weight
+
+    def run(backend: str, chunk_bytes: int | None) -> Tensor:
+        for leaf in student:
+            leaf.grad = None
+        linear_divergence(*student, *teacher, backend=backend, chunk_bytes=chunk_bytes).backward()
+        return inputs.student_hidden.grad
+
+    flops, default = inputs.case.flops("full"), chunks.DEVICE_BUDGET
+    for budget in _first(default, [320 * MIB, 640 * MIB, 1280 * MIB, 2560 * MIB]):
+        yield Variant(
+            "losses",
+            f"triton, chunks of {budget // MIB} MiB",
+            lambda budget=budget: run("triton", None if budget == default else budget),
+            flops,
+            "TFLOP/s",
+            current=budget == default,
+        )
+    used = chunks.TILE_IDS, chunks.TILE_BYTES
+    for ids, budget in _first(used, [(i, b * MIB) for i in (2048, 4096) for b in (32, 64, 128)]):
+        yield Variant(
+            "losses",
+            f"tiled, TILE_IDS {ids}, tiles of {budget // MIB} MiB",
+            lambda budget=budget: run("tiled", budget),
+            flops,
+            "TFLOP/s",
+            ((argument_checks, "TILE_IDS", ids), (tile_gradients, "TILE_IDS", ids)),
+            current=(ids, budget) == used,
+        )
+
+
+def _first(used: object, variants: list) -> list:
+    """The one in use before all others, which are compared with it."""
+    return [used, *(one for one in variants if one != used)]
+
+
+VARIANTS = {
+    "ceilings": ceilings,
+    "statistics": statistics,
+    "gradients": gradients,
+    "tiled": tiled,
+    "losses": losses,
+}
+
+
+def measure(variants: Iterator[Variant], median_ms: Callable[[Callable[[], object]], float]) -> Iterator[Timing]:
+    """One timing a variant. One that fails, for want of registers or shared memory say, is a result as well."""
+    expected = None
+    for variant in variants:
+        error = None
+        try:
+            if variant.current:
+                expected = variant.value()
+            elif expected is not None:
+                found = variant.value()
+                error = (torch.linalg.vector_norm((found - expected).float()) / expected.float().norm()).item()
+            with applied(variant.settings):
+                yield Timing(variant, median_ms(variant.run), error)
+        except Exception as failure:
+            reason = str(failure).strip().partition("\n")[0]
+            yield Timing(variant, float("nan"), None, f"{type(failure).__name__}: {reason}"[:120])
+
+
+def profile(inputs: Inputs, rows: int = 14) -> str:
+    """Where the time of one forward and backward pass goes, by kernel."""
+    from torch.profiler import ProfilerActivity
+
+    def run() -> None:
+        leaves = inputs.student_hidden, inputs.student_weight
+        linear_divergence(*leaves, inputs.teacher_hidden, inputs.teacher_weight).backward()
+
+    run()
+    on_gpu = inputs.labels.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+    by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=70)
+
+
+def _median_ms(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=WARMUP_MS, rep=REP_MS, return_mode="median")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints a line a variant as it gets there, writes tune.md with --output. Returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    if not torch.cuda.is_available():
+        print("minillm bench tune: sizes are tuned on a GPU, and torch sees none here", file=sys.stderr)
+        return 2
+    case = replace(LARGE, tokens=arguments.tokens)
+    if arguments.shape:
+        names = "student_hidden", "teacher_hidden", "vocab"
+        case = replace(case, **dict(zip(names, arguments.shape, strict=True)))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print(report(case, torch.device("cuda"), arguments.parts, _median_ms, arguments.output))
+    return 0
+
+
+def report(
+    case: Case,
+    device: torch.device,
+    parts: list[str],
+    median_ms: Callable[[Callable[[], object]], float],
+    output: str | None,
+) -> str:
+    """The page. Its lines are printed and written as they come: what a run that is stopped has measured is there."""
+    inputs = make_inputs(case, device)
+    lines = [f"# Sizes for {case.name}", "", *HEADER]
+    path = None if output is None else Path(output) / "tune.md"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for part in (part for part in VARIANTS if part in parts):
+        for timing in measure(VARIANTS[part](inputs), median_ms):
+            lines.append(timing.line())
+            print(lines[-1], file=sys.stderr, flush=True)
+            _write(path, lines)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if "profile" in parts:
+        lines += ["", "```", profile(inputs).rstrip(), "```"]
+    lines += ["", *as_table(describe(device.type)), ""]
+    _write(path, lines)
+    return "\n".join(lines)
+
+
+def _write(path: Path | None, lines: list[str]) -> None:
+    if path is not None:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minillm bench tune", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tokens", type=int, default=LARGE.tokens, help="default: %(default)s")
+    parser.add_argument("--shape", nargs=3, type=int, metavar=("H_STUDENT", "H_TEACHER", "VOCABULARY"))
+    parser.add_argument("--output", help="folder for tune.md (default: print only)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
