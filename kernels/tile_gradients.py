@@ -31,17 +31,34 @@ def tile_gradients(
     into: torch.dtype | Tensor,  # a tensor (V, H_s) to add the weight's gradient to, which is then not returned
 ) -> Gradients:
     """d loss / d (student_hidden, student_weight, student_bias), each in the dtype of its tensor."""
-    if not any(needs):
-        return None, None, None
+    hidden, _, bias = tensors[:3]
+    # in a function of its own, so that a tile's logits are gone before the sums are rounded
+    hidden_sum, weight_grad, bias_sum = _sums(problem, tensors, statistics, coefficients, needs, into)
+    hidden_grad = None if hidden_sum is None else hidden_sum.to(hidden.dtype)
+    if hidden_grad is not None and tensors.kept is not None:
+        every_row = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        hidden_grad = every_row.index_copy_(0, tensors.kept, hidden_grad)
+    return hidden_grad, weight_grad, None if bias_sum is None else bias_sum.to(bias.dtype)
+
+
+def _sums(
+    problem: Problem,
+    tensors: Tensors,
+    statistics: dict[str, Tensor],
+    coefficients: dict[str, Tensor],
+    needs: tuple[bool, bool, bool],
+    into: torch.dtype | Tensor,
+) -> Gradients:
+    """Of kept hidden states (K, H_s) and bias (V,) in the dtype of the logits; of the weight in its own."""
     device, dtype = tensors.student_hidden.device, problem.logits
     dz_dtype = logits_gradient_dtype(problem.student_compute, dtype, device)
     rows = list(_rows(problem, tensors, statistics, coefficients, dz_dtype))
-    teacher = rows and rows[0].teacher is not None
+    teacher = bool(rows) and rows[0].teacher is not None
     student_out, teacher_out = (
         logits_buffer(problem.chunk, min(TILE_IDS, problem.vocab_size), dtype, device) if wanted else None
         for wanted in (True, teacher)
     )
-    hidden, weight, bias = tensors.student_hidden, tensors.student_weight, tensors.student_bias
+    hidden, weight, bias = tensors[:3]
     hidden_sum = torch.zeros(problem.kept, hidden.shape[1], dtype=dtype, device=device) if needs[0] else None
     bias_sum = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
     slice_sum = torch.empty(TILE_IDS, weight.shape[1], dtype=dtype, device=device) if needs[1] else None
@@ -71,11 +88,7 @@ def tile_gradients(
             weight_grad[ids] = slice_sum[:width]
         elif slice_sum is not None:
             into[ids] += slice_sum[:width]
-    hidden_grad = None
-    if hidden_sum is not None:
-        hidden_grad = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        hidden_grad[slice(None) if tensors.kept is None else tensors.kept] = hidden_sum.to(hidden.dtype)
-    return hidden_grad, weight_grad, None if bias_sum is None else bias_sum.to(bias.dtype)
+    return hidden_sum, weight_grad, bias_sum
 
 
 class _RowsPart(NamedTuple):

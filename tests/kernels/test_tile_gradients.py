@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -18,6 +15,7 @@ from tests.kernels.contract import (  # noqa: E402
     gradients,
     stats_of,
 )
+from tests.kernels.live import Live  # noqa: E402
 
 OFFERED = ("student_logprob", "reverse_kl", "forward_kl", "student_entropy")
 VOCAB = TILE_IDS + 300  # a whole tile and a remnant
@@ -184,27 +182,6 @@ def test_tiles_change_only_rounding_and_runs_change_nothing(kit):
     assert_close(gradients(loss_of(case, weights, chunk_bytes=SMALL), case), whole, 2e-6, kit)
     again = gradients(loss_of(case, weights), case)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made under it held at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {
-            leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in given:
-                storage = leaf.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
 
 
 @pytest.mark.parametrize("weight_grad", ["fp32", "bf16"])

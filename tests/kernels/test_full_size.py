@@ -1,0 +1,149 @@
+"""The GPU's path at the size of the benchmark, on meta tensors: what is alive at a time, and that nothing is waited for.
+
+Meta tensors have shapes and no memory. What reads a number of one, as a synchronisation with a GPU would, raises.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from minillm.benchmarks.goals import LARGE, LONG  # noqa: E402
+from minillm.benchmarks.providers import LEAN  # noqa: E402
+from minillm.kernels import head, rows_triton, tiled_triton  # noqa: E402
+from minillm.kernels.divergences import DIVERGENCES, FIELDS  # noqa: E402
+from minillm.losses import (  # noqa: E402
+    linear_cross_entropy,
+    linear_divergence,
+    linear_logprobs,
+    linear_objective,
+    linear_token_stats,
+)
+from minillm.planning.ledger import Ledger  # noqa: E402
+from minillm.planning.loss import LossShape, LossTwin  # noqa: E402
+from tests.kernels.live import Live  # noqa: E402
+
+GIB = 2**30
+BACKENDS = ("torch", "triton")
+EIGHT = tuple(name for name, field in FIELDS.items() if not field.second_pass)
+
+
+class Unlaunched:
+    """In the place of a kernel: there is nothing for it to read."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    def on_tensor_cores(dtype, logits, device):
+        return dtype in (torch.bfloat16, torch.float16) and logits == torch.float32
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or the door would ask for CUDA tensors
+    monkeypatch.setattr(head, "_on_tensor_cores", on_tensor_cores)
+    for name in ("statistics_kernel", "gradient_kernel"):
+        monkeypatch.setattr(rows_triton, name, Unlaunched())
+    monkeypatch.setattr(tiled_triton, "tiled_kernel", Unlaunched())
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+
+
+def tensors(case):
+    def empty(*shape, leaf=False):
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta", requires_grad=leaf)
+
+    student = (
+        empty(case.tokens, case.student_hidden, leaf=True),
+        empty(case.vocab, case.student_hidden, leaf=True),
+    )
+    teacher = empty(case.tokens, case.teacher_hidden), empty(case.vocab, case.teacher_hidden)
+    return *student, *teacher, torch.empty(case.tokens, dtype=torch.int64, device="meta")
+
+
+def gib_over_inputs(case, **options) -> tuple[float, float]:
+    """The peak of a forward and backward pass, and of it the gradients."""
+    *arguments, labels = tensors(case)
+    with Live() as live:
+        linear_divergence(*arguments, labels=labels, kept=case.tokens, **options).backward()
+    return live.peak / GIB, sum(leaf.grad.nbytes for leaf in arguments[:2]) / GIB
+
+
+def test_the_memory_goals_of_the_benchmark():
+    """Allocations of tensors alone: a GPU's workspaces come on top."""
+    peak, gradients = gib_over_inputs(LARGE, backend="triton")
+    assert 2.2 < peak < 2.45, peak  # a goal of 2.5
+    assert gib_over_inputs(LARGE, backend="triton", **LEAN)[0] < 1.3  # of 1.4
+    longer, more = gib_over_inputs(LONG, backend="triton")
+    assert abs(longer - more - (peak - gradients)) < 0.05 * (peak - gradients)
+    tiled, gradients = gib_over_inputs(LARGE, backend="tiled")
+    assert tiled - gradients < 0.09, tiled - gradients  # of 0.1
+
+
+def test_scoring_holds_a_chunk_of_logits_or_none():
+    *arguments, labels = tensors(LARGE)
+    for backend, most in (("triton", 1.25), ("tiled", 0.02)):
+        with torch.no_grad(), Live() as live:
+            linear_token_stats(*arguments, labels, kept=LARGE.tokens, backend=backend)
+        assert live.peak / GIB < most, (backend, live.peak / GIB)
+
+
+@pytest.mark.parametrize("kept", [LARGE.tokens, LARGE.tokens // 2])
+def test_a_plan_counts_what_the_loss_holds(kept):
+    """The twin that `minillm plan` runs in its place, for a GPU."""
+    hidden, weight, *teacher, labels = tensors(LARGE)
+    with Live() as real:
+        linear_divergence(hidden, weight, *teacher, labels=labels, kept=kept, backend="triton").backward()
+    hidden, weight, *_ = tensors(LARGE)
+    shape = LossShape(kept, LARGE.vocab, 2, torch.device("cuda"))
+    with Live() as twin:
+        LossTwin.apply(hidden, weight, torch.bfloat16, shape, Ledger()).backward()
+    assert twin.peak == pytest.approx(real.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_call_waits_for_the_device_where_the_count_is_known(backend):
+    case = LARGE
+    *arguments, labels = tensors(case)
+    known = dict(kept=case.tokens // 2, backend=backend)
+    calls = {
+        "logprobs": lambda: linear_logprobs(*arguments[:2], labels, **known).sum(),
+        "cross_entropy": lambda: linear_cross_entropy(*arguments[:2], labels, num_items=labels[0], **known),
+        "token_stats": lambda: sum(
+            getattr(linear_token_stats(*arguments, labels, fields=FIELDS, **known), name).sum()
+            for name, field in FIELDS.items()
+            if field.differentiable
+        ),
+        "objective": lambda: linear_objective(
+            *arguments, labels, lambda stats, w: w * stats.jsd, inputs={"w": labels}, fields=("jsd",), **known
+        )[0],
+        **{
+            name: lambda name=name: linear_divergence(*arguments, labels=labels, divergence=name, **known)
+            for name in DIVERGENCES
+        },
+        "no labels": lambda: linear_divergence(*arguments, backend=backend),
+    }
+    for name, call in calls.items():
+        for leaf in arguments[:2]:
+            leaf.grad = None
+        call().backward()
+        assert all(leaf.grad is not None for leaf in arguments[:2]), name
+
+
+def test_the_tiled_engine_does_not_wait_either():
+    *arguments, labels = tensors(LARGE)
+    stats = linear_token_stats(*arguments, labels, fields=EIGHT, kept=LARGE.tokens // 2, backend="tiled")
+    (stats.reverse_kl + stats.forward_kl - stats.student_logprob + stats.student_entropy).sum().backward()
+    assert all(leaf.grad is not None for leaf in arguments[:2])
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "tiled"))
+def test_counting_is_the_one_thing_that_waits(backend, monkeypatch):
+    """Where the count is not passed, it and the range check come over in one transfer."""
+    waited = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waited.append(tensor.shape) or [LARGE.tokens // 2, 0])
+    *arguments, labels = tensors(LARGE)
+    linear_divergence(*arguments, labels=labels, backend=backend).backward()
+    assert waited == [(2,)]
