@@ -13,6 +13,7 @@ from minillm.kernels.chunks import TILE_BYTES, TILE_IDS, chunk_rows, keep_rows
 from minillm.kernels.divergences import FIELDS, RowSpec
 from minillm.kernels.head import LMHead
 from minillm.kernels.problem import Problem, Tensors
+from minillm.kernels.share_sums import SHARED_FIELDS
 
 BACKENDS = ("auto", "torch", "triton", "tiled")
 TOKEN_STATS = (
@@ -305,9 +306,7 @@ def _backend(backend: str, device: torch.device, logits: torch.dtype, fields: tu
     if backend in ("triton", "tiled") and not installed:
         raise ValueError(f"backend={backend!r} needs triton, which is not installed; use backend='torch'")
     if backend == "tiled":
-        from minillm.kernels.tiled_triton import TILED_FIELDS
-
-        refused = [name for name in fields if name not in TILED_FIELDS]
+        refused = [name for name in fields if name not in SHARED_FIELDS]
         if refused:
             raise ValueError(f"backend='tiled' does not offer {', '.join(refused)}; use backend='triton' or 'auto'")
     if backend == "torch" or logits == torch.float64:

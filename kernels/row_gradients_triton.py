@@ -16,14 +16,15 @@ def times(c, value):
     return tl.where(c == 0.0, 0.0, c * value)
 
 
-@triton.jit(do_not_specialize=["C"])  # a last, shorter chunk compiles nothing new
+@triton.jit(do_not_specialize=["slot_stride"])  # a last, shorter chunk compiles nothing new
 def gradient_kernel(
     student,  # (C, V) fp32 raw logits
     teacher,  # (C, V) fp32 raw logits, or None
     labels,  # (C,) int64, or None
     gradient,  # (C, V), may lie in the memory of student: the module says how
     vectors,  # (slots, C) fp32: statistics and coefficients
-    C, V, student_stride, teacher_stride, gradient_stride,
+    slot_stride,  # elements from a vector to the next
+    V, student_stride, teacher_stride, gradient_stride,
     student_inner, student_outer, teacher_inner, teacher_outer, chain, beta, alpha,
     STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
     # the slot of each vector, -1 where there is none; C_x is d loss / d x
@@ -41,41 +42,41 @@ def gradient_kernel(
     student += index * student_stride
     gradient += index * gradient_stride
     vectors += index
-    C = C.to(tl.int64)
+    slot_stride = slot_stride.to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     whole = V - V % BLOCK
 
     # the maximum and the rest of the log-sum-exp apart: together they lose the digits of small log-ratios
-    m_s, log_s = tl.load(vectors + STUDENT_MAX * C), tl.load(vectors + STUDENT_LOG_SUM * C)
+    m_s, log_s = tl.load(vectors + STUDENT_MAX * slot_stride), tl.load(vectors + STUDENT_LOG_SUM * slot_stride)
     constant = 0.0  # minus the mean of sum_f c_f u_f under q
     if TEACHER:
         teacher += index * teacher_stride
-        m_t, log_t = tl.load(vectors + TEACHER_MAX * C), tl.load(vectors + TEACHER_LOG_SUM * C)
+        m_t, log_t = tl.load(vectors + TEACHER_MAX * slot_stride), tl.load(vectors + TEACHER_LOG_SUM * slot_stride)
     if C_STUDENT_LOGPROB >= 0:
         label = tl.load(labels + index)
-        c_logprob = tl.load(vectors + C_STUDENT_LOGPROB * C)
+        c_logprob = tl.load(vectors + C_STUDENT_LOGPROB * slot_stride)
         constant -= c_logprob
     if C_REVERSE_KL >= 0:
-        c_reverse = tl.load(vectors + C_REVERSE_KL * C)
-        constant -= times(c_reverse, tl.load(vectors + REVERSE_KL * C))
+        c_reverse = tl.load(vectors + C_REVERSE_KL * slot_stride)
+        constant -= times(c_reverse, tl.load(vectors + REVERSE_KL * slot_stride))
     if C_FORWARD_KL >= 0:
-        c_forward = tl.load(vectors + C_FORWARD_KL * C)
+        c_forward = tl.load(vectors + C_FORWARD_KL * slot_stride)
         constant += c_forward
     if C_STUDENT_ENTROPY >= 0:
-        c_entropy = tl.load(vectors + C_STUDENT_ENTROPY * C)
-        constant -= times(c_entropy, tl.load(vectors + STUDENT_ENTROPY * C))
+        c_entropy = tl.load(vectors + C_STUDENT_ENTROPY * slot_stride)
+        constant -= times(c_entropy, tl.load(vectors + STUDENT_ENTROPY * slot_stride))
     if C_JSD >= 0:
-        c_jsd = tl.load(vectors + C_JSD * C)
-        constant -= times(c_jsd, tl.load(vectors + MEAN_U_JSD * C))
+        c_jsd = tl.load(vectors + C_JSD * slot_stride)
+        constant -= times(c_jsd, tl.load(vectors + MEAN_U_JSD * slot_stride))
     if C_SKEW_FORWARD_KL >= 0:
-        c_skew_f = tl.load(vectors + C_SKEW_FORWARD_KL * C)
-        constant -= times(c_skew_f, tl.load(vectors + MEAN_U_SKEW_FORWARD_KL * C))
+        c_skew_f = tl.load(vectors + C_SKEW_FORWARD_KL * slot_stride)
+        constant -= times(c_skew_f, tl.load(vectors + MEAN_U_SKEW_FORWARD_KL * slot_stride))
     if C_SKEW_REVERSE_KL >= 0:
-        c_skew_r = tl.load(vectors + C_SKEW_REVERSE_KL * C)
-        constant -= times(c_skew_r, tl.load(vectors + MEAN_U_SKEW_REVERSE_KL * C))
+        c_skew_r = tl.load(vectors + C_SKEW_REVERSE_KL * slot_stride)
+        constant -= times(c_skew_r, tl.load(vectors + MEAN_U_SKEW_REVERSE_KL * slot_stride))
     if C_TVD >= 0:
         # of the very signs used below: where q is almost 1, a mean that rounds otherwise would be off by 1
-        c_tvd = tl.load(vectors + C_TVD * C)
+        c_tvd = tl.load(vectors + C_TVD * slot_stride)
         signs = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             columns = start + lanes

@@ -93,14 +93,39 @@ def row_gradients(
     """
     if not any(FIELDS[name].teacher for name in coefficients):
         teacher = None
-    _check(student, teacher)
-    C, V = student.shape
-    gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
-    models = ("student",) if teacher is None else ("student", "teacher")
+    vectors, slots = gradient_vectors(statistics, coefficients, teacher=teacher is not None)
+    labels = labels if "student_logprob" in coefficients else None
+    return gradients_from_vectors(student, teacher, labels, vectors, slots, spec, grad_dtype)
+
+
+def gradient_vectors(
+    statistics: dict[str, Tensor],  # (C,) each
+    coefficients: dict[str, Tensor],  # (C,) each
+    *,
+    teacher: bool,  # whether a coefficient needs it
+) -> tuple[Tensor, dict[str, int]]:
+    """What the gradient reads of these rows, (slots, C) fp32, and what stands in which slot."""
+    models = ("student", "teacher") if teacher else ("student",)
     vectors = {name: statistics[name] for who in models for name in LOG_SUMS[who]}
     vectors |= {name: statistics[name] for name, field in ROW_STATISTICS if field in coefficients}
     vectors |= {f"c_{name}": value for name, value in coefficients.items()}
-    slots = {name: slot for slot, name in enumerate(vectors)}
+    stacked = torch.stack([value.to(torch.float32) for value in vectors.values()])
+    return stacked, {name: slot for slot, name in enumerate(vectors)}
+
+
+def gradients_from_vectors(
+    student: Tensor,  # (C, V) raw logits, fp32, of all ids or of some; their memory is overwritten
+    teacher: Tensor | None,  # (C, V), where a coefficient needs it
+    labels: Tensor | None,  # (C,) int64, where a coefficient needs them; one that is no column equals none
+    vectors: Tensor,  # (slots, C) fp32, of whole rows; columns contiguous
+    slots: dict[str, int],
+    spec: RowSpec,
+    grad_dtype: torch.dtype,  # fp32, bf16 or fp16
+) -> Tensor:
+    """row_gradients from `gradient_vectors`. For all coefficients but tvd's the columns may be a part of the ids."""
+    _check(student, teacher)
+    C, V = student.shape
+    gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
     keys = [*LOG_SUMS["student"], *LOG_SUMS["teacher"], *(name for name, _ in ROW_STATISTICS)]
     keys += [f"c_{name}" for name, field in FIELDS.items() if field.differentiable]
     if C:
@@ -108,10 +133,10 @@ def row_gradients(
             gradient_kernel[(C,)](
                 student,
                 teacher,
-                labels if "student_logprob" in coefficients else None,
+                labels,
                 gradient,
-                torch.stack([value.to(torch.float32) for value in vectors.values()]),
-                C,
+                vectors,
+                vectors.stride(0),
                 V,
                 student.stride(0),
                 0 if teacher is None else teacher.stride(0),

@@ -3,20 +3,7 @@
 Nothing of the size of the vocabulary times the tokens is ever written: for scoring rollouts, for evaluation, and where
 memory is tightest. A program takes a tile of rows and a share of the vocabulary; for each tile of ids it multiplies
 hidden states and weights of the student, then of the teacher, with fp32 accumulators that stay in registers, and folds
-both tiles into sums under e = exp(x), x = z - m, m the row's running maximum:
-
-    S = sum e        X = sum e x        D = sum e d,  d = x_s - x_t
-
-The shares are put together afterwards, in float64, and give
-
-    lse = m + log S,  entropy = log S - X / S,  c = log S_s - log S_t
-    reverse_kl = D_s / S_s - c,  forward_kl = c - D_t / S_t
-
-Ids that the model whose e it is bans are left out of its D; those that the other model alone bans make D infinite or
-NaN, which, where both S are sound, means that the divergence is infinite.
-
-Notation and conventions of `minillm.kernels.divergences`. What needs normalised probabilities (the divergences from a
-mixture) would need every product twice and is not offered. The gradient is `tile_gradients`, from these statistics.
+both tiles into the sums of `share_sums`, about the row's running maximum. With a gradient, `tiles` takes its place.
 """
 
 import torch
@@ -25,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minillm.kernels.divergences import FIELDS, RowSpec
+from minillm.kernels import share_sums
+from minillm.kernels.divergences import RowSpec
 from minillm.kernels.head import LMHead
 from minillm.kernels.logits_triton import LOWEST, NEG_INF, to_logits, transform
+from minillm.kernels.share_sums import SHARED_FIELDS, ShareSums
 
-TILED_FIELDS = frozenset(name for name, field in FIELDS.items() if not field.second_pass)
 CONFIGS = {  # by bytes of an input element: rows and ids of a tile, depth of a product's step
     2: dict(BLOCK_M=128, BLOCK_N=64, BLOCK_H=64, num_warps=8, num_stages=3),
     4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_H=32, num_warps=8, num_stages=2),  # fp32 proper, not on the tensor cores
@@ -38,7 +26,7 @@ WAVES = 4  # programs a multiprocessor: enough to even out the last ones
 
 # The interpreter computes wrongly in bf16: it gets fp32. Compiled, products stay in the inputs' dtype.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_NEVER = tl.constexpr(2**31 - 1)
+_NEVER = tl.constexpr(share_sums.NEVER)
 
 
 @triton.jit
@@ -184,9 +172,6 @@ def tiled_kernel(
         tl.store(sums + D_T * step + at, d_t, mask=inside)
 
 
-SLOTS = ("m_s", "s_s", "x_s", "d_s", "y_s", "m_t", "s_t", "x_t", "d_t", "y_t")
-
-
 def tiled_stats(
     student_hidden: Tensor,  # (K, H_s) kept rows, contiguous
     student_head: LMHead,  # weight (V, H_s) of the same dtype, rows may be padded; scale and softcap are those of spec
@@ -197,58 +182,36 @@ def tiled_stats(
 ) -> dict[str, Tensor]:
     """What `rows_torch.row_statistics` returns for these rows, (K,) each, without logits.
 
-    Raises ValueError for fields outside TILED_FIELDS and for inputs in float64.
+    Raises ValueError for fields outside SHARED_FIELDS and for inputs in float64.
     """
-    refused = [name for name in spec.fields if name not in TILED_FIELDS]
+    refused = [name for name in spec.fields if name not in SHARED_FIELDS]
     if refused:
         raise ValueError(f"backend='tiled' does not offer {', '.join(refused)}; use backend='triton' or 'auto'")
     for tensor in (student_hidden, teacher_hidden):
         if tensor is not None and tensor.dtype.itemsize not in CONFIGS:
             raise ValueError(f"hidden states are {tensor.dtype}; backend='tiled' takes float32, bfloat16 and float16")
-    names = _slot_names(spec, teacher=teacher_hidden is not None)
-    slots = {name: slot for slot, name in enumerate(names)}
     rows, device = student_hidden.shape[0], student_hidden.device
     widest = max(tensor.dtype.itemsize for tensor in (student_hidden, teacher_hidden) if tensor is not None)
     config = CONFIGS[widest]
     vocab_size = student_head.weight.shape[0]
     row_tiles = triton.cdiv(rows, config["BLOCK_M"])
     shares, ids_a_share = _shares(row_tiles, vocab_size, config["BLOCK_N"], device)
-    sums = torch.empty(len(slots), shares, rows, dtype=torch.float32, device=device)
-    argmaxes = None
-    if "student_argmax" in spec.fields or "teacher_argmax" in spec.fields:
-        argmaxes = torch.empty(2, shares, rows, dtype=torch.int32, device=device)
+    sums = ShareSums(spec, teacher=teacher_hidden is not None, shares=shares, rows=rows, device=device)
     with torch.cuda.device_of(student_hidden):
         tiled_kernel[(row_tiles, shares)](
             **_model("student", student_hidden, student_head, config),
             **_model("teacher", teacher_hidden, teacher_head, config),
             labels=labels,
-            sums=sums,
-            argmaxes=argmaxes,
+            sums=sums.sums,
+            argmaxes=sums.argmaxes,
             K=rows,
             V=vocab_size,
             ids_a_share=ids_a_share,
             **{name: value for name, value in transform(spec).items() if name not in ("alpha", "beta")},
-            STUDENT_ARGMAX="student_argmax" in spec.fields,
-            TEACHER_ARGMAX="teacher_argmax" in spec.fields,
-            **{name.upper(): slots.get(name, -1) for name in SLOTS},
+            **sums.constants,
             **config,
         )
-    return _merged({name: sums[slot].double() for name, slot in slots.items()}, argmaxes, spec)
-
-
-def _slot_names(spec: RowSpec, *, teacher: bool) -> list[str]:
-    fields = set(spec.fields)
-    wanted = {"m_s", "s_s"} | ({"m_t", "s_t"} if teacher else set())
-    needs = {
-        "student_entropy": ("x_s",),
-        "teacher_entropy": ("x_t",),
-        "student_logprob": ("y_s",),
-        "teacher_logprob": ("y_t",),
-        "reverse_kl": ("d_s",),
-        "forward_kl": ("d_t",),
-    }
-    wanted |= {name for field in fields & set(needs) for name in needs[field]}
-    return [name for name in SLOTS if name in wanted]
+    return sums.statistics()
 
 
 def _shares(row_tiles: int, vocab_size: int, block: int, device: torch.device) -> tuple[int, int]:
@@ -286,32 +249,3 @@ def _aligned(matrix: Tensor) -> Tensor:
     per_row = 16 // matrix.itemsize
     copy = matrix.new_empty(matrix.shape[0], triton.cdiv(matrix.shape[1], per_row) * per_row)[:, : matrix.shape[1]]
     return copy.copy_(matrix)
-
-
-def _merged(sums: dict[str, Tensor], argmaxes: Tensor | None, spec: RowSpec) -> dict[str, Tensor]:
-    """The statistics from the shares' sums, (shares, K) float64 each."""
-    result = {}
-    fields = set(spec.fields)
-    models = [(who, x) for who, x in (("student", "s"), ("teacher", "t")) if f"m_{x}" in sums]
-    top = {x: sums[f"m_{x}"].amax(0) for _, x in models}
-    down = {x: sums[f"m_{x}"] - top[x] for _, x in models}  # from a share's maximum to the row's
-    weight = {x: down[x].exp() for _, x in models}
-    total = {x: (sums[f"s_{x}"] * weight[x]).sum(0) for _, x in models}
-    log_total = {x: total[x].log().masked_fill(total[x] == 0, torch.nan) for _, x in models}  # no id at all: NaN
-    for index, (who, x) in enumerate(models):
-        result |= {f"{who}_max": top[x], f"{who}_log_sum": log_total[x]}
-        if f"{who}_logprob" in fields:
-            result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top[x]) - log_total[x]
-        if f"{who}_entropy" in fields:
-            sum_x = ((sums[f"x_{x}"] + sums[f"s_{x}"] * down[x]) * weight[x]).sum(0)
-            result[f"{who}_entropy"] = log_total[x] - sum_x / total[x]
-        if f"{who}_argmax" in fields:
-            best = torch.where(down[x] == 0, argmaxes[index].long(), _NEVER.value).amin(0)
-            result[f"{who}_argmax"] = best.masked_fill(best == _NEVER.value, 0)
-    for name, x, sign in (("reverse_kl", "s", 1), ("forward_kl", "t", -1)):
-        if name in fields:
-            sum_d = ((sums[f"d_{x}"] + sums[f"s_{x}"] * (down["s"] - down["t"])) * weight[x]).sum(0)
-            infinite = ~sum_d.isfinite() & log_total["s"].isfinite() & log_total["t"].isfinite()
-            value = sign * (sum_d / total[x] - (log_total["s"] - log_total["t"]))
-            result[name] = torch.where(infinite, torch.inf, value)
-    return {name: value if name.endswith("argmax") else value.float() for name, value in result.items()}

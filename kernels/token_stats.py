@@ -1,7 +1,8 @@
 """TokenStats, and linear_token_stats: per-token statistics of student and teacher from hidden states.
 
-Without autograd one pass; with it the backward pass recomputes the logits a chunk at a time, so that every statistic
-takes any upstream gradient: four student GEMMs and two teacher GEMMs (`objective` needs three and one).
+Without autograd one pass; with it the backward pass recomputes the logits, a chunk of rows at a time (tiled: a tile), so
+that every statistic takes any upstream gradient: four student GEMMs and two teacher GEMMs (`objective` needs three and
+one).
 """
 
 from collections.abc import Iterable, Mapping
@@ -104,8 +105,8 @@ def linear_token_stats(
         alpha: skew divergences (DistiLLM, arXiv 2402.03898, equations 4 and 5).
         vocab_size: use the first ids alone, of both heads; then labels lie in [0, vocab_size).
         kept: the number of labels that are not ignore_index, where the caller knows it: no host synchronisation.
-        weight_grad: the weight's gradient is summed over chunks in fp32, in bf16 (lossy), or into a tensor of the
-            weight's shape, which is added to, while the weight's own .grad gets nothing.
+        weight_grad: the weight's gradient is summed over chunks in fp32, in bf16 (lossy; tiled: as fp32), or into a
+            tensor of the weight's shape, which is added to, while the weight's own .grad gets nothing.
         backend: auto (triton for CUDA tensors, torch elsewhere), torch, triton, tiled. float64 goes to torch.
         chunk_bytes: bytes of logits alive at a time.
 
@@ -135,7 +136,8 @@ def linear_token_stats(
 def token_stats(problem: Problem, tensors: Tensors, weight_grad: str | Tensor) -> TokenStats:
     """linear_token_stats on checked arguments."""
     into = accumulation(weight_grad, tensors.student_weight, problem.logits)
-    values = _TokenStats.apply(problem, into, *tensors)
+    graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors[:3])
+    values = _TokenStats.apply(problem, into, graded, *tensors)
     return TokenStats(
         {name: value.reshape(problem.shape) for name, value in zip(problem.spec.fields, values, strict=True)}
     )
@@ -143,9 +145,9 @@ def token_stats(problem: Problem, tensors: Tensors, weight_grad: str | Tensor) -
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: Problem, into: torch.dtype | Tensor, *flat: Tensor | None):
+    def forward(ctx, problem: Problem, into: torch.dtype | Tensor, graded: bool, *flat: Tensor | None):
         tensors = Tensors(*flat)
-        statistics = _statistics(problem, tensors)
+        statistics = _statistics(problem, tensors, graded)
         names = [name for name in statistics if not name.endswith("argmax")]
         ctx.problem, ctx.into, ctx.names = problem, into, names
         ctx.save_for_backward(*tensors, *(statistics[name] for name in names))
@@ -169,10 +171,10 @@ class _TokenStats(torch.autograd.Function):
             if gradient is not None and FIELDS[name].differentiable:
                 gradient = gradient.detach().to(problem.logits)
                 coefficients[name] = gradient if tensors.kept is None else gradient[tensors.kept]
-        needs = ctx.needs_input_grad[2:5]
+        needs = ctx.needs_input_grad[3:6]
         with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
             gradients = _gradients(problem, tensors, statistics, coefficients, needs, ctx.into)
-        return (None, None, *guard(gradients, tensors[:3]), None, None, None, None, None)
+        return (None, None, None, *guard(gradients, tensors[:3]), None, None, None, None, None)
 
 
 def _gradients(
@@ -185,7 +187,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of student_hidden, student_weight and student_bias, in their dtypes."""
     if problem.backend == "tiled":
-        from minillm.kernels.tile_gradients import tile_gradients
+        from minillm.kernels.tiles import tile_gradients
 
         return tile_gradients(problem, tensors, statistics, coefficients, needs, into)
     sums = problem.gradients(tensors, needs, into)
@@ -206,9 +208,13 @@ def _gradients(
     return sums.results(tensors[:3])
 
 
-def _statistics(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
+def _statistics(problem: Problem, tensors: Tensors, graded: bool) -> dict[str, Tensor]:
     """Every statistic and what the gradient needs, (K,) each."""
     with torch.autocast(tensors.student_hidden.device.type, enabled=False):
+        if problem.backend == "tiled" and problem.kept and graded:
+            from minillm.kernels.tiles import tile_statistics
+
+            return tile_statistics(problem, tensors)
         if problem.backend == "tiled" and problem.kept:
             from minillm.kernels.tiled_triton import tiled_stats
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from minillm.benchmarks import tune  # noqa: E402
 from minillm.benchmarks.cases import Case, make_inputs  # noqa: E402
 from minillm.benchmarks.tune import VARIANTS, Variant, applied, measure  # noqa: E402
-from minillm.kernels import rows_triton, tile_gradients, tiled_triton  # noqa: E402
+from minillm.kernels import rows_triton, tiled_triton, tiles  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Case("reverse_kl", 6, 16, 24, 120, "float32")
@@ -26,7 +26,7 @@ def constants():
         rows_triton.GRADIENT_WARPS,
         tiled_triton.WAVES,
         dict(tiled_triton.CONFIGS),
-        tile_gradients.TILE_IDS,
+        tiles.TILE_IDS,
     )
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from minillm.benchmarks.goals import LARGE, LONG  # noqa: E402
 from minillm.benchmarks.providers import LEAN  # noqa: E402
-from minillm.kernels import head, rows_triton, tiled_triton  # noqa: E402
+from minillm.kernels import head, rows_triton, tile_sums_triton, tiled_triton  # noqa: E402
 from minillm.kernels.divergences import DIVERGENCES, FIELDS  # noqa: E402
 from minillm.losses import (  # noqa: E402
     linear_cross_entropy,
@@ -47,6 +47,7 @@ def as_on_a_gpu(monkeypatch):
     for name in ("statistics_kernel", "gradient_kernel"):
         monkeypatch.setattr(rows_triton, name, Unlaunched())
     monkeypatch.setattr(tiled_triton, "tiled_kernel", Unlaunched())
+    monkeypatch.setattr(tile_sums_triton, "tile_sums_kernel", Unlaunched())
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
 

@@ -251,7 +251,7 @@ def report(folder: Path) -> dict[str, dict[str, int]]:
 
     kernel = Recorder(tiled_triton.tiled_kernel)
     tiled_triton.tiled_kernel = kernel
-    tiled_triton._merged = lambda *arguments: {}
+    tiled_triton.ShareSums.statistics = lambda sums: {}
     result = {}
     for name, case in COMPILED.items():
         dtype = getattr(torch, case.get("dtype", "bfloat16"))

@@ -106,6 +106,61 @@ def test_ids_that_both_ban(kit):
     assert kit.relative_error(actual["weight"][TILE_IDS:], expected["weight"]) < GRADIENT
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_statistics_are_those_of_the_engine_without_a_gradient(options, kit):
+    """And of the reference: sums of a tile of ids each, from logits that another product made."""
+    case = make(kit, **OPTIONS[options])
+    fields = (*OFFERED, "teacher_logprob", "teacher_entropy", "student_argmax", "teacher_argmax")
+    expected, _ = kit.oracle(case)
+    found = stats_of(case, "tiled", fields=fields, chunk_bytes=SMALL)
+    with torch.no_grad():
+        other = stats_of(case, "tiled", fields=fields)
+    for name in fields:
+        value = getattr(found, name)
+        torch.testing.assert_close(value[case.kept], expected[name].to(value.dtype), rtol=3e-6, atol=3e-6)
+        torch.testing.assert_close(value, getattr(other, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("banned", [slice(0, TILE_IDS), 5, TILE_IDS + 7])
+def test_ids_that_one_model_bans(who, banned, kit):
+    """A whole tile or one id of it: one KL is infinite, and it alone."""
+    case = make(kit, bias=True, ignored=0.0)
+    (case.student_bias if who == "student" else case.teacher_bias).data[banned] = -torch.inf
+    case.labels[:] = TILE_IDS + 9
+    found = stats_of(case, "tiled", fields=OFFERED)
+    infinite = "forward_kl" if who == "student" else "reverse_kl"
+    assert (getattr(found, infinite) == torch.inf).all()
+    expected, leaves = kit.oracle(case)
+    finite = [name for name in OFFERED if name != infinite]
+    for name in finite:
+        torch.testing.assert_close(getattr(found, name), expected[name].float(), rtol=3e-6, atol=3e-6)
+    loss = sum(getattr(found, name).sum() for name in finite)
+    exact = torch.autograd.grad(sum(expected[name].sum() for name in finite), list(leaves.values()))
+    assert_close(gradients(loss, case), dict(zip(leaves, exact, strict=True)), GRADIENT, kit)
+
+
+def test_nan_stays_in_its_row(kit):
+    case = make(kit, ignored=0.0)
+    case.student_hidden.data[3, 2] = torch.nan
+    found = stats_of(case, "tiled", fields=OFFERED)
+    for name in OFFERED:
+        assert getattr(found, name).isnan().nonzero().tolist() == [[3]], name
+    assert gradients(found.reverse_kl.sum(), case)["hidden"].isnan().all(1).nonzero().tolist() == [[3]]
+
+
+def test_peaked_rows_keep_the_digits_of_their_small_gradients(kit):
+    """Logits in the hundreds and a teacher that is close: statistics of other roundings would be off by 3%."""
+    case = make(kit, rows=16, hidden=256, teacher_hidden=256, spread=100.0, noise=1e-3, ignored=0.0)
+    weights = {"reverse_kl": torch.ones(16, device=kit.device)}
+    expected = expected_gradients(case, weights, kit)[1]["hidden"]
+    errors = {}
+    for backend in ("triton", "tiled"):
+        loss = stats_of(case, backend, fields=("reverse_kl",)).reverse_kl.sum()
+        errors[backend] = kit.relative_error(gradients(loss, case)["hidden"], expected)
+    assert errors["tiled"] < 3 * errors["triton"] < 3e-3, errors
+
+
 @pytest.mark.parametrize("rows", [0, 7])
 def test_nothing_kept_is_a_connected_zero(rows, kit):
     case = make(kit, rows=rows, ignored=1.0, bias=True)

@@ -1,0 +1,163 @@
+"""The no-logits engine with a gradient: statistics, and later their gradient, a tile of rows and ids at a time.
+
+A row's gradient at an id needs the row's statistics and the logits of that id alone. So the logits of a few rows and
+ids are computed twice: once for the sums that statistics are made of, and in the backward pass to be turned into their
+gradient in place and multiplied out. Four student GEMMs and two teacher GEMMs, as of whole rows, but the only logits
+are those of a tile, and ids are the outer loop: the weight's gradient of a slice of ids is summed over all rows in fp32
+and rounded into its place, so that no fp32 sum of the whole weight exists. Beside the gradients there are a tile's
+logits, a slice's sum, the hidden states' fp32 sum, and where rows are ignored the kept hidden states.
+
+Both passes make the same products, so that the logits are the same to the last bit: a row's log-sum-exp that came from
+other roundings would cost the small gradients of peaked rows their digits.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillm.kernels.chunks import TILE_IDS, logits_buffer
+from minillm.kernels.divergences import FIELDS
+from minillm.kernels.head import add_product, logits_gradient_dtype, project
+from minillm.kernels.problem import Problem, Tensors
+from minillm.kernels.rows_triton import gradient_vectors, gradients_from_vectors
+from minillm.kernels.share_sums import ShareSums
+from minillm.kernels.tile_sums_triton import tile_sums
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Tile(NamedTuple):
+    rows: slice  # of the K kept rows
+    ids: slice
+    share: int  # which slice of ids it is
+    student_hidden: Tensor  # (C, H_s) in the dtype of the logits' gradient
+    student_weight: Tensor  # (W, H_s) likewise
+    student: Tensor  # (C, W) raw logits
+    teacher: Tensor | None  # (C, W)
+    labels: Tensor | None  # (C,)
+
+
+def tile_statistics(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
+    """What `rows_torch.row_statistics` returns for the kept rows, (K,) each."""
+    teacher = tensors.teacher_hidden is not None
+    shares, width = -(-problem.vocab_size // TILE_IDS), min(TILE_IDS, problem.vocab_size)
+    device = tensors.student_hidden.device
+    sums = ShareSums(problem.spec, teacher=teacher, shares=shares, rows=problem.kept, device=device)
+    for tile in _tiles(problem, tensors, teacher=teacher):
+        tile_sums(
+            tile.student,
+            tile.teacher,
+            tile.labels,
+            sums,
+            share=tile.share,
+            rows=tile.rows,
+            first=tile.ids.start,
+            block=width,
+        )
+    return sums.statistics()
+
+
+def tile_gradients(
+    problem: Problem,
+    tensors: Tensors,
+    statistics: dict[str, Tensor],  # (K,) each: what tile_statistics returned
+    coefficients: dict[str, Tensor],  # (K,) each: d loss / d field; absent means zero
+    needs: tuple[bool, bool, bool],  # of hidden, weight, bias
+    into: torch.dtype | Tensor,  # a tensor (V, H_s) to add the weight's gradient to, which is then not returned
+) -> Gradients:
+    """d loss / d (student_hidden, student_weight, student_bias), each in the dtype of its tensor."""
+    hidden, _, bias = tensors[:3]
+    # in a function of its own, so that a tile's logits are gone before the sums are rounded
+    hidden_sum, weight_grad, bias_sum = _sums(problem, tensors, statistics, coefficients, needs, into)
+    hidden_grad = None if hidden_sum is None else hidden_sum.to(hidden.dtype)
+    if hidden_grad is not None and tensors.kept is not None:
+        every_row = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        hidden_grad = every_row.index_copy_(0, tensors.kept, hidden_grad)
+    return hidden_grad, weight_grad, None if bias_sum is None else bias_sum.to(bias.dtype)
+
+
+def _sums(
+    problem: Problem,
+    tensors: Tensors,
+    statistics: dict[str, Tensor],
+    coefficients: dict[str, Tensor],
+    needs: tuple[bool, bool, bool],
+    into: torch.dtype | Tensor,
+) -> Gradients:
+    """Of kept hidden states (K, H_s) and bias (V,) in the dtype of the logits; of the weight in its own."""
+    hidden, weight, bias = tensors[:3]
+    device, dtype = hidden.device, problem.logits
+    hidden_sum = torch.zeros(problem.kept, hidden.shape[1], dtype=dtype, device=device) if needs[0] else None
+    bias_sum = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
+    slice_sum = torch.empty(TILE_IDS, weight.shape[1], dtype=dtype, device=device) if needs[1] else None
+    weight_grad = torch.zeros_like(weight) if needs[1] and not isinstance(into, Tensor) else None
+    if not coefficients or not problem.kept:
+        return hidden_sum, weight_grad, bias_sum
+    teacher = any(FIELDS[name].teacher for name in coefficients)
+    vectors, slots = gradient_vectors(statistics, coefficients, teacher=teacher)
+    for tile in _tiles(problem, tensors, teacher=teacher):
+        # a label outside of the tile equals no id of it, and is not read otherwise
+        labels = tile.labels - tile.ids.start if "student_logprob" in coefficients else None
+        dz = gradients_from_vectors(
+            tile.student,
+            tile.teacher,
+            labels,
+            vectors[:, tile.rows],
+            slots,
+            problem.spec,
+            tile.student_hidden.dtype,
+        )
+        if hidden_sum is not None:
+            add_product(hidden_sum[tile.rows], dz, tile.student_weight)
+        if bias_sum is not None:
+            bias_sum[tile.ids] += dz.sum(0, dtype=dtype)
+        if slice_sum is not None:
+            total = slice_sum[: dz.shape[1]]
+            add_product(total, dz.t(), tile.student_hidden, first=tile.rows.start == 0)
+            if tile.rows.stop < problem.kept:
+                continue
+            if weight_grad is not None:
+                weight_grad[tile.ids] = total
+            else:
+                into[tile.ids] += total
+    return hidden_sum, weight_grad, bias_sum
+
+
+def _tiles(problem: Problem, tensors: Tensors, *, teacher: bool) -> Iterator[Tile]:
+    """Raw logits, tile after tile in the same memory: all rows of some ids, then of the next."""
+    device = tensors.student_hidden.device
+    compute = logits_gradient_dtype(problem.student_compute, problem.logits, device)
+
+    def kept(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensors.kept is None else tensor[tensors.kept]
+
+    student = kept(tensors.student_hidden).to(problem.student_compute).to(compute)
+    other = kept(tensors.teacher_hidden).to(problem.teacher_compute) if teacher else None
+    labels = kept(tensors.labels)
+    student_out, teacher_out = (
+        logits_buffer(problem.chunk, min(TILE_IDS, problem.vocab_size), problem.logits, device) if wanted else None
+        for wanted in (True, teacher)
+    )
+    for share, start in enumerate(range(0, problem.vocab_size, TILE_IDS)):
+        ids = slice(start, min(start + TILE_IDS, problem.vocab_size))
+        weight = tensors.student_weight[ids].to(problem.student_compute).to(compute)
+        bias = None if tensors.student_bias is None else tensors.student_bias[ids]
+        if teacher:
+            teacher_weight = tensors.teacher_weight[ids].to(problem.teacher_compute)
+            teacher_bias = None if tensors.teacher_bias is None else tensors.teacher_bias[ids]
+        for rows in problem.slices():
+            shape = slice(rows.stop - rows.start), slice(ids.stop - ids.start)
+            yield Tile(
+                rows=rows,
+                ids=ids,
+                share=share,
+                student_hidden=student[rows],
+                student_weight=weight,
+                student=project(student[rows], weight, bias, compute, student_out[shape]),
+                teacher=project(other[rows], teacher_weight, teacher_bias, problem.teacher_compute, teacher_out[shape])
+                if teacher
+                else None,
+                labels=None if labels is None else labels[rows],
+            )
