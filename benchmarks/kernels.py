@@ -117,15 +117,16 @@ def _run(
     """All results so far, after every process: a long run that is stopped has left its tables."""
     job = {
         "device": device,
-        "cases": [case.as_dict() for case in cases],
         "modes": arguments.modes,
         "runs": arguments.runs,
         "warmup_ms": arguments.warmup_ms,
         "rep_ms": arguments.rep_ms,
         "oracles": str(scratch),
     }
-    print(f"oracle: {len(cases)} case(s) in float64", file=sys.stderr)
-    failed = _process({**job, "provider": "oracle", "errors": False}, arguments, scratch)
+    exact = [case for case in cases if not arguments.goals or goals.runs("oracle", case)]
+    print(f"oracle: {len(exact)} case(s) in float64", file=sys.stderr)
+    oracle = {"provider": "oracle", "errors": False, "cases": [case.as_dict() for case in exact]}
+    failed = _process(job | oracle, arguments, scratch)
     if failed:
         raise SystemExit(f"the oracle failed: {failed[-1].get('skipped')}")
     order = random.Random(arguments.seed)
@@ -134,14 +135,12 @@ def _run(
     for repeat in range(arguments.repeats):
         order.shuffle(providers)
         for position, provider in enumerate(providers):
-            if provider in unavailable:
+            chosen = [case for case in cases if not arguments.goals or goals.runs(provider, case)]
+            if provider in unavailable or not chosen:
                 continue
             print(
                 f"repeat {repeat + 1}/{arguments.repeats}, {position + 1}/{len(providers)}: {provider}", file=sys.stderr
             )
-            chosen = [case for case in cases if not arguments.goals or goals.runs(provider, case)]
-            if not chosen:
-                continue
             mine = {"provider": provider, "errors": repeat == 0, "cases": [case.as_dict() for case in chosen]}
             found = _process(job | mine, arguments, scratch)
             results += found

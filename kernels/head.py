@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_BYTES = 4 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
-TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
+WEIGHT_TILE_BYTES = 4 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
+WEIGHT_TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def _on_tensor_cores(dtype: torch.dtype, logits: torch.dtype, device: torch.devi
 def _tile_rows(weight: Tensor, logits: torch.dtype) -> int:
     if weight.device.type != "cpu":
         return weight.shape[0]
-    return min(TILE_ROWS, max(1, TILE_BYTES // (weight.shape[1] * logits.itemsize)))
+    return min(WEIGHT_TILE_ROWS, max(1, WEIGHT_TILE_BYTES // (weight.shape[1] * logits.itemsize)))
 
 
 def _tiles(weight: Tensor, compute: torch.dtype, logits: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -73,14 +73,18 @@ def logits_gradient_dtype(compute: torch.dtype, logits: torch.dtype, device: tor
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> None:  # (M, N), (M, K), (K, N)
     """total += left right, or with `first` total = left right: by a GEMM into `total` where there is one of the dtypes."""
+    fp32 = _on_tensor_cores(left.dtype, torch.float32, left.device)
     if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if first else total.addmm_(left, right)
-    elif _on_tensor_cores(left.dtype, total.dtype, left.device):
+    elif fp32 and total.dtype == torch.float32:
         into = dict(out_dtype=total.dtype, out=total)
         torch.mm(left, right, **into) if first else torch.addmm(total, left, right, **into)
     else:
-        product = torch.mm(left, right)
-        total.copy_(product) if first else total.add_(product)
+        wide = dict(out_dtype=torch.float32) if fp32 else {}
+        for start in range(0, total.shape[0], WEIGHT_TILE_ROWS):  # a product of all of the vocabulary would be large
+            rows = slice(start, start + WEIGHT_TILE_ROWS)
+            product = torch.mm(left[rows], right, **wide)
+            total[rows].copy_(product) if first else total[rows].add_(product)
 
 
 class HeadGradients:

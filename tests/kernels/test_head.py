@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from minillm.kernels import head as head_module
-from minillm.kernels.head import HeadGradients, project
+from minillm.kernels.head import HeadGradients, add_product, project
 
 CASES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
 
 
 @pytest.fixture(params=[4096, 7])
 def tile_rows(request, monkeypatch):
-    monkeypatch.setattr(head_module, "TILE_ROWS", request.param)
+    monkeypatch.setattr(head_module, "WEIGHT_TILE_ROWS", request.param)
 
 
 def numbers(dtype, seed=0):
@@ -92,3 +92,16 @@ def test_without_a_chunk_the_weight_has_a_gradient_of_zero(vocab_size):
         assert (sums.weight[vocab_size:] == 0).all()
         torch.testing.assert_close(sums.weight[:vocab_size], chunks * (dz[:, :vocab_size].t() @ hidden))
         assert torch.equal(sums.results((hidden, weight, None))[1], sums.weight)
+
+
+@pytest.mark.parametrize("total_dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_added_or_take_the_place_of_what_was_there(dtype, total_dtype, tile_rows):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*size, generator=generator).to(dtype) for size in ((20, 6), (6, 5)))
+    exact = left.double() @ right.double()
+    total = torch.full((20, 5), torch.nan, dtype=total_dtype)
+    tolerance = 1e-5 if torch.bfloat16 not in (dtype, total_dtype) and dtype == torch.float32 else 2e-2
+    for count in (1, 2):
+        add_product(total, left, right, first=count == 1)
+        torch.testing.assert_close(total.double(), count * exact, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Every specialisation of the row kernels that the library launches compiles for Hopper, without spilling a register.
+"""Every specialisation of the kernels over rows and tiles of logits that the library launches compiles for Hopper, without spilling a register.
 
 No GPU takes part: a process of its own, without the interpreter, records what the launchers would launch, compiles it
 for sm_90 and reads registers, stack and local memory off the machine code.
@@ -48,21 +48,31 @@ GRADIENTS = {
     "one_row": dict(fields=("student_logprob", "reverse_kl"), rows=1),
     "one_id": dict(fields=("student_logprob", "reverse_kl"), vocab_size=1),
 }
+TILES = {
+    "token_stats": dict(),
+    "reverse_kl": dict(fields=("reverse_kl",)),
+    "cross_entropy": dict(fields=("student_logprob",), teacher=False),
+    "softcap": dict(softcap=30.0),
+    "narrow": dict(width=384),
+    "one_id": dict(width=1),
+}
 
 
 def report(folder: Path) -> dict[str, dict[str, int]]:
     """Compiles every case; run in a process without the interpreter."""
     from minillm.benchmarks.offline import Recorder, compile_for_hopper, resources
-    from minillm.kernels import rows_triton
+    from minillm.kernels import rows_triton, tile_sums_triton
+    from minillm.kernels.chunks import TILE_IDS
     from minillm.kernels.divergences import FIELDS, RowSpec
+    from minillm.kernels.share_sums import ShareSums
     from minillm.kernels.token_stats import TokenStats
 
     statistics, gradients = Recorder(rows_triton.statistics_kernel), Recorder(rows_triton.gradient_kernel)
     rows_triton.statistics_kernel, rows_triton.gradient_kernel = statistics, gradients
-    names = []
+    names, eight = [], tuple(TokenStats.__annotations__)[:8]
     for kind, cases in (("statistics", STATISTICS), ("gradients", GRADIENTS)):
         for name, case in cases.items():
-            fields = case.get("fields", tuple(TokenStats.__annotations__)[:8])
+            fields = case.get("fields", eight)
             fields = tuple(FIELDS) if fields == "all" else fields
             softcap = case.get("softcap")
             spec = RowSpec(
@@ -80,9 +90,21 @@ def report(folder: Path) -> dict[str, dict[str, int]]:
                 dtype = getattr(torch, case.get("grad_dtype", "bfloat16"))
                 rows_triton.row_gradients(student, teacher, labels, result, coefficients, spec, dtype)
             names.append(f"{kind}: {name}")
+    tiles = Recorder(tile_sums_triton.tile_sums_kernel)
+    tile_sums_triton.tile_sums_kernel = tiles
+    for name, case in TILES.items():
+        softcap = case.get("softcap")
+        spec = RowSpec(case.get("fields", eight), student_softcap=softcap, teacher_softcap=softcap)
+        student, teacher = torch.empty(2, 2, TILE_IDS)[:, :, : case.get("width", TILE_IDS)]
+        with_teacher = case.get("teacher", True)
+        sums = ShareSums(spec, teacher=with_teacher, shares=75, rows=2, device=torch.device("cpu"))
+        labels = torch.zeros(2, dtype=torch.int64)
+        place = dict(share=3, rows=slice(0, 2), first=3 * TILE_IDS, block=TILE_IDS)
+        tile_sums_triton.tile_sums(student, teacher if with_teacher else None, labels, sums, **place)
+        names.append(f"tiles: {name}")
     compiled = [
         compile_for_hopper(recorder.kernel, args, kwargs)
-        for recorder in (statistics, gradients)
+        for recorder in (statistics, gradients, tiles)
         for args, kwargs in recorder.launches
     ]
     return {name: resources(kernel, folder) for name, kernel in zip(names, compiled, strict=True)}
@@ -93,7 +115,8 @@ def compiled(run_apart) -> dict[str, dict[str, int]]:
     return run_apart(__file__)
 
 
-CASES = [f"statistics: {name}" for name in STATISTICS] + [f"gradients: {name}" for name in GRADIENTS]
+KINDS = {"statistics": STATISTICS, "gradients": GRADIENTS, "tiles": TILES}
+CASES = [f"{kind}: {name}" for kind, cases in KINDS.items() for name in cases]
 
 
 @pytest.mark.parametrize("case", CASES)
