@@ -29,7 +29,7 @@ WARMUP_MS, REP_MS = 25, 150
 MIB = 2**20
 SAME = 1e-3  # relative L2: another order of summation, and bf16 gradients
 FIELDS = ("student_logprob", "reverse_kl")  # what a MiniLLM step reads
-PARTS = ("ceilings", "statistics", "gradients", "tiled", "losses", "profile")
+PARTS = ("ceilings", "statistics", "gradients", "launches", "tiled", "losses", "profile")
 
 Settings = tuple[tuple[ModuleType, str, object], ...]
 
@@ -187,6 +187,36 @@ def gradients(inputs: Inputs) -> Iterator[Variant]:
         )
 
 
+def launches(inputs: Inputs) -> Iterator[Variant]:
+    """The reverse KL's statistics and gradient by one launch, and by two. The bytes are those of two."""
+    from minillm.kernels import rows_triton
+
+    student, teacher, labels = _chunk(inputs)
+    spec, dtype, known = RowSpec(("reverse_kl",)), inputs.student_hidden.dtype, {"reverse_kl": 1.0}
+    used = rows_triton.BOTH_BLOCK, rows_triton.BOTH_WARPS
+    before = student.clone()
+
+    def one() -> Tensor:
+        return rows_triton.row_known_gradients(student, teacher, labels, spec, known, dtype)[1]
+
+    def two() -> Tensor:
+        found = rows_triton.row_statistics(student, teacher, labels, spec)
+        weights = {name: torch.full_like(found[name], value) for name, value in known.items()}
+        return rows_triton.row_gradients(student, teacher, labels, found, weights, spec, dtype)
+
+    def result(run: Callable[[], Tensor]) -> Tensor:
+        student.copy_(before)
+        return run().clone()
+
+    amount = (16.0 + dtype.itemsize) * student.numel()
+    for block, warps in _first(used, [(b, w) for b in (1024, 2048, 4096) for w in (8, 16, 32)]):
+        settings = (rows_triton, "BOTH_BLOCK", block), (rows_triton, "BOTH_WARPS", warps)
+        name = f"one, BOTH_BLOCK {block}, {warps} warps"
+        is_used = (block, warps) == used
+        yield Variant("launches", name, one, amount, "GB/s", settings, is_used, lambda: result(one))
+    yield Variant("launches", "two", two, amount, "GB/s", result=lambda: result(two))
+
+
 def tiled(inputs: Inputs) -> Iterator[Variant]:
     from minillm.kernels import tiled_triton
 
@@ -261,6 +291,7 @@ VARIANTS = {
     "ceilings": ceilings,
     "statistics": statistics,
     "gradients": gradients,
+    "launches": launches,
     "tiled": tiled,
     "losses": losses,
 }

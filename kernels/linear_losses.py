@@ -6,7 +6,7 @@ from minillm.kernels.arguments import prepare
 from minillm.kernels.compiling import outside_compiled_graphs
 from minillm.kernels.divergences import DIVERGENCES
 from minillm.kernels.head import LMHead
-from minillm.kernels.objective import objective_sum
+from minillm.kernels.objective import Statistic, objective_sum
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import token_stats
 
@@ -169,7 +169,7 @@ def _reduce(
             return values
         total = values.sum()
     else:
-        total, _ = objective_sum(problem, tensors, lambda stats: sign * getattr(stats, field), {}, weight_grad)
+        total, _ = objective_sum(problem, tensors, Statistic(field, sign), {}, weight_grad)
     if reduction == "sum":
         return total
     if num_items is None:

@@ -6,6 +6,7 @@ teacher GEMM in all, the least that exact gradients need without keeping logits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import TokenStats
 
 Objective = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """The objective factor * field: its coefficients are known before any statistic is."""
+
+    field: str
+    factor: float
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return self.factor * getattr(stats, self.field)
 
 
 @outside_compiled_graphs
@@ -131,6 +143,11 @@ def _run(
         if sums is None:
             statistics = problem.rows.row_statistics(*logits, problem.spec)
             evaluate(slice(None), {name: statistics[name] for name in problem.spec.fields})
+        elif isinstance(objective, Statistic) and problem.backend == "triton":
+            known = {objective.field: objective.factor}
+            statistics, dz = problem.rows.row_known_gradients(*logits, problem.spec, known, sums.dz_dtype)
+            losses.append(objective.factor * statistics[objective.field])
+            sums.add(dz, chunk.hidden, chunk.rows)
         else:
             dz = problem.rows.row_loss_gradients(*logits, problem.spec, evaluate, sums.dz_dtype)
             if dz is not None:

@@ -14,14 +14,15 @@ import triton.language as tl
 from minillm.kernels.logits_triton import LOWEST, NEG_INF, load_logits, log_mixture, log_ratio, merge, push, to_logits
 
 
-@triton.jit(do_not_specialize=["C"])  # a last, shorter chunk compiles nothing new
+@triton.jit(do_not_specialize=["slot_stride"])  # a last, shorter chunk compiles nothing new
 def statistics_kernel(
     student,  # (C, V) fp32 raw logits
     teacher,  # (C, V) fp32 raw logits, or None
     labels,  # (C,) int64, or None
     out,  # (slots, C) fp32
     argmaxes,  # (2, C) int64: student's, teacher's; or None
-    C, V, student_stride, teacher_stride,
+    slot_stride,  # elements from a slot of `out` to the next
+    V, student_stride, teacher_stride,
     student_inner, student_outer, teacher_inner, teacher_outer, beta, alpha,
     STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
     STUDENT_ARGMAX: tl.constexpr, TEACHER_ARGMAX: tl.constexpr,
@@ -82,41 +83,41 @@ def statistics_kernel(
                 )
 
     out += index
-    C = C.to(tl.int64)
+    slot_stride = slot_stride.to(tl.int64)
     m_s, s, log_s, s_d, s_x, best_s = merge(
         m_s, s, s_d, s_x, best_s, V, REVERSE_KL >= 0, STUDENT_ENTROPY >= 0, STUDENT_ARGMAX
     )
-    tl.store(out + STUDENT_MAX * C, m_s)
-    tl.store(out + STUDENT_LOG_SUM * C, log_s)
+    tl.store(out + STUDENT_MAX * slot_stride, m_s)
+    tl.store(out + STUDENT_LOG_SUM * slot_stride, log_s)
     if STUDENT_LOGPROB >= 0 or TEACHER_LOGPROB >= 0:
         label = tl.load(labels + index)
     if STUDENT_LOGPROB >= 0:
         z_y = to_logits(tl.load(student + label), student_inner, student_outer, STUDENT_MODE)
-        tl.store(out + STUDENT_LOGPROB * C, (z_y - m_s) - log_s)
+        tl.store(out + STUDENT_LOGPROB * slot_stride, (z_y - m_s) - log_s)
     if STUDENT_ENTROPY >= 0:
-        tl.store(out + STUDENT_ENTROPY * C, log_s - s_x / s)
+        tl.store(out + STUDENT_ENTROPY * slot_stride, log_s - s_x / s)
     if STUDENT_ARGMAX:
         tl.store(argmaxes + index, best_s.to(tl.int64))
     if TEACHER:
         m_t, t, log_t, t_d, t_x, best_t = merge(
             m_t, t, t_d, t_x, best_t, V, FORWARD_KL >= 0, TEACHER_ENTROPY >= 0, TEACHER_ARGMAX
         )
-        tl.store(out + TEACHER_MAX * C, m_t)
-        tl.store(out + TEACHER_LOG_SUM * C, log_t)
+        tl.store(out + TEACHER_MAX * slot_stride, m_t)
+        tl.store(out + TEACHER_LOG_SUM * slot_stride, log_t)
         if TEACHER_LOGPROB >= 0:
             z_y = to_logits(tl.load(teacher + label), teacher_inner, teacher_outer, TEACHER_MODE)
-            tl.store(out + TEACHER_LOGPROB * C, (z_y - m_t) - log_t)
+            tl.store(out + TEACHER_LOGPROB * slot_stride, (z_y - m_t) - log_t)
         if TEACHER_ENTROPY >= 0:
-            tl.store(out + TEACHER_ENTROPY * C, log_t - t_x / t)
+            tl.store(out + TEACHER_ENTROPY * slot_stride, log_t - t_x / t)
         if TEACHER_ARGMAX:
-            tl.store(argmaxes + C + index, best_t.to(tl.int64))
+            tl.store(argmaxes + slot_stride + index, best_t.to(tl.int64))
         c = ((m_s - k_s) + log_s) - ((m_t - k_t) + log_t)
         if REVERSE_KL >= 0:  # infinity is added, so that a NaN stays a NaN
             forever = tl.where(tl.max(infinite & 1, 0) > 0, float("inf"), 0.0)
-            tl.store(out + REVERSE_KL * C, s_d / s - c + forever)
+            tl.store(out + REVERSE_KL * slot_stride, s_d / s - c + forever)
         if FORWARD_KL >= 0:
             forever = tl.where(tl.max(infinite & 2, 0) > 0, float("inf"), 0.0)
-            tl.store(out + FORWARD_KL * C, c - t_d / t + forever)
+            tl.store(out + FORWARD_KL * slot_stride, c - t_d / t + forever)
 
     if SECOND:
         jsd, jsd_u, tvd = zeros, zeros, zeros
@@ -144,13 +145,13 @@ def statistics_kernel(
                     tvd += 0.5 * tl.abs(q - p)
         broken = (log_s - log_s) + (log_t - log_t)  # NaN where a model's row holds NaN or nothing, else 0
         if JSD >= 0:
-            tl.store(out + JSD * C, tl.sum(jsd, 0) + broken)
-            tl.store(out + MEAN_U_JSD * C, tl.sum(jsd_u, 0) + broken)
+            tl.store(out + JSD * slot_stride, tl.sum(jsd, 0) + broken)
+            tl.store(out + MEAN_U_JSD * slot_stride, tl.sum(jsd_u, 0) + broken)
         if SKEW_FORWARD_KL >= 0:
-            tl.store(out + SKEW_FORWARD_KL * C, tl.sum(skew_f, 0) + broken)
-            tl.store(out + MEAN_U_SKEW_FORWARD_KL * C, tl.sum(skew_f_u, 0) + broken)
+            tl.store(out + SKEW_FORWARD_KL * slot_stride, tl.sum(skew_f, 0) + broken)
+            tl.store(out + MEAN_U_SKEW_FORWARD_KL * slot_stride, tl.sum(skew_f_u, 0) + broken)
         if SKEW_REVERSE_KL >= 0:
-            tl.store(out + SKEW_REVERSE_KL * C, tl.sum(skew_r, 0) + broken)
-            tl.store(out + MEAN_U_SKEW_REVERSE_KL * C, tl.sum(skew_r_u, 0) + broken)
+            tl.store(out + SKEW_REVERSE_KL * slot_stride, tl.sum(skew_r, 0) + broken)
+            tl.store(out + MEAN_U_SKEW_REVERSE_KL * slot_stride, tl.sum(skew_r_u, 0) + broken)
         if TVD >= 0:
-            tl.store(out + TVD * C, tl.sum(tvd, 0) + broken)
+            tl.store(out + TVD * slot_stride, tl.sum(tvd, 0) + broken)

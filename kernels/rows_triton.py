@@ -1,7 +1,7 @@
 """The row operations on a GPU: from raw logits to per-token statistics, and from coefficients to the gradient.
 
-Launches the kernels of `row_statistics_triton` and `row_gradients_triton`; `minillm.kernels.rows_torch` has the same
-functions.
+Launches the kernels of `row_statistics_triton` and `row_gradients_triton`, or of `row_both_triton`;
+`minillm.kernels.rows_torch` has the same functions, but for those that only these kernels have a use for.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from minillm.kernels.divergences import FIELDS, RowSpec
 from minillm.kernels.logits_triton import transform
+from minillm.kernels.row_both_triton import both_kernel
 from minillm.kernels.row_gradients_triton import gradient_kernel
 from minillm.kernels.row_statistics_triton import statistics_kernel
 
 STATISTICS_BLOCK, STATISTICS_WARPS = 1024, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
+BOTH_BLOCK, BOTH_WARPS = 2048, 16  # fewer rows at a time, so that each is left more of the L2 cache
 
 SECOND_PASS = tuple(name for name, field in FIELDS.items() if field.second_pass)
 LOG_SUMS = {who: (f"{who}_max", f"{who}_log_sum") for who in ("student", "teacher")}
@@ -28,6 +30,12 @@ ROW_STATISTICS = (  # what the gradient reads, and the coefficient that asks for
     ("reverse_kl", "reverse_kl"),
     ("student_entropy", "student_entropy"),
     *((f"mean_u_{name}", name) for name in SECOND_PASS if name != "tvd"),  # the gradient takes tvd's itself
+)
+COEFFICIENT_SLOTS = tuple(f"c_{name}" for name, field in FIELDS.items() if field.differentiable)
+GRADIENT_SLOTS = (
+    *(*LOG_SUMS["student"], *LOG_SUMS["teacher"]),
+    *(name for name, _ in ROW_STATISTICS),
+    *COEFFICIENT_SLOTS,
 )
 
 
@@ -44,11 +52,7 @@ def row_statistics(
     """
     _check(student, teacher)
     C, V = student.shape
-    names = {*LOG_SUMS["student"]} | {name for name in spec.fields if not name.endswith("argmax")}
-    names |= {f"mean_u_{name}" for name in spec.fields if f"mean_u_{name}" in STATISTIC_SLOTS}
-    if teacher is not None:
-        names |= {*LOG_SUMS["teacher"]}
-    slots = {name: slot for slot, name in enumerate(name for name in STATISTIC_SLOTS if name in names)}
+    slots = _statistic_slots(spec, teacher is not None)
     out = torch.empty(len(slots), C, dtype=torch.float32, device=student.device)
     result = dict(zip(slots, out, strict=True))
     argmaxes = None
@@ -76,6 +80,14 @@ def row_statistics(
                 num_warps=STATISTICS_WARPS,
             )
     return result
+
+
+def _statistic_slots(spec: RowSpec, teacher: bool) -> dict[str, int]:
+    names = {*LOG_SUMS["student"]} | {name for name in spec.fields if not name.endswith("argmax")}
+    names |= {f"mean_u_{name}" for name in spec.fields if f"mean_u_{name}" in STATISTIC_SLOTS}
+    if teacher:
+        names |= {*LOG_SUMS["teacher"]}
+    return {name: slot for slot, name in enumerate(name for name in STATISTIC_SLOTS if name in names)}
 
 
 def row_gradients(
@@ -126,8 +138,6 @@ def gradients_from_vectors(
     _check(student, teacher)
     C, V = student.shape
     gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
-    keys = [*LOG_SUMS["student"], *LOG_SUMS["teacher"], *(name for name, _ in ROW_STATISTICS)]
-    keys += [f"c_{name}" for name, field in FIELDS.items() if field.differentiable]
     if C:
         with torch.cuda.device_of(student):
             gradient_kernel[(C,)](
@@ -143,7 +153,7 @@ def gradients_from_vectors(
                 gradient.stride(0),
                 **transform(spec),
                 chain=spec.student_scale / spec.temperature,
-                **{name.upper(): slots.get(name, -1) for name in keys},
+                **{name.upper(): slots.get(name, -1) for name in GRADIENT_SLOTS},
                 BLOCK=GRADIENT_BLOCK,
                 num_warps=GRADIENT_WARPS,
             )
@@ -167,6 +177,46 @@ def row_loss_gradients(
     if not coefficients:
         return None
     return row_gradients(student, teacher, labels, statistics, coefficients, spec, grad_dtype)
+
+
+def row_known_gradients(
+    student: Tensor,  # (C, V) raw logits, fp32; their memory is overwritten
+    teacher: Tensor | None,  # (C, V) likewise, where a field needs it
+    labels: Tensor | None,  # (C,) int64, where a field needs them
+    spec: RowSpec,  # fields: no argmax
+    coefficients: dict[str, float],  # d loss / d field, the same in every row
+    grad_dtype: torch.dtype,  # fp32, bf16 or fp16
+) -> tuple[dict[str, Tensor], Tensor]:
+    """row_statistics, and row_gradients of a loss that is linear in them, by one launch."""
+    _check(student, teacher)
+    C, V = student.shape
+    slots = _statistic_slots(spec, teacher is not None)
+    count = len(slots)
+    slots |= {f"c_{name}": count + index for index, name in enumerate(coefficients)}
+    vectors = torch.empty(len(slots), C, dtype=torch.float32, device=student.device)
+    for name, value in coefficients.items():
+        vectors[slots[f"c_{name}"]].fill_(value)
+    gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
+    if C:
+        with torch.cuda.device_of(student):
+            both_kernel[(C,)](
+                student,
+                teacher,
+                labels,
+                gradient,
+                vectors,
+                C,
+                V,
+                student.stride(0),
+                0 if teacher is None else teacher.stride(0),
+                gradient.stride(0),
+                **transform(spec),
+                chain=spec.student_scale / spec.temperature,
+                **{name.upper(): slots.get(name, -1) for name in (*STATISTIC_SLOTS, *COEFFICIENT_SLOTS)},
+                BLOCK=BOTH_BLOCK,
+                num_warps=BOTH_WARPS,
+            )
+    return {name: vectors[slots[name]] for name in spec.fields}, gradient
 
 
 def _check(student: Tensor, teacher: Tensor | None) -> None:

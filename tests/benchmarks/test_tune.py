@@ -12,7 +12,7 @@ from minillm.kernels import rows_triton, tiled_triton, tiles  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Case("reverse_kl", 6, 16, 24, 120, "float32")
-INTERPRETED = ("statistics", "gradients", "tiled")
+INTERPRETED = ("statistics", "gradients", "launches", "tiled")
 
 
 def once(run) -> float:

@@ -44,7 +44,7 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # or the door would ask for CUDA tensors
     monkeypatch.setattr(head, "_on_tensor_cores", on_tensor_cores)
-    for name in ("statistics_kernel", "gradient_kernel"):
+    for name in ("statistics_kernel", "gradient_kernel", "both_kernel"):
         monkeypatch.setattr(rows_triton, name, Unlaunched())
     monkeypatch.setattr(tiled_triton, "tiled_kernel", Unlaunched())
     monkeypatch.setattr(tile_sums_triton, "tile_sums_kernel", Unlaunched())

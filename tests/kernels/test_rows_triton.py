@@ -66,6 +66,26 @@ def test_ids_that_one_model_bans_in_any_block(columns, who, kit):
     assert_fields(found, reference.token_stats(student.double(), teacher.double(), labels))
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_one_launch_is_as_two(name, grad_dtype, kit):
+    """Where coefficients are known beforehand: the same statistics, and the same gradient in the memory of the logits."""
+    student, teacher, labels = logits(kit)
+    if not FIELDS[name].teacher:
+        teacher = None
+    spec = RowSpec((name,), temperature=1.5, beta=0.3, alpha=0.2, student_softcap=9.0)
+    ours, theirs = student.clone(), teacher
+    found, gradient = rows_triton.row_known_gradients(ours, theirs, labels, spec, {name: -0.7}, grad_dtype)
+    assert gradient.dtype == grad_dtype and gradient.data_ptr() == ours.data_ptr()
+    statistics = rows_triton.row_statistics(student, teacher, labels, spec)
+    weights = {name: torch.full((3,), -0.7, device=kit.device)}
+    expected = rows_triton.row_gradients(student, teacher, labels, statistics, weights, spec, grad_dtype)
+    assert set(found) == {name}
+    torch.testing.assert_close(found[name], statistics[name], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5 if grad_dtype == torch.float32 else 8e-3, atol=1e-7)
+    assert expected.abs().sum() > 0
+
+
 def test_argmax_takes_the_lowest_of_equals_in_different_blocks(kit):
     student = torch.zeros(3, VOCAB, device=kit.device)
     student[0, [77, 130, 1101, 2125]] = 1.0  # 1101 and 2125 lie one and two blocks behind 77
