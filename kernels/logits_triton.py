@@ -91,7 +91,7 @@ def push(z, d, columns, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.const
     if SUM_X:
         down = tl.where(larger, gap, 0.0)
         x = tl.where(larger | (z == NEG_INF), 0.0, gap)
-        sx = (sx - s * down) * shrink + e * x
+        sx = tl.where(shrink == 0.0, 0.0, (sx - s * down) * shrink) + e * x  # s * down may be infinite
     s = s * shrink + e
     if SUM_D:
         sd = sd * shrink + e * d
@@ -107,11 +107,11 @@ def merge(m, s, sd, sx, best, V, SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMA
     top = tl.max(m, 0)
     weight = tl.exp(m - top)
     if SUM_X:
-        sx = tl.sum((sx + s * (m - top)) * weight, 0)
+        sx = tl.sum(tl.where(weight == 0.0, 0.0, (sx + s * (m - top)) * weight), 0)
     else:
         sx = 0.0
     if SUM_D:
-        sd = tl.sum(sd * weight, 0)
+        sd = tl.sum(tl.where(weight == 0.0, 0.0, sd * weight), 0)
     else:
         sd = 0.0
     s = tl.sum(s * weight, 0)

@@ -1,6 +1,6 @@
 """The Triton kernel of the row statistics: one program takes one row of both models, in one pass.
 
-With k_s, k_t the maxima of the row's first block, fixed, and d = (z_s - k_s) - (z_t - k_t),
+With k_s, k_t the maxima of the row's first block, or where those lie far below them the row's own, and d = (z_s - k_s) - (z_t - k_t),
 
     c = (lse_s - k_s) - (lse_t - k_t)        reverse_kl = E_q[d] - c        forward_kl = c - E_p[d]
 
@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 from minillm.kernels.logits_triton import LOWEST, NEG_INF, load_logits, log_mixture, log_ratio, merge, push, to_logits
+
+FAR_BELOW = tl.constexpr(64.0)  # differences from a reference that far away would lose six bits
 
 
 @triton.jit(do_not_specialize=["slot_stride"])  # a last, shorter chunk compiles nothing new
@@ -64,23 +66,36 @@ def statistics_kernel(
     d, z_t = zeros, zeros
     infinite = tl.zeros((BLOCK,), tl.int32)  # bit 0: the reverse KL is, bit 1: the forward KL is
 
-    for tail in tl.static_range(2):  # whole blocks, then what is left: a mask in the main loop would forbid wide loads
-        for start in range(whole if tail else 0, V if tail else whole, BLOCK):
-            columns = start + lanes
-            z_s = load_logits(student, columns, V, student_inner, student_outer, STUDENT_MODE, tail)
-            if TEACHER:
-                z_t = load_logits(teacher, columns, V, teacher_inner, teacher_outer, TEACHER_MODE, tail)
-            if RATIO:
-                no_s, no_t = z_s == NEG_INF, z_t == NEG_INF
-                d = tl.where(no_s | no_t, 0.0, (z_s - k_s) - (z_t - k_t))
-                infinite |= tl.where(no_s == no_t, 0, tl.where(no_t, 1, 2))
-            m_s, s, s_d, s_x, best_s = push(
-                z_s, d, columns, m_s, s, s_d, s_x, best_s, REVERSE_KL >= 0, STUDENT_ENTROPY >= 0, STUDENT_ARGMAX
-            )
-            if TEACHER:
-                m_t, t, t_d, t_x, best_t = push(
-                    z_t, d, columns, m_t, t, t_d, t_x, best_t, FORWARD_KL >= 0, TEACHER_ENTROPY >= 0, TEACHER_ARGMAX
+    stop = tl.full((), V, tl.int32)
+    for attempt in range(2 if RATIO else 1):
+        # whole blocks, then what is left: a mask in the main loop would forbid wide loads
+        for tail in tl.static_range(2):
+            for start in range(whole if tail else 0, tl.minimum(stop, V if tail else whole), BLOCK):
+                columns = start + lanes
+                z_s = load_logits(student, columns, V, student_inner, student_outer, STUDENT_MODE, tail)
+                if TEACHER:
+                    z_t = load_logits(teacher, columns, V, teacher_inner, teacher_outer, TEACHER_MODE, tail)
+                if RATIO:
+                    no_s, no_t = z_s == NEG_INF, z_t == NEG_INF
+                    d = tl.where(no_s | no_t, 0.0, (z_s - k_s) - (z_t - k_t))
+                    infinite |= tl.where(no_s == no_t, 0, tl.where(no_t, 1, 2))
+                m_s, s, s_d, s_x, best_s = push(
+                    z_s, d, columns, m_s, s, s_d, s_x, best_s, REVERSE_KL >= 0, STUDENT_ENTROPY >= 0, STUDENT_ARGMAX
                 )
+                if TEACHER:
+                    m_t, t, t_d, t_x, best_t = push(
+                        z_t, d, columns, m_t, t, t_d, t_x, best_t, FORWARD_KL >= 0, TEACHER_ENTROPY >= 0, TEACHER_ARGMAX
+                    )
+        if RATIO:
+            # A first block far below the rest, masked by some finite number say, is nothing to measure d from: once
+            # more, from the row's own maxima. The lanes' maxima and argmaxes stay; the sums begin again.
+            top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
+            far = (attempt == 0) & ((top_s - k_s > FAR_BELOW) | (top_t - k_t > FAR_BELOW))
+            stop = tl.where(far, V, 0)
+            k_s = tl.where(far & (top_s > LOWEST), top_s, k_s)
+            k_t = tl.where(far & (top_t > LOWEST), top_t, k_t)
+            s, s_d, s_x = tl.where(far, 0.0, s), tl.where(far, 0.0, s_d), tl.where(far, 0.0, s_x)
+            t, t_d, t_x = tl.where(far, 0.0, t), tl.where(far, 0.0, t_d), tl.where(far, 0.0, t_x)
 
     out += index
     slot_stride = slot_stride.to(tl.int64)

@@ -58,27 +58,33 @@ class ShareSums:
 
     def statistics(self) -> dict[str, Tensor]:
         """What `rows_torch.row_statistics` returns for these rows, (K,) each, fp32 (argmaxes int64)."""
-        sums = {name: self.sums[slot].double() for name, slot in self.slots.items()}
+
+        def sums(name: str) -> Tensor:  # (shares, K), one at a time: all of them in float64 would take most memory
+            return self.sums[self.slots[name]].double()
+
         result, fields = {}, set(self.spec.fields)
-        models = [(who, x) for who, x in (("student", "s"), ("teacher", "t")) if f"m_{x}" in sums]
-        top = {x: sums[f"m_{x}"].amax(0) for _, x in models}
-        down = {x: sums[f"m_{x}"] - top[x] for _, x in models}  # from a share's maximum to the row's
+        models = [(who, x) for who, x in (("student", "s"), ("teacher", "t")) if f"m_{x}" in self.slots]
+        top = {x: sums(f"m_{x}").amax(0) for _, x in models}
+        down = {x: sums(f"m_{x}") - top[x] for _, x in models}  # from a share's maximum to the row's
         weight = {x: down[x].exp() for _, x in models}
-        total = {x: (sums[f"s_{x}"] * weight[x]).sum(0) for _, x in models}
+        total = {x: (sums(f"s_{x}") * weight[x]).sum(0) for _, x in models}
         log_total = {x: total[x].log().masked_fill(total[x] == 0, torch.nan) for _, x in models}  # no id at all: NaN
         for index, (who, x) in enumerate(models):
             result |= {f"{who}_max": top[x], f"{who}_log_sum": log_total[x]}
             if f"{who}_logprob" in fields:
-                result[f"{who}_logprob"] = (sums[f"y_{x}"].sum(0) - top[x]) - log_total[x]
+                result[f"{who}_logprob"] = (sums(f"y_{x}").sum(0) - top[x]) - log_total[x]
             if f"{who}_entropy" in fields:
-                sum_x = ((sums[f"x_{x}"] + sums[f"s_{x}"] * down[x]) * weight[x]).sum(0)
+                sum_x = ((sums(f"x_{x}") + sums(f"s_{x}") * down[x]) * weight[x]).sum(0)
                 result[f"{who}_entropy"] = log_total[x] - sum_x / total[x]
             if f"{who}_argmax" in fields:
                 best = torch.where(down[x] == 0, self.argmaxes[index].long(), NEVER).amin(0)
                 result[f"{who}_argmax"] = best.masked_fill(best == NEVER, 0)
         for name, x, sign in (("reverse_kl", "s", 1), ("forward_kl", "t", -1)):
             if name in fields:
-                sum_d = ((sums[f"d_{x}"] + sums[f"s_{x}"] * (down["s"] - down["t"])) * weight[x]).sum(0)
+                d = sums(f"d_{x}")
+                # a share without weight may have overflowed; what a ban has made infinite has the other sign
+                d.masked_fill_((weight[x] == 0) & (d == -sign * torch.inf), 0.0)
+                sum_d = ((d + sums(f"s_{x}") * (down["s"] - down["t"])) * weight[x]).sum(0)
                 infinite = ~sum_d.isfinite() & log_total["s"].isfinite() & log_total["t"].isfinite()
                 value = sign * (sum_d / total[x] - (log_total["s"] - log_total["t"]))
                 result[name] = torch.where(infinite, torch.inf, value)

@@ -56,7 +56,9 @@ def _halves(z):
 
 @triton.jit
 def _fold(
-    z, new, d, shift, ids, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr
+    z, new, d, shift, ids, m, s, sd, sx, best,
+    SIGN: tl.constexpr,  # of the infinity in sd that means an infinite divergence
+    SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
     """Some ids more in every row's sums: m the old maximum, new the new one, shift what d loses on the way."""
     drop = new - m
@@ -64,9 +66,11 @@ def _fold(
     x = z - new[:, None]
     e = tl.exp(x)
     if SUM_X:
-        sx = (sx - s * drop) * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * x), 1)
+        sx = tl.where(shrink == 0.0, 0.0, (sx - s * drop) * shrink) + tl.sum(tl.where(z == NEG_INF, 0.0, e * x), 1)
     if SUM_D:
-        sd = (sd - s * shift) * shrink + tl.sum(tl.where(z == NEG_INF, 0.0, e * d), 1)
+        # what has no weight any more may have overflowed; what a ban has made infinite stays so
+        gone = (shrink == 0.0) & (SIGN * sd < float("inf"))
+        sd = tl.where(gone, 0.0, (sd - s * shift) * shrink) + tl.sum(tl.where(z == NEG_INF, 0.0, e * d), 1)
     s = s * shrink + tl.sum(e, 1)
     if ARGMAX:
         place = tl.min(tl.where(z == new[:, None], ids[None, :], _NEVER), 1)
@@ -138,12 +142,12 @@ def tiled_kernel(
                 d = (h_s - new_s[:, None]) - (h_t - new_t[:, None])
                 shift = (new_s - m_s) - (new_t - m_t)
             s_s, d_s, x_s, best_s = _fold(
-                h_s, new_s, d, shift, part, m_s, s_s, d_s, x_s, best_s, D_S >= 0, X_S >= 0, STUDENT_ARGMAX
+                h_s, new_s, d, shift, part, m_s, s_s, d_s, x_s, best_s, 1, D_S >= 0, X_S >= 0, STUDENT_ARGMAX
             )
             m_s = new_s
             if TEACHER:
                 s_t, d_t, x_t, best_t = _fold(
-                    h_t, new_t, d, shift, part, m_t, s_t, d_t, x_t, best_t, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
+                    h_t, new_t, d, shift, part, m_t, s_t, d_t, x_t, best_t, -1, D_T >= 0, X_T >= 0, TEACHER_ARGMAX
                 )
                 m_t = new_t
 
