@@ -66,7 +66,7 @@ def linear_objective(
         objective: called as objective(stats, **inputs) with the TokenStats of a few tokens, C, and the same rows
             of every input, (C,) each; returns the loss of each token (C,), or (loss, {name: metric (C,)}). It must
             treat tokens independently, be made of differentiable torch operations, and read no other tensor that
-            requires grad.
+            requires grad. In fp16 a token's loss should be of order one, or its gradient is lost: divide the sum.
         inputs: constants of each token: advantages, weights, masks; any dtype, no gradient.
         fields: the statistics that the objective may read; None means the eight of TokenStats that the arguments
             allow. Naming them saves work.

@@ -5,7 +5,8 @@ ids are computed twice: once for the sums that statistics are made of, and in th
 gradient in place and multiplied out. Four student GEMMs and two teacher GEMMs, as of whole rows, but the only logits
 are those of a tile, and ids are the outer loop: the weight's gradient of a slice of ids is summed over all rows in fp32
 and rounded into its place, so that no fp32 sum of the whole weight exists. Beside the gradients there are a tile's
-logits, a slice's sum, the hidden states' fp32 sum, and where rows are ignored the kept hidden states.
+logits, a slice's sum, the hidden states' fp32 sum, and where rows are ignored copies of the kept ones of both models;
+in the forward pass the sums of `share_sums`, up to ten numbers a row and slice of ids.
 
 Both passes make the same products, so that the logits are the same to the last bit: a row's log-sum-exp that came from
 other roundings would cost the small gradients of peaked rows their digits.
@@ -66,11 +67,14 @@ def tile_gradients(
     coefficients: dict[str, Tensor],  # (K,) each: d loss / d field; absent means zero
     needs: tuple[bool, bool, bool],  # of hidden, weight, bias
     into: torch.dtype | Tensor,  # a tensor (V, H_s) to add the weight's gradient to, which is then not returned
+    factor: Tensor | None = None,  # (), of all gradients
 ) -> Gradients:
     """d loss / d (student_hidden, student_weight, student_bias), each in the dtype of its tensor."""
     hidden, _, bias = tensors[:3]
     # in a function of its own, so that a tile's logits are gone before the sums are rounded
-    hidden_sum, weight_grad, bias_sum = _sums(problem, tensors, statistics, coefficients, needs, into)
+    hidden_sum, weight_grad, bias_sum = _sums(problem, tensors, statistics, coefficients, needs, into, factor)
+    if factor is not None:
+        hidden_sum, bias_sum = (None if total is None else total.mul_(factor) for total in (hidden_sum, bias_sum))
     hidden_grad = None if hidden_sum is None else hidden_sum.to(hidden.dtype)
     if hidden_grad is not None and tensors.kept is not None:
         every_row = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -85,15 +89,19 @@ def _sums(
     coefficients: dict[str, Tensor],
     needs: tuple[bool, bool, bool],
     into: torch.dtype | Tensor,
+    factor: Tensor | None,
 ) -> Gradients:
-    """Of kept hidden states (K, H_s) and bias (V,) in the dtype of the logits; of the weight in its own."""
+    """Of kept hidden states (K, H_s) and bias (V,) in the dtype of the logits; of the weight in its own, times the factor."""
     hidden, weight, bias = tensors[:3]
     device, dtype = hidden.device, problem.logits
     hidden_sum = torch.zeros(problem.kept, hidden.shape[1], dtype=dtype, device=device) if needs[0] else None
     bias_sum = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
     slice_sum = torch.empty(TILE_IDS, weight.shape[1], dtype=dtype, device=device) if needs[1] else None
-    weight_grad = torch.zeros_like(weight) if needs[1] and not isinstance(into, Tensor) else None
-    if not coefficients or not problem.kept:
+    weight_grad = torch.empty_like(weight) if needs[1] and not isinstance(into, Tensor) else None
+    written = problem.vocab_size if coefficients and problem.kept else 0
+    if weight_grad is not None:
+        weight_grad[written:].zero_()
+    if not written:
         return hidden_sum, weight_grad, bias_sum
     teacher = any(FIELDS[name].teacher for name in coefficients)
     vectors, slots = gradient_vectors(statistics, coefficients, teacher=teacher)
@@ -118,6 +126,8 @@ def _sums(
             add_product(total, dz.t(), tile.student_hidden, first=tile.rows.start == 0)
             if tile.rows.stop < problem.kept:
                 continue
+            if factor is not None:
+                total.mul_(factor)
             if weight_grad is not None:
                 weight_grad[tile.ids] = total
             else:

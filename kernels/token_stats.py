@@ -186,11 +186,29 @@ def _gradients(
     into: torch.dtype | Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of student_hidden, student_weight and student_bias, in their dtypes."""
+    factor = None
+    if problem.student_compute == torch.float16 and coefficients and problem.kept:
+        # fp16 ends at 6e-8 and at 65,504: logits' gradients of a mean, or of a scaled loss, would not fit
+        factor = _power_of_two(coefficients)
+        coefficients = {name: value / factor for name, value in coefficients.items()}
     if problem.backend == "tiled":
         from minillm.kernels.tiles import tile_gradients
 
-        return tile_gradients(problem, tensors, statistics, coefficients, needs, into)
-    sums = problem.gradients(tensors, needs, into)
+        return tile_gradients(problem, tensors, statistics, coefficients, needs, into, factor)
+    return _chunk_gradients(problem, tensors, statistics, coefficients, needs, into, factor)
+
+
+def _chunk_gradients(
+    problem: Problem,
+    tensors: Tensors,
+    statistics: dict[str, Tensor],
+    coefficients: dict[str, Tensor],
+    needs: tuple[bool, bool, bool],
+    into: torch.dtype | Tensor,
+    factor: Tensor | None,  # (), of all gradients
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    later = factor is not None and isinstance(into, Tensor)  # what goes into the caller's tensor is multiplied first
+    sums = problem.gradients(tensors, needs, problem.logits if later else into)
     if coefficients:
         needs_teacher = any(FIELDS[name].teacher for name in coefficients)
         for chunk in problem.chunks(tensors, sums=sums, teacher=needs_teacher):
@@ -205,7 +223,19 @@ def _gradients(
             )
             sums.add(dz, chunk.hidden, chunk.rows)
         chunk = dz = None  # the logits' memory goes before the weight's gradient is cast
-    return sums.results(tensors[:3])
+    if factor is None:
+        return sums.results(tensors[:3])
+    if later and needs[1]:
+        into.addcmul_(sums.weight, factor)
+    hidden, weight, bias = (None if one is None else one.mul_(factor) for one in sums.results(tensors[:3]))
+    return hidden, None if later else weight, bias
+
+
+def _power_of_two(coefficients: dict[str, Tensor]) -> Tensor:
+    """At most the largest of them, and more than half of it; 1 where that is no positive number. A scalar there."""
+    largest = torch.stack([value.abs().amax() for value in coefficients.values()]).amax()
+    power = torch.exp2(torch.log2(largest).floor())
+    return torch.where(largest.isfinite() & (largest > 0), power, torch.ones_like(power))
 
 
 def _statistics(problem: Problem, tensors: Tensors, graded: bool) -> dict[str, Tensor]:
