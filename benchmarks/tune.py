@@ -7,6 +7,7 @@ changes nothing: the sizes are constants of the modules that it names. Needs tor
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -309,18 +310,25 @@ def measure(variants: Iterator[Variant], median_ms: Callable[[Callable[[], objec
                 found = variant.value()
                 error = (torch.linalg.vector_norm((found - expected).float()) / expected.float().norm()).item()
             with applied(variant.settings):
-                yield Timing(variant, median_ms(variant.run), error)
+                timing = Timing(variant, median_ms(variant.run), error)
         except Exception as failure:
-            reason = str(failure).strip().partition("\n")[0]
-            yield Timing(variant, float("nan"), None, f"{type(failure).__name__}: {reason}"[:120])
+            timing = Timing(variant, math.nan, None, _reason(failure))
+        yield timing
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"[:120]
 
 
 def profile(inputs: Inputs, rows: int = 14) -> str:
     """Where the time of one forward and backward pass goes, by kernel."""
     from torch.profiler import ProfilerActivity
 
+    leaves = inputs.student_hidden, inputs.student_weight
+
     def run() -> None:
-        leaves = inputs.student_hidden, inputs.student_weight
+        for leaf in leaves:
+            leaf.grad = None
         linear_divergence(*leaves, inputs.teacher_hidden, inputs.teacher_weight).backward()
 
     run()
@@ -331,7 +339,7 @@ def profile(inputs: Inputs, rows: int = 14) -> str:
         if on_gpu:
             torch.cuda.synchronize()
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=70)
+    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=70).rstrip()
 
 
 def _median_ms(run: Callable[[], object]) -> float:
@@ -369,14 +377,20 @@ def report(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     for part in (part for part in VARIANTS if part in parts):
-        for timing in measure(VARIANTS[part](inputs), median_ms):
-            lines.append(timing.line())
-            print(lines[-1], file=sys.stderr, flush=True)
-            _write(path, lines)
+        try:
+            for timing in measure(VARIANTS[part](inputs), median_ms):
+                lines.append(timing.line())
+                print(lines[-1], file=sys.stderr, flush=True)
+                _write(path, lines)
+        except Exception as failure:  # in what a part prepares: the others go on
+            lines.append(f"| {part} | | | | | {_reason(failure)} |")
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if "profile" in parts:
-        lines += ["", "```", profile(inputs).rstrip(), "```"]
+        try:
+            lines += ["", "```", profile(inputs), "```"]
+        except Exception as failure:
+            lines += ["", f"no profile: {_reason(failure)}"]
     lines += ["", *as_table(describe(device.type)), ""]
     _write(path, lines)
     return "\n".join(lines)

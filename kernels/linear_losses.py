@@ -56,7 +56,8 @@ def linear_cross_entropy(
     """- log q(label): its mean over tokens that are not ignored, its sum, or (...) with reduction="none".
 
     `num_items` replaces the divisor of the mean where a batch is split over ranks or micro-batches. With mean and sum
-    the gradient is computed in the forward pass (tiled: in the backward pass). Arguments and errors are otherwise those of linear_token_stats.
+    the gradient is computed in the forward pass (tiled: in the backward pass). Arguments and errors are otherwise those
+    of linear_token_stats.
     """
     problem, tensors = _one_model(
         hidden, head, labels, temperature, ignore_index, vocab_size, kept, backend, chunk_bytes
@@ -93,7 +94,8 @@ def linear_divergence(
 
     `reduction`: mean over tokens that are not ignored (all without labels), sum, or none: (...), 0 where ignored.
     `num_items` replaces the divisor of the mean where a batch is split over ranks or micro-batches. With mean and sum
-    the gradient is computed in the forward pass (tiled: in the backward pass). Arguments and errors are otherwise those of linear_token_stats.
+    the gradient is computed in the forward pass (tiled: in the backward pass). Arguments and errors are otherwise those
+    of linear_token_stats.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")

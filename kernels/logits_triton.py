@@ -18,8 +18,8 @@ FAR = tl.constexpr(divergences.FAR)
 
 
 def transform(spec: RowSpec) -> dict[str, float | int]:
-    """How raw logits become logits, and the weights of the mixtures, as the kernels take them."""
-    result: dict[str, float | int] = {"beta": spec.beta, "alpha": spec.alpha}
+    """How raw logits become logits, as the kernels take it."""
+    result: dict[str, float | int] = {}
     for who, scale, softcap in (
         ("student", spec.student_scale, spec.student_softcap),
         ("teacher", spec.teacher_scale, spec.teacher_softcap),

@@ -103,7 +103,7 @@ def tile_sums(
             share * row_count + rows.start,
             student.stride(0),
             0 if teacher is None else teacher.stride(0),
-            **{name: value for name, value in transform(sums.spec).items() if name not in ("alpha", "beta")},
+            **transform(sums.spec),
             **sums.constants,
             BLOCK=triton.next_power_of_2(block),
             num_warps=WARPS,

@@ -211,7 +211,7 @@ def tiled_stats(
             K=rows,
             V=vocab_size,
             ids_a_share=ids_a_share,
-            **{name: value for name, value in transform(spec).items() if name not in ("alpha", "beta")},
+            **transform(spec),
             **sums.constants,
             **config,
         )

@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from minillm.benchmarks import tune  # noqa: E402
 from minillm.benchmarks.cases import Case, make_inputs  # noqa: E402
 from minillm.benchmarks.tune import VARIANTS, Variant, applied, measure  # noqa: E402
-from minillm.kernels import rows_triton, tiled_triton, tiles  # noqa: E402
+from minillm.kernels import arguments as argument_checks  # noqa: E402
+from minillm.kernels import chunks, rows_triton, tiled_triton, tiles  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Case("reverse_kl", 6, 16, 24, 120, "float32")
@@ -42,17 +43,111 @@ def test_every_variant_runs_and_computes_the_same(part):
     assert constants() == before
 
 
-def test_the_settings_of_a_variant_are_those_it_runs_under():
-    """And each names what the code reads."""
-    seen = []
-    inputs = make_inputs(TINY, DEVICE)
-    list(measure(VARIANTS["statistics"](inputs), lambda run: seen.append(rows_triton.STATISTICS_BLOCK) or 1.0))
-    assert seen[0] == rows_triton.STATISTICS_BLOCK and set(seen) == {512, 1024, 2048, 4096}
+class Spy:
+    """A kernel that notes with what it was launched."""
+
+    def __init__(self, monkeypatch, module, name: str):
+        self.kernel, self.launches = getattr(module, name), []
+        monkeypatch.setattr(module, name, self)
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launches.append(kwargs)
+            return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+KERNELS = {"statistics": "statistics_kernel", "gradients": "gradient_kernel", "launches": "both_kernel"}
+
+
+@pytest.mark.parametrize("part", KERNELS)
+def test_row_kernels_are_launched_as_a_variant_says(part, monkeypatch):
+    spies = {name: Spy(monkeypatch, rows_triton, name) for name in KERNELS.values()}
+    spy, names = spies.pop(KERNELS[part]), []
+    for variant in VARIANTS[part](make_inputs(TINY, DEVICE)):
+        spy.launches.clear()
+        with applied(variant.settings):
+            variant.run()
+        if variant.name == "two":
+            assert not spy.launches and all(other.launches for other in spies.values())
+            continue
+        (launch,) = spy.launches
+        block, warps = (value for _, _, value in variant.settings)
+        assert (launch["BLOCK"], launch["num_warps"]) == (block, warps)
+        assert f"BLOCK {block}, {warps} warps" in variant.name
+        assert variant.amount == {"statistics": 8, "gradients": 12, "launches": 20}[part] * TINY.tokens * TINY.vocab
+        names.append(variant.name)
+    assert len(set(names)) == len(names) >= 9
+
+
+def test_the_tiled_engine_is_launched_as_a_variant_says(monkeypatch):
+    spy, grids = Spy(monkeypatch, tiled_triton, "tiled_kernel"), set()
+    for variant in VARIANTS["tiled"](make_inputs(TINY, DEVICE)):
+        with applied(variant.settings):
+            variant.run()
+            waves = tiled_triton.WAVES
+        launch = spy.launches[-1]
+        name = "{BLOCK_M} x {BLOCK_N} x {BLOCK_H}, {num_warps} warps, {num_stages} stages".format(**launch)
+        assert variant.name == f"{name}, WAVES {waves}"
+        assert variant.amount == 2 * TINY.tokens * TINY.vocab * (16 + 24)
+        grids.add(variant.name)
+    assert len(grids) >= 10
+
+
+def test_losses_run_by_the_backend_and_the_bytes_that_a_variant_names(monkeypatch):
+    calls, original = [], tune.linear_divergence
+
+    def divergence(*args, backend, chunk_bytes):
+        ids = {module.TILE_IDS for module in (argument_checks, tiles)}
+        calls.append((backend, chunk_bytes, ids, [one.grad for one in args[:2]]))
+        return original(*args, backend=backend, chunk_bytes=chunk_bytes)
+
+    monkeypatch.setattr(tune, "linear_divergence", divergence)
+    for variant in VARIANTS["losses"](make_inputs(TINY, DEVICE)):
+        with applied(variant.settings):
+            variant.run()
+        backend, chunk_bytes, ids, before = calls[-1]
+        chunk_bytes = chunk_bytes or chunks.DEVICE_BUDGET
+        assert before == [None, None]  # or their sum would be timed as well
+        (ids,) = ids  # the same in both modules
+        sizes = f"TILE_IDS {ids}, tiles" if backend == "tiled" else "chunks"
+        assert variant.name == f"{backend}, {sizes} of {chunk_bytes // tune.MIB} MiB"
+        assert variant.amount == TINY.flops("full")
+    assert {call[0] for call in calls} == {"triton", "tiled"}
+
+
+def test_settings_are_put_back():
+    before = rows_triton.STATISTICS_BLOCK
     with pytest.raises(AttributeError), applied(((rows_triton, "NO_SUCH_SIZE", 3),)):
         pass
     with pytest.raises(ZeroDivisionError), applied(((rows_triton, "STATISTICS_BLOCK", 3),)):
         _ = 1 // 0
-    assert rows_triton.STATISTICS_BLOCK == seen[0]
+    for _ in measure(VARIANTS["statistics"](make_inputs(TINY, DEVICE)), once):
+        assert rows_triton.STATISTICS_BLOCK == before
+
+
+def test_a_part_that_cannot_begin_leaves_the_others(monkeypatch):
+    def broken(inputs):
+        raise torch.OutOfMemoryError("no room")
+        yield
+
+    def no_profile(inputs):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setitem(VARIANTS, "statistics", broken)
+    monkeypatch.setattr(tune, "profile", no_profile)
+    page = tune.report(TINY, DEVICE, ["ceilings", "statistics", "gradients", "profile"], once, None)
+    assert "| statistics | | | | | OutOfMemoryError: no room |" in page
+    assert "| ceilings | copy |" in page and "GRADIENT_BLOCK" in page and "no profile: RuntimeError" in page
+
+
+def test_the_profile_is_of_one_pass_alone():
+    inputs = make_inputs(TINY, DEVICE)
+    tune.profile(inputs)
+    once_more = [leaf.grad.clone() for leaf in inputs.leaves]
+    tune.profile(inputs)
+    assert all(torch.equal(leaf.grad, before) for leaf, before in zip(inputs.leaves, once_more, strict=True))
 
 
 def test_other_results_and_failures_are_said():

@@ -101,3 +101,40 @@ def test_a_divisor_is_one_positive_number(num_items, kit):
         linear_divergence(*case.arguments[:4], num_items=num_items)
     one = linear_divergence(*case.arguments[:4], num_items=torch.tensor([7]))
     torch.testing.assert_close(one, linear_divergence(*case.arguments[:4], num_items=7))
+
+
+def test_known_coefficients_take_one_launch(kit, monkeypatch):
+    """Mean and sum of one statistic; an objective of the caller's, or no reduction, takes two kernels."""
+    rows_triton = pytest.importorskip("minillm.kernels.rows_triton", reason="triton is not installed")
+    launched = []
+
+    def spy(name):
+        kernel = getattr(rows_triton, name)
+
+        class Spy:
+            def __getitem__(self, grid):
+                launched.append(name)
+                return kernel[grid]
+
+        monkeypatch.setattr(rows_triton, name, Spy())
+
+    for name in ("statistics_kernel", "gradient_kernel", "both_kernel"):
+        spy(name)
+    case = kit.make_case(rows=5)
+    pair = dict(labels=case.labels, backend="triton")
+    for call, expected in (
+        (lambda: linear_divergence(*case.arguments[:4], **pair), ["both_kernel"]),
+        (lambda: linear_divergence(*case.arguments[:4], reduction="sum", **pair), ["both_kernel"]),
+        (lambda: linear_cross_entropy(*case.arguments[:2], **pair), ["both_kernel"]),
+        (
+            lambda: linear_divergence(*case.arguments[:4], reduction="none", **pair).sum(),
+            ["statistics_kernel", "gradient_kernel"],
+        ),
+    ):
+        launched.clear()
+        call().backward()
+        assert launched == expected
+        launched.clear()
+        with torch.no_grad():
+            call()
+        assert launched == ["statistics_kernel"]

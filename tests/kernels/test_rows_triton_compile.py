@@ -5,6 +5,7 @@ for sm_90 and reads registers, stack and local memory off the machine code.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -122,7 +123,10 @@ def report(folder: Path) -> dict[str, dict[str, int]]:
         for recorder in (statistics, gradients, both, tiles)
         for args, kwargs in recorder.launches
     ]
-    return {name: resources(kernel, folder) for name, kernel in zip(names, compiled, strict=True)}
+    found = {name: resources(kernel, folder) for name, kernel in zip(names, compiled, strict=True)}
+    for name, kernel in zip(names, compiled, strict=True):  # of single numbers, and what orders them
+        found[name]["order"] = re.findall(r"bar\.sync|st\.global\.b32|ld\.global\.b32", kernel.asm["ptx"])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,14 @@ def test_two_programs_fit_on_a_multiprocessor(compiled, case):
 @pytest.mark.parametrize("case", [c for c in CASES if "everything" not in c and "one_id" not in c])
 def test_loads_are_16_bytes_wide(compiled, case):
     assert compiled[case]["wide_loads"] >= (1 if "alone" in case or "cross_entropy" in case else 2), compiled[case]
+
+
+@pytest.mark.parametrize("case", ["reverse_kl", "jsd", "cross_entropy"])
+def test_statistics_are_written_before_any_thread_reads_them(compiled, case):
+    """One launch goes through memory from the one to the other; the interpreter runs everything in order anyway."""
+    order = compiled[f"one launch: {case}"]["order"]
+    last = len(order) - 1 - order[::-1].index("st.global.b32")
+    assert order[last + 1] == "bar.sync" and order[last + 2] == "ld.global.b32", order
 
 
 if __name__ == "__main__":

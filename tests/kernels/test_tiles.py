@@ -227,7 +227,9 @@ def test_under_autocast(kit):
         loss = loss_of(case, weights)
     actual = gradients(loss, case)
     assert all(gradient.dtype == torch.float32 for gradient in actual.values())
-    assert_close(actual, expected_gradients(rounded, weights, kit)[1], 5e-3, kit)
+    # a GPU's products take the logits' gradient in bf16
+    tolerance = 1e-5 if kit.device == "cpu" else 5e-3
+    assert_close(actual, expected_gradients(rounded, weights, kit)[1], tolerance, kit)
 
 
 def test_tiles_change_only_rounding_and_runs_change_nothing(kit):
