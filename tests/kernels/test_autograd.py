@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from minillm.kernels import head
 from minillm.losses import linear_divergence, linear_objective, linear_token_stats
 
 
@@ -198,50 +197,3 @@ def test_a_teacher_from_inference_mode(kind, kit):
         assert torch.equal(found, wanted)
     with torch.inference_mode():
         assert losses_with(made, kind) == losses_with(case, kind).detach()
-
-
-@pytest.mark.parametrize("factor", [1e-5, 1.0, 3e5])
-@pytest.mark.parametrize("weight_grad", ["fp32", "tensor"])
-@pytest.mark.parametrize("backend", ["torch", "triton", "tiled"])
-def test_gradients_of_a_mean_fit_into_half_precision(backend, weight_grad, factor, kit, monkeypatch):
-    """fp16 products of leaves in fp32, as under autocast, where tensor cores take the logits' gradient in fp16."""
-    if backend not in (*kit.backends, "tiled") or "triton" not in kit.backends:
-        pytest.skip("triton is not installed")
-    if kit.device == "cpu":  # which has no product of fp16 with an fp32 result
-        monkeypatch.setattr(head, "_on_tensor_cores", lambda dtype, logits, device: dtype == torch.float16)
-        monkeypatch.setattr(torch, "mm", _wide(torch.mm))
-        monkeypatch.setattr(torch, "addmm", _wide(torch.addmm))
-    case = kit.make_case(rows=16, vocab=300, bias=True)
-    rounded = case.with_(
-        **{
-            name: getattr(case, name).detach().half()
-            for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
-        }
-    )
-    expected, leaves = kit.oracle(rounded)
-    exact = torch.autograd.grad(factor * expected["reverse_kl"].sum(), list(leaves.values()))
-    main = torch.zeros_like(case.student_weight, requires_grad=False)
-    with torch.autocast(kit.device, torch.float16):
-        options = {
-            "fields": ("reverse_kl",),
-            "backend": backend,
-            "weight_grad": main if weight_grad == "tensor" else "fp32",
-        }
-        loss = factor * linear_token_stats(*case.arguments, **options).reverse_kl.sum()
-    loss.backward()
-    found = dict(case.leaves, weight=main) if weight_grad == "tensor" else case.leaves
-    for (name, leaf), wanted in zip(found.items(), exact, strict=True):
-        gradient = leaf if leaf is main else leaf.grad
-        assert kit.relative_error(gradient, wanted) < 3e-3, name
-
-
-def _wide(product):
-    """torch.mm or torch.addmm with out_dtype, from fp16 to fp32, as CUDA has it."""
-
-    def run(*operands, out_dtype=None, out=None):
-        if out_dtype is None:
-            return product(*operands) if out is None else product(*operands, out=out)
-        result = product(*(one.to(out_dtype) for one in operands))
-        return result if out is None else out.copy_(result)
-
-    return run
