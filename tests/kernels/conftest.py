@@ -34,6 +34,12 @@ def backend(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=[*BACKENDS, *(["tiled"] if "triton" in BACKENDS else [])])
+def engine(request) -> str:
+    """Every backend, also the one that does not offer everything."""
+    return request.param
+
+
 @dataclass
 class Case:
     """Inputs of a fused loss. Leaves of the student require grad."""
