@@ -135,54 +135,51 @@ def _largest(values: Iterable[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
+def _at_most(bound: float, what: str, measured: Callable[[Results], float]) -> Goal:
+    return Goal(what, measured, bound)
+
+
+def _at_least(bound: float, what: str, measured: Callable[[Results], float]) -> Goal:
+    return Goal(what, measured, bound, at_most=False)
+
+
+def _on_other_heads(name: str, case: Case) -> tuple[Goal, Goal]:
+    return (
+        _at_most(1.25, f"{name}: over the bare products", lambda r: r.over_products(case, "full")),
+        _at_least(
+            1.0, f"{name}: times as fast as the fastest peer", lambda r: r.speedup_over_the_fastest(case, "full")
+        ),
+    )
+
+
 GOALS = (
-    Goal("forward and backward over the bare products", lambda r: r.over_products(LARGE, "full"), 1.2),
-    Goal("times as fast as TRL", lambda r: r.speedup(LARGE, "trl"), 1.4, at_most=False),
-    Goal("times as fast as Liger fused", lambda r: r.speedup(LARGE, "liger_fused_fp32_accum"), 2.0, at_most=False),
-    Goal(
-        "times as fast as Liger chunked, compiled",
-        lambda r: r.speedup(LARGE, "liger_chunked_compiled"),
-        1.2,
-        at_most=False,
+    _at_most(1.2, "forward and backward over the bare products", lambda r: r.over_products(LARGE, "full")),
+    _at_least(1.4, "times as fast as TRL", lambda r: r.speedup(LARGE, "trl")),
+    _at_least(2.0, "times as fast as Liger fused", lambda r: r.speedup(LARGE, "liger_fused_fp32_accum")),
+    _at_least(1.2, "times as fast as Liger chunked, compiled", lambda r: r.speedup(LARGE, "liger_chunked_compiled")),
+    _at_most(2.5, "peak memory over inputs, GiB", lambda r: r.peak(LARGE, OURS)),
+    _at_most(1.4, "the same, lean", lambda r: r.peak(LARGE, LEAN)),
+    _at_most(0.1, "the same, tiled, beside the gradients", lambda r: r.beside_the_gradients(LARGE, TILED)),
+    *_on_other_heads("V=32,000", SMALL),
+    *_on_other_heads("GPT-2's heads", GPT2),
+    _at_most(1.15, "scoring over the bare products", lambda r: r.over_products(LARGE, "forward")),
+    _at_least(
+        1.0, "scoring: times as fast as the fastest peer", lambda r: r.speedup_over_the_fastest(LARGE, "forward")
     ),
-    Goal("peak memory over inputs, GiB", lambda r: r.peak(LARGE, OURS), 2.5),
-    Goal("the same, lean", lambda r: r.peak(LARGE, LEAN), 1.4),
-    Goal("the same, tiled, beside the gradients", lambda r: r.beside_the_gradients(LARGE, TILED), 0.1),
-    Goal("V=32,000: over the bare products", lambda r: r.over_products(SMALL, "full"), 1.25),
-    Goal(
-        "V=32,000: times as fast as the fastest peer",
-        lambda r: r.speedup_over_the_fastest(SMALL, "full"),
-        1.0,
-        at_most=False,
-    ),
-    Goal("GPT-2's heads: over the bare products", lambda r: r.over_products(GPT2, "full"), 1.25),
-    Goal(
-        "GPT-2's heads: times as fast as the fastest peer",
-        lambda r: r.speedup_over_the_fastest(GPT2, "full"),
-        1.0,
-        at_most=False,
-    ),
-    Goal("scoring over the bare products", lambda r: r.over_products(LARGE, "forward"), 1.15),
-    Goal(
-        "scoring: times as fast as the fastest peer",
-        lambda r: r.speedup_over_the_fastest(LARGE, "forward"),
-        1.0,
-        at_most=False,
-    ),
-    Goal("relative error of the gradients", lambda r: _largest(r.error(case) for case in COMPARED), 5e-3),
-    Goal(
+    _at_most(5e-3, "relative error of the gradients", lambda r: _largest(r.error(case) for case in COMPARED)),
+    _at_most(
+        0.5,
         "the same over the least of a peer that rounds its logits",
         lambda r: _largest(r.error_over_the_least(case) for case in COMPARED),
-        0.5,
     ),
-    Goal("time at 4 x the tokens", lambda r: r.time(LONG) / r.time(LARGE), 4.2),
-    Goal("time at 4 x the vocabulary", lambda r: r.time(LARGE) / r.time(QUARTER), 4.2),
-    Goal(
+    _at_most(4.2, "time at 4 x the tokens", lambda r: r.time(LONG) / r.time(LARGE)),
+    _at_most(4.2, "time at 4 x the vocabulary", lambda r: r.time(LARGE) / r.time(QUARTER)),
+    _at_most(
+        1.05,
         "memory beside the gradients at 4 x the tokens",
         lambda r: r.beside_the_gradients(LONG, OURS) / r.beside_the_gradients(LARGE, OURS),
-        1.05,
     ),
-    Goal("time with half of the tokens ignored", lambda r: r.time(HALF) / r.time(LARGE), 0.55),
+    _at_most(0.55, "time with half of the tokens ignored", lambda r: r.time(HALF) / r.time(LARGE)),
 )
 
 

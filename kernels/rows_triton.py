@@ -138,25 +138,12 @@ def gradients_from_vectors(
 ) -> Tensor:
     """row_gradients from `gradient_vectors`. For all coefficients but tvd's the columns may be a part of the ids."""
     _check(student, teacher)
-    C, V = student.shape
-    gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
+    C = student.shape[0]
+    gradient = _in_place(student, grad_dtype)
     if C:
         with torch.cuda.device_of(student):
             gradient_kernel[(C,)](
-                student,
-                teacher,
-                labels,
-                gradient,
-                vectors,
-                vectors.stride(0),
-                V,
-                student.stride(0),
-                0 if teacher is None else teacher.stride(0),
-                gradient.stride(0),
-                **transform(spec),
-                beta=spec.beta,
-                alpha=spec.alpha,
-                chain=spec.student_scale / spec.temperature,
+                **_gradient_arguments(student, teacher, labels, gradient, vectors, spec),
                 **{name.upper(): slots.get(name, -1) for name in GRADIENT_SLOTS},
                 BLOCK=GRADIENT_BLOCK,
                 num_warps=GRADIENT_WARPS,
@@ -193,36 +180,49 @@ def row_known_gradients(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """row_statistics, and row_gradients of a loss that is linear in them, by one launch."""
     _check(student, teacher)
-    C, V = student.shape
+    C = student.shape[0]
     slots = _statistic_slots(spec, teacher is not None)
     count = len(slots)
     slots |= {f"c_{name}": count + index for index, name in enumerate(coefficients)}
     vectors = torch.empty(len(slots), C, dtype=torch.float32, device=student.device)
     for name, value in coefficients.items():
         vectors[slots[f"c_{name}"]].fill_(value)
-    gradient = student if grad_dtype == student.dtype else student.view(grad_dtype)[:, :V]
+    gradient = _in_place(student, grad_dtype)
     if C:
         with torch.cuda.device_of(student):
             both_kernel[(C,)](
-                student,
-                teacher,
-                labels,
-                gradient,
-                vectors,
-                C,
-                V,
-                student.stride(0),
-                0 if teacher is None else teacher.stride(0),
-                gradient.stride(0),
-                **transform(spec),
-                beta=spec.beta,
-                alpha=spec.alpha,
-                chain=spec.student_scale / spec.temperature,
+                **_gradient_arguments(student, teacher, labels, gradient, vectors, spec),
                 **{name.upper(): slots.get(name, -1) for name in (*STATISTIC_SLOTS, *COEFFICIENT_SLOTS)},
                 BLOCK=BOTH_BLOCK,
                 num_warps=BOTH_WARPS,
             )
     return {name: vectors[slots[name]] for name in spec.fields}, gradient
+
+
+def _in_place(student: Tensor, grad_dtype: torch.dtype) -> Tensor:
+    """Where the gradient of these logits goes: their own rows, of which half precision takes the first half."""
+    return student if grad_dtype == student.dtype else student.view(grad_dtype)[:, : student.shape[1]]
+
+
+def _gradient_arguments(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, gradient: Tensor, vectors: Tensor, spec: RowSpec
+) -> dict[str, object]:
+    """What both kernels that end in a gradient are called with."""
+    return transform(spec) | {
+        "student": student,
+        "teacher": teacher,
+        "labels": labels,
+        "gradient": gradient,
+        "vectors": vectors,
+        "slot_stride": vectors.stride(0),
+        "V": student.shape[1],
+        "student_stride": student.stride(0),
+        "teacher_stride": 0 if teacher is None else teacher.stride(0),
+        "gradient_stride": gradient.stride(0),
+        "beta": spec.beta,
+        "alpha": spec.alpha,
+        "chain": spec.student_scale / spec.temperature,
+    }
 
 
 def _check(student: Tensor, teacher: Tensor | None) -> None:

@@ -13,11 +13,23 @@ _NEVER = tl.constexpr(NEVER)
 
 
 @triton.jit
-def _exponentials(z):
-    """(m, x, e) of a row: its largest logit, z - m, and their exponentials; x is -inf where z is."""
+def _store_sums(
+    sums, argmax, step, z, ids, is_label,
+    M: tl.constexpr, S: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, ARGMAX: tl.constexpr,
+):  # fmt: skip
+    """One model's sums of a row, all but D. Returns x = z - m and e = exp(x); x is -inf where z is."""
     m = tl.maximum(tl.max(z, 0), LOWEST)
     x = z - m
-    return m, x, tl.exp(x)
+    e = tl.exp(x)
+    tl.store(sums + M * step, m)
+    tl.store(sums + S * step, tl.sum(e, 0))
+    if X >= 0:
+        tl.store(sums + X * step, tl.sum(tl.where(z == NEG_INF, 0.0, e * x), 0))
+    if Y >= 0:
+        tl.store(sums + Y * step, tl.sum(tl.where(is_label, z, 0.0), 0))
+    if ARGMAX:
+        tl.store(argmax, tl.min(tl.where(z == m, ids, _NEVER), 0))
+    return x, e
 
 
 @triton.jit(do_not_specialize=["first", "step", "place"])  # `width` may be: its alignment is what allows wide loads
@@ -44,38 +56,28 @@ def tile_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     step = step.to(tl.int64)
     lanes = tl.arange(0, BLOCK)
+    is_label = lanes < width
     if Y_S >= 0 or Y_T >= 0:
-        is_label = (lanes < width) & (lanes == tl.load(labels + row) - first)
-    sums += place + row
-    argmaxes_at = argmaxes + place + row if STUDENT_ARGMAX or TEACHER_ARGMAX else argmaxes
+        is_label &= lanes == tl.load(labels + row) - first
+    place += row
+    sums += place
+    argmax = argmaxes
+    if STUDENT_ARGMAX or TEACHER_ARGMAX:
+        argmax += place
 
     z_s = load_logits(student + row * student_stride, lanes, width, student_inner, student_outer, STUDENT_MODE, True)
-    m_s, x_s, e_s = _exponentials(z_s)
-    tl.store(sums + M_S * step, m_s)
-    tl.store(sums + S_S * step, tl.sum(e_s, 0))
-    if X_S >= 0:
-        tl.store(sums + X_S * step, tl.sum(tl.where(z_s == NEG_INF, 0.0, e_s * x_s), 0))
-    if Y_S >= 0:
-        tl.store(sums + Y_S * step, tl.sum(tl.where(is_label, z_s, 0.0), 0))
-    if STUDENT_ARGMAX:
-        tl.store(argmaxes_at, tl.min(tl.where(z_s == m_s, first + lanes, _NEVER), 0))
+    x_s, e_s = _store_sums(sums, argmax, step, z_s, first + lanes, is_label, M_S, S_S, X_S, Y_S, STUDENT_ARGMAX)
     if TEACHER:
+        if TEACHER_ARGMAX:
+            argmax += step
         z_t = load_logits(
             teacher + row * teacher_stride, lanes, width, teacher_inner, teacher_outer, TEACHER_MODE, True
         )
-        m_t, x_t, e_t = _exponentials(z_t)
-        tl.store(sums + M_T * step, m_t)
-        tl.store(sums + S_T * step, tl.sum(e_t, 0))
-        if X_T >= 0:
-            tl.store(sums + X_T * step, tl.sum(tl.where(z_t == NEG_INF, 0.0, e_t * x_t), 0))
-        if Y_T >= 0:
-            tl.store(sums + Y_T * step, tl.sum(tl.where(is_label, z_t, 0.0), 0))
+        x_t, e_t = _store_sums(sums, argmax, step, z_t, first + lanes, is_label, M_T, S_T, X_T, Y_T, TEACHER_ARGMAX)
         if D_S >= 0:
             tl.store(sums + D_S * step, tl.sum(tl.where(z_s == NEG_INF, 0.0, e_s * (x_s - x_t)), 0))
         if D_T >= 0:
             tl.store(sums + D_T * step, tl.sum(tl.where(z_t == NEG_INF, 0.0, e_t * (x_s - x_t)), 0))
-        if TEACHER_ARGMAX:
-            tl.store(argmaxes_at + step, tl.min(tl.where(z_t == m_t, first + lanes, _NEVER), 0))
 
 
 def tile_sums(

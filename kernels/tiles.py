@@ -67,7 +67,7 @@ def tile_gradients(
     coefficients: dict[str, Tensor],  # (K,) each: d loss / d field; absent means zero
     needs: tuple[bool, bool, bool],  # of hidden, weight, bias
     into: torch.dtype | Tensor,  # a tensor (V, H_s) to add the weight's gradient to, which is then not returned
-    factor: Tensor | None = None,  # (), of all gradients
+    factor: Tensor | None,  # (), of all gradients
 ) -> Gradients:
     """d loss / d (student_hidden, student_weight, student_bias), each in the dtype of its tensor."""
     hidden, _, bias = tensors[:3]

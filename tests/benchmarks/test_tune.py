@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from minillm.benchmarks import tune  # noqa: E402
+from minillm.benchmarks import tune, tune_variants  # noqa: E402
 from minillm.benchmarks.cases import Case, make_inputs  # noqa: E402
-from minillm.benchmarks.tune import VARIANTS, Variant, applied, measure  # noqa: E402
-from minillm.kernels import arguments as argument_checks  # noqa: E402
-from minillm.kernels import chunks, rows_triton, tiled_triton, tiles  # noqa: E402
+from minillm.benchmarks.tune import measure  # noqa: E402
+from minillm.benchmarks.tune_variants import VARIANTS, Variant, applied  # noqa: E402
+from minillm.kernels import arguments, chunks, rows_triton, tiled_triton, tiles  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Case("reverse_kl", 6, 16, 24, 120, "float32")
@@ -96,14 +96,14 @@ def test_the_tiled_engine_is_launched_as_a_variant_says(monkeypatch):
 
 
 def test_losses_run_by_the_backend_and_the_bytes_that_a_variant_names(monkeypatch):
-    calls, original = [], tune.linear_divergence
+    calls, original = [], tune_variants.linear_divergence
 
     def divergence(*args, backend, chunk_bytes):
-        ids = {module.TILE_IDS for module in (argument_checks, tiles)}
+        ids = {module.TILE_IDS for module in (arguments, tiles)}
         calls.append((backend, chunk_bytes, ids, [one.grad for one in args[:2]]))
         return original(*args, backend=backend, chunk_bytes=chunk_bytes)
 
-    monkeypatch.setattr(tune, "linear_divergence", divergence)
+    monkeypatch.setattr(tune_variants, "linear_divergence", divergence)
     for variant in VARIANTS["losses"](make_inputs(TINY, DEVICE)):
         with applied(variant.settings):
             variant.run()
@@ -112,7 +112,7 @@ def test_losses_run_by_the_backend_and_the_bytes_that_a_variant_names(monkeypatc
         assert before == [None, None]  # or their sum would be timed as well
         (ids,) = ids  # the same in both modules
         sizes = f"TILE_IDS {ids}, tiles" if backend == "tiled" else "chunks"
-        assert variant.name == f"{backend}, {sizes} of {chunk_bytes // tune.MIB} MiB"
+        assert variant.name == f"{backend}, {sizes} of {chunk_bytes // tune_variants.MIB} MiB"
         assert variant.amount == TINY.flops("full")
     assert {call[0] for call in calls} == {"triton", "tiled"}
 

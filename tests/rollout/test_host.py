@@ -102,7 +102,8 @@ def test_a_step_asks_nothing_of_the_host(make_loop, architecture, options, dtype
 )
 def test_the_watch_sees_what_a_capture_would_refuse(make_loop, ask: Callable):
     loop = make_loop("llama", Sampling(4, alpha=0.3))
-    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoHost():
+    refused = "waits for the GPU|reads or writes a tensor on|[Mm]eta tensor"  # ours, or torch's own
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=refused), NoHost():
         ask(loop)
 
 

@@ -1,0 +1,161 @@
+"""What a caller may pass, argument by argument: errors that name it and say what to do."""
+
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm.kernels.divergences import FIELDS
+from minillm.kernels.head import LMHead
+
+TOKEN_STATS = (
+    "student_logprob",
+    "teacher_logprob",
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "student_argmax",
+    "teacher_argmax",
+)
+
+
+def check_head(head: Any, name: str) -> LMHead:
+    if isinstance(head, Tensor):
+        head = LMHead(head)
+    if not isinstance(head, LMHead):
+        wrapped = hasattr(head, "base_layer") or hasattr(head, "lora_A")
+        raise ValueError(
+            f"{name} is a {type(head).__name__}, not an LMHead or a weight tensor; "
+            + (
+                "a LoRA-wrapped head would train on the base weight alone: merge the adapter, or leave lm_head out of "
+                "its target modules"
+                if wrapped
+                else "pass LMHead(module.weight, module.bias)"
+            )
+        )
+    for what, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is None and what == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name}.{what} is a {type(tensor).__name__}, not a tensor; a LoRA-wrapped head must be merged first"
+            )
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"{name}.{what} is a DTensor (sharded); pass {what}.full_tensor(), or call the loss inside the "
+                "forward of the module that owns the head, where FSDP has gathered it"
+            )
+        if getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel():
+            raise ValueError(
+                f"{name}.{what} is a ZeRO-3 shard (0 of {tensor.ds_numel} elements are here); call the loss inside "
+                "the forward of the engine's module, or inside deepspeed.zero.GatheredParameters together with "
+                "backward"
+            )
+    if head.weight.dim() != 2 or head.weight.numel() == 0:
+        raise ValueError(f"{name}.weight must be (V, H) and not empty, got {tuple(head.weight.shape)}")
+    if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
+        raise ValueError(f"{name}.bias has shape {tuple(head.bias.shape)}, expected ({head.weight.shape[0]},)")
+    return head
+
+
+def check_hidden(hidden: Any, head: LMHead, name: str, head_name: str) -> None:
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.dim() < 1:
+        got = f"{tuple(hidden.shape)} {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"{name} must be a floating-point tensor (..., H), got {got}")
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(
+            f"{name} has hidden size {hidden.shape[-1]}, but {head_name}.weight is (V={head.weight.shape[0]}, "
+            f"H={head.weight.shape[1]})"
+        )
+    for what, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(f"{head_name}.{what} is on {tensor.device}, {name} on {hidden.device}")
+        castable = under_autocast(hidden.device) and torch.float64 not in (tensor.dtype, hidden.dtype)
+        if not tensor.is_floating_point() or (tensor.dtype != hidden.dtype and not castable):
+            raise ValueError(
+                f"{head_name}.{what} is {tensor.dtype}, but {name} is {hidden.dtype}; convert one of them, or use "
+                "autocast"
+            )
+
+
+def check_vocab_size(student: LMHead, teacher: LMHead | None, vocab_size: int | None, student_name: str) -> int:
+    sizes = {student_name: student.weight.shape[0]}
+    if teacher is not None:
+        sizes["teacher_head"] = teacher.weight.shape[0]
+    if vocab_size is None:
+        if len(set(sizes.values())) > 1:
+            shared = min(sizes.values())
+            raise ValueError(
+                f"{' and '.join(f'{name} has {size} rows' for name, size in sizes.items())}; if their first {shared} "
+                f"ids mean the same tokens (the rest is padding), pass vocab_size={shared}"
+            )
+        return student.weight.shape[0]
+    if not is_int(vocab_size) or not 1 <= vocab_size <= min(sizes.values()):
+        raise ValueError(
+            f"vocab_size={vocab_size!r} must be an integer between 1 and {min(sizes.values())}, the smaller head"
+        )
+    return int(vocab_size)
+
+
+def check_fields(fields: str | Iterable[str] | None, *, has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
+    def available(name: str) -> bool:
+        return (has_teacher or not FIELDS[name].teacher) and (has_labels or not FIELDS[name].labels)
+
+    if fields is None:
+        return tuple(name for name in TOKEN_STATS if available(name))
+    fields = (fields,) if isinstance(fields, str) else tuple(fields)
+    if not fields:
+        raise ValueError(f"fields names no statistic; there are {', '.join(FIELDS)}")
+    for name in fields:
+        if name not in FIELDS:
+            raise ValueError(f"fields: unknown statistic {name!r}; there are {', '.join(FIELDS)}")
+        if FIELDS[name].teacher and not has_teacher:
+            raise ValueError(f"fields: {name} needs the teacher; pass teacher_hidden and teacher_head")
+        if FIELDS[name].labels and not has_labels:
+            raise ValueError(f"fields: {name} needs labels, which are None")
+    return tuple(name for name in FIELDS if name in fields)
+
+
+def check_labels(labels: Any, shape: torch.Size, device: torch.device) -> Tensor:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype in (torch.bool, torch.complex64):
+        raise ValueError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if labels.shape != shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected {tuple(shape)}, a label for each hidden state"
+        )
+    if labels.device != device:
+        raise ValueError(f"labels is on {labels.device}, the hidden states on {device}")
+    return labels.to(torch.int64)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_positive(value: float, name: str) -> float:
+    if not is_real(value) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return float(value)
+
+
+def check_softcap(head: LMHead, name: str) -> float | None:
+    return None if head.softcap is None else check_positive(head.softcap, f"{name}.softcap")
+
+
+def check_weight(value: float, name: str) -> float:
+    if not is_real(value) or not 0 < value < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}; the end points are the plain KLs")
+    return float(value)
+
+
+def under_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
