@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minillm import distributed
 from minillm.benchmarks.machine import as_table, describe
 from minillm.benchmarks.plan_cases import CASES, STEPS, Case, architecture, load
-from minillm.launcher import end
+from minillm.distributed import collectives
+from minillm.distributed.launcher import end
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 MIB = 2**20
@@ -30,7 +30,7 @@ MEASURED = "measured "
 
 def predict(case: Case) -> dict[str, int]:
     """Bytes at the peak of each phase, as `minillm plan` says."""
-    from minillm.planning.plan import plan_run
+    from minillm.planning.planner import plan_run
 
     with tempfile.TemporaryDirectory() as folder:
         (stage,) = plan_run(load(case, Path(folder)), gpu="cpu", world_size=max(1, case.ranks)).stages
@@ -42,12 +42,12 @@ def measure(case: Case) -> dict[str, int]:
     is one of `case.ranks`."""
     with tempfile.TemporaryDirectory() as folder:
         if case.ranks:
-            distributed.join(Path(folder))
+            collectives.join(Path(folder))
         _take_steps(replace(case, hidden=128, layers=1, teacher_layers=1, vocab=512, batch=2))
         gc.collect()
         zero = _resident()["VmRSS"]
         peaks = {phase: peak - zero for phase, peak in _take_steps(case).items()}
-        distributed.leave()
+        collectives.leave()
     return peaks
 
 
@@ -57,9 +57,9 @@ def _take_steps(case: Case) -> dict[str, int]:
     from minillm.engine import build_engine
     from minillm.evaluate.evaluator import Evaluator
     from minillm.methods import build_method
-    from minillm.methods.base import Sources
+    from minillm.methods.protocol import Sources
     from minillm.models.preflight import preflight
-    from minillm.rollout.lending import part_of_step
+    from minillm.rollout.rank_items import part_of_step
 
     peaks = {"collect": 0, "terms": 0, "update": 0, "evaluation": 0}
     with tempfile.TemporaryDirectory() as name:
@@ -99,7 +99,7 @@ def _models(config, case: Case, folder: Path):
     from minillm.models.loading import load_student, load_teacher
     from minillm.models.tokenizers import load_tokenizer
 
-    cpu, hollow = torch.device("cpu"), distributed.rank() > 0
+    cpu, hollow = torch.device("cpu"), collectives.rank() > 0
     judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
     teacher = None
     if case.method != "sft":

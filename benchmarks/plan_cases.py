@@ -105,7 +105,7 @@ def load(case: Case, folder: Path):
     """The plan of the one-stage configuration."""
     import yaml
 
-    from minillm.config.loading import load_run
+    from minillm.config.loader.run_plan import load_run
 
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(document(case, folder)))

@@ -28,7 +28,7 @@ from minillm.benchmarks.rollout_providers import (
     prepare,
     why_not,
 )
-from minillm.devices import pick_device
+from minillm.models.device import pick_device
 from minillm.models.pair import Models
 
 MODES = ("student", "mixture")

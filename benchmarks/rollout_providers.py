@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from minillm.models.pair import Models
-from minillm.rollout.sampling import Sampling, sample
+from minillm.rollout.local.sampling import Sampling, sample
 
 ALPHA = 0.2
 BASELINE = "generate"

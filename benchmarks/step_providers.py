@@ -45,8 +45,8 @@ def main(path: str) -> None:
 
 def minillm(job: dict) -> Callable[[], list[float]]:
     """The whole run of `minillm train`, without evaluation and saving in between."""
-    from minillm.config.loading import load_run
-    from minillm.run import run
+    from minillm.config.loader.run_plan import load_run
+    from minillm.train.run import run
 
     folder = Path(job["folder"])
     output = folder / f"run-{time.time_ns()}"

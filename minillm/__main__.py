@@ -1,5 +1,5 @@
 """`python -m minillm` is the command `minillm`; launchers start modules."""
 
-from minillm.cli import program
+from minillm.cli.main import program
 
 program()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.config.loading import load_run
-from minillm.run import run
+from minillm.config.loader.run_plan import load_run
+from minillm.train.run import run
 
 
 class Silent:
@@ -52,9 +52,9 @@ def in_a_child(work) -> int:
 
 def die_after(events: int) -> None:
     """SIGKILL this process at its n-th event: a decode step, an optimiser step, a file synced, renamed or appended to."""
-    from minillm import atomic, metrics
     from minillm.engine.torch import TorchEngine
-    from minillm.rollout.decoder import Decoder
+    from minillm.rollout.local.decoder import Decoder
+    from minillm.storage import atomic, metrics_log
 
     left = [events]
 
@@ -73,7 +73,7 @@ def die_after(events: int) -> None:
         (atomic, "sync"),
         (Path, "rename"),
         (Path, "replace"),
-        (metrics.MetricsLog, "write"),
+        (metrics_log.MetricsLog, "write"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
 

@@ -9,12 +9,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig
 
-from minillm.cli import main
-from minillm.config.loading import load_evaluation, load_run
+from minillm.cli.main import main
+from minillm.config.loader.run_plan import load_evaluation, load_run
 from minillm.data.labels import load_labels
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.planning.architectures import known_architecture
-from minillm.planning.plan import plan_run
+from minillm.planning.planner import plan_run
 from minillm.planning.sizes import count_parameters
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ def test_a_wheel_carries_every_package_and_imports_alone(tmp_path):
         name = name if name.startswith("minillm/") else f"minillm/{name}"
         assert name in carried, f"{name} is not in the wheel: name its package in setup.py"
     code = (
-        "import minillm.losses, minillm.kernels.reference, minillm.cli; "
+        "import minillm.losses, minillm.kernels.reference, minillm.cli.main; "
         f"assert minillm.losses.__file__.startswith({str(tmp_path)!r})"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

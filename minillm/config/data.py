@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minillm.config.base import DatasetPath, FilesPath, Strict, default_type
+from minillm.config.keys import DatasetPath, FilesPath, Strict, default_type
 
 Template = Literal["alpaca", "chat", "none"]
 

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minillm.config.analyses import ExposureBias, Labels
-from minillm.config.base import Strict
+from minillm.config.analysis_keys import ExposureBias, Labels
 from minillm.config.data import Prompts
+from minillm.config.keys import Strict
 
 Metric = Literal[
     "rouge_l", "exact_match", "reverse_kl_nats", "sequence_reverse_kl_nats", "forward_kl_nats", "loss_nats"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from minillm.config.base import Strict
+from minillm.config.keys import Strict
 
 # What the families call their LM heads and their tables of embeddings; the model itself is asked again when it is there.
 HEADS = frozenset({"lm_head", "embed_out", "output_projection"})

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from minillm.config.base import Strict
+from minillm.config.keys import Strict
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from minillm.config.base import ModelPath, Strict, TokenizerPath
+from minillm.config.keys import ModelPath, Strict, TokenizerPath
 from minillm.config.lora import LoraConfig
 
 AttnImplementation = Literal[

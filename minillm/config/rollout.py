@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from minillm.config.base import Strict
+from minillm.config.keys import Strict
 
 
 class RolloutConfig(Strict):

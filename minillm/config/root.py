@@ -4,9 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from minillm.config.base import FolderPath, Strict
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
+from minillm.config.keys import FolderPath, Strict
 from minillm.config.method import Method
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.rollout import RolloutConfig

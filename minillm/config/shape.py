@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from minillm.config.base import Place
+from minillm.config.keys import Place
 
 KeyPath = tuple[str | int, ...]
 

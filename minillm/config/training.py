@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minillm.config.base import FilesPath, Strict, default_type
+from minillm.config.keys import FilesPath, Strict, default_type
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minillm.config.analyses import Labels
+from minillm.config.analysis_keys import Labels
 from minillm.config.data import PlainPrompts, Prompts
 from minillm.data.pydoc import pydoc_records
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minillm.config.analyses import Labels
+from minillm.config.analysis_keys import Labels
 from minillm.data.instructions import continuation_ids, encode, records_of
 from minillm.data.sources import DataError
 from minillm.data.templates import render

@@ -3,7 +3,7 @@
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from minillm.config.analyses import LabelKeys
+from minillm.config.analysis_keys import LabelKeys
 from minillm.config.data import InstructionKeys
 from minillm.data.sources import DataError
 

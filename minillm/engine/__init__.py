@@ -1,7 +1,7 @@
 """One protocol (base.py); the engine that a configuration names."""
 
 from minillm.config.root import StageConfig
-from minillm.engine.base import Engine
+from minillm.engine.engine import Engine
 from minillm.engine.torch import TorchEngine
 from minillm.models.pair import Models
 

@@ -12,32 +12,32 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from minillm import distributed
-from minillm.atomic import sync
 from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TrainConfig
-from minillm.engine.base import NonFiniteError, StepResult
+from minillm.distributed import collectives
+from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import StudentLoss, to_device
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
-from minillm.methods.base import Term
+from minillm.methods.protocol import Term
 from minillm.models.access import checkpoint_activations
 from minillm.models.loading import is_hollow
 from minillm.models.pair import Models
 from minillm.models.quantization import is_quantized
 from minillm.models.sharded import is_sharded, name_accelerator, release
+from minillm.storage.atomic import sync
 
 # what an optimiser of DeepSpeed says of itself that is plain data of this rank
 _STATES = ("optimizer_state_dict", "base_optimizer_state")
 
 
 class DeepSpeedEngine:
-    """See the module; the protocol is minillm.engine.base.Engine. Every rank of the group makes one."""
+    """See the module; the protocol is minillm.engine.engine.Engine. Every rank of the group makes one."""
 
     def __init__(self, models: Models, train: TrainConfig, config: DeepSpeedConfig, *, total_steps: int):
         deepspeed = _deepspeed()
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.models = models
         models.by_layers = config.stage == 3 and config.gather == "layers"
         trained = sum(parameter.numel() for parameter in models.student.parameters() if parameter.requires_grad)
@@ -63,7 +63,7 @@ class DeepSpeedEngine:
 
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
         terms = [term for micro_batch in micro_batches for term in micro_batch]
-        divided_by = distributed.total(divisors(terms))
+        divided_by = collectives.total(divisors(terms))
         sums = StepSums(self.models.device)
         for place, term in enumerate(terms):
             self.engine.set_gradient_accumulation_boundary(place == len(terms) - 1)
@@ -71,7 +71,7 @@ class DeepSpeedEngine:
             loss = loss * (term.weight / (divided_by[term.name] or 1.0))
             self.engine.backward(loss * self.world_size)
             sums.add(term, loss, metrics)
-        numbers = distributed.total(sums.numbers())
+        numbers = collectives.total(sums.numbers())
         if not math.isfinite(numbers["loss"]):
             raise NonFiniteError.of(losses(numbers))
         learning_rate = self.scheduler.get_last_lr()[0]

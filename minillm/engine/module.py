@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.losses import linear_objective
-from minillm.methods.base import Term
+from minillm.methods.protocol import Term
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.sharded import whole
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from minillm.engine.base import StepResult
-from minillm.methods.base import Term
+from minillm.engine.engine import StepResult
+from minillm.methods.protocol import Term
 
 
 def divisors(terms: Iterable[Term]) -> dict[str, float]:

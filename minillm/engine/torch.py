@@ -9,17 +9,17 @@ from torch import nn
 
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
-from minillm.engine.base import NonFiniteError, StepResult
+from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import StudentLoss, to_device
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
-from minillm.methods.base import Term
+from minillm.methods.protocol import Term
 from minillm.models.access import checkpoint_activations
 from minillm.models.pair import Models
 
 
 class TorchEngine:
-    """See the module; the protocol is minillm.engine.base.Engine."""
+    """See the module; the protocol is minillm.engine.engine.Engine."""
 
     rank = 0
     world_size = 1

@@ -16,11 +16,11 @@ from minillm.config.evaluation import EvalConfig
 from minillm.data.instructions import PromptSet
 from minillm.data.labels import LabelSet
 from minillm.evaluate.calibration import calibration
-from minillm.evaluate.divergences import token_statistics
 from minillm.evaluate.evaluator import Evaluation, Who
 from minillm.evaluate.exposure_bias import accumulated_error
+from minillm.evaluate.token_statistics import token_statistics
 from minillm.models.pair import Models
-from minillm.rollout.sampling import Answer, Sampling, sample
+from minillm.rollout.local.sampling import Answer, Sampling, sample
 
 
 class Analyses:

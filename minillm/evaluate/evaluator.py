@@ -28,14 +28,14 @@ from torch import Tensor
 
 from minillm.config.evaluation import EvalConfig
 from minillm.data.instructions import Example, PromptSet
-from minillm.evaluate.divergences import teacher_hidden_states, token_statistics
 from minillm.evaluate.diversity import distinct
 from minillm.evaluate.exact_match import exact_match
 from minillm.evaluate.length_buckets import mean_by_length
 from minillm.evaluate.rouge import rouge_l
+from minillm.evaluate.seeds import summary
+from minillm.evaluate.token_statistics import teacher_hidden_states, token_statistics
 from minillm.models.pair import Models
-from minillm.rollout.sampling import Answer, Sampling, sample
-from minillm.seeds import summary
+from minillm.rollout.local.sampling import Answer, Sampling, sample
 
 Who = Literal["student", "teacher"]
 Measurements = dict[str, list[float]]  # metric -> a value a seed, or the one value

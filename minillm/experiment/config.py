@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from minillm.config.base import FolderPath, Strict
+from minillm.config.keys import FolderPath, Strict
 
 Relation = Literal["below", "above", "at_most", "at_least"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.config.paths import STAGE
-from minillm.experiment.loading import STUDENT, Experiment
+from minillm.experiment.experiment_file import STUDENT, Experiment
 
 FINAL = "final"
 

@@ -5,25 +5,25 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from minillm.atomic import write_text
-from minillm.config.loading import Stage
+from minillm.config.loader.run_plan import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
-from minillm.engine.device import engine_device
+from minillm.engine.placement import engine_device
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
+from minillm.experiment.experiment_file import STUDENT, Experiment
 from minillm.experiment.jobs import FINAL, Job, model_folder
-from minillm.experiment.loading import STUDENT, Experiment
-from minillm.metrics import plain
 from minillm.models.loading import load_student
 from minillm.models.pair import Models
 from minillm.models.preflight import preflight
 from minillm.models.tokenizers import load_tokenizer
-from minillm.rollout.supported import use_cuda_graphs
-from minillm.shared import Shared
-from minillm.trainer import TrainingError
+from minillm.rollout.local.graph_preconditions import use_cuda_graphs
+from minillm.storage.atomic import write_text
+from minillm.storage.metrics_log import plain
+from minillm.train.stage import Shared
+from minillm.train.trainer import TrainingError
 
 EVALUATION, TEACHERS = "evaluation.json", "teachers"
 SEED = 0  # of the evaluation's samples

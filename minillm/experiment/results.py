@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minillm.experiment.experiment_file import TEACHER, Experiment
 from minillm.experiment.jobs import FINAL, folder_of, is_seedless
-from minillm.experiment.loading import TEACHER, Experiment
 from minillm.experiment.measures import COSTS
 from minillm.experiment.measuring import TEACHERS, read_evaluation
-from minillm.metrics import METRICS, read_numbers, read_records
+from minillm.storage.metrics_log import METRICS, read_numbers, read_records
 
 FAILURE = "failure.txt"
 

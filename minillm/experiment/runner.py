@@ -8,22 +8,22 @@ from pathlib import Path
 
 import yaml
 
-from minillm.atomic import write_text
-from minillm.config.loading import RunPlan, Stage
+from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.models import ModelConfig
 from minillm.config.paths import STAGE
-from minillm.console import Console
+from minillm.experiment.experiment_file import Experiment
+from minillm.experiment.experiment_report import write_experiment_report
 from minillm.experiment.jobs import FINAL, Job, folder_of, model_folder, plan_jobs
-from minillm.experiment.loading import Experiment
 from minillm.experiment.measuring import Measuring
-from minillm.experiment.report import write_experiment_report
 from minillm.experiment.results import FAILURE
-from minillm.metrics import METRICS, read_records
-from minillm.recipe import FREE_ON_RESUME
+from minillm.reporting.console import Console
 from minillm.reporting.markdown import duration
-from minillm.run import run
-from minillm.shared import Shared
-from minillm.trainer import TrainingError
+from minillm.storage.atomic import write_text
+from minillm.storage.metrics_log import METRICS, read_records
+from minillm.train.resume import FREE_ON_RESUME
+from minillm.train.run import run
+from minillm.train.stage import Shared
+from minillm.train.trainer import TrainingError
 
 
 class BusyError(TrainingError):

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from minillm.evaluate.seeds import over_seeds
 from minillm.experiment.config import Claim
-from minillm.experiment.loading import TEACHER
+from minillm.experiment.experiment_file import TEACHER
 from minillm.experiment.results import Results
-from minillm.seeds import over_seeds
 
 HOLDS, FAILS, MIXED, OPEN = "holds", "does not hold", "undecided", "not measured"
 WORDS = {"below": "below", "above": "above", "at_most": "at most", "at_least": "at least"}

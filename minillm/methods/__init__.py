@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from minillm.config.root import StageConfig
-from minillm.methods.base import Method
+from minillm.methods.protocol import Method
 
 
 def build_method(config: StageConfig) -> Method:

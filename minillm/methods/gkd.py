@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minillm.methods.base import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
+from minillm.rollout.local.sampling import Sampling, sample
 from minillm.rollout.noise import distinct_keys
-from minillm.rollout.sampling import Sampling, sample
 
 
 class GeneralisedDistillation(Method):

@@ -6,7 +6,7 @@ forward KL by the teacher's entropy, a constant).
 
 from collections.abc import Sequence
 
-from minillm.methods.base import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
 

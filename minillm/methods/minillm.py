@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from minillm.config.method import MiniLLM
-from minillm.data.batch import collate
 from minillm.losses import TokenStats
-from minillm.methods.base import Method, Sources, Supervised, Term
+from minillm.methods.protocol import Method, Sources, Supervised, Term
 from minillm.methods.returns import discounted_returns, importance_weights, shape_rewards, whiten
 from minillm.methods.supervised import mixed_term
+from minillm.models.batch import collate
 from minillm.models.pair import Models
 from minillm.rollout.buffer import Rollout, RolloutBuffer
+from minillm.rollout.local.sampling import Sampling, sample
 from minillm.rollout.noise import distinct_keys
-from minillm.rollout.sampling import Sampling, sample
 from minillm.rollout.scoring import score
 
 VECTORS = ("advantage", "policy_weight", "single_step_weight")

@@ -6,11 +6,11 @@ With kd_ratio the loss is mixed with the forward KL to the teacher, as the relea
 
 from collections.abc import Sequence
 
-from minillm.methods.base import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
 from minillm.methods.supervised import mixed_term
 from minillm.models.pair import Models
 from minillm.rollout.archive import AnswerArchive
-from minillm.rollout.sampling import Sampling
+from minillm.rollout.local.sampling import Sampling
 
 # What of the teacher's configuration its answers depend on.
 OF_THE_TEACHER = {"path", "revision", "dtype", "quantization"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from minillm.methods.base import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
 

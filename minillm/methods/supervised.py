@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minillm.data.batch import collate
 from minillm.losses import TokenStats
-from minillm.methods.base import Item, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Sources, Supervised, Term
+from minillm.models.batch import collate
 from minillm.models.pair import Models
 from minillm.rollout.scoring import teacher_hidden
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minillm.data.batch import TokenBatch
 from minillm.kernels.reference import logits as head_logits
 from minillm.losses import LMHead
+from minillm.models.batch import TokenBatch
 
 
 def decoder(model: PreTrainedModel):

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import expand, is_hub_name
 from minillm.models.adapters import add_adapters
-from minillm.models.paths import hub_arguments, reading
+from minillm.models.locations import hub_arguments, reading
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.quantization import check_quantized, quantization_options
 from minillm.models.tokenizers import load_tokenizer

@@ -18,4 +18,6 @@ class Models:
     pad_id: int
     device: torch.device
     by_layers: bool = False  # sharded weights come together a layer at a time: all ranks run the same forward passes
-    cuda_graphs: bool = False  # sampling replays a captured step for every token; minillm.rollout.supported sets it
+    cuda_graphs: bool = (
+        False  # sampling replays a captured step for every token; minillm.rollout.local.graph_preconditions sets it
+    )

@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from minillm import distributed
-from minillm.atomic import write_folder
+from minillm.distributed import collectives
 from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_adapter
 from minillm.models.preflight import end_ids
 from minillm.models.sharded import is_sharded, name_accelerator, whole_state
+from minillm.storage.atomic import write_folder
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -21,7 +21,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     All ranks call it, and rank 0 writes.
     """
     state = whole_state(model) if is_sharded(model) else None
-    if distributed.rank():
+    if collectives.rank():
         return
     if has_adapters(model):
         state = model.state_dict() if state is None else state
@@ -32,7 +32,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 def write_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The same of the frozen weights below the adapters of a model that is not sharded."""
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         _write(model, tokenizer, folder, plain_state(model, model.state_dict(), merged=False))
 
 

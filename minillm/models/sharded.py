@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from minillm import distributed
+from minillm.distributed import collectives
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -98,9 +98,9 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in known:
             with deepspeed.zero.GatheredParameters([parameter]):
-                known[id(parameter)] = parameter.detach().cpu().clone() if distributed.rank() == 0 else None
+                known[id(parameter)] = parameter.detach().cpu().clone() if collectives.rank() == 0 else None
         state[name] = known[id(parameter)]
-    if distributed.rank():
+    if collectives.rank():
         return {}
     persistent = model.state_dict().keys()
     state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from minillm.config.models import ModelConfig
-from minillm.models.paths import hub_arguments, reading
+from minillm.models.locations import hub_arguments, reading
 
 EOS = "<|end|>"
 BYTE_TEMPLATE = (

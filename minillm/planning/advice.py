@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.config.errors import ConfigErrors
-from minillm.config.loading import RunPlan, load_run
+from minillm.config.loader.run_plan import RunPlan, load_run
 from minillm.config.root import StageConfig
-from minillm.planning.plan import PlannedRun, plan_run
+from minillm.planning.planner import PlannedRun, plan_run
 
 GIB = 2**30
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedConfig
 
-from minillm.config.loading import RunPlan, Stage
+from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.models import ModelConfig, StudentConfig
 from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
 from minillm.models.loading import changed_architecture
-from minillm.models.paths import hub_arguments
+from minillm.models.locations import hub_arguments
 from minillm.models.pruning import COUNTS, chosen_layers, layer_count, layer_lists
 from minillm.models.tokenizers import load_tokenizer
 

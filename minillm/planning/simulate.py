@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from minillm.data.batch import TokenBatch
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
+from minillm.models.batch import TokenBatch
 from minillm.models.loading import without_dropout
 from minillm.models.pruning import layers_of
 from minillm.planning.ledger import Ledger, Timeline
@@ -26,9 +26,9 @@ from minillm.planning.quantized import quantize
 from minillm.planning.setting import Setting
 from minillm.planning.sizes import ModelSize, build, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, Term, Work
-from minillm.rollout.cache import RoomyLayer, make_cache
-from minillm.rollout.decoder import sampling_mode
-from minillm.rollout.distribution import padded_size
+from minillm.rollout.local.decoder import sampling_mode
+from minillm.rollout.local.distribution import padded_size
+from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
 PHASES = ("rollout", "scoring", "update", "evaluation")
 FEW = 3  # layers: the first, the last, and one between two others

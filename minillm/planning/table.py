@@ -11,7 +11,7 @@ from rich.text import Text
 from minillm.planning import gpus
 from minillm.planning.advice import Change
 from minillm.planning.ledger import PARTS
-from minillm.planning.plan import PlannedRun, StagePlan
+from minillm.planning.planner import PlannedRun, StagePlan
 
 GIB = 2**30
 

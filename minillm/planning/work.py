@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from minillm.config.data import PlainPrompts, Prompts
 from minillm.config.root import StageConfig
-from minillm.rollout.fixed import fixed_room
+from minillm.rollout.local.static_loop import fixed_room
 
 
 @dataclass(frozen=True)

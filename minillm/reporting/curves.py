@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from minillm.metrics import read_numbers
 from minillm.reporting.metric import METRICS, Metric, metrics_in
 from minillm.reporting.panels import COLOURS, COLUMNS, DASHES, GREY, MARKERS, TEACHER, dress, grid, pick, save
 from minillm.reporting.run_files import RunFiles, StageFiles, stage_label
+from minillm.storage.metrics_log import read_numbers
 
 SMOOTHED_POINTS = 60  # of a training curve: as many means of neighbouring steps
 

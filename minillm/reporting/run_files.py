@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from minillm.config.stages import stage_documents
-from minillm.metrics import METRICS, SAMPLES, read_numbers, read_records
+from minillm.config.loader.stages import stage_documents
+from minillm.storage.metrics_log import METRICS, SAMPLES, read_numbers, read_records
 
 
 @dataclass(frozen=True)

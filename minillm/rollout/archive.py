@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from minillm import distributed
+from minillm.distributed import collectives
 from minillm.models.pair import Models
-from minillm.rollout.sampling import Answer, Sampling, sample
+from minillm.rollout.local.sampling import Answer, Sampling, sample
 
 Record = dict
 
@@ -46,7 +46,7 @@ class AnswerArchive:
             raise ValueError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")
         header = {"teacher": teacher, "sampling": asdict(sampling), "seed": seed, "vocab_size": models.vocab_size}
         found = self._on_rank_0(lambda: self._prepare(header))
-        at_once = batch_size * distributed.world_size()
+        at_once = batch_size * collectives.world_size()
         prompt_of = dict(zip(keys, prompts, strict=True))
         for key in prompt_of.keys() & found.keys():
             if found[key]["prompt_crc"] != _crc(prompt_of[key]):
@@ -55,7 +55,7 @@ class AnswerArchive:
                     "Delete the file to have the answers written anew"
                 )
         missing = sorted(prompt_of.keys() - found.keys(), key=lambda key: (-len(prompt_of[key]), key))
-        path = self.path if distributed.rank() == 0 else Path(os.devnull)
+        path = self.path if collectives.rank() == 0 else Path(os.devnull)
         with path.open("a", encoding="utf-8") as file:
             for start in range(0, len(missing), at_once):
                 chosen = missing[start : start + at_once]
@@ -70,7 +70,7 @@ class AnswerArchive:
                 )
                 file.write("".join(_line(_record(key, answer)) for key, answer in zip(chosen, answers, strict=True)))
                 file.flush()
-                if distributed.rank() == 0:
+                if collectives.rank() == 0:
                     os.fsync(file.fileno())
                 if progress is not None:
                     progress(len(prompts) - len(missing) + start + len(chosen))
@@ -81,9 +81,9 @@ class AnswerArchive:
         return {key: record["response"] for key, record in found.items()}
 
     def _on_rank_0(self, work: Callable[[], dict[int, Record]]) -> dict[int, Record]:
-        if distributed.world_size() == 1:
+        if collectives.world_size() == 1:
             return work()
-        return {record["key"]: record for record in distributed.on_rank_0(lambda: list(work().values()))}
+        return {record["key"]: record for record in collectives.on_rank_0(lambda: list(work().values()))}
 
     def _prepare(self, header: Record) -> dict[int, Record]:
         """The answers that are there; afterwards the file exists, and ends with a whole line."""

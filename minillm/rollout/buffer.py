@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minillm.data.batch import Pair
+from minillm.models.batch import Pair
 
 VECTOR = "vector."  # prefix of the vectors' names in a state
 

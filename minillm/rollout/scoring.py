@@ -5,15 +5,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from minillm import distributed
-from minillm.data.batch import TokenBatch, collate
+from minillm.distributed import collectives
 from minillm.losses import linear_token_stats
 from minillm.models.access import lm_head, row_hidden
+from minillm.models.batch import TokenBatch, collate
 from minillm.models.pair import Models
 from minillm.models.sharded import readable
 from minillm.rollout.buffer import Rollout, RolloutBuffer
-from minillm.rollout.decoder import sampling_mode
-from minillm.rollout.sampling import Answer
+from minillm.rollout.local.decoder import sampling_mode
+from minillm.rollout.local.sampling import Answer
 
 FIELDS = ("student_logprob", "teacher_logprob", "reverse_kl")
 
@@ -24,7 +24,7 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     mixture_logprob, log p~(y_t) as it was sampled; student_logprob, log q_old(y_t); teacher_logprob, log p(y_t);
     reverse_kl, KL(q || p) over the shared vocabulary; all in nats at temperature 1. And the teacher's hidden states.
     Answers of a like length share a micro-batch of `batch_size`; the buffer keeps their order. Of several ranks each
-    gets all vectors, and the hidden states of the answers that it scored (minillm.rollout.lending).
+    gets all vectors, and the hidden states of the answers that it scored (minillm.rollout.rank_items).
 
     Raises ValueError without a teacher, or for keys that do not match the answers.
     """
@@ -32,8 +32,8 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     if len(keys) != len(answers):
         raise ValueError(f"{len(answers)} answers, but {len(keys)} keys")
     rollouts: dict[int, Rollout] = {}
-    mine = distributed.share(len(answers))
-    todo = distributed.even_share(len(answers)) if models.by_layers else mine
+    mine = collectives.share(len(answers))
+    todo = collectives.even_share(len(answers)) if models.by_layers else mine
     order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
     both = (models.student, models.teacher)
     with readable(*both, by_layers=models.by_layers), sampling_mode(both):
@@ -53,11 +53,11 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
                     teacher_hidden=hidden[place],
                 )
     scored = RolloutBuffer(rollouts[index] for index in mine)
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return scored
     bare = RolloutBuffer(replace(rollout, teacher_hidden=None) for rollout in scored)
-    parts = distributed.gather_tensors(bare.state())
-    everyones = distributed.interleave([list(RolloutBuffer.from_state(part)) for part in parts])
+    parts = collectives.gather_tensors(bare.state())
+    everyones = collectives.interleave([list(RolloutBuffer.from_state(part)) for part in parts])
     for index in mine:
         everyones[index].teacher_hidden = rollouts[index].teacher_hidden
     return RolloutBuffer(everyones)

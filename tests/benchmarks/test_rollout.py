@@ -17,7 +17,7 @@ from minillm.benchmarks.rollout_providers import (
     why_not,
 )
 from minillm.models.pair import Models
-from minillm.rollout import sampling
+from minillm.rollout.local import sampling
 
 SMALL = argparse.Namespace(prompts=3, prompt_tokens=6, tokens=5, vocab=40, seed=0)
 

@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """fake("minillm.run", run=...): a module that is there instead of the real one."""
+    """fake("minillm.train.run", run=...): a module that is there instead of the real one."""
 
     def put(name: str, **attributes):
         module = types.ModuleType(name)
@@ -50,5 +50,5 @@ def trained(fake):
     def run(plan, *, resume, console):
         calls.append((plan, resume, console))
 
-    fake("minillm.run", run=run)
+    fake("minillm.train.run", run=run)
     return calls

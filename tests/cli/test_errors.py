@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minillm.cli import main
+from minillm.cli.main import main
 
 
 def failing(error: Exception):
@@ -17,7 +17,7 @@ def failing(error: Exception):
 
 
 def test_the_installed_command_has_no_traceback_for_a_wrong_file(folder):
-    command = [sys.executable, "-m", "minillm.cli", "train", "gone.yaml"]
+    command = [sys.executable, "-m", "minillm.cli.main", "train", "gone.yaml"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
@@ -25,13 +25,13 @@ def test_the_installed_command_has_no_traceback_for_a_wrong_file(folder):
 
 
 def test_errors_by_kind(folder, fake, capsys):
-    from minillm.trainer import TrainingError
+    from minillm.train.trainer import TrainingError
 
-    fake("minillm.run", run=failing(TrainingError("step 3: loss nan")))
+    fake("minillm.train.run", run=failing(TrainingError("step 3: loss nan")))
     assert main(["train", "run.yaml"]) == 1
     assert capsys.readouterr().err == "minillm: step 3: loss nan\n"
 
-    fake("minillm.run", run=failing(KeyboardInterrupt()))
+    fake("minillm.train.run", run=failing(KeyboardInterrupt()))
     assert main(["train", "run.yaml"]) == 130
     assert capsys.readouterr().err == "minillm: interrupted; --resume goes on from the last checkpoint\n"
 
@@ -42,18 +42,18 @@ def test_an_error_that_minillm_raises_is_a_message_and_any_other_a_defect(folder
     def for_the_user(plan, *, resume, console):
         find_files("nothing/*.jsonl")
 
-    fake("minillm.run", run=for_the_user)
+    fake("minillm.train.run", run=for_the_user)
     assert main(["train", "run.yaml"]) == 2
     assert capsys.readouterr().err == "minillm: nothing/*.jsonl: no such file\n"
 
     def of_another_library(plan, *, resume, console):
         json.loads("{")  # a ValueError, but nobody wrote it for the user
 
-    fake("minillm.run", run=of_another_library)
+    fake("minillm.train.run", run=of_another_library)
     with pytest.raises(json.JSONDecodeError):
         main(["train", "run.yaml"])
 
-    fake("minillm.run", run=failing(KeyError("x")))
+    fake("minillm.train.run", run=failing(KeyError("x")))
     with pytest.raises(KeyError):
         main(["train", "run.yaml"])
 
@@ -73,6 +73,6 @@ def test_a_model_that_the_hub_does_not_have_is_a_message(folder, fake, monkeypat
         transformers.AutoConfig.from_pretrained("no-such-organisation/no-such-model")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    fake("minillm.run", run=from_the_hub)
+    fake("minillm.train.run", run=from_the_hub)
     assert main(["train", "run.yaml"]) == 2
     assert "Traceback" not in capsys.readouterr().err

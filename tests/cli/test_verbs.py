@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import minillm
-from minillm.arguments import BENCHMARKS, make_parser
-from minillm.cli import main
+from minillm.cli.arguments import BENCHMARKS, make_parser
+from minillm.cli.main import main
 
 
 def test_train_loads_files_and_overrides_in_any_order(folder, trained):
@@ -78,9 +78,7 @@ HEAVY = "print([name for name in ('torch', 'transformers', 'datasets', 'rich', '
 
 @pytest.mark.parametrize("arguments", [["validate", "run.yaml"], ["validate", "gone.yaml"], ["schema"], ["--help"]])
 def test_what_loads_no_model_imports_nothing_heavy(folder, arguments):
-    code = (
-        f"import sys\nfrom minillm.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass\n{HEAVY}"
-    )
+    code = f"import sys\nfrom minillm.cli.main import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass\n{HEAVY}"
     result = run_python(code)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
@@ -95,7 +93,7 @@ def test_eval_takes_configurations_data_and_options(folder, fake):
     def evaluate_model(model, plan, console, *, dtype, output, figures):
         calls.append((model, plan, dtype, output, figures))
 
-    fake("minillm.evaluate.standalone", evaluation_plan=evaluation_plan, evaluate_model=evaluate_model)
+    fake("minillm.cli.eval", evaluation_plan=evaluation_plan, evaluate_model=evaluate_model)
     command = ["eval", "runs/one", "run.yaml", "eval.top_k=5", "--seeds", "1", "2", "--max-prompts", "7"]
     assert main([*command, "--dtype", "bfloat16", "--output", "out.json", "--figures", "pictures"]) == 0
     assert calls == [
@@ -106,7 +104,7 @@ def test_eval_takes_configurations_data_and_options(folder, fake):
 
 def test_generate_passes_every_option(folder, fake):
     calls = []
-    fake("minillm.generate", generate=lambda model, *, console, **options: calls.append((model, options)))
+    fake("minillm.cli.generate", generate=lambda model, *, console, **options: calls.append((model, options)))
     assert main(["generate", "runs/one", "--prompt", "a", "--prompt", "b", "--top-k", "5", "--template", "none"]) == 0
     ((model, options),) = calls
     assert (model, options["prompts"], options["top_k"], options["template"]) == ("runs/one", ["a", "b"], 5, "none")
@@ -116,7 +114,7 @@ def test_generate_passes_every_option(folder, fake):
 def test_the_options_of_generate_are_the_parameters_of_the_function():
     import inspect
 
-    from minillm.generate import generate
+    from minillm.cli.generate import generate
 
     options = vars(make_parser().parse_args(["generate", "x"])).keys() - {"verb"}
     assert options | {"console"} == inspect.signature(generate).parameters.keys()
@@ -142,7 +140,7 @@ def test_bench_imports_neither_configuration_nor_models():
     code = (
         "import sys, types\nsys.modules['minillm.benchmarks'] = types.ModuleType('b')\n"
         "fake = sys.modules['minillm.benchmarks.kernels'] = types.ModuleType('k'); fake.main = lambda argv: 0\n"
-        "from minillm.cli import main\nmain(['bench', 'kernels'])\n"
+        "from minillm.cli.main import main\nmain(['bench', 'kernels'])\n"
         "print([name for name in ('pydantic', 'transformers', 'rich', 'yaml') if name in sys.modules])"
     )
     assert run_python(code).stdout.strip() == "[]"
@@ -155,7 +153,7 @@ def test_report_writes_one_and_compares_several(folder, fake, capsys):
         compared.append((runs, figure))
         return "# a against b\n"
 
-    fake("minillm.report", write_report=lambda run: run / "report.md", compare_reports=compare_reports)
+    fake("minillm.reporting.report", write_report=lambda run: run / "report.md", compare_reports=compare_reports)
     assert main(["report", "runs/a"]) == 0
     assert capsys.readouterr().out == f"{Path('runs/a/report.md')}\n"
     assert main(["report", "runs/a", "runs/b", "--figure", "both.png"]) == 0
@@ -191,7 +189,7 @@ def test_version(capsys):
 
 
 def test_a_reader_that_has_seen_enough(folder):
-    command = f"{sys.executable} -m minillm.cli schema | head -1"
+    command = f"{sys.executable} -m minillm.cli.main schema | head -1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.stdout == "{\n"
     assert result.stderr == ""

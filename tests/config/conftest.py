@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from minillm.config.errors import ConfigErrors
-from minillm.config.loading import RunPlan, load_run
+from minillm.config.loader.run_plan import RunPlan, load_run
 
 
 class Recipe:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm.config.analyses import JsonlLabels
+from minillm.config.analysis_keys import JsonlLabels
 from minillm.data.labels import load_labels
 from minillm.data.sources import DataError
 

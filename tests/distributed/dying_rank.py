@@ -5,9 +5,10 @@ import signal
 import sys
 from typing import NoReturn
 
-from minillm import atomic, cli
+from minillm.cli import main as cli
 from minillm.engine.deepspeed import DeepSpeedEngine
-from minillm.rollout.decoder import Decoder
+from minillm.rollout.local.decoder import Decoder
+from minillm.storage import atomic
 
 OWNERS = {"Decoder": Decoder, "DeepSpeedEngine": DeepSpeedEngine, "atomic": atomic}
 

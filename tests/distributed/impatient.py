@@ -2,7 +2,8 @@
 
 import sys
 
-from minillm import cli, watch
+from minillm.cli import main as cli
+from minillm.distributed import heartbeat as watch
 
 if __name__ == "__main__":
     watch.SILENT_SECONDS = float(sys.argv[1])

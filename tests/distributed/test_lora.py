@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from minillm.config.loading import load_run
+from minillm.config.loader.run_plan import load_run
 from minillm.models.saving import save_model
-from minillm.run import run
+from minillm.train.run import run
 from tests.runs import Silent
 
 pytestmark = pytest.mark.skipif(

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from minillm.cli import main
-from minillm.shared import Shared
+from minillm.cli.main import main
+from minillm.train.stage import Shared
 
 
 def live_bytes() -> int:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm import distributed
-from minillm.launcher import end
+from minillm.distributed import collectives
+from minillm.distributed.launcher import end
 from minillm.models.pair import Models
 from minillm.rollout.buffer import RolloutBuffer
-from minillm.rollout.sampling import Sampling, sample
+from minillm.rollout.local.sampling import Sampling, sample
 from minillm.rollout.scoring import score
 
 PROMPTS = [[3 + place % 7] * (1 + place % 5) for place in range(25)]  # not a multiple of ranks times a batch
@@ -49,17 +49,17 @@ def rank(how: str, folder: Path) -> None:
     from minillm.engine.deepspeed import DeepSpeedEngine
 
     torch.set_num_threads(1)
-    distributed.join(folder)
+    collectives.join(folder)
     for tie in (False, True):
         models = tiny_models(tie)
         DeepSpeedEngine(models, TrainConfig(max_steps=1), DeepSpeedConfig(type="deepspeed", gather=how), total_steps=1)
         found = collect(models, PROMPTS, SAMPLING)
-        save_file(found, folder / f"{how}-tied-{tie}-{distributed.rank()}.safetensors")
+        save_file(found, folder / f"{how}-tied-{tie}-{collectives.rank()}.safetensors")
     # one rank's answers end at once, the other's never
-    models.eos_ids = tuple(range(64)) if distributed.rank() == 0 else ()
+    models.eos_ids = tuple(range(64)) if collectives.rank() == 0 else ()
     lengths = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 50)["response_lengths"].tolist()
     assert lengths == [1, 8] * 100
-    distributed.leave()
+    collectives.leave()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

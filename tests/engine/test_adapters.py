@@ -8,10 +8,10 @@ import torch
 from minillm.config.lora import LoraConfig
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
-from minillm.data.batch import collate
 from minillm.engine.torch import TorchEngine
-from minillm.methods.base import Term
+from minillm.methods.protocol import Term
 from minillm.models.adapters import add_adapters
+from minillm.models.batch import collate
 from minillm.models.loading import without_dropout
 from minillm.models.pair import Models
 from minillm.models.tokenizers import byte_tokenizer

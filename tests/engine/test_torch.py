@@ -7,11 +7,11 @@ import torch
 
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
-from minillm.data.batch import collate
-from minillm.devices import pick_device
-from minillm.engine.base import NonFiniteError
+from minillm.engine.engine import NonFiniteError
 from minillm.engine.torch import TorchEngine
-from minillm.methods.base import Term
+from minillm.methods.protocol import Term
+from minillm.models.batch import collate
+from minillm.models.device import pick_device
 
 PAIRS = [([5], [6, 7, 8, 9]), ([1, 2], [3]), ([9, 9], [8, 7]), ([4], [4, 4, 4])]
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from minillm.experiment.experiment_file import load_experiment
 from minillm.experiment.jobs import commands, plan_jobs, references
-from minillm.experiment.loading import load_experiment
 
 
 def names(jobs) -> list[tuple[str, int]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minillm.cli import main
+from minillm.cli.main import main
 from minillm.experiment import runner
-from minillm.experiment.loading import load_experiment
-from minillm.experiment.report import write_experiment_report
-from minillm.metrics import read_records
+from minillm.experiment.experiment_file import load_experiment
+from minillm.experiment.experiment_report import write_experiment_report
+from minillm.storage.metrics_log import read_records
 
 
 def do(*arguments: str) -> int:
@@ -75,7 +75,7 @@ def test_an_arm_may_have_the_time_of_another(write):
 
 
 def test_an_interrupted_arm_goes_on_from_its_checkpoint(write, monkeypatch):
-    from minillm.trainer import StageTrainer
+    from minillm.train.trainer import StageTrainer
 
     real, taken = StageTrainer._step, []
 
@@ -125,7 +125,7 @@ def test_two_processes_do_not_work_on_one_run(write, capsys):
 
 def test_processes_of_a_launcher_train_one_run_together(write, monkeypatch, capsys):
     name, started = write(), []
-    monkeypatch.setattr("minillm.cli.launched_size", lambda: 2)
+    monkeypatch.setattr("minillm.cli.main.launched_size", lambda: 2)
     monkeypatch.setattr(runner, "run", lambda plan, **options: started.append((plan.stages[0].name, plan.output_dir)))
     assert do(name) == 2
     assert "left to train: warmup with seed 1, sft with seed 1" in capsys.readouterr().err

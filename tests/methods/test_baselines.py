@@ -9,7 +9,7 @@ from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.module import StudentLoss
 from minillm.methods import build_method
-from minillm.methods.base import Sources
+from minillm.methods.protocol import Sources
 
 EXAMPLES = [Example(i, [60 + i, 70][: 1 + i % 2], [90 + i, 91, 256][: 2 + i % 2], "", ()) for i in range(8)]
 

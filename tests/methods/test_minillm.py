@@ -7,7 +7,7 @@ from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.methods import build_method
-from minillm.methods.base import Sources
+from minillm.methods.protocol import Sources
 
 
 def stage(**method) -> StageConfig:

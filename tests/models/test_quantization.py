@@ -12,9 +12,9 @@ from minillm.models.preflight import preflight
 from minillm.models.quantization import check_quantized, element_count
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import load_tokenizer
-from minillm.rollout.sampling import Sampling, sample
+from minillm.rollout.local.graph_preconditions import require_fixed_shapes
+from minillm.rollout.local.sampling import Sampling, sample
 from minillm.rollout.scoring import score
-from minillm.rollout.supported import require_fixed_shapes
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from minillm.config.loading import load_run
-from minillm.planning.plan import StagePlan, plan_run
+from minillm.config.loader.run_plan import load_run
+from minillm.planning.planner import StagePlan, plan_run
 
 SHAPE = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False}  # fmt: skip

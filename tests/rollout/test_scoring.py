@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minillm.data.batch import collate
-from minillm.rollout.sampling import Sampling, sample
+from minillm.models.batch import collate
+from minillm.rollout.local.sampling import Sampling, sample
 from minillm.rollout.scoring import score, teacher_hidden
 
 

@@ -1,0 +1,153 @@
+"""`minillm eval`: a model measured apart from any training, on the sets of a configuration or on one data file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.config.errors import ConfigErrors, Problem
+from minillm.config.loader.document import COMMAND_LINE
+from minillm.config.loader.run_plan import EvaluationPlan, load_evaluation
+from minillm.config.paths import expand
+from minillm.data.instructions import load_prompts
+from minillm.data.labels import load_labels
+from minillm.data.sources import read_jsonl
+from minillm.evaluate.analyses import Analyses
+from minillm.evaluate.evaluator import Evaluator
+from minillm.models.open import model_path, open_models
+from minillm.reporting.analysis_figures import draw_analyses
+from minillm.reporting.console import Console
+from minillm.rollout.local.graph_preconditions import use_cuda_graphs
+from minillm.storage.atomic import write_text
+from minillm.storage.metrics_log import plain
+
+# What a data file is, by the end of its name; anything else is a configuration.
+DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
+TEACHER = "teacher"
+
+
+def evaluation_plan(
+    files: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    seeds: Sequence[int] | None = None,
+    max_prompts: int | None = None,
+) -> EvaluationPlan:
+    """The sets to measure on and how.
+
+    Args:
+        files: configurations, and data files, each of which becomes a set.
+        overrides: `eval.key=value` and the like.
+        seeds: instead of eval.seeds.
+        max_prompts: of every set the first so many usable ones.
+
+    Raises ConfigErrors with every problem.
+    """
+    if seeds is not None and len(set(seeds)) < len(seeds):
+        raise _refusal(f"--seeds {' '.join(map(str, seeds))} would measure the same twice: name every seed once")
+    kinds = {file: _kind(file) for file in files}
+    configurations = [file for file in files if kinds[file] is None]
+    data = [file for file in files if kinds[file] is not None]
+    named = {_set_name(file): file for file in data}
+    sets = {name: {"type": kinds[file], "path": str(file)} for name, file in named.items()}
+    plan = load_evaluation(configurations, overrides, base={"eval": {"sets": sets}} if sets else {})
+    for file in data:
+        name = _set_name(file)
+        other = getattr(plan.eval.sets.get(name), "path", None)
+        if named[name] is not file or other != expand(str(file)):
+            raise _refusal(f"{file} and {other or 'another'} would both be the set {name!r}: measure them one by one")
+    changed: dict[str, Any] = {} if seeds is None else {"seeds": list(seeds)}
+    if max_prompts is not None:
+        limits = {
+            name: max_prompts if prompts.limit is None else min(prompts.limit, max_prompts)
+            for name, prompts in plan.eval.sets.items()
+        }
+        sets = plan.eval.sets.items()
+        changed["sets"] = {name: prompts.model_copy(update={"limit": limits[name]}) for name, prompts in sets}
+    return EvaluationPlan(**{**vars(plan), "eval": plan.eval.model_copy(update=changed)})
+
+
+def _set_name(file: Path) -> str:
+    return file.name.partition(".")[0]
+
+
+def _refusal(message: str) -> ConfigErrors:
+    return ConfigErrors([Problem(COMMAND_LINE, None, "", message)])
+
+
+def _kind(file: Path) -> str | None:
+    """What type of prompts a data file holds, None for a configuration."""
+    kind = next((kind for end, kind in DATA_FILES.items() if file.name.endswith(end)), None)
+    if kind == "jsonl" and file.is_file():
+        _, first = next(read_jsonl(str(file)), (None, {}))
+        return "text" if list(first) == ["text"] else kind
+    return kind
+
+
+def evaluate_model(
+    model: str,
+    plan: EvaluationPlan,
+    console: Console,
+    *,
+    dtype: str = "float32",
+    output: Path | None = None,
+    figures: Path | None = None,
+) -> dict[str, Any]:
+    """Measure, show the table, and return (and write) what was found.
+
+    Args:
+        model: as model_path takes it, or "teacher": that of the plan.
+        plan: what to measure on.
+        console: where the tables go.
+        dtype: of the model's weights.
+        output: a JSON file of the result, samples included.
+        figures: a folder for a picture of every analysis.
+
+    Raises ValueError for a teacher that the plan has not, and whatever loading raises.
+    """
+    who = "teacher" if model == TEACHER else "student"
+    if who == "teacher" and plan.teacher is None:
+        raise ValueError("there is no teacher to evaluate: the configuration has no `teacher`")
+    models, rows = open_models(
+        None if who == "teacher" else model_path(model),
+        plan.teacher if who == "teacher" or plan.eval.teacher else None,
+        device=plan.engine.device if plan.engine.type == "torch" else "auto",
+        dtype=dtype,
+        output_dir=plan.output_dir,
+    )
+    if plan.rollout.cuda_graphs:
+        use_cuda_graphs(models)
+    sets = {
+        name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}")
+        for name, prompts in plan.eval.sets.items()
+    }
+    labels = {
+        name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}")
+        for name, source in plan.eval.calibration.items()
+    }
+    rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]
+    rows += [(name, f"{len(one)} questions, {one.dropped_long} too long", "") for name, one in labels.items()]
+    console.preflight(rows)
+    watch = console.working
+    evaluation = Evaluator(sets, plan.eval, seed=plan.seed, watch=watch).evaluate(models, who)
+    evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, watch=watch).add_to(evaluation, models, who)
+    title = f"Evaluation of {plan.teacher.path if who == 'teacher' else model}"
+    console.measurement(title, evaluation.sets, evaluation.mean, evaluation.samples, who=who)
+    result = {
+        "model": model,
+        "who": who,
+        "teacher": None if plan.teacher is None else plan.teacher.path,
+        "seeds": list(plan.eval.seeds),
+        "prompts": {name: len(prompts) for name, prompts in sets.items()},
+        "sets": evaluation.sets,
+        "mean": evaluation.mean,
+        "samples": evaluation.samples,
+        "curves": evaluation.curves,
+    }
+    if figures is not None:
+        for path in draw_analyses({Path(model).name: [result]}, figures):
+            console.note(f"drawn: {path}")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return result

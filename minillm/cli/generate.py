@@ -1,0 +1,139 @@
+"""`minillm generate`: prompts from the command line or typed in, and the student's answers beside the teacher's."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from minillm.config.data import InstructionKeys, Prompts
+from minillm.config.loader.document import read_file
+from minillm.config.loader.stages import stage_trees
+from minillm.config.models import TeacherConfig
+from minillm.config.shape import walk
+from minillm.data.instructions import encode
+from minillm.data.templates import render
+from minillm.models.open import model_path, open_models
+from minillm.models.pair import Models
+from minillm.reporting.console import Console
+from minillm.rollout.local.sampling import Sampling, sample
+
+
+class Answerer:
+    """Both models' answers to one prompt after another."""
+
+    def __init__(self, models: Models, keys: InstructionKeys, sampling: Sampling, *, seed: int):
+        """Args: keys: how a prompt is put to the models (template, system). seed: of the sampling."""
+        self.models, self.keys, self.sampling, self.seed = models, keys, sampling, seed
+        self._asked = 0
+
+    def ask(self, question: str) -> dict[str, str]:
+        """{"student": answer} and, where there is one, {"teacher": answer}; the same question again is drawn anew.
+
+        Raises ValueError where the question leaves no room for an answer, DataError for a template that is not there.
+        """
+        tokenizer = self.models.tokenizer
+        text = render([{"role": "user", "content": question}], self.keys, tokenizer)
+        ids = encode(tokenizer, text, self.keys.template != "chat")
+        draw, self._asked = self._asked, self._asked + 1
+        answers = {}
+        for who in ("student", "teacher") if self.models.teacher is not None else ("student",):
+            sampling = replace(self.sampling, max_new_tokens=self._room(who, len(ids)))
+            (answer,) = sample(self.models, [ids], sampling, keys=[0], seed=self.seed, draw=draw, who=who, batch_size=1)
+            answers[who] = tokenizer.decode(answer.response, skip_special_tokens=True)
+        return answers
+
+    def _room(self, who: str, prompt: int) -> int:
+        context = getattr(getattr(self.models, who).config, "max_position_embeddings", None)
+        if context is None:
+            return self.sampling.max_new_tokens
+        if prompt >= context:
+            raise ValueError(f"the prompt has {prompt} tokens and the {who} reads at most {context}; shorten it")
+        return min(self.sampling.max_new_tokens, context - prompt)
+
+
+def generate(
+    model: str,
+    *,
+    console: Console,
+    teacher: str | None = None,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    seed: int = 0,
+    template: str = "auto",
+    system: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+) -> None:
+    """The verb: load, answer the prompts or a conversation, show.
+
+    Raises ValueError for options that cannot be, and whatever loading raises.
+    """
+    sampling = Sampling(
+        max_new_tokens, temperature, top_k=top_k, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram_size
+    )
+    path = model_path(model)
+    beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype)
+    models, _ = open_models(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
+    keys = prompt_keys(path, models.tokenizer, template=template, system=system)
+    ask = Answerer(models, keys, sampling, seed=seed).ask
+    converse(ask, console, prompts=prompts, read=lambda: input("> " if sys.stdin.isatty() else ""))
+
+
+def converse(
+    ask: Callable[[str], dict[str, str]], console: Console, *, prompts: Sequence[str] = (), read: Callable[[], str]
+) -> None:
+    """Answer the prompts, or where there are none what `read` returns, until it raises EOFError."""
+    for prompt in prompts:
+        console.answers(prompt if len(prompts) > 1 else "", ask(prompt))
+    while not prompts:
+        try:
+            question = read()
+        except EOFError:
+            return
+        if question.strip():
+            console.answers("" if sys.stdin.isatty() else question, ask(question))
+
+
+def prompt_keys(
+    model: str, tokenizer: PreTrainedTokenizerBase, *, template: str = "auto", system: str | None = None
+) -> InstructionKeys:
+    """How prompts are put to a model: as its run did, else by the tokenizer's chat template, else as they are.
+
+    Args:
+        model: the path it was loaded from; config.yaml of its run lies one or two folders above.
+        template: auto, or one of the configuration's.
+        system: the system message of a chat.
+
+    Raises ValueError for a system message without a chat.
+    """
+    trained = _trained_with(Path(model))
+    if template == "auto" and trained is not None and (system is None or trained.template == "chat"):
+        return InstructionKeys(template=trained.template, system=trained.system if system is None else system)
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "none"
+    if system is not None and template != "chat":
+        raise ValueError(f"--system is for chats, and the template is {template}; put it into the prompt instead")
+    return InstructionKeys(template=template, system=system)
+
+
+def _trained_with(model: Path) -> Prompts | None:
+    """data.prompts of the stage that the model comes from, None where it comes from no run."""
+    run = next((folder for folder in list(model.parents)[:2] if (folder / "metrics.jsonl").is_file()), None)
+    if run is None:
+        return None
+    document = read_file(run / "config.yaml", [])
+    stages = {} if document is None else stage_trees(document, [])
+    name = model.name if model.parent.name == "stages" else next(reversed(stages), "")
+    _, prompts = walk(None, stages[name].plain() if name in stages else {}, ("data", "prompts"))
+    try:
+        return TypeAdapter(Prompts).validate_python(prompts)
+    except ValidationError:  # no prompts, or those of another version
+        return None

@@ -1,0 +1,30 @@
+"""Where an engine's models are, and where they are read to first."""
+
+import os
+
+import torch
+
+from minillm.config.training import DeepSpeedEngine, TorchEngine
+from minillm.distributed.launcher import launched_local_rank
+from minillm.models.device import pick_device
+
+
+def engine_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
+    """Where the engine's models go: a rank of DeepSpeed has the GPU that its launcher counts it to."""
+    if engine.type == "torch":
+        return pick_device(engine.device)
+    return pick_device(f"cuda:{launched_local_rank()}" if torch.cuda.is_available() else "cpu")
+
+
+def check_backend(engine: TorchEngine | DeepSpeedEngine, device: torch.device) -> None:
+    """Raises ValueError for a backend of the losses that the device cannot run."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if engine.backend == "triton" and device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"engine.backend is triton, which needs a GPU, and the models are on the {device.type}; use auto"
+        )
+
+
+def loading_device(engine: TorchEngine | DeepSpeedEngine, *, cut: bool) -> torch.device:
+    """Where a model is read to: one that will be cut to the host, from which each rank's device gets its piece alone."""
+    return torch.device("cpu") if cut else engine_device(engine)

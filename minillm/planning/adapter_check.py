@@ -1,0 +1,30 @@
+"""Whether the adapters of every stage have somewhere to go: asked before the first stage takes its hours."""
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minillm.config.loader.run_plan import RunPlan
+from minillm.models.adapter_targets import target_names
+from minillm.planning.architectures import Architectures
+from minillm.planning.sizes import build
+
+
+def check_targets(plan: RunPlan) -> None:
+    """Look for the names of student.lora.target_modules in the architectures that are known without loading weights.
+
+    Raises ValueError, which names the stage, as target_names does.
+    """
+    architectures = Architectures(plan)
+    for stage in plan.stages:
+        student = stage.config.student
+        if student.lora is None or isinstance(student.lora.target_modules, str):
+            continue
+        try:
+            architecture = architectures.student(stage)
+        except ValueError:  # a hub name that is not here: its stage will find out when it loads the model
+            continue
+        with FakeTensorMode():
+            model = build(architecture, student.dtype, student.attn_implementation)
+        try:
+            target_names(model, student.lora.target_modules)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from None

@@ -1,0 +1,121 @@
+"""From a configuration to its plan: every stage simulated, sharded, fitted to a GPU, and what to change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from minillm.config.loader.run_plan import RunPlan, Stage
+from minillm.planning.architectures import Architectures
+from minillm.planning.gpus import Gpu, find_gpu
+from minillm.planning.memory import PhaseMemory, memory_of
+from minillm.planning.setting import Setting
+from minillm.planning.sharding import Sharding, sharding_of
+from minillm.planning.simulate import PHASES, Simulation, simulate
+from minillm.planning.speed import Speed, speed_of
+from minillm.planning.work import Work, work_of
+
+WORLD_SIZES = tuple(2**power for power in range(11))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on one rank."""
+
+    name: str
+    method: str
+    sharding: Sharding
+    work: Work
+    simulation: Simulation
+    memory: list[PhaseMemory]
+    activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
+    speed: Speed
+    memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; ValueError where the buffer does not divide
+
+    @property
+    def peak(self) -> PhaseMemory:
+        return max(self.memory, key=lambda memory: memory.device_bytes)
+
+    def smallest_world_size(self, gpu: Gpu) -> int | None:
+        """The fewest ranks that fit, as a power of two; None where none of those tried does."""
+        for size in WORLD_SIZES if self.sharding.stage else (1,):
+            try:
+                phases = self.memory_on(size)
+            except ValueError:
+                continue
+            if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
+                return size
+        return None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """All stages on one kind of device."""
+
+    gpu: Gpu
+    world_size: int
+    stages: list[StagePlan]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.peak.device_bytes for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.gpu.usable_bytes
+
+
+def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> PlannedRun:
+    """Plan every stage. Raises ValueError for an unknown GPU or architecture, and for what one process cannot do."""
+    device = find_gpu(gpu)
+    architectures = Architectures(plan)
+    return PlannedRun(
+        device, world_size, [_plan_stage(stage, architectures, device, world_size) for stage in plan.stages]
+    )
+
+
+def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world_size: int) -> float | None:
+    """The most that one rank of a stage would allocate on such a device; None where its models are not known here."""
+    architectures = Architectures(plan)
+    try:
+        student, teacher = architectures.student(stage), architectures.teacher(stage)
+        work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
+    except ValueError:
+        return None
+    setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
+    simulation = simulate(setting, work.moment, student, teacher, device)
+    return max(phase.device_bytes for phase in memory_of(simulation, work, sharding, device)) / 2**30
+
+
+def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int) -> StagePlan:
+    config = stage.config
+    device = torch.device(gpu.kind)
+    student, teacher = architectures.student(stage), architectures.teacher(stage)
+
+    asked = config.train.gradient_checkpointing
+
+    def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
+        setting = Setting.of(config, checkpointing=checkpointing)
+        return simulate(setting, work.moment, student, teacher, device, phases=phases)
+
+    def activations(checkpointing: bool) -> int:
+        update = simulated(work, checkpointing, PHASES if checkpointing == asked else ("update",))
+        return update.phases["update"].most("activations")
+
+    def memory(size: int) -> list[PhaseMemory]:
+        work = work_of(config, size)
+        return memory_of(simulated(work), work, sharding_of(config, size), device)
+
+    sharding, work = sharding_of(config, world_size), work_of(config, world_size)
+    simulation = simulated(work)
+    return StagePlan(
+        name=stage.name,
+        method=config.method.name,
+        sharding=sharding,
+        work=work,
+        simulation=simulation,
+        memory=memory(world_size),
+        activations=activations,
+        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
+        memory_on=memory,
+    )

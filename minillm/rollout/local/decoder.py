@@ -1,0 +1,85 @@
+"""One model in the decode loop: its key-value cache, its forward pass, and the logits of the last position."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from minillm.kernels.head import project, ready
+from minillm.kernels.rows_torch import logits_from_raw
+from minillm.models.access import forward_decoder, lm_head
+from minillm.rollout.local.distribution import padded_size
+
+
+class Decoder:
+    """Answers `forward` with the prompts, then with a token a row at a time, by next-token logits, (B, V padded) fp32.
+
+    The vocabulary is cut to the first `vocab_size` ids; columns beyond it are -inf. The logits' memory is written anew
+    by the next call.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, *, vocab_size: int):
+        self.model, self.cache, self.vocab_size = model, cache, vocab_size
+        head = lm_head(model)
+        self.weight, self.bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
+        self.logit_scale, self.softcap = head.logit_scale, head.softcap
+        self._logits: Tensor | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, new tokens) int64
+        # (B, tokens so far) int64, 0 on the padding at the left; or (B, 1, new tokens, keys), added to the scores
+        attention_mask: Tensor,
+        position_ids: Tensor,  # (B, new tokens) int64
+    ) -> Tensor:
+        """Feed tokens and return the logits of what follows the last of them."""
+        output = forward_decoder(
+            self.model, input_ids, attention_mask, position_ids, past_key_values=self.cache, use_cache=True
+        )
+        return self._project(output.last_hidden_state[:, -1])
+
+    def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
+        """Drop the other rows of the batch."""
+        self.cache.reorder_cache(rows)
+        self._logits = None
+
+    def _project(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded)
+        if self._logits is None:
+            shape = (hidden.shape[0], padded_size(self.vocab_size))
+            self._logits = torch.empty(shape, device=hidden.device)
+        used = self._logits[:, : self.vocab_size]
+        self._logits[:, self.vocab_size :] = -torch.inf  # again in every step: sampling works in this memory
+        project(hidden, ready(self.weight, hidden.dtype, used.dtype), self.bias, hidden.dtype, used)
+        if self.logit_scale != 1.0 or self.softcap is not None:
+            used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))
+        return self._logits
+
+
+@contextmanager
+def sampling_mode(models: Sequence[nn.Module]):
+    """Evaluation mode, no gradient; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        # not inference_mode: buffers that a forward pass replaces (rotary frequencies) must serve training again
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Raises ValueError where a table of learned positions ends before the longest sequence does."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rotates = getattr(config, "rope_parameters", None) is not None
+    if limit is not None and not rotates and longest > limit:
+        raise ValueError(
+            f"{type(model).__name__} has {limit} positions, but the longest prompt with max_new_tokens needs {longest}; "
+            "shorten max_prompt_length or max_new_tokens"
+        )

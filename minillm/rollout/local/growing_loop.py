@@ -1,0 +1,65 @@
+"""The decode loop whose tensors grow and shrink: attention over the tokens that are there, rows that ended leave."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from minillm.distributed import collectives
+from minillm.models.pair import Models
+from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
+from minillm.rollout.local.ngrams import NgramBan
+from minillm.rollout.local.token_drawing import Answer, Sampling, Writing, choose, pad_left
+
+ENDED_SHARE = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
+
+
+def decode(
+    models: Models,
+    sampling: Sampling,
+    roles: Mapping[str, float],  # the models that take part, and their shares
+    prompts: Sequence[list[int]],
+    noise: Tensor,  # (B, max_new_tokens) float64, CPU
+) -> list[Answer]:
+    """The answers of one batch. Rows run on until all have ended; those that have ended leave in groups.
+
+    Raises ValueError for logits that are not finite.
+    """
+    device, batch, steps = models.device, len(prompts), sampling.max_new_tokens
+    width = max(map(len, prompts))
+    room = width + steps - 1
+    members = [getattr(models, role) for role in roles]
+    caches = [make_cache(model.config, lambda: RoomyLayer(room)) for model in members]
+    decoders = [
+        Decoder(model, cache, vocab_size=models.vocab_size) for model, cache in zip(members, caches, strict=True)
+    ]
+    shares = list(roles.values())
+    bans = NgramBan(sampling.no_repeat_ngram_size, prompts) if sampling.no_repeat_ngram_size else None
+    noise = noise.to(device)
+    writing = Writing(models, roles, batch, steps)
+
+    fed, padding, position = (part.to(device) for part in pad_left(prompts, width, models.pad_id))
+    mask = (torch.arange(room, device=device) >= padding).long()
+    rows = torch.arange(batch, device=device)  # of the answers, still in the batch
+
+    for step in range(steps):
+        logits = [decoder.forward(fed, mask[:, : width + step], position) for decoder in decoders]
+        if bans is not None:
+            logits = [bans.apply(one) for one in logits]
+        token, logprob = choose(logits, shares, sampling, noise[:, step])
+        writing.put(rows, writing.places[step : step + 1], token, logprob)
+        left = writing.look(step, step + 1)
+        if step + 1 == steps or not (collectives.anywhere(left > 0) if models.by_layers else left):
+            break
+        if bans is not None:
+            bans.append(token.tolist())
+        fed, position = token[:, None], position[:, -1:] + 1
+        if left and len(rows) - left >= ENDED_SHARE * len(rows):
+            kept = (~writing.ended[rows]).nonzero()[:, 0]
+            for decoder in decoders:
+                decoder.keep(kept)
+            if bans is not None:
+                bans.keep(kept.tolist())
+            fed, mask, position, noise, rows = (part[kept] for part in (fed, mask, position, noise, rows))
+    return writing.answers(prompts)

@@ -1,0 +1,134 @@
+"""What every decode loop shares: how a token is drawn, and the answers as they are written, on the models' device."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.models.pair import Models
+from minillm.rollout.local.distribution import Component, draw_tokens, likeliest_tokens, padded_size, process
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. The defaults are neutral: the model's own distribution.
+
+    temperature 0 takes the likeliest token. top_k 0 and top_p 1 cut nothing. alpha is the teacher's share of a mixture.
+    no_repeat_ngram_size bans tokens that would repeat an n-gram of prompt and answer; 0 bans none.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    alpha: float = 0.0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self):
+        for name, right, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or above"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or above"),
+        ):
+            if not right:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be {wanted}")
+
+
+@dataclass
+class Answer:
+    """A prompt and what was sampled for it."""
+
+    prompt: list[int]
+    response: list[int]  # with the EOS that ended it, if one did
+    ended: bool
+    # (T,) fp32, CPU: under the distribution that each token was drawn from; greedy: under the model at temperature 1
+    logprobs: Tensor
+
+
+class Writing:
+    """The answers of a batch as they grow. The host waits for the device in `look` and `answers` alone."""
+
+    def __init__(self, models: Models, roles: Iterable[str], batch: int, steps: int):
+        self.roles, device = tuple(roles), models.device
+        self.tokens = torch.full((batch, steps), models.pad_id, device=device)
+        self.logprobs = torch.zeros((batch, steps), dtype=torch.float64, device=device)
+        self.lengths = torch.full((batch,), steps, device=device)
+        self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.places = torch.arange(steps, device=device)
+        is_end = torch.zeros(padded_size(models.vocab_size), dtype=torch.bool)
+        is_end[list(models.eos_ids)] = True
+        self.is_end = is_end.to(device)  # a table: torch.isin would have to know how many different ids there are
+
+    def clear(self, answers: int) -> None:
+        """Ready for so many other answers; the rows beyond them count as ended before their first token."""
+        rows = torch.arange(len(self.ended), device=self.ended.device)
+        self.ended.copy_(rows >= answers)
+        self.lengths.copy_(torch.where(self.ended, 0, len(self.places)))
+
+    def put(
+        self,
+        rows: Tensor,  # (R,) int64, of the answers
+        place: Tensor,  # (1,) int64, the token's in an answer
+        token: Tensor,  # (R,) int64
+        logprob: Tensor,  # (R,) float64
+    ) -> None:
+        """A token a row. What is put after an answer's end changes neither its length nor that it ended."""
+        self.tokens[rows, place] = token
+        self.logprobs[rows, place] = logprob
+        ended = self.ended[rows]
+        ends_now = self.is_end[token] & ~ended
+        self.lengths[rows] = torch.where(ends_now, place + 1, self.lengths[rows])
+        self.ended[rows] = ended | ends_now
+
+    def look(self, first: int, end: int) -> int:
+        """How many answers go on after the tokens from `first` up to `end`.
+
+        Raises ValueError where one of these tokens of an answer was drawn from logits that are not finite.
+        """
+        counted = self.places[first:end] < self.lengths[:, None]
+        broken = (~self.logprobs[:, first:end].isfinite() & counted).sum(0)
+        going_on, *broken = torch.cat(((~self.ended).sum()[None], broken)).tolist()
+        for token, answers in enumerate(broken, first):
+            if answers:
+                raise ValueError(
+                    f"the logits at token {token} of {answers} answer(s) are not finite: the weights of "
+                    f"{' or '.join(self.roles)} hold NaN or infinity, or overflow in their dtype"
+                )
+        return going_on
+
+    def answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
+        """The answers of the first rows, one a prompt."""
+        parts = (self.tokens, self.logprobs.float(), self.lengths, self.ended)
+        tokens, logprobs, lengths, ended = (part[: len(prompts)].cpu() for part in parts)
+        columns = zip(prompts, tokens, logprobs, lengths.tolist(), ended.tolist(), strict=True)
+        return [
+            Answer(list(prompt), ids[:length].tolist(), end, values[:length].clone())
+            for prompt, ids, values, length, end in columns
+        ]
+
+
+def choose(
+    logits: list[Tensor],  # (B, V padded) fp32 a model, overwritten
+    shares: Sequence[float],
+    sampling: Sampling,
+    uniform: Tensor,  # (B,) float64
+) -> tuple[Tensor, Tensor]:  # (B,) int64, (B,) float64
+    """A token a row and its log-probability, without a look at either from the host."""
+    if sampling.temperature == 0:
+        return likeliest_tokens(logits, shares)
+    options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    components = [Component(process(one, **options), share) for one, share in zip(logits, shares, strict=True)]
+    return draw_tokens(components, uniform)
+
+
+def pad_left(
+    prompts: Sequence[list[int]], width: int, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, width) ids, (B, 1) padding, (B, width) positions
+    """Prompts that all end in the last column, how many columns before each are padding, and positions without it."""
+    padding = torch.tensor([[width - len(prompt)] for prompt in prompts])
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    return ids, padding, (torch.arange(width) - padding).clamp_min_(0)

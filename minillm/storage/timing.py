@@ -1,0 +1,39 @@
+"""Where a run's time goes: seconds by what is done, added up until they are read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from minillm.distributed.waiting_time import waited
+
+# rollout: sampling; scoring: batches and passes without a gradient; update: forward, backward and optimiser;
+# communication: waiting for other ranks inside any of these (minillm.distributed.waiting_time says what counts), which is not theirs then
+PARTS = ("rollout", "scoring", "update", "communication", "saving")
+
+
+class Timing:
+    """Of this process. On a GPU a part ends where its results are read, so that no part's work falls to the next."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """What runs inside counts as `part`, one of PARTS, without what it waits for other ranks."""
+        started, before = perf_counter(), waited()
+        try:
+            yield
+        finally:
+            waiting = waited() - before
+            self._add(part, perf_counter() - started - waiting)
+            if waiting:
+                self._add("communication", waiting)
+
+    def read(self) -> dict[str, float]:
+        """{time/PART_s: seconds} since the last reading."""
+        found = {f"time/{part}_s": self._seconds[part] for part in PARTS if part in self._seconds}
+        self._seconds = {}
+        return found
+
+    def _add(self, part: str, seconds: float) -> None:
+        self._seconds[part] = self._seconds.get(part, 0.0) + seconds

@@ -1,0 +1,51 @@
+"""best/: the model of a stage that its evaluations have found best so far. Which one that was is in Progress.best."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minillm.config.loader.run_plan import Stage
+from minillm.models.pair import Models
+from minillm.models.saving import save_model
+from minillm.reporting.metric import find_metric
+from minillm.train.progress import Progress
+
+FOLDER = "best"
+# Keys of `eval` that do not change the value a model is chosen by.
+FREE = ("steps", "samples", "batch_size")
+
+
+class BestModel:
+    """Keeps one stage's best model, where save.best says so; `note` hears why there is none."""
+
+    def __init__(self, stage: Stage, output_dir: Path, note: Callable[[str], None]):
+        self.stage, self.output_dir, self.note = stage, output_dir, note
+        self._said_why_not = False
+
+    def keep(self, mean: Mapping[str, float], models: Models, progress: Progress) -> None:
+        """Save the student if `mean`, the metrics of its evaluation, are the best yet by eval.metric."""
+        metric = self.stage.config.eval.metric
+        if not self.stage.config.save.best:
+            return
+        if metric not in mean:
+            if not self._said_why_not:
+                self.note(f"no best/ is kept: these eval.sets have nothing to measure eval.metric={metric} on")
+            self._said_why_not = True
+            return
+        value, best = mean[metric], progress.best
+        if not math.isfinite(value):
+            return
+        if best is None or find_metric(metric).better * (value - best["value"]) > 0:
+            progress.best = {"metric": metric, "value": value, "step": progress.step, "stage": self.stage.name}
+            save_model(models.student, models.tokenizer, self.output_dir / FOLDER)
+
+    def forget_another_measure(self, before: Mapping[str, Any], progress: Progress) -> None:
+        """Compare with no value that the stage's configuration of `before` has measured in another way."""
+        now = self.stage.config.model_dump(mode="json")
+        ours, theirs = (
+            {key: one for key, one in config["eval"].items() if key not in FREE} for config in (now, before)
+        )
+        if progress.best is not None and ours != theirs:
+            self.note("eval has changed: best/ is replaced at the next evaluation, whatever that finds")
+            progress.best = None

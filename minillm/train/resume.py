@@ -1,0 +1,63 @@
+"""Whether a run may go on from a checkpoint: what of its configuration must be as it was, and what may grow."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from minillm.config.loader.run_plan import RunPlan
+from minillm.config.training import SCHEDULES
+from minillm.train.progress import Progress
+
+# Keys that may differ between the run that wrote a checkpoint and the one that goes on from it.
+FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
+# Keys of `train` that only say when a stage ends. They may grow.
+LIMITS = ("max_steps", "num_train_epochs", "max_seconds", "max_student_tokens")
+
+
+def check_same_recipe(plan: RunPlan, progress: Progress, saved: dict) -> bool:
+    """Whether the checkpoint's stage is to be longer than it was. Raises ValueError where it, or a stage before it,
+    differs in anything else."""
+    stages = {stage.name: stage.config.model_dump(mode="json") for stage in plan.stages}
+    if progress.stage not in stages:
+        raise ValueError(f"the checkpoint is in stage {progress.stage!r}, which this configuration does not have")
+    longer = _is_longer(saved["train"], stages[progress.stage]["train"])
+    if longer:
+        limits = {key: stages[progress.stage]["train"][key] for key in LIMITS}
+        saved = {**saved, "train": {**saved["train"], **limits}}
+    changed = []
+    for name, before in {**progress.stage_configs, progress.stage: saved}.items():
+        if name not in stages:
+            changed.append(f"stages.{name}, which is over and is not there now")
+            continue
+        where = f"stages.{name}." if name != progress.stage else ""
+        kept = ({key: one[key] for key in one if key not in FREE_ON_RESUME} for one in (before, stages[name]))
+        changed += [where + change for change in _changes(*kept)]
+    if changed:
+        raise ValueError(
+            f"the configuration differs from the checkpoint's in {'; '.join(changed)}. A resumed run must take the steps "
+            "the unbroken one would have taken: undo the change, or start a new run in another output_dir with "
+            "student.path at the checkpoint. (What ends a stage may grow, where its schedule does not depend on it.)"
+        )
+    return longer
+
+
+def _is_longer(before: dict, now: dict) -> bool:
+    """Whether limits of `train` grew or went, none came or shrank, and the steps so far would have been the same."""
+    pairs = [(before[key], now[key]) for key in LIMITS if before[key] != now[key]]
+    grew = all(
+        then is not None and (later is None or _is_number(then, later) and later > then) for then, later in pairs
+    )
+    return bool(pairs) and grew and not SCHEDULES[now["lr_scheduler_type"]].counts_steps
+
+
+def _is_number(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """`train.learning_rate (0.001 then, 0.0005 now)` of every value that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            yield from _changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    elif before != now:
+        yield f"{key} ({json.dumps(before)} then, {json.dumps(now)} now)"

@@ -1,0 +1,228 @@
+"""A whole run: its stages in order, where it picks up again, and what it leaves behind."""
+
+import json
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+
+from minillm.config.loader.run_plan import RunPlan, Stage
+from minillm.distributed import collectives
+from minillm.planning.adapter_check import check_targets
+from minillm.reporting.model_card import write_model_card
+from minillm.reporting.report import write_report
+from minillm.storage.atomic import clean, remove_folder, write_folder, write_text
+from minillm.storage.checkpoint import list_checkpoints, newest_whole
+from minillm.storage.environment import describe_environment
+from minillm.storage.metrics_log import MetricsLog, SilentLog
+from minillm.train.frozen_weights import BASES
+from minillm.train.progress import Progress
+from minillm.train.resume import check_same_recipe
+from minillm.train.stage import Shared
+from minillm.train.trainer import TrainingError
+
+MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
+
+
+def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -> Path:
+    """Train every stage of the plan; returns the folder final/.
+
+    `shared` holds what an earlier run of this process loaded, for runs of engine.type torch that have it in common.
+
+    Raises ValueError for what cannot be gone on from or into, TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
+    """
+    output_dir = plan.output_dir
+    if all(stage.config.engine.type == "torch" for stage in plan.stages):
+        return _run(plan, resume=resume, console=console, shared=shared)
+    collectives.join(output_dir)
+    shared = Shared()  # of this run alone: what is cut over the ranks goes with their group
+    try:
+        final = _run(plan, resume=resume, console=console, shared=shared)
+        shared.close()
+        collectives.leave()
+        return final
+    except TrainingError:
+        raise
+    except Exception as error:
+        message = collectives.loss_behind(error)
+        collectives.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
+        if message is None:
+            raise
+        raise TrainingError(message) from error
+
+
+def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path:
+    output_dir = plan.output_dir
+    check_targets(plan)
+    checkpoint = collectives.on_rank_0(lambda: _prepare(output_dir, resume, console))
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    progress, longer = None, False
+    if checkpoint is not None:
+        saved = json.loads((checkpoint / "state" / "trainer.json").read_text())
+        progress = Progress(**saved["progress"])
+        longer = check_same_recipe(plan, progress, saved["config"])
+        console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
+    if collectives.rank() == 0:
+        write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
+        write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
+
+    transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
+    log = SilentLog() if collectives.rank() else MetricsLog(output_dir, plan.stages[0].config.log.report_to)
+    log.truncate(progress.log if progress else {})
+    shared = shared or Shared()
+    shared.begin(console, output_dir)
+    names = [stage.name for stage in plan.stages]
+    with log, _interruption(console.note) as interrupted:
+        for stage in plan.stages:
+            if progress and names.index(stage.name) < names.index(progress.stage):
+                continue
+            resumed = progress is not None and progress.stage == stage.name
+            if not resumed:
+                progress = _next_progress(progress, stage.name)
+            if not progress.finished or resumed and longer:
+                trainer = shared.trainer(
+                    stage,
+                    log,
+                    progress,
+                    interrupted,
+                    checkpoint=checkpoint if resumed else None,
+                    judge_teacher=_first_with_its_teacher(plan, stage),
+                    planned_peak_gib=partial(_planned_peak_gib, plan, stage),
+                )
+                if resumed:
+                    trainer.load(checkpoint)
+                if progress.finished and not trainer.done():
+                    progress.finished = False
+                    collectives.on_rank_0(lambda name=stage.name: _take_back(plan, name))
+                # where this student comes straight from an earlier stage, that stage's last evaluation is this one's first
+                if not progress.finished:
+                    trainer.run(evaluate_first=not _measured_before(plan, stage))
+                trainer.close()
+                del trainer  # before the next stage loads its student
+                checkpoint = output_dir / f"checkpoint-{progress.step}"
+            if len(plan.stages) > 1 or stage.name != "main":
+                _publish(checkpoint, output_dir / "stages" / stage.name)
+            collectives.on_rank_0(lambda: str(write_report(output_dir)))
+    final = output_dir / "final"
+    _publish(checkpoint, final)
+    collectives.on_rank_0(lambda: _describe(output_dir, final))
+    console.finish(output_dir)
+    return final
+
+
+def _prepare(output_dir: Path, resume: bool, console) -> str | None:
+    """A folder without what a kill left; the checkpoint to go on from.
+
+    Raises ValueError where the folder cannot be made, and where there is nothing to go on from but something to lose:
+    checkpoints of which none is whole, or models.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir} cannot be made: {error}; choose another one") from None
+    for folder in (output_dir, output_dir / "stages", output_dir / BASES):
+        clean(folder)
+    if not resume:
+        return None
+    checkpoint = newest_whole(output_dir, console.note)
+    if checkpoint is not None:
+        return str(checkpoint)
+    left = [str(folder.relative_to(output_dir)) for folder in _models(output_dir)]
+    damaged = list_checkpoints(output_dir)
+    if left or damaged:
+        what = "no checkpoint in it is whole" if damaged else "there is no checkpoint to go on from"
+        beside = f" beside {', '.join(left)}" if left else ""
+        raise ValueError(
+            f"{output_dir}: {what}{beside}, and a start from the beginning would overwrite its records. Start in another "
+            "output_dir, or delete this one"
+        )
+    return None
+
+
+def _models(output_dir: Path) -> list[Path]:
+    """The models that stages have left."""
+    return [folder for folder in (output_dir / "final", *sorted(output_dir.glob("stages/*"))) if folder.is_dir()]
+
+
+def _describe(output_dir: Path, final: Path) -> None:
+    write_model_card(output_dir, final)
+    write_report(output_dir)
+
+
+def _next_progress(before: Progress | None, stage: str) -> Progress:
+    if before is None:
+        return Progress(stage)
+    return Progress(stage, step=before.step, stage_seconds=before.stage_seconds, stage_configs=before.stage_configs)
+
+
+def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
+    """Whether the teacher's own answers are evaluated in this stage: once a teacher and evaluation."""
+    if stage.config.teacher is None or not stage.config.eval.teacher:
+        return False
+
+    def key(other: Stage):
+        return other.config.teacher, other.config.eval
+
+    return next(other for other in plan.stages if key(other) == key(stage)).name == stage.name
+
+
+def _planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device) -> float | None:
+    from minillm.planning.planner import planned_peak_gib
+
+    return planned_peak_gib(plan, stage, device, world_size=collectives.world_size())
+
+
+def _measured_before(plan: RunPlan, stage: Stage) -> bool:
+    path, config = stage.config.student.path or "", stage.config
+    if not path.startswith("stage:") or config.student.init != "pretrained":
+        return False
+    source = next(other.config for other in plan.stages if other.name == path.removeprefix("stage:"))
+    return source.eval == config.eval and source.teacher == config.teacher
+
+
+def _take_back(plan: RunPlan, name: str) -> None:
+    """The model that a stage left, which lies in its checkpoint as well, is not its last one any more; nor is what later
+    stages have had it write."""
+    names = [stage.name for stage in plan.stages]
+    folders = [plan.output_dir / "final", plan.output_dir / "stages" / name]
+    folders += [plan.output_dir / "written" / later for later in names[names.index(name) + 1 :]]
+    for folder in folders:
+        remove_folder(folder)
+
+
+def _publish(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's model to `folder`, whole or not at all; what is there already stays."""
+    if collectives.on_rank_0(folder.exists):
+        return
+
+    def fill(partial: Path) -> None:
+        if collectives.rank() == 0:
+            shutil.copytree(checkpoint, partial, ignore=MODEL_ONLY, dirs_exist_ok=True)
+
+    write_folder(folder, fill)
+
+
+@contextmanager
+def _interruption(note: Callable[[str], None]):
+    """Turn the first Ctrl-C or SIGTERM into a wish that the loop grants after its step; the second one is immediate."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        note("stopping after this step, with a checkpoint; once more to stop at once without one")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,300 @@
+"""The loop of one stage: collect, step through what was collected, evaluate, save; and how it goes on after a kill."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm.config.loader.run_plan import Stage
+from minillm.distributed import collectives
+from minillm.engine import build_engine
+from minillm.engine.engine import NonFiniteError
+from minillm.evaluate.evaluator import Evaluator
+from minillm.methods import build_method
+from minillm.methods.protocol import Item, Sources
+from minillm.models.pair import Models
+from minillm.models.saving import write_model
+from minillm.rollout.buffer import RolloutBuffer
+from minillm.rollout.rank_items import part_of_step
+from minillm.storage.atomic import sync
+from minillm.storage.checkpoint import write_checkpoint
+from minillm.storage.metrics_log import MetricsLog
+from minillm.train.best_model import BestModel
+from minillm.train.progress import Progress
+
+
+class TrainingError(RuntimeError):
+    """A run that had to stop, with what to look at."""
+
+
+def _require_references(stage: Stage, sources: Sources) -> None:
+    bare = [example.index for example in sources.prompts.items if not example.response_ids]
+    if bare:
+        raise ValueError(
+            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, but {len(bare)} of "
+            f"{len(sources.prompts.items)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
+            "them an answer, or use a method that samples its own (minillm, seqkd)"
+        )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far: of the GPU's allocator, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
+
+
+def counts_allocations(device: torch.device) -> bool:
+    """Whether `peak_memory_gib` is of what torch allocated there, which is what a plan counts."""
+    return device.type == "cuda"
+
+
+class StageTrainer:
+    """Trains one stage's student; `run` returns when the stage is done or `interrupted` turns true."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        models: Models,
+        sources: Sources,
+        *,
+        output_dir: Path,
+        evaluator: Evaluator | None,
+        log: MetricsLog,
+        console,
+        progress: Progress,
+        judge_teacher: bool = False,
+        planned_peak_gib: Callable[[], float | None] = lambda: None,
+        interrupted=lambda: False,
+    ):
+        self.name, self.config, self.models, self.sources = stage.name, stage.config, models, sources
+        self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
+        self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
+        self.planned_peak_gib, self.best = planned_peak_gib, BestModel(stage, output_dir, console.note)
+        if models.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(models.device)  # of the stage before
+        self.method = build_method(stage.config)
+        if self.method.needs_references:
+            _require_references(stage, sources)
+        self.total_steps = self._total_steps()
+        self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
+        self.items: Sequence[Item] | RolloutBuffer = []
+        self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
+
+    def run(self, *, evaluate_first: bool) -> None:
+        config, progress = self.config, self.progress
+        self.console.start(self.name, self.total_steps, progress.stage_step)
+        self._say_if_never_warm()
+        if progress.stage_step == 0:
+            if self.judge_teacher:
+                self.evaluate("teacher")
+            if evaluate_first:
+                self.evaluate()
+        while not self.done():
+            record = self._step()
+            if progress.stage_step % config.log.steps == 0 or self.done():
+                # the times of all steps since the last record; the plan at the end, when nobody waits for it
+                self.log.write(record | self.sources.timing.read() | (self._plan() if self.done() else {}))
+            self.console.step(record)
+            if self.done():
+                break
+            if config.eval.steps and progress.stage_step % config.eval.steps == 0:
+                self.evaluate()
+            due = config.save.steps and progress.stage_step % config.save.steps == 0
+            stop = any(collectives.gather(bool(self.interrupted())))
+            if due or stop:
+                self.save()
+            if stop:
+                raise KeyboardInterrupt
+        self.evaluate()
+        progress.finished = True
+        progress.stage_seconds = {**progress.stage_seconds, self.name: progress.seconds}
+        progress.stage_configs = {**progress.stage_configs, self.name: config.model_dump(mode="json")}
+        self.save()
+
+    def _say_if_never_warm(self) -> None:
+        train, total = self.config.train, self.total_steps
+        if train.lr_scheduler_type != "constant" and total is not None and train.warmup_steps > total:
+            self.console.note(
+                f"train.warmup_steps is {train.warmup_steps}, but stage {self.name!r} has {total} steps: the learning rate "
+                f"ends at {(total - 1) / train.warmup_steps:.0%} of train.learning_rate"
+            )
+
+    def _plan(self) -> dict[str, float]:
+        """{memory/planned_peak_gib} of this stage, where that can be held against its peak."""
+        if self.engine.rank or not counts_allocations(self.models.device):
+            return {}
+        try:
+            planned = self.planned_peak_gib()
+        except Exception as error:  # whatever a plan cannot do, the stage that it is about is trained
+            self.console.note(f"no plan to hold the peak memory against: {type(error).__name__}: {error}")
+            return {}
+        return {} if planned is None else {"memory/planned_peak_gib": planned}
+
+    def close(self) -> None:
+        """Give back the memory of the stage: the next one begins with the models it loads itself."""
+        self.engine.close()
+
+    def _step(self) -> dict:
+        started, progress, method, timing = time.perf_counter(), self.progress, self.method, self.sources.timing
+        collects = self._needs_collection()
+        if collects:
+            self.items = method.collect(self.sources, self.models, progress.draw)
+            progress.draw, progress.epoch, progress.position = progress.draw + 1, 0, 0
+        chosen = self._next_indices()
+        # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
+        # buffer by minillm.config.checks.stage_checks.whole_batches, and a step's items are as many on every rank
+        size = self.config.train.per_device_train_batch_size
+        with timing.of("scoring"):
+            items = part_of_step(self.items, chosen)
+            micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
+            terms = [method.terms(micro_batch, self.sources, self.models) for micro_batch in micro_batches]
+        try:
+            with timing.of("update"):
+                result = self.engine.step(terms)
+        except NonFiniteError as error:
+            raise TrainingError(
+                f"step {progress.step + 1} of stage {self.name!r}: {error}. Prompts of the batch (by index): "
+                f"{[self.items[index].key for index in chosen]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
+                "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
+            ) from None
+        seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)
+        if self.engine.world_size > 1:  # all must decide alike when time is up: by the clock of rank 0
+            with timing.of("communication"):
+                clocks = collectives.gather([seconds, peak])
+            seconds, peak = clocks[0][0], max(other for _, other in clocks)
+        self._slowest[collects] = max(self._slowest[collects], seconds)
+        progress.step += 1
+        progress.stage_step += 1
+        progress.position += len(chosen)
+        progress.seconds += seconds
+        progress.student_tokens += result.rows
+        return {
+            "kind": "train",
+            "stage": self.name,
+            "step": progress.step,
+            "stage_step": progress.stage_step,
+            "seconds": progress.seconds,
+            "student_tokens": progress.student_tokens,
+            "passes": self.sources.prompts.passes,
+            "tokens_per_s": result.rows / seconds,
+            "memory/peak_gib": peak,
+            **result.metrics,
+        }
+
+    def _needs_collection(self) -> bool:
+        """Move on to the next inner epoch where one is due; true where all of them are used up."""
+        if self.progress.position >= len(self.items) and self.items:
+            self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
+        return not self.items or self.progress.epoch >= self.method.inner_epochs
+
+    def _next_indices(self) -> np.ndarray:  # (step_size,), or fewer at the end of what was collected
+        order = np.random.default_rng([self.config.seed, self.progress.draw, self.progress.epoch])
+        return order.permutation(len(self.items))[self.progress.position :][: self.method.step_size]
+
+    def _total_steps(self) -> int | None:
+        """Steps of the stage as far as they are known before it starts."""
+        train = self.config.train
+        limits = [] if train.max_steps is None else [train.max_steps]
+        if train.num_train_epochs is not None:
+            items = train.num_train_epochs * len(self.sources.prompts.items) * self.method.inner_epochs
+            limits.append(max(1, math.ceil(items / self.method.step_size)))
+        return min(limits, default=None)
+
+    def done(self) -> bool:
+        """Whether the stage has all its steps."""
+        progress, limit = self.progress, self.config.train.max_seconds
+        if self.total_steps is not None and progress.stage_step >= self.total_steps:
+            return True
+        tokens = self.config.train.max_student_tokens
+        if tokens is not None and progress.student_tokens >= tokens:
+            return True
+        if limit is None:
+            return False
+        if isinstance(limit, str):
+            limit = progress.stage_seconds[limit.removeprefix("stage:")]
+        # the step that would overrun is not begun, so that two stages of equal time stay comparable
+        spent = progress.position >= len(self.items) and progress.epoch + 1 >= self.method.inner_epochs
+        return progress.seconds + self._slowest[not self.items or spent] > limit
+
+    def evaluate(self, who: str = "student") -> None:
+        if self.evaluator is None:
+            return
+        progress = self.progress
+        started = time.perf_counter()
+        evaluation = self.evaluator.evaluate(self.models, who)
+        record = {
+            "kind": "eval",
+            "stage": self.name,
+            "step": progress.step,
+            "stage_step": progress.stage_step,
+            "seconds": progress.seconds,
+            "student_tokens": progress.student_tokens,
+            "who": who,
+            "time/evaluation_s": time.perf_counter() - started,
+            "sets": evaluation.sets,
+            "mean": evaluation.mean,
+        }
+        self.log.write(record)
+        for sample in evaluation.samples:
+            self.log.sample({"stage": self.name, "step": progress.step, **sample})
+        self.console.evaluation(record, evaluation.samples)
+        if who == "student":
+            self.best.keep(evaluation.mean, self.models, progress)
+
+    def save(self) -> None:
+        """A checkpoint of this very moment."""
+        progress = self.progress
+        progress.streams = {"prompts": self.sources.prompts.state_dict()}
+        if self.sources.corpus is not None:
+            progress.streams["corpus"] = self.sources.corpus.state_dict()
+        progress.log = self.log.state()
+
+        def fill(folder: Path) -> None:
+            write_model(self.models.student, self.models.tokenizer, folder)
+            state = folder / "state"
+            state.mkdir(exist_ok=True)
+            self.engine.save_state(state)
+            if isinstance(self.items, RolloutBuffer):  # of a finished stage too, which may be made longer
+                path = self._buffer_path(state)
+                save_file(self.items.state(), path)
+                sync(path)
+            if self.engine.rank:
+                return
+            config = self.config.model_dump(mode="json")
+            content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
+            (state / "trainer.json").write_text(json.dumps(content, indent=1))
+
+        with self.sources.timing.of("saving"):
+            write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
+
+    def load(self, folder: Path) -> None:
+        """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
+        state = folder / "state"
+        saved = json.loads((state / "trainer.json").read_text())
+        self.best.forget_another_measure(saved["config"], self.progress)
+        before = saved.get("world_size", 1)
+        if before != self.engine.world_size:
+            self.console.note(
+                f"{folder.name} was written by {before} ranks, and there are {self.engine.world_size}: the weights go on, "
+                "optimiser, schedule, data order and rollouts start anew"
+            )
+            return
+        self.engine.load_state(state)
+        self.sources.prompts.load_state_dict(self.progress.streams["prompts"])
+        if self.sources.corpus is not None:
+            self.sources.corpus.load_state_dict(self.progress.streams["corpus"])
+        if self._buffer_path(state).exists():
+            self.items = RolloutBuffer.from_state(load_file(self._buffer_path(state)))
+
+    def _buffer_path(self, state: Path) -> Path:
+        """Each rank keeps the teacher's hidden states that it holds."""
+        rank, ranks = self.engine.rank, self.engine.world_size
+        return state / ("buffer.safetensors" if ranks == 1 else f"buffer-{rank}-of-{ranks}.safetensors")

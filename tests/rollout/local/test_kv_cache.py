@@ -1,0 +1,69 @@
+"""The roomy cache layer against the one of transformers that it replaces."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from minillm.rollout.local.kv_cache import FixedLayer, RoomyLayer, make_cache
+
+
+def test_same_keys_and_values_as_a_dynamic_layer():
+    torch.manual_seed(0)
+    ours, theirs = RoomyLayer(9), DynamicLayer()
+    for batch, tokens, kept in ((5, 4, [3, 0, 4, 1]), (4, 1, None), (4, 1, [1]), (1, 2, None)):
+        states = [torch.randn(batch, 2, tokens, 3) for _ in range(2)]
+        for got, expected in zip(ours.update(*states), theirs.update(*states), strict=True):
+            assert torch.equal(got, expected)
+        assert ours.get_seq_length() == theirs.get_seq_length() == ours.keys.shape[-2]
+        assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+        if kept is not None:
+            ours.reorder_cache(torch.tensor(kept))
+            theirs.reorder_cache(torch.tensor(kept))
+    assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    assert ours.keys.shape == (1, 2, 8, 3)
+
+
+def test_stores_in_place():
+    layer = RoomyLayer(50)
+    layer.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+    before = layer.keys.data_ptr(), layer.values.data_ptr()
+    for _ in range(47):
+        layer.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
+    assert (layer.keys.data_ptr(), layer.values.data_ptr()) == before
+
+
+def test_more_tokens_than_room():
+    layer = RoomyLayer(3)
+    layer.update(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))
+    with pytest.raises(ValueError, match="room for 3 tokens was given token 4"):
+        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+
+
+def test_a_fixed_layer_writes_where_its_column_says():
+    """After the prompts; what no token was written to is 0, whatever was there."""
+    torch.manual_seed(0)
+    column = torch.tensor([4])
+    layer = FixedLayer(12, column)
+    for prompt in (4, 3):
+        states = [torch.randn(2, 2, prompt, 3) for _ in range(2)]
+        for got, expected in zip(layer.update(*states), states, strict=True):
+            assert torch.equal(got, expected)
+        layer.use(8)
+        column.fill_(prompt)
+        for _ in range(2):
+            more = [torch.randn(2, 2, 1, 3) for _ in range(2)]
+            states = [torch.cat(pair, 2) for pair in zip(states, more, strict=True)]
+            for got, expected in zip(layer.update(*more), states, strict=True):
+                assert got.shape == (2, 2, 8, 3)
+                assert torch.equal(got[:, :, : column.item() + 1], expected)
+                assert not got[:, :, column.item() + 1 :].any()
+            column.add_(1)
+        layer.clear()
+        assert layer.get_seq_length() == 0
+
+
+def test_bounded_layers_stay_those_of_transformers(make_models):
+    layers = make_cache(make_models("gemma2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
+    assert [type(layer) for layer in layers] == [DynamicSlidingWindowLayer, RoomyLayer]
+    layers = make_cache(make_models("gpt2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
+    assert [type(layer) for layer in layers] == [RoomyLayer, RoomyLayer]

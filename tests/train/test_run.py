@@ -1,0 +1,175 @@
+"""Whole runs on generated models: what they leave behind, where they end, and what stops them."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from minillm.cli.main import main
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.models.preflight import PreflightError
+from minillm.models.tokenizers import byte_tokenizer
+from minillm.rollout.local import graph_preconditions as supported
+from minillm.rollout.local import sampling
+from minillm.train.stage import _same_weights
+from minillm.train.trainer import TrainingError
+from tests.runs import records, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_run_leaves_what_it_promises(two_stages, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final, _ = train(two_stages)
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "report.md", "curves.png", "best"} <= names
+    assert {"checkpoint-7", "checkpoint-8", "stages", "final"} <= names
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert (final / "README.md").exists() and not (final / "state").exists()
+    kinds = [(record["kind"], record["stage"], record.get("who")) for record in records(folder)]
+    assert kinds.count(("eval", "distil", "teacher")) == 1
+    assert kinds.count(("train", "distil", None)) == 6
+
+
+def test_every_step_says_where_its_time_went(two_stages, tmp_path):
+    train(two_stages)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in lines if record["kind"] == "train" and record["stage"] == "distil"]
+    for place, record in enumerate(steps):
+        parts = {key for key in record if key.startswith("time/")}
+        collected = {"time/rollout_s"} if place % 4 == 0 else set()  # two steps an epoch, two epochs
+        saved = {"time/saving_s"} if place else set()  # the step before
+        assert parts == {"time/scoring_s", "time/update_s"} | collected | saved
+    spent = sum(record[key] for record in steps for key in record if key.startswith("time/") and "saving" not in key)
+    assert 0 < spent <= steps[-1]["seconds"]
+    assert all(record["time/evaluation_s"] > 0 for record in lines if record["kind"] == "eval")
+    assert "## Where the time went" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_last_step_of_a_stage_has_its_planned_memory_where_the_device_counts_allocations(
+    two_stages, monkeypatch, tmp_path
+):
+    asked = []
+
+    def planned(plan, stage, device, *, world_size):
+        asked.append((stage.name, device.type, world_size))
+        if stage.name == "teacher":
+            raise NotImplementedError("an operation without a shape")
+        return 1.5
+
+    monkeypatch.setattr("minillm.planning.planner.planned_peak_gib", planned)
+    train(two_stages)
+    assert not asked  # the resident memory of a process is not what a plan counts
+    monkeypatch.setattr("minillm.train.trainer.counts_allocations", lambda device: True)
+    other = tmp_path / "other"
+    _, console = train(two_stages, f"output_dir={other}")
+    assert asked == [("teacher", "cpu", 1), ("distil", "cpu", 1)]
+    assert any("NotImplementedError: an operation without a shape" in note for note in console.notes)
+    steps = [record for record in records(other) if record["kind"] == "train"]
+    assert [record.get("memory/planned_peak_gib") for record in steps] == [None] * 7 + [1.5]
+
+
+def test_the_student_copies_the_teacher_only_where_it_would_read_the_same_weights():
+    student, teacher = StudentConfig(path="a/b"), TeacherConfig(path="a/b")
+    assert _same_weights(student, teacher)
+    for other in ({"revision": "v2"}, {"dtype": "bfloat16"}, {"path": "a/c"}):
+        assert not _same_weights(student, teacher.model_copy(update=other)), other
+
+
+def test_a_prompt_without_a_reference_is_an_error_before_any_step(two_stages, tmp_path):
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": "alone?"}\n')
+    with pytest.raises(ValueError, match=r"stage 'teacher': method sft .* 1 of 9 .* number 9"):
+        train(two_stages)
+
+
+def test_a_mistake_in_the_data_can_be_corrected_in_the_same_folder(two_stages, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    good = prompts.read_text()
+    prompts.write_text(good + "{half")
+    command = ["train", str(two_stages), "stages.teacher.train.max_steps=1", "stages.distil.train.max_steps=1"]
+    assert main(command) == 2
+    assert f"{prompts}:9: not JSON" in capsys.readouterr().err
+    prompts.write_text(good)
+    assert main(command) == 0
+    assert main(command) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_backend_that_the_device_cannot_run_is_an_error_before_any_step(two_stages, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="engine.backend is triton, which needs a GPU"):
+        train(two_stages, "engine={type: torch, device: cpu, backend: triton}")
+    assert not records(tmp_path / "run")
+
+
+def test_equal_time_is_that_of_the_stage_it_names(two_stages, tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(
+        "minillm.train.trainer.time.perf_counter", lambda: float(next(clock))
+    )  # every step takes a second
+    train(two_stages, "stages.teacher.train.max_steps=3", "stages.distil.train.max_seconds=stage:teacher",
+          "stages.distil.train.max_steps=100")  # fmt: skip
+    steps = [record["stage"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert steps == ["teacher"] * 3 + ["distil"] * 3
+
+
+def test_a_stage_ends_with_the_step_that_uses_up_its_tokens(two_stages, tmp_path):
+    train(two_stages, "stages.teacher.train.max_steps=null", "stages.teacher.train.max_student_tokens=60")
+    tokens = [record["student_tokens"] for record in records(tmp_path / "run")
+              if record["kind"] == "train" and record["stage"] == "teacher"]  # fmt: skip
+    assert len(tokens) > 1 and tokens[-2] < 60 <= tokens[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_look_at(two_stages, tmp_path):
+    with pytest.raises(TrainingError, match="Prompts of the batch") as error:
+        train(two_stages, "stages.distil.train.learning_rate=1e30", "stages.distil.train.max_grad_norm=null")
+    assert "learning_rate" in str(error.value) and "stage 'distil'" in str(error.value)
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_cuda_graphs_without_a_gpu_are_an_error_before_any_step(two_stages, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ValueError, match="rollout.cuda_graphs is true, but the models are on the cpu"):
+        train(two_stages, "rollout.cuda_graphs=true")
+    assert records(tmp_path / "run") == []
+
+
+def test_a_run_whose_steps_are_captured_takes_the_same_steps(two_stages, tmp_path, monkeypatch):
+    """Rollouts and evaluation, with steps that are run again in the place of graphs."""
+    train(two_stages, f"output_dir={tmp_path / 'plain'}")
+    captured = []
+    monkeypatch.setattr(supported, "require_gpu", lambda device: None)
+    monkeypatch.setattr(sampling, "CudaGraphs", lambda device: lambda step: captured.append(step()) or step)
+    train(two_stages, "rollout.cuda_graphs=true")
+    expected, found = records(tmp_path / "plain"), records(tmp_path / "run")
+    assert len(found) == len(expected)
+    evaluations = sum(record["kind"] == "eval" for record in found)
+    assert len(captured) == 2 + evaluations  # two buffers, each sampled in one call
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (record.get("mean", record) for record in (ours, theirs))  # of an evaluation what it measured
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)), key
+
+
+def test_two_tokenizers_are_an_error_before_a_model_is_read(two_stages, tmp_path, monkeypatch):
+    train(two_stages, "stages.distil.train.max_steps=1")
+    taught = tmp_path / "run" / "stages" / "teacher"
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(taught)
+    monkeypatch.setattr("minillm.train.stage.load_teacher", lambda *args, **kwargs: pytest.fail("a model was read"))
+    keys = ("stages.teacher=null", f"stages.distil.teacher.path={taught}", f"output_dir={tmp_path / 'other'}")
+    with pytest.raises(PreflightError, match="student and teacher have different tokenizers"):
+        train(two_stages, *keys)
+
+
+def test_a_warm_up_that_outlasts_its_stage_is_said(two_stages):
+    _, console = train(two_stages, "stages.distil.train.warmup_steps=12")
+    (said,) = (note for note in console.notes if "warmup_steps" in note)
+    assert "is 12, but stage 'distil' has 6 steps" in said and "42% of train.learning_rate" in said
