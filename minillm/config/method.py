@@ -1,10 +1,12 @@
 """`method`: what is minimised. A class a method; design and formulas are in minillm/methods/NAME.py."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from minillm.config.keys import Strict
+from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -27,7 +29,29 @@ LMOPS = dict(
 PRESETS = {"measured": {}, "paper": PAPER, "lmops": LMOPS}
 
 
-class MiniLLM(Strict):
+class MethodConfig(Strict):
+    """The keys of one method, and what the method needs. A subclass that does not define `needs` is refused."""
+
+    summary: ClassVar[str]  # for the model card: what the student was trained by
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "needs" not in vars(cls) or "summary" not in vars(cls):
+            raise UndeclaredNeeds(
+                f"{cls.__name__} must define `needs`, what the method samples, reads and trains (minillm.config.needs.Needs), "
+                "and `summary`, a phrase for the model card"
+            )
+
+    def needs(self) -> Needs:
+        """What the method needs with these keys."""
+        raise NotImplementedError
+
+    def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        """What is wrong between the method's own keys: (key, message, the other keys that it comes from)."""
+        return iter(())
+
+
+class MiniLLM(MethodConfig):
     """MiniLLM (arXiv 2306.08543): policy gradient of the sequence-level reverse KL on the student's own samples."""
 
     name: Literal["minillm"]
@@ -74,14 +98,37 @@ class MiniLLM(Strict):
         preset = values.get("preset") if isinstance(values, dict) else None
         return {**PRESETS[preset], **values} if preset in PRESETS else values
 
+    summary: ClassVar[str] = "MiniLLM: policy gradient of the sequence-level reverse KL on the student's own samples"
 
-class SFT(Strict):
+    def needs(self) -> Needs:
+        terms = [TermNeeds("policy", ("answers",), teacher=True)]
+        if self.lm_coef > 0:
+            terms.append(TermNeeds("pretraining", ("corpus",), teacher=self.pt_kd_ratio > 0))
+        sampler = {0.0: "student", 1.0: "teacher"}.get(self.alpha, "mixture")
+        return Needs(
+            tuple(terms),
+            corpus=self.lm_coef > 0,
+            samples=(sampler,),
+            buffered=True,
+            inner_epochs=self.ppo_epochs,
+            neutral_sampling=True,
+            teacher=True,
+            teacher_abilities=frozenset() if sampler == "student" else frozenset({"sample"}),
+            because={"corpus": "lm_coef"},
+        )
+
+
+class SFT(MethodConfig):
     """Supervised fine-tuning on the references."""
 
     name: Literal["sft"]
+    summary: ClassVar[str] = "supervised fine-tuning on reference answers"
+
+    def needs(self) -> Needs:
+        return Needs((TermNeeds("supervised", ("references",)),), references=True)
 
 
-class KD(Strict):
+class KD(MethodConfig):
     """Word-level distillation on the references: (1 - ce_ratio) divergence + ce_ratio cross-entropy."""
 
     name: Literal["kd"]
@@ -91,22 +138,56 @@ class KD(Strict):
         0.1, description="skew KLs: how much of the other model is mixed in"
     )
     ce_ratio: Probability = Field(0.5, description="Share of the cross-entropy on the reference")
+    summary: ClassVar[str] = "word-level distillation on reference answers"
+
+    def needs(self) -> Needs:
+        term = TermNeeds("distillation", ("references",), teacher=self.ce_ratio < 1)
+        return Needs((term,), references=True, teacher=True)
+
+    def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        for key, having in (("beta", ("jsd",)), ("skew", ("skew_forward_kl", "skew_reverse_kl"))):
+            changed = getattr(self, key) != type(self).model_fields[key].default
+            if changed and self.divergence not in having:
+                message = f"has no effect on divergence {self.divergence}; it is for {' and '.join(having)}"
+                yield key, message, ("divergence",)
 
 
-class SeqKD(Strict):
+class SeqKD(MethodConfig):
     """Sequence-level distillation: the teacher answers every prompt once, then as sft or kd on its answers."""
 
     name: Literal["seqkd"]
     temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Of the teacher's answers; 0 is greedy")
     kd_ratio: Probability = Field(0.0, description="Share of forward KL to the teacher (the released scripts: 0.5)")
+    summary: ClassVar[str] = "sequence-level distillation: training on the teacher's answers"
+
+    def needs(self) -> Needs:
+        return Needs(
+            (TermNeeds("distillation", ("answers",), teacher=self.kd_ratio > 0),),
+            samples=("teacher",),
+            written_once=True,
+            temperature_key="method.temperature",
+            teacher=True,
+            teacher_abilities=frozenset({"sample"}),
+        )
 
 
-class GKD(Strict):
+class GKD(MethodConfig):
     """Generalised knowledge distillation (arXiv 2306.13649): JSD on the student's samples or on references."""
 
     name: Literal["gkd"]
     on_policy: Probability = Field(0.5, description="lambda: share of the steps on the student's own answers")
     beta: Probability = Field(0.5, description="Generalised JSD; 0 is the forward KL and 1 the reverse KL")
+    summary: ClassVar[str] = "generalised knowledge distillation"
+
+    def needs(self) -> Needs:
+        rows = ("answers",) * (self.on_policy > 0) + ("references",) * (self.on_policy < 1)
+        return Needs(
+            (TermNeeds("distillation", rows, teacher=True),),
+            references=self.on_policy < 1,
+            samples=("student",) if self.on_policy > 0 else (),
+            teacher=True,
+            because={"references": "on_policy"},
+        )
 
 
 Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD, Field(discriminator="name")]

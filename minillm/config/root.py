@@ -1,13 +1,13 @@
 """The whole configuration of one stage. A file holds one, or what its stages share and the `stages` themselves."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
 from minillm.config.keys import FolderPath, Strict
-from minillm.config.method import Method
+from minillm.config.method import Method, MethodConfig
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.rollout import RolloutConfig
 from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, TrainConfig
@@ -34,3 +34,21 @@ class StageConfig(Strict):
 
 # What all stages of a file share, so that a stage cannot say it for itself.
 OF_THE_RUN = ("output_dir", "log.report_to")
+
+
+def register_method(config_class: type[MethodConfig]) -> None:
+    """Let `method.name` name a method that is defined elsewhere; minillm.methods.register calls it.
+
+    Raises ValueError for a name that is taken by another class.
+    """
+    field = StageConfig.model_fields["method"]
+    name, known = _name_of(config_class), {_name_of(one): one for one in get_args(field.annotation)}
+    if known.get(name, config_class) is not config_class:
+        raise ValueError(f"method.name {name!r} is {known[name].__qualname__} already; give {config_class.__qualname__} another")
+    field.annotation = field.annotation | config_class
+    StageConfig.model_rebuild(force=True)
+
+
+def _name_of(config_class: type[MethodConfig]) -> str:
+    (name,) = get_args(config_class.model_fields["name"].annotation)
+    return name

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -24,7 +25,9 @@ def _adapter(field: FieldInfo) -> TypeAdapter:
     return TypeAdapter(group)
 
 
-_GROUPS = {name: _adapter(field) for name, field in StageConfig.model_fields.items()}
+@cache
+def _group_adapter(name: str, annotation: Any) -> TypeAdapter:  # the annotation of `method` grows with its methods
+    return _adapter(StageConfig.model_fields[name])
 
 
 def validate_stage(data: Mapping[str, Any]) -> tuple[StageConfig | None, list[Finding]]:
@@ -51,7 +54,7 @@ def usable_groups(data: Mapping[str, Any], findings: list[Finding]) -> dict[str,
     for name, field in StageConfig.model_fields.items():
         if name in kept:
             try:
-                groups[name] = _GROUPS[name].validate_python(kept[name])
+                groups[name] = _group_adapter(name, field.annotation).validate_python(kept[name])
             except ValidationError:  # a required key was among what is wrong
                 continue
         elif not field.is_required() and name not in data:
