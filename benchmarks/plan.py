@@ -57,9 +57,9 @@ def _take_steps(case: Case) -> dict[str, int]:
     from minillm.engine import build_engine
     from minillm.evaluate.evaluator import Evaluator
     from minillm.methods import build_method
-    from minillm.methods.protocol import Sources
+    from minillm.methods.protocol import TrainingData
     from minillm.models.preflight import preflight
-    from minillm.rollout.rank_items import part_of_step
+    from minillm.rollout.rank_items import rank_items
 
     peaks = {"collect": 0, "terms": 0, "update": 0, "evaluation": 0}
     with tempfile.TemporaryDirectory() as name:
@@ -69,19 +69,19 @@ def _take_steps(case: Case) -> dict[str, int]:
         del student, teacher
         method = build_method(config)
         engine = build_engine(config, models, total_steps=STEPS)
-        sources = Sources(*_streams(case), written=Path(name))
+        data = TrainingData(*_streams(case), written=Path(name))
         items: Sequence = []
-        held_out = PromptSet(sources.prompts.items[: 2 * case.evaluated], 0, "")
+        held_out = PromptSet(data.prompts.items[: 2 * case.evaluated], 0, "")
         evaluator = Evaluator({"held_out": held_out}, config.eval, seed=0) if case.evaluated else None
         for step in range(STEPS):
             with _phase(peaks, "collect"):
                 if case.method != "minillm" or step != 1:  # a second buffer, beside the first
-                    items = method.collect(sources, models, step)
+                    items = method.collect(data, models, step)
             size = case.batch
             with _phase(peaks, "terms"):
-                taken = part_of_step(items, range(method.step_size))
+                taken = rank_items(items, range(method.step_size))
                 terms = [
-                    method.terms(taken[start : start + size], sources, models) for start in range(0, len(taken), size)
+                    method.terms(taken[start : start + size], data, models) for start in range(0, len(taken), size)
                 ]
             with _phase(peaks, "update"):
                 engine.step(terms)

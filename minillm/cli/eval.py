@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minillm import UserError
 from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.loader.document import COMMAND_LINE
 from minillm.config.loader.run_plan import EvaluationPlan, load_evaluation
@@ -103,11 +104,11 @@ def evaluate_model(
         output: a JSON file of the result, samples included.
         figures: a folder for a picture of every analysis.
 
-    Raises ValueError for a teacher that the plan has not, and whatever loading raises.
+    Raises UserError for a teacher that the plan has not, and whatever loading raises.
     """
     who = "teacher" if model == TEACHER else "student"
     if who == "teacher" and plan.teacher is None:
-        raise ValueError("there is no teacher to evaluate: the configuration has no `teacher`")
+        raise UserError("there is no teacher to evaluate: the configuration has no `teacher`")
     models, rows = open_models(
         None if who == "teacher" else model_path(model),
         plan.teacher if who == "teacher" or plan.eval.teacher else None,
@@ -128,9 +129,9 @@ def evaluate_model(
     rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]
     rows += [(name, f"{len(one)} questions, {one.dropped_long} too long", "") for name, one in labels.items()]
     console.preflight(rows)
-    watch = console.working
-    evaluation = Evaluator(sets, plan.eval, seed=plan.seed, watch=watch).evaluate(models, who)
-    evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, watch=watch).add_to(evaluation, models, who)
+    tell = console.working
+    evaluation = Evaluator(sets, plan.eval, seed=plan.seed, report_progress=tell).evaluate(models, who)
+    evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, report_progress=tell).add_to(evaluation, models, who)
     title = f"Evaluation of {plan.teacher.path if who == 'teacher' else model}"
     console.measurement(title, evaluation.sets, evaluation.mean, evaluation.samples, who=who)
     result = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from minillm import UserError
 from minillm.config.data import InstructionKeys, Prompts
 from minillm.config.loader.document import read_file
 from minillm.config.loader.stages import stage_trees
@@ -32,7 +33,7 @@ class Answerer:
     def ask(self, question: str) -> dict[str, str]:
         """{"student": answer} and, where there is one, {"teacher": answer}; the same question again is drawn anew.
 
-        Raises ValueError where the question leaves no room for an answer, DataError for a template that is not there.
+        Raises UserError where the question leaves no room for an answer, DataError for a template that is not there.
         """
         tokenizer = self.models.tokenizer
         text = render([{"role": "user", "content": question}], self.keys, tokenizer)
@@ -50,7 +51,7 @@ class Answerer:
         if context is None:
             return self.sampling.max_new_tokens
         if prompt >= context:
-            raise ValueError(f"the prompt has {prompt} tokens and the {who} reads at most {context}; shorten it")
+            raise UserError(f"the prompt has {prompt} tokens and the {who} reads at most {context}; shorten it")
         return min(self.sampling.max_new_tokens, context - prompt)
 
 
@@ -74,7 +75,7 @@ def generate(
 ) -> None:
     """The verb: load, answer the prompts or a conversation, show.
 
-    Raises ValueError for options that cannot be, and whatever loading raises.
+    Raises UserError for options that cannot be, and whatever loading raises.
     """
     sampling = Sampling(
         max_new_tokens, temperature, top_k=top_k, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram_size
@@ -112,7 +113,7 @@ def prompt_keys(
         template: auto, or one of the configuration's.
         system: the system message of a chat.
 
-    Raises ValueError for a system message without a chat.
+    Raises UserError for a system message without a chat.
     """
     trained = _trained_with(Path(model))
     if template == "auto" and trained is not None and (system is None or trained.template == "chat"):
@@ -120,7 +121,7 @@ def prompt_keys(
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "none"
     if system is not None and template != "chat":
-        raise ValueError(f"--system is for chats, and the template is {template}; put it into the prompt instead")
+        raise UserError(f"--system is for chats, and the template is {template}; put it into the prompt instead")
     return InstructionKeys(template=template, system=system)
 
 

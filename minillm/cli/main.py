@@ -8,11 +8,11 @@ import errno
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from minillm import UserError
 from minillm.cli.arguments import BENCHMARKS, parse, split
 from minillm.distributed.launcher import end, launched_rank, launched_size, without_local_rank
 
@@ -45,32 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return STOPPED
-    except Exception as error:
-        status = _status(error)
-        if status is None:
+    except UserError as error:
+        print(f"minillm: {error}", file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
             raise
         print(f"minillm: {error}", file=sys.stderr)
-        return status
-
-
-def _status(error: Exception) -> int | None:
-    """The exit status of an error whose message is for the user; None for a defect, which keeps its traceback.
-
-    ConfigErrors and TrainingError are known by name, so that nothing heavy is imported to recognise them. A ValueError
-    or a missing file is about the input where minillm raises it itself, and an OSError where a model or data set is
-    not on the hub.
-    """
-    name = type(error).__name__
-    if name in ("ConfigErrors", "TrainingError"):
-        return WRONG_INPUT if name == "ConfigErrors" else STOPPED
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(last.filename).is_relative_to(Path(__file__).parents[1]) and (last.line or "").startswith("raise")
-    if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
         return STOPPED
-    of_the_hub = {"transformers", "huggingface_hub", "datasets"} & set(Path(last.filename).parts)
-    if isinstance(error, ValueError | FileNotFoundError) and ours or isinstance(error, OSError) and of_the_hub:
-        return WRONG_INPUT
-    return None
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -78,13 +60,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     plan = load_run(*split(arguments.words))
     if launched_size() > 1 and any(stage.config.engine.type == "torch" for stage in plan.stages):
-        raise ValueError(
+        raise UserError(
             "engine.type torch is one process; start it without a launcher of several, or set engine.type=deepspeed"
         )
     folder = plan.output_dir
     first = launched_rank() == 0  # the others come to a folder that it may have begun to fill
     if first and not arguments.resume and folder.is_dir() and not _nothing_trained(folder):
-        raise ValueError(
+        raise UserError(
             f"output_dir {folder} is not empty: add --resume to go on from its newest checkpoint, or choose another "
             "folder with output_dir=..."
         )
@@ -138,7 +120,7 @@ def _experiment(arguments: argparse.Namespace) -> int:
         return 0
     failures = []
     if arguments.report and not output.is_dir():
-        raise ValueError(f"{output}: no such folder; nothing of this experiment has been run there")
+        raise UserError(f"{output}: no such folder; nothing of this experiment has been run there")
     if not arguments.report:
         failures = run_experiment(experiment, output, seeds=own, arms=arms, report_seeds=seeds)
     print(write_experiment_report(experiment, output, seeds))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from minillm import UserError
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -17,7 +19,7 @@ class Problem:
         return ": ".join(part for part in (place, self.path, self.message) if part)
 
 
-class ConfigErrors(Exception):
+class ConfigErrors(UserError):
     """Every problem of a configuration at once; nothing was loaded or written."""
 
     def __init__(self, problems: list[Problem]):

@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from minillm import UserError
+
 PACKAGE, STAGE, BYTE_TOKENIZER = "package:", "stage:", "byte"
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -42,18 +44,16 @@ def package_file(text: str) -> Path:
     """
     name, _, file = text.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier() or not file:
-        raise FileNotFoundError(f"{text!r} is not {PACKAGE}NAME/FILE with the name that Python imports")
+        raise UserError(f"{text!r} is not {PACKAGE}NAME/FILE with the name that Python imports")
     spec = importlib.util.find_spec(name)  # of a top-level name this runs nothing
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"the Python package {name} is not installed: pip install --no-deps {name.replace('_', '-')}"
-        )
+        raise UserError(f"the Python package {name} is not installed: pip install --no-deps {name.replace('_', '-')}")
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     matching = [path for folder in folders for path in sorted(folder.glob(file)) if path.is_file()]
     if not matching:
         alike = sorted(path.name for folder in folders for path in folder.glob(f"*{Path(file).suffix}"))
         has = f"; it has {', '.join(alike)}" if alike else ""
-        raise FileNotFoundError(f"the Python package {name} has no file {file}{has}")
+        raise UserError(f"the Python package {name} has no file {file}{has}")
     return matching[0]
 
 

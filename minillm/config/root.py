@@ -44,7 +44,9 @@ def register_method(config_class: type[MethodConfig]) -> None:
     field = StageConfig.model_fields["method"]
     name, known = _name_of(config_class), {_name_of(one): one for one in get_args(field.annotation)}
     if known.get(name, config_class) is not config_class:
-        raise ValueError(f"method.name {name!r} is {known[name].__qualname__} already; give {config_class.__qualname__} another")
+        raise ValueError(
+            f"method.name {name!r} is {known[name].__qualname__} already; give {config_class.__qualname__} another"
+        )
     field.annotation = field.annotation | config_class
     StageConfig.model_rebuild(force=True)
 

@@ -4,12 +4,12 @@ from minillm.config.models import TeacherConfig
 from minillm.config.training import DeepSpeedEngine, TorchEngine
 
 
-def cuts_weights(engine: TorchEngine | DeepSpeedEngine) -> bool:
+def shards_student(engine: TorchEngine | DeepSpeedEngine) -> bool:
     """Whether each rank will hold only a piece of every weight of the student."""
     return engine.type == "deepspeed" and engine.stage == 3
 
 
-def cuts_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | None) -> bool:
+def shards_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | None) -> bool:
     """The same of the teacher. What is quantised stays whole."""
     whole = teacher is None or teacher.quantization is not None
-    return cuts_weights(engine) and not engine.replicate_teacher and not whole
+    return shards_student(engine) and not engine.replicate_teacher and not whole

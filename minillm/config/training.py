@@ -8,7 +8,7 @@ from pydantic import Field
 from minillm.config.keys import FilesPath, Strict, default_type
 
 Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "warmup_stable_decay",
@@ -62,8 +62,8 @@ class TrainConfig(Strict):
     lr_scheduler_kwargs: dict[str, float] = Field({}, description="As transformers.get_scheduler takes them")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps in which the learning rate rises from 0")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="On matrices; never on biases or norms")
-    adam_beta1: Share = Field(0.9, description="AdamW's decay of the mean gradient")
-    adam_beta2: Share = Field(0.95, description="AdamW's decay of the mean squared gradient")
+    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean gradient")
+    adam_beta2: Fraction = Field(0.95, description="AdamW's decay of the mean squared gradient")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the root of the latter")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="A gradient with a larger 2-norm is scaled down to it; null: none is"

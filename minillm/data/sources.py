@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minillm import UserError
 from minillm.config.paths import expand, matching_files
 
 Record = tuple[str, dict[str, Any]]  # (where it stands, what it says)
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A record or file that cannot be used; the message names it."""
 
 

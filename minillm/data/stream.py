@@ -5,18 +5,20 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from minillm import UserError
+
 T = TypeVar("T")
 
 
 class Stream(Generic[T]):
     """Every pass is a new permutation keyed by (seed, pass); the position is all the state there is.
 
-    Raises ValueError for an empty sequence.
+    Raises UserError for an empty sequence.
     """
 
     def __init__(self, items: Sequence[T], *, seed: int):
         if not len(items):
-            raise ValueError("there is nothing to train on: no usable record was left after loading")
+            raise UserError("there is nothing to train on: no usable record was left after loading")
         self.items = items
         self.seed = seed
         self.taken = 0  # over all ranks
@@ -43,16 +45,16 @@ class Stream(Generic[T]):
         return {"taken": self.taken, "items": len(self.items)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError where the data is not what the position was taken in."""
+        """Raises UserError where the data is not what the position was taken in."""
         if state["items"] != len(self.items):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was made with {state['items']:,} records, but the data now has {len(self.items):,}; "
                 "restore the data to go on from it"
             )
         self.taken = state["taken"]
 
 
-class Share(Generic[T]):
+class RankSlice(Generic[T]):
     """A stream of which a rank takes its part alone; all ranks take equally many at the same time."""
 
     def __init__(self, stream: Stream[T], *, rank: int, world_size: int):

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minillm.distributed.heartbeat import Peer, Watch
+from minillm import UserError
+from minillm.distributed.heartbeat import Heartbeat, Peer
 from minillm.distributed.launcher import launched_local_rank, launched_rank, launched_size
 from minillm.distributed.waiting_time import count_waits
 
 T = TypeVar("T")
-_watch: Watch | None = None
+_heartbeat: Heartbeat | None = None
 
 
 def join(output_dir: Path) -> None:
@@ -31,12 +32,12 @@ def join(output_dir: Path) -> None:
 
     Until `leave`, a rank that is lost is noticed: the others say which one it was and stop (minillm.distributed.heartbeat).
     """
-    global _watch
+    global _heartbeat
     if not dist.is_initialized():
         _make_group()
-    if _watch is not None:  # of a run that ended in an error
-        _watch.end()
-        _watch = None
+    if _heartbeat is not None:  # of a run that ended in an error
+        _heartbeat.end()
+        _heartbeat = None
     if world_size() == 1:
         return
     told = gather({"peer": asdict(Peer.here(rank())), "run": uuid4().hex})
@@ -47,19 +48,19 @@ def join(output_dir: Path) -> None:
         record_failure(output_dir, message)
         os._exit(1)
 
-    _watch = Watch(rank(), peers, told[0]["run"], stop)
+    _heartbeat = Heartbeat(rank(), peers, told[0]["run"], stop)
     barrier()
-    _watch.start()
+    _heartbeat.start()
 
 
 def leave() -> None:
     """The work of all ranks is done. The group stays, for another run of this process: DeepSpeed knows no second one."""
-    global _watch
+    global _heartbeat
     barrier()
-    if _watch is not None:
-        _watch.end()
+    if _heartbeat is not None:
+        _heartbeat.end()
         barrier()  # no rank needs the store any more, which may go with the process of rank 0
-        _watch = None
+        _heartbeat = None
 
 
 def _make_group() -> None:
@@ -67,7 +68,7 @@ def _make_group() -> None:
     # DeepSpeed and torch read these names alone
     os.environ |= {"RANK": str(launched_rank()), "WORLD_SIZE": str(size), "LOCAL_RANK": str(launched_local_rank())}
     if size > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(f"{size} processes were started, but MASTER_ADDR, the host of the first one, is not set")
+        raise UserError(f"{size} processes were started, but MASTER_ADDR, the host of the first one, is not set")
     os.environ.setdefault("MASTER_PORT", "29500")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -81,13 +82,13 @@ def _make_group() -> None:
         atexit.register(dist.destroy_process_group)  # of several, launcher.end leaves the groups to the system
 
 
-def loss_behind(error: Exception) -> str | None:
+def lost_rank_behind(error: Exception) -> str | None:
     """Where an error of this rank comes from the loss of another: what the remaining ranks say. None where it does not.
 
     Waits for the other ranks: for a sign of life of each, or until one is lost.
     """
-    loss = None if _watch is None else _watch.after(error)
-    return None if loss is None else loss.message
+    lost = None if _heartbeat is None else _heartbeat.after(error)
+    return None if lost is None else lost.message
 
 
 def rank() -> int:
@@ -98,14 +99,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(count: int) -> range:
+def rank_slice(count: int) -> range:
     """The indices of `count` things that are this rank's: every world_size-th."""
     return range(rank(), count, world_size())
 
 
-def even_share(count: int) -> list[int]:
-    """`share`, with a thing of another rank where that makes it as many on every rank."""
-    mine, most = list(share(count)), -(-count // world_size())
+def even_rank_slice(count: int) -> list[int]:
+    """`rank_slice`, with a thing of another rank where that makes it as many on every rank."""
+    mine, most = list(rank_slice(count)), -(-count // world_size())
     return mine + [0] * (most - len(mine))
 
 
@@ -157,13 +158,13 @@ def exchange(outgoing: Sequence[Tensor]) -> list[Tensor]:
     return list(received.split(counts))
 
 
-def home(index: int) -> int:
-    """The rank that `share` deals this index to."""
+def owner(index: int) -> int:
+    """The rank that `rank_slice` deals this index to."""
     return index % world_size()
 
 
 def interleave(parts: Sequence[Sequence[T]]) -> list[T]:
-    """What was dealt out by `share`, in its first order."""
+    """What was dealt out by `rank_slice`, in its first order."""
     return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
 
 

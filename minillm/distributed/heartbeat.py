@@ -55,7 +55,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostRank:
     """A rank that is gone, in words."""
 
     text: str
@@ -67,7 +67,7 @@ class Loss:
         return f"{self.text}; the others stop. Start again with --resume to go on from the last checkpoint"
 
 
-class Watch:
+class Heartbeat:
     """Of one rank over all others, from `start` to `end`.
 
     Args:
@@ -98,7 +98,7 @@ class Watch:
         self._broken = False  # the connection to the store
         self._asked = self._answered = 0  # readings of the store that began, and the last one that ended
         self._asked_at_death: int | None = None
-        self._number, self._error, self._loss = 0, None, None
+        self._number, self._error, self._lost = 0, None, None
         self._ended, self._due = threading.Event(), threading.Event()
         self._beating = threading.Thread(target=self._exchange, daemon=True)
         self._beat()
@@ -114,12 +114,12 @@ class Watch:
         self._due.set()
         self._beating.join(BEAT_SECONDS)
 
-    def lost(self) -> Loss | None:
+    def lost(self) -> LostRank | None:
         """The first loss that was found; None where all ranks are there."""
-        self._loss = self._loss or self._find_loss()
-        return self._loss
+        self._lost = self._lost or self._find_lost()
+        return self._lost
 
-    def after(self, error: Exception) -> Loss | None:
+    def after(self, error: Exception) -> LostRank | None:
         """The loss behind an error of this rank, or None where the error is its own.
 
         Waits until every other rank has shown life after the error (and so heard of it), or one is lost.
@@ -130,19 +130,19 @@ class Watch:
         # what is read first may have been written before the error; what changes after that was not
         while self.lost() is None and any(self._changes[rank] - before[rank] < 2 for rank in before):
             time.sleep(0.2)
-        if self._loss is not None:
+        if self._lost is not None:
             time.sleep(2 * BEAT_SECONDS)  # the store may go with this process: others must hear of the loss before
-            if self._loss.explained:
-                error.add_note(self._loss.text)
-        return None if self._loss is None or self._loss.explained else self._loss
+            if self._lost.explained:
+                error.add_note(self._lost.text)
+        return None if self._lost is None or self._lost.explained else self._lost
 
-    def _find_loss(self) -> Loss | None:
+    def _find_lost(self) -> LostRank | None:
         gone = {peer: "was killed or crashed" for peer in self._others if self._died(peer)}
         if gone and not self._last_words_are_read():
             return None
         told = next((beat.lost for beat in self._heard.values() if beat.lost), None)
         if not gone and told is not None:
-            return Loss(told, explained=False)
+            return LostRank(told, explained=False)
         if not gone:
             how = f"has given no sign of life for {SILENT_SECONDS:.0f} s"
             gone = {peer: how for peer in self._others if self._unchanged[peer.rank] * BEAT_SECONDS >= SILENT_SECONDS}
@@ -155,7 +155,7 @@ class Watch:
         text = ", ".join(
             f"{peer} stopped with {words[peer]}" if words.get(peer) else f"{peer} {how}" for peer, how in gone.items()
         )
-        return Loss(text, explained=all(words.get(peer) for peer in gone))
+        return LostRank(text, explained=all(words.get(peer) for peer in gone))
 
     def _last_words_are_read(self) -> bool:
         """Whether the store was read after a death was noticed, or cannot be: the words of the dead may be in it."""
@@ -179,7 +179,7 @@ class Watch:
 
     def _beat(self) -> None:
         self._number += 1
-        beat = Beat(self._number, self._error, None if self._loss is None else self._loss.text)
+        beat = Beat(self._number, self._error, None if self._lost is None else self._lost.text)
         self._store.set(str(self._me.rank), json.dumps(asdict(beat)))
 
     def _hear(self) -> None:
@@ -198,11 +198,11 @@ class Watch:
         """End this process where another one is gone and the main thread waits for it."""
         while not self._ended.wait(1.0):
             self._unanswered += 1.0
-            loss = self.lost()
-            if loss is None:
+            lost = self.lost()
+            if lost is None:
                 continue
             if not self._ended.wait(GRACE_SECONDS):
-                self._stop(loss.message)
+                self._stop(lost.message)
             return
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minillm.losses import linear_objective
 from minillm.methods.protocol import Term
 from minillm.models.access import lm_head, row_hidden
-from minillm.models.sharded import whole
+from minillm.models.sharded import fully_gathered
 
 
 class StudentLoss(nn.Module):
@@ -31,7 +31,7 @@ class StudentLoss(nn.Module):
         hidden = row_hidden(self.student, batch)  # (N, H_s)
         teacher = None if term.teacher_hidden is None else self._teacher[0]
         # gradients are taken in the forward pass, so that the teacher's head is not read again after it
-        with whole(None if teacher is None else teacher.get_output_embeddings()):
+        with fully_gathered(None if teacher is None else teacher.get_output_embeddings()):
             return linear_objective(
                 hidden,
                 lm_head(self.student),

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from minillm import UserError
 from minillm.config.training import DeepSpeedEngine, TorchEngine
 from minillm.distributed.launcher import launched_local_rank
 from minillm.models.device import pick_device
@@ -17,10 +18,10 @@ def engine_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
 
 
 def check_backend(engine: TorchEngine | DeepSpeedEngine, device: torch.device) -> None:
-    """Raises ValueError for a backend of the losses that the device cannot run."""
+    """Raises UserError for a backend of the losses that the device cannot run."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if engine.backend == "triton" and device.type != "cuda" and not interpreted:
-        raise ValueError(
+        raise UserError(
             f"engine.backend is triton, which needs a GPU, and the models are on the {device.type}; use auto"
         )
 

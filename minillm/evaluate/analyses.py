@@ -33,9 +33,15 @@ class Analyses:
         config: EvalConfig,
         *,
         seed: int,
-        watch: Callable[[str, int, int], None] = lambda what, done, total: None,
+        report_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ):
-        self.sets, self.labels, self.config, self.seed, self.watch = sets, labels, config, seed, watch
+        self.sets, self.labels, self.config, self.seed, self.report_progress = (
+            sets,
+            labels,
+            config,
+            seed,
+            report_progress,
+        )
         self._teacher_answers: dict[tuple[str, int], list[Answer]] = {}  # by set and draw
 
     def add_to(self, evaluation: Evaluation, models: Models, who: Who = "student") -> Evaluation:
@@ -80,7 +86,7 @@ class Analyses:
             draw=draw,
             who=who,
             batch_size=self.config.batch_size,
-            progress=lambda done: self.watch(f"exposure bias on {name}", done, len(examples)),
+            progress=lambda done: self.report_progress(f"exposure bias on {name}", done, len(examples)),
         )
 
     def _forward_kl(self, name: str, models: Models, answers: list[Answer]) -> list[Tensor]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm import UserError
+
 BINS = 10
 
 
@@ -31,11 +33,11 @@ def calibration(
 ) -> Calibration:
     """Accuracy of the likeliest word, and sum over bins of n_b / N |accuracy_b - confidence_b|.
 
-    Bins are of equal width over the confidence, the probability of the likeliest word. Raises ValueError without any
+    Bins are of equal width over the confidence, the probability of the likeliest word. Raises UserError without any
     example.
     """
     if not len(labels):
-        raise ValueError("calibration: no examples")
+        raise UserError("calibration: no examples")
     confidence, chosen = logprobs.double().softmax(-1).max(-1)
     right = (chosen == labels).double()
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minillm import UserError
 from minillm.config.evaluation import EvalConfig
 from minillm.data.instructions import Example, PromptSet
 from minillm.evaluate.diversity import distinct
@@ -64,12 +65,14 @@ class Evaluator:
         config: EvalConfig,
         *,
         seed: int,
-        watch: Callable[[str, int, int], None] = lambda what, done, total: None,  # told how far the sampling is
+        report_progress: Callable[[str, int, int], None] = lambda what, done, total: (
+            None
+        ),  # told how far the sampling is
     ):
         for name, prompts in sets.items():
             if not prompts.examples:
-                raise ValueError(f"eval.sets.{name}: no usable prompts in {prompts.source}; nothing could be measured")
-        self.sets, self.config, self.seed, self.watch = sets, config, seed, watch
+                raise UserError(f"eval.sets.{name}: no usable prompts in {prompts.source}; nothing could be measured")
+        self.sets, self.config, self.seed, self.report_progress = sets, config, seed, report_progress
         self.scored = Sampling(
             config.max_new_tokens,
             temperature=config.temperature,
@@ -88,10 +91,10 @@ class Evaluator:
             models: the pair. Without a teacher, or with `eval.teacher` false, there are no divergences.
             who: "teacher" measures the teacher's own answers, entropy and loss; its answers are those kept.
 
-        Raises ValueError for who="teacher" without a teacher.
+        Raises UserError for who="teacher" without a teacher.
         """
         if who == "teacher" and models.teacher is None:
-            raise ValueError("who='teacher': there is no teacher to evaluate; give the configuration a `teacher`")
+            raise UserError("who='teacher': there is no teacher to evaluate; give the configuration a `teacher`")
         measured, samples = {}, []
         for name in self.sets:
             measured[name], shown = self._evaluate_set(name, models, who)
@@ -139,7 +142,7 @@ class Evaluator:
                 seed=zlib.crc32(f"evaluation {self.seed} {seed} {name}".encode()),
                 who=who,
                 batch_size=self.config.batch_size,
-                progress=lambda done: self.watch(f"evaluating on {name}", done, len(missing)),
+                progress=lambda done: self.report_progress(f"evaluating on {name}", done, len(missing)),
             )
             for example, answer in zip(missing, answers, strict=True):
                 kept[name, example.index, seed, sampling] = answer

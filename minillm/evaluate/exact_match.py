@@ -3,16 +3,18 @@
 import string
 from collections.abc import Sequence
 
+from minillm import UserError
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """100 where the answer equals one of the references after normalisation, else 0.
 
-    Raises ValueError where there is no reference.
+    Raises UserError where there is no reference.
     """
     if not references:
-        raise ValueError("exact_match: no references; an example without one cannot be scored")
+        raise UserError("exact_match: no references; an example without one cannot be scored")
     return 100.0 * (_normalise(answer) in {_normalise(reference) for reference in references})
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm import UserError
+
 
 @dataclass(frozen=True)
 class AccumulatedError:
@@ -33,9 +35,9 @@ def accumulated_error(
     on_teacher: Sequence[Tensor],  # (T,) each: along an answer of the teacher
     length: int,
 ) -> AccumulatedError:
-    """Means over the answers, accumulated up to `length` tokens. Raises ValueError where there is no answer."""
+    """Means over the answers, accumulated up to `length` tokens. Raises UserError where there is no answer."""
     if not on_student or not on_teacher:
-        raise ValueError("accumulated_error: no answers; exposure bias needs some of the student and of the teacher")
+        raise UserError("accumulated_error: no answers; exposure bias needs some of the student and of the teacher")
     return AccumulatedError(_accumulate(on_student, length), _accumulate(on_teacher, length))
 
 

@@ -8,14 +8,16 @@ from functools import cache
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from minillm import UserError
+
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """100 * F1 of the longest common subsequence with the reference that it is nearest to. In [0, 100].
 
-    Raises ValueError where there is no reference.
+    Raises UserError where there is no reference.
     """
     if not references:
-        raise ValueError("rouge_l: no references; an example without one cannot be scored")
+        raise UserError("rouge_l: no references; an example without one cannot be scored")
     return 100.0 * max(_scorer().score(reference, answer)["rougeL"].fmeasure for reference in references)
 
 

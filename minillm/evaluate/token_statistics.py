@@ -10,7 +10,7 @@ from minillm.losses import linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import Pair, TokenBatch, collate
 from minillm.models.pair import Models
-from minillm.models.sharded import readable
+from minillm.models.sharded import gathered
 from minillm.rollout.scoring import teacher_hidden
 
 NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
@@ -32,11 +32,11 @@ def token_statistics(
     """
     results: dict[str, list[Tensor]] = {field: [torch.empty(0)] * len(pairs) for field in fields}
     needs_teacher = bool(NEEDS_TEACHER & set(fields))
-    with readable(models.student, models.teacher if needs_teacher else None, by_layers=models.by_layers):
+    with gathered(models.student, models.teacher if needs_teacher else None, by_layers=models.by_layers):
         _measure(results, _micro_batches(models, pairs, batch_size), models, pairs, teacher_states)
     if collectives.world_size() == 1:
         return results
-    mine = collectives.share(len(pairs))
+    mine = collectives.rank_slice(len(pairs))
     joined = {
         field: torch.cat([torch.empty(0), *(vectors[index] for index in mine)]) for field, vectors in results.items()
     }
@@ -87,7 +87,7 @@ def teacher_hidden_states(models: Models, pairs: Sequence[Pair], *, batch_size: 
     Of several ranks each has those of its own share, which are the ones that `token_statistics` asks it for.
     """
     states: list[Tensor] = [torch.empty(0)] * len(pairs)
-    with readable(models.teacher, by_layers=models.by_layers):
+    with gathered(models.teacher, by_layers=models.by_layers):
         for chosen in _micro_batches(models, pairs, batch_size):
             batch = collate([pairs[index] for index in chosen], models.pad_id)
             _put(states, chosen, batch, teacher_hidden(models, batch))
@@ -96,7 +96,7 @@ def teacher_hidden_states(models: Models, pairs: Sequence[Pair], *, batch_size: 
 
 def _micro_batches(models: Models, pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
     """Indices of this rank's pairs, those of a like length side by side, so that little is padded."""
-    todo = collectives.even_share(len(pairs)) if models.by_layers else collectives.share(len(pairs))
+    todo = collectives.even_rank_slice(len(pairs)) if models.by_layers else collectives.rank_slice(len(pairs))
     by_length = sorted(todo, key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
     return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
 

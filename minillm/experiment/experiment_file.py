@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minillm import UserError
 from minillm.config.checks.facts import Facts
 from minillm.config.checks.place_checks import place_problem
 from minillm.config.errors import ConfigErrors, Problem
@@ -272,13 +273,13 @@ def chosen_seeds(experiment: Experiment, count: int | None) -> list[int]:
 def chosen_arms(experiment: Experiment, text: str | None) -> list[str]:
     """The arms (and shared stages) that a comma-separated text names; without one, all arms.
 
-    Raises ValueError for a name that is none.
+    Raises UserError for a name that is none.
     """
     known = [*experiment.shared, *experiment.arms]
     chosen = experiment.arms if text is None else [name.strip() for name in text.split(",") if name.strip()]
     for name in chosen:
         if name not in known:
-            raise ValueError(f"--arms: {experiment.file} has no arm {name!r}{_hint(name, known)}")
+            raise UserError(f"--arms: {experiment.file} has no arm {name!r}{_hint(name, known)}")
     if not chosen:
-        raise ValueError(f"--arms names none; {experiment.file} has {', '.join(experiment.arms)}")
+        raise UserError(f"--arms names none; {experiment.file} has {', '.join(experiment.arms)}")
     return chosen

@@ -36,7 +36,7 @@ def write_experiment_report(
 ) -> Path:
     """Write everything anew from the folders of the runs; returns the path of report.md.
 
-    Without `pictures`, which take some seconds, those that are there stay. Raises ValueError where a file of the runs
+    Without `pictures`, which take some seconds, those that are there stay. Raises UserError where a file of the runs
     cannot be read.
     """
     results, config = read_results(experiment, output, list(seeds)), experiment.config

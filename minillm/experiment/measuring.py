@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from minillm import UserError
 from minillm.config.loader.run_plan import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
@@ -22,7 +23,7 @@ from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.graph_preconditions import use_cuda_graphs
 from minillm.storage.atomic import write_text
 from minillm.storage.metrics_log import plain
-from minillm.train.stage import Shared
+from minillm.train.stage import StageBuilder
 from minillm.train.trainer import TrainingError
 
 EVALUATION, TEACHERS = "evaluation.json", "teachers"
@@ -33,7 +34,7 @@ Evaluators = tuple[Evaluator, Analyses]
 class Measuring:
     """Measures arm after arm; the teacher, its answers and its hidden states are kept from one to the next."""
 
-    def __init__(self, experiment: Experiment, output: Path, shared: Shared):
+    def __init__(self, experiment: Experiment, output: Path, shared: StageBuilder):
         self.experiment, self.output, self.shared = experiment, output, shared
         self._evaluators: tuple[Any, Evaluators | None] = (None, None)
 
@@ -119,11 +120,11 @@ class Measuring:
                 for name, source in config.calibration.items()
             }
 
-            def watch(*progress) -> None:
+            def tell(*progress) -> None:
                 self.shared.console.working(*progress)
 
-            evaluator = Evaluator(sets, config, seed=SEED, watch=watch)
-            self._evaluators = (teacher, (evaluator, Analyses(sets, labels, config, seed=SEED, watch=watch)))
+            evaluator = Evaluator(sets, config, seed=SEED, report_progress=tell)
+            self._evaluators = (teacher, (evaluator, Analyses(sets, labels, config, seed=SEED, report_progress=tell)))
         return self._evaluators[1]
 
 
@@ -143,7 +144,7 @@ def _found(config, output: Path, job: Job):
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
     """What `measure` wrote into a folder, None where it has not.
 
-    Raises ValueError where the file cannot be read.
+    Raises UserError where the file cannot be read.
     """
     path = folder / EVALUATION
     if not path.is_file():
@@ -151,4 +152,4 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; delete it to have the arm measured again") from error
+        raise UserError(f"{path} cannot be read: {error}; delete it to have the arm measured again") from error

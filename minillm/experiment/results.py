@@ -59,7 +59,7 @@ class Results:
 def read_results(experiment: Experiment, output: Path, seeds: list[int]) -> Results:
     """Read everything that the arms with these seeds have left.
 
-    Raises ValueError where a file cannot be read.
+    Raises UserError where a file cannot be read.
     """
     arms, teachers, shared, failures = {}, {}, {}, {}
     for name in [*experiment.shared, *experiment.arms]:

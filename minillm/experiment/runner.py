@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.models import ModelConfig
 from minillm.config.paths import STAGE
@@ -22,7 +23,7 @@ from minillm.storage.atomic import write_text
 from minillm.storage.metrics_log import METRICS, read_records
 from minillm.train.resume import FREE_ON_RESUME
 from minillm.train.run import run
-from minillm.train.stage import Shared
+from minillm.train.stage import StageBuilder
 from minillm.train.trainer import TrainingError
 
 
@@ -48,7 +49,7 @@ def run_experiment(
     output.mkdir(parents=True, exist_ok=True)
     jobs = plan_jobs(experiment, output, seeds, arms)
     check_finished(experiment, output, jobs)
-    shared, failures, began, done = Shared(), [], time.monotonic(), 0
+    shared, failures, began, done = StageBuilder(), [], time.monotonic(), 0
     measuring = Measuring(experiment, output, shared)
     todo = [job for job in jobs if not measuring.is_done(job)]
     for place, job in enumerate(todo, 1):
@@ -74,16 +75,16 @@ def run_experiment(
 def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str]) -> None:
     """One run as one of several processes that a launcher has started; nothing is measured.
 
-    Raises ValueError where there is not exactly one run to train, and TrainingError as `run` does.
+    Raises UserError where there is not exactly one run to train, and TrainingError as `run` does.
     """
     jobs = plan_jobs(experiment, output, seeds, arms)
     left = [job for job in jobs if job.trained and not (job.folder / FINAL).is_dir()]
     if len(left) != 1:
         names = ", ".join(f"{job.name} with seed {job.seed}" for job in left) or "none"
-        raise ValueError(f"a launcher of several processes trains one run at a time; left to train: {names}. Name one "
+        raise UserError(f"a launcher of several processes trains one run at a time; left to train: {names}. Name one "
                          "with --arms and --seed, in the order of --list")  # fmt: skip
     if experiment.stage(left[0].name).config.engine.type == "torch":
-        raise ValueError(
+        raise UserError(
             "engine.type torch is one process; start it without a launcher of several, or set base.engine.type=deepspeed"
         )
     check_finished(experiment, output, jobs)
@@ -92,14 +93,14 @@ def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int]
 
 
 def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) -> None:
-    """Raises ValueError where a finished run was trained with other keys than it would be now."""
+    """Raises UserError where a finished run was trained with other keys than it would be now."""
     for job in jobs:
         if job.trained and (job.folder / FINAL).is_dir():
             before = yaml.safe_load((job.folder / "config.yaml").read_text(encoding="utf-8"))
             now = plan_of(experiment, output, job).document
             changed = sorted(key for key in {*before, *now} - FREE_ON_RESUME if before.get(key) != now.get(key))
             if changed:
-                raise ValueError(
+                raise UserError(
                     f"{job.folder} was trained with another {', '.join(changed)} than {experiment.file} has now: choose "
                     "another --output, or delete that folder to have it trained anew"
                 )

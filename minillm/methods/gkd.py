@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Supervised, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
 from minillm.rollout.local.sampling import Sampling, sample
@@ -26,13 +26,13 @@ class GeneralisedDistillation(Method):
         self.divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
         self.options = {"beta": beta} if self.divergence == "jsd" else {}
 
-    def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
-        references = take_references(sources, self.step_size)
+    def collect(self, data: TrainingData, models: Models, draw: int) -> list[Supervised]:
+        references = take_references(data, self.step_size)
         coin = np.random.default_rng([self.config.seed, draw]).random()  # one a step, keyed like everything random
         if coin >= self.config.method.on_policy:
             return references
         rollout = self.config.rollout
-        with sources.timing.of("rollout"):
+        with data.timing.of("rollout"):
             answers = sample(
                 models,
                 [item.prompt for item in references],
@@ -41,14 +41,14 @@ class GeneralisedDistillation(Method):
                 seed=self.config.seed,
                 draw=draw,
                 batch_size=rollout.batch_size,
-                progress=lambda done: sources.watch("sampling answers", done, len(references)),
+                progress=lambda done: data.report_progress("sampling answers", done, len(references)),
             )
         return [
             Supervised(item.key, answer.prompt, answer.response)
             for item, answer in zip(references, answers, strict=True)
         ]
 
-    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         return [mixed_term(items, models, divergence=self.divergence, ce_ratio=0.0, options=self.options)]
 
 

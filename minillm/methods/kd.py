@@ -6,7 +6,7 @@ forward KL by the teacher's entropy, a constant).
 
 from collections.abc import Sequence
 
-from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Supervised, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
 
@@ -14,10 +14,10 @@ from minillm.models.pair import Models
 class WordLevelDistillation(Method):
     """L = (1 - ce_ratio) * D(p, q) - ce_ratio * log q(y), mean over response tokens."""
 
-    def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
-        return take_references(sources, self.step_size)
+    def collect(self, data: TrainingData, models: Models, draw: int) -> list[Supervised]:
+        return take_references(data, self.step_size)
 
-    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         method = self.config.method
         return [
             mixed_term(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.config.method import MiniLLM
 from minillm.losses import TokenStats
-from minillm.methods.protocol import Method, Sources, Supervised, Term
+from minillm.methods.protocol import Method, Supervised, Term, TrainingData
 from minillm.methods.returns import discounted_returns, importance_weights, shape_rewards, whiten
 from minillm.methods.supervised import mixed_term
 from minillm.models.batch import collate
@@ -103,12 +103,12 @@ class MiniLLMMethod(Method):
         self.inner_epochs = config.method.ppo_epochs
         self.objective = policy_objective(config.method)
 
-    def collect(self, sources: Sources, models: Models, draw: int) -> RolloutBuffer:
+    def collect(self, data: TrainingData, models: Models, draw: int) -> RolloutBuffer:
         """Sample answers from p~, score them once under both models, and compute their advantages."""
         rollout = self.config.rollout
-        examples = sources.prompts.take(rollout.buffer_size)
+        examples = data.prompts.take(rollout.buffer_size)
         keys = [example.index for example in examples]
-        with sources.timing.of("rollout"):
+        with data.timing.of("rollout"):
             answers = sample(
                 models,
                 [example.prompt_ids for example in examples],
@@ -118,14 +118,14 @@ class MiniLLMMethod(Method):
                 draw=draw,
                 who="mixture" if self.config.method.alpha > 0 else "student",
                 batch_size=rollout.batch_size,
-                progress=lambda done: sources.watch("sampling answers", done, len(examples)),
+                progress=lambda done: data.report_progress("sampling answers", done, len(examples)),
             )
-        with sources.timing.of("scoring"):
+        with data.timing.of("scoring"):
             buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
         add_advantages(buffer, self.config.method)
         return buffer
 
-    def terms(self, items: Sequence[Rollout], sources: Sources, models: Models) -> list[Term]:
+    def terms(self, items: Sequence[Rollout], data: TrainingData, models: Models) -> list[Term]:
         method = self.config.method
         batch = collate([item.pair for item in items], models.pad_id)
         vectors = {name: torch.cat([item.vectors[name] for item in items]) for name in VECTORS}
@@ -141,7 +141,7 @@ class MiniLLMMethod(Method):
         )
         if method.lm_coef == 0:
             return [policy]
-        blocks = [Supervised(0, block[:1], block[1:]) for block in sources.corpus.take(len(items))]
+        blocks = [Supervised(0, block[:1], block[1:]) for block in data.corpus.take(len(items))]
         pretraining = mixed_term(
             blocks,
             models,

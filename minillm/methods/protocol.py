@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from minillm.config.root import StageConfig
-from minillm.data.stream import Share, Stream
+from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
 from minillm.models.batch import Pair, TokenBatch
 from minillm.models.pair import Models
@@ -21,7 +21,7 @@ from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.storage.timing import Timing
 
 Objective = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
-Watch = Callable[[str, int, int], None]  # (what is being done, how many are, of how many)
+ProgressCallback = Callable[[str, int, int], None]  # (what is being done, how many are, of how many)
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Sources:
+class TrainingData:
     """Where a method gets its material. The streams carry their own position."""
 
     prompts: Stream  # of minillm.data.instructions.Example
-    corpus: Stream | Share | None  # of token blocks: list[int]
+    corpus: Stream | RankSlice | None  # of token blocks: list[int]
     written: Path  # a folder for answers that are written once and kept
-    watch: Watch = lambda what, done, total: None  # told how far long work inside `collect` is
+    report_progress: ProgressCallback = lambda what, done, total: None  # told how far long work inside `collect` is
     timing: Timing = field(default_factory=Timing)  # told what that work was
 
 
@@ -85,12 +85,12 @@ class Method(ABC):
         )
 
     @abstractmethod
-    def collect(self, sources: Sources, models: Models, draw: int) -> Sequence[Item] | RolloutBuffer:
+    def collect(self, data: TrainingData, models: Models, draw: int) -> Sequence[Item] | RolloutBuffer:
         """The items of the next steps; `draw` counts the collections of this run and keys their randomness.
 
         What lasts for more than one step must be a RolloutBuffer: checkpoints carry it.
         """
 
     @abstractmethod
-    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         """The loss of one micro-batch of items."""

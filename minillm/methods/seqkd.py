@@ -6,7 +6,7 @@ With kd_ratio the loss is mixed with the forward KL to the teacher, as the relea
 
 from collections.abc import Sequence
 
-from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Supervised, Term, TrainingData
 from minillm.methods.supervised import mixed_term
 from minillm.models.pair import Models
 from minillm.rollout.archive import AnswerArchive
@@ -25,19 +25,19 @@ class SequenceDistillation(Method):
         super().__init__(config)
         self._answers: dict[int, list[int]] | None = None
 
-    def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
+    def collect(self, data: TrainingData, models: Models, draw: int) -> list[Supervised]:
         if self._answers is None:
-            with sources.timing.of("rollout"):
-                self._answers = self._write(sources, models)
+            with data.timing.of("rollout"):
+                self._answers = self._write(data, models)
         return [
             Supervised(example.index, example.prompt_ids, self._answers[example.index])
-            for example in sources.prompts.take(self.step_size)
+            for example in data.prompts.take(self.step_size)
         ]
 
-    def _write(self, sources: Sources, models: Models) -> dict[int, list[int]]:
+    def _write(self, data: TrainingData, models: Models) -> dict[int, list[int]]:
         rollout = self.config.rollout
-        examples = list(sources.prompts.items)
-        archive = AnswerArchive(sources.written / "answers.jsonl")
+        examples = list(data.prompts.items)
+        archive = AnswerArchive(data.written / "answers.jsonl")
         archive.write(
             models,
             [example.prompt_ids for example in examples],
@@ -46,11 +46,11 @@ class SequenceDistillation(Method):
             seed=self.config.seed,
             batch_size=rollout.batch_size,
             teacher=self.config.teacher.model_dump(mode="json", include=OF_THE_TEACHER),
-            progress=lambda done: sources.watch("the teacher writes", done, len(examples)),
+            progress=lambda done: data.report_progress("the teacher writes", done, len(examples)),
         )
         return archive.read()
 
-    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         return [mixed_term(items, models, divergence="forward_kl", ce_ratio=1.0 - self.config.method.kd_ratio)]
 
 

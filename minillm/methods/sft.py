@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from minillm.methods.protocol import Item, Method, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Method, Supervised, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.pair import Models
 
@@ -10,10 +10,10 @@ from minillm.models.pair import Models
 class SupervisedFineTuning(Method):
     """L = - mean over response tokens of log q(y_t | y_<t, x)."""
 
-    def collect(self, sources: Sources, models: Models, draw: int) -> list[Supervised]:
-        return take_references(sources, self.step_size)
+    def collect(self, data: TrainingData, models: Models, draw: int) -> list[Supervised]:
+        return take_references(data, self.step_size)
 
-    def terms(self, items: Sequence[Item], sources: Sources, models: Models) -> list[Term]:
+    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         return [mixed_term(items, models, divergence="forward_kl", ce_ratio=1.0, name="supervised")]
 
 

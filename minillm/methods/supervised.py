@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from minillm.losses import TokenStats
-from minillm.methods.protocol import Item, Sources, Supervised, Term
+from minillm.methods.protocol import Item, Supervised, Term, TrainingData
 from minillm.models.batch import collate
 from minillm.models.pair import Models
 from minillm.rollout.scoring import teacher_hidden
 
 
-def take_references(sources: Sources, size: int) -> list[Supervised]:
+def take_references(data: TrainingData, size: int) -> list[Supervised]:
     """The next `size` prompts with their references as the response to imitate."""
-    return [
-        Supervised(example.index, example.prompt_ids, example.response_ids) for example in sources.prompts.take(size)
-    ]
+    return [Supervised(example.index, example.prompt_ids, example.response_ids) for example in data.prompts.take(size)]
 
 
 def cross_entropy(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)

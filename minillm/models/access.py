@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minillm import UserError
 from minillm.kernels.reference import logits as head_logits
 from minillm.losses import LMHead
 from minillm.models.batch import TokenBatch
@@ -46,12 +47,12 @@ def checkpoint_activations(model: PreTrainedModel, **options) -> None:
 def lm_head(model: PreTrainedModel) -> LMHead:
     """The head with what the architecture does to its logits: Gemma's softcap, Cohere's scale, Granite's divisor.
 
-    Raises ValueError for a head that is not a plain linear layer (a LoRA-wrapped one would be ignored silently).
+    Raises UserError for a head that is not a plain linear layer (a LoRA-wrapped one would be ignored silently).
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     if hasattr(head, "base_layer"):
-        raise ValueError("the LM head is wrapped by an adapter, which a fused loss cannot see; leave lm_head out of it")
+        raise UserError("the LM head is wrapped by an adapter, which a fused loss cannot see; leave lm_head out of it")
     scale = getattr(config, "logit_scale", None)
     if scale is None:
         scale = 1.0

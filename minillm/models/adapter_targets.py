@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from minillm import UserError
 from minillm.config.lora import HEAD_REFUSED, TABLE_REFUSED
 from minillm.models.access import decoder
 
@@ -20,7 +21,7 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
         model: without adapters.
         asked: "all-linear" for every linear layer below the LM head, or ends of names: `q_proj`, `mlp.c_proj`.
 
-    Raises ValueError, which starts with the key, for a name that is none of the model's, that is of no linear layer, or
+    Raises UserError, which starts with the key, for a name that is none of the model's, that is of no linear layer, or
     that is of the LM head or of embeddings.
     """
     below = {id(module) for module in decoder(model).modules()}
@@ -37,16 +38,16 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
     for ending in asked:
         found = {name: module for name, module in modules.items() if f".{name}".endswith(f".{ending}")}
         if any(module is head for module in found.values()):
-            raise ValueError(f"{KEY}: {HEAD_REFUSED.format(ending)}")
+            raise UserError(f"{KEY}: {HEAD_REFUSED.format(ending)}")
         if any(isinstance(module, nn.Embedding) for module in found.values()):
-            raise ValueError(f"{KEY}: {TABLE_REFUSED.format(ending)}")
+            raise UserError(f"{KEY}: {TABLE_REFUSED.format(ending)}")
         if not found:
-            raise ValueError(f"{KEY}: {type(model).__name__} has no module {ending}; {_nearest(ending, linear)}")
+            raise UserError(f"{KEY}: {type(model).__name__} has no module {ending}; {_nearest(ending, linear)}")
         wrong = sorted(found.keys() - set(linear))
         if wrong:
             inside = [name for name in linear if name.startswith(f"{wrong[0]}.")]
             hint = f"linear layers in it are {_endings(inside)}" if inside else _nearest(ending, linear)
-            raise ValueError(f"{KEY}: {wrong[0]} is a {type(modules[wrong[0]]).__name__}, not a linear layer; {hint}")
+            raise UserError(f"{KEY}: {wrong[0]} is a {type(modules[wrong[0]]).__name__}, not a linear layer; {hint}")
         chosen |= found.keys()
     return [name for name in linear if name in chosen]
 

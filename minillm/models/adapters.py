@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
+from minillm import UserError
 from minillm.config.lora import LoraConfig
 from minillm.models.adapter_targets import LINEAR, target_names
 
@@ -29,13 +30,13 @@ def add_adapters(
     What A begins as depends on `seed` alone. Adapters are float32 over weights of any dtype. `base` and
     `revision` are where the adapter's own configuration says that others find these weights.
 
-    Raises ValueError as target_names does.
+    Raises UserError as target_names does.
     """
     import peft
 
     names = target_names(model, config.target_modules)
     if not names:
-        raise ValueError(f"student.lora: {type(model).__name__} has no linear layers that adapters could go on")
+        raise UserError(f"student.lora: {type(model).__name__} has no linear layers that adapters could go on")
     modules = dict(model.named_modules())
     settings = peft.LoraConfig(
         r=config.r,
@@ -97,13 +98,13 @@ def write_adapter(model: PreTrainedModel, state: Mapping[str, Tensor], folder: P
 def load_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Give the model's adapters the very values that write_adapter wrote.
 
-    Raises ValueError where they are adapters of other modules or of another rank.
+    Raises UserError where they are adapters of other modules or of another rank.
     """
     saved = load_file(folder / _FILE)
     adapters = {_in_file(name): parameter for name, parameter in model.named_parameters() if _is_adapter(name)}
     shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (saved, adapters)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{folder} holds adapters of other modules or of another rank than student.lora says")
+        raise UserError(f"{folder} holds adapters of other modules or of another rank than student.lora says")
     for name, parameter in adapters.items():
         parameter.copy_(saved[name])
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from minillm import UserError
+
 Pair = tuple[list[int], list[int]]  # (prompt ids, response ids with its EOS if it ended)
 
 
@@ -38,10 +40,10 @@ class TokenBatch:
 def collate(pairs: list[Pair], pad_id: int) -> TokenBatch:
     """Right-pad prompt + response and mark the positions that predict the response.
 
-    Raises ValueError for an empty prompt (nothing would predict the first response token).
+    Raises UserError for an empty prompt (nothing would predict the first response token).
     """
     if any(not prompt for prompt, _ in pairs):
-        raise ValueError("collate: a prompt has no tokens, so nothing predicts its first response token; add a BOS")
+        raise UserError("collate: a prompt has no tokens, so nothing predicts its first response token; add a BOS")
     fed = [prompt + response[:-1] for prompt, response in pairs]
     width = max((len(ids) for ids in fed), default=0)
     input_ids = torch.full((len(fed), width), pad_id, dtype=torch.int64)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from minillm import UserError
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import expand, is_hub_name
 from minillm.models.adapters import add_adapters
@@ -22,7 +23,7 @@ def load_teacher(
 ) -> PreTrainedModel:
     """The frozen model: evaluation mode, no gradients. `hollow`: see is_hollow; not for one that is quantised.
 
-    Raises ValueError where it cannot be quantised as `config` says.
+    Raises UserError where it cannot be quantised as `config` says.
     """
     if config.quantization is None:
         model = _load(config, output_dir, hollow).to(device)
@@ -109,7 +110,7 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dic
         return _from_gguf(where, {**place, **options})
     architecture = AutoConfig.from_pretrained(where, **place, trust_remote_code=config.trust_remote_code)
     if getattr(architecture, "quantization_config", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"{config.path}: its weights are quantised already (quantization_config in its config.json). Give the model with "
             "whole weights; teacher.quantization makes a teacher's small as it is read"
         )
@@ -182,11 +183,11 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
         try:
             architecture = AutoConfig.for_model(**keys)
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"student.config.model_type: transformers knows no {keys['model_type']!r} (llama, gpt2, qwen2, ...)"
             ) from None
     else:
-        raise ValueError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
+        raise UserError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     if hollow:
         return _hollow(architecture, **options)

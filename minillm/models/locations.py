@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from minillm import UserError
 from minillm.config.paths import PACKAGE, STAGE, expand, package_file
 
 
@@ -19,7 +20,7 @@ def resolve_path(text: str, output_dir: Path) -> Path | str:
     if text.startswith(STAGE):
         folder = Path(output_dir) / "stages" / text.removeprefix(STAGE)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{text}: {folder} is not there; the stage has not finished")
+            raise UserError(f"{text}: {folder} is not there; the stage has not finished")
         return folder
     if text.startswith(PACKAGE):
         return package_file(text)
@@ -29,20 +30,20 @@ def resolve_path(text: str, output_dir: Path) -> Path | str:
 
 @contextmanager
 def reading(text: str | None) -> Iterator[None]:
-    """Errors of what from_pretrained reads inside name the path as it was written. Raises ValueError."""
+    """Errors of what from_pretrained reads inside name the path as it was written. Raises UserError."""
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{text}: a .safetensors file in it cannot be read ({error}); it is cut off or damaged"
         ) from None
     except ValueError as error:  # a model type that transformers does not know, code that it may not run
-        raise ValueError(f"{text}: {error}") from error
+        raise UserError(f"{text}: {error}") from error
     except OSError as error:
         if text is None or Path(expand(text)).exists() or text.startswith((STAGE, PACKAGE)):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{text}: no folder here (from {Path.cwd()}), and as a hub name: {reason}") from error
+        raise UserError(f"{text}: no folder here (from {Path.cwd()}), and as a hub name: {reason}") from error
 
 
 def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> tuple[Path | str, dict[str, str]]:

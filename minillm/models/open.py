@@ -4,6 +4,7 @@ from pathlib import Path
 
 import transformers
 
+from minillm import UserError
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import PACKAGE, STAGE, expand, is_hub_name, package_file
 from minillm.models.device import pick_device
@@ -16,11 +17,11 @@ from minillm.models.tokenizers import load_tokenizer
 def model_path(text: str) -> str:
     """The path to load: of a run's folder its final/, of anything else itself.
 
-    Raises ValueError where it is no model, saying what is there instead; FileNotFoundError for a missing package.
+    Raises UserError where it is no model, saying what is there instead; FileNotFoundError for a missing package.
     """
     path = expand(text)
     if path.startswith(STAGE):
-        raise ValueError(f"{text}: name the folder instead, OUTPUT_DIR/stages/{path.removeprefix(STAGE)}")
+        raise UserError(f"{text}: name the folder instead, OUTPUT_DIR/stages/{path.removeprefix(STAGE)}")
     if path.startswith(PACKAGE):
         package_file(path)
         return path
@@ -33,10 +34,10 @@ def model_path(text: str) -> str:
         models = sorted(str(config.parent) for config in folder.glob("*/config.json"))
         hint = f"models in it: {', '.join(models)}" if models else "it holds no config.json"
         unfinished = " is a run that has no final/ yet;" if (folder / "config.yaml").is_file() else " is no model:"
-        raise ValueError(f"{text}{unfinished} {hint}")
+        raise UserError(f"{text}{unfinished} {hint}")
     if is_hub_name(path):
         return path
-    raise ValueError(f"{text}: no such folder (from the current folder, {Path.cwd()})")
+    raise UserError(f"{text}: no such folder (from the current folder, {Path.cwd()})")
 
 
 def open_models(

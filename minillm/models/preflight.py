@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minillm import UserError
 from minillm.models.access import head_error, lm_head
 from minillm.models.loading import is_hollow
 from minillm.models.pair import Models
@@ -13,7 +14,7 @@ from minillm.models.tokenizers import end_of_turn
 Row = tuple[str, str, str]  # (what, student, teacher)
 
 
-class PreflightError(ValueError):
+class PreflightError(UserError):
     """A pair of models that cannot be distilled as it is."""
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from minillm import UserError
+
 # What configurations call their number of layers.
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -26,7 +28,7 @@ def layer_lists(config: PreTrainedConfig) -> dict[str, list]:
 def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
     """The module that holds the decoder's layers, the attribute's name, and the list.
 
-    Raises ValueError where there is no such list or more than one.
+    Raises UserError where there is no such list or more than one.
     """
     count = layer_count(model.config)
     found = [
@@ -36,7 +38,7 @@ def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
     if len(found) != 1:
-        raise ValueError(
+        raise UserError(
             f"student.init=prune: {type(model).__name__} has {len(found)} lists of {count} layers, so it is not clear which "
             "to prune; give a model whose decoder is one list of layers"
         )
@@ -47,15 +49,15 @@ def chosen_layers(layers: int | Sequence[int], total: int) -> list[int]:
     """Which of `total` layers stay: the list itself, or as many as `layers` says, evenly spaced with first and last."""
     if isinstance(layers, int):
         if layers > total:
-            raise ValueError(f"student.layers is {layers}, but the model has {total} layers; give at most {total}")
+            raise UserError(f"student.layers is {layers}, but the model has {total} layers; give at most {total}")
         if layers == 1:
             return [0]
         return [round(index * (total - 1) / (layers - 1)) for index in range(layers)]
     if len(set(layers)) < len(layers):
-        raise ValueError(f"student.layers, {list(layers)}, names a layer twice; each can be kept once")
+        raise UserError(f"student.layers, {list(layers)}, names a layer twice; each can be kept once")
     wrong = [layer for layer in layers if layer >= total]
     if wrong:
-        raise ValueError(f"student.layers names {wrong}, but the model has the layers 0 to {total - 1}")
+        raise UserError(f"student.layers names {wrong}, but the model has the layers 0 to {total - 1}")
     return sorted(layers)
 
 

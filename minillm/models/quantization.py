@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from minillm import UserError
+
 if TYPE_CHECKING:  # the rollouts' benchmark runs where pydantic is not
     from minillm.config.models import Quantization
 
@@ -35,10 +37,10 @@ def quantization_options(kind: "Quantization", dtype: torch.dtype, device: torch
 
 
 def check_quantized(model: PreTrainedModel) -> None:
-    """Raises ValueError where the head was quantised too, or where a CPU could not run the layers."""
+    """Raises UserError where the head was quantised too, or where a CPU could not run the layers."""
     head = model.get_output_embeddings()
     if not head.weight.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"teacher.quantization: the head of {type(model).__name__} would be quantised too, which a fused loss cannot "
             "read; leave teacher.quantization out for this model"
         )
@@ -49,7 +51,7 @@ def check_quantized(model: PreTrainedModel) -> None:
         and (module.out_features % CPU_OUTPUTS or module.in_features % CPU_INPUTS)
     ]
     if model.device.type == "cpu" and odd:
-        raise ValueError(
+        raise UserError(
             f"teacher.quantization: nf4 on this CPU is for layers from a multiple of {CPU_INPUTS} to one of {CPU_OUTPUTS}, "
             f"which {len(odd)} of its layers are not, {odd[0]} the first; use int8, or a GPU"
         )

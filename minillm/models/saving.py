@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from minillm.distributed import collectives
 from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_adapter
 from minillm.models.preflight import end_ids
-from minillm.models.sharded import is_sharded, name_accelerator, whole_state
+from minillm.models.sharded import gathered_state, is_sharded, name_accelerator
 from minillm.storage.atomic import write_folder
 
 
@@ -20,7 +20,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
     All ranks call it, and rank 0 writes.
     """
-    state = whole_state(model) if is_sharded(model) else None
+    state = gathered_state(model) if is_sharded(model) else None
     if collectives.rank():
         return
     if has_adapters(model):
@@ -30,7 +30,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     _write(model, tokenizer, folder, state)
 
 
-def write_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The same of the frozen weights below the adapters of a model that is not sharded."""
     if collectives.rank() == 0:
         _write(model, tokenizer, folder, plain_state(model, model.state_dict(), merged=False))

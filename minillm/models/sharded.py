@@ -19,20 +19,20 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 @contextmanager
-def readable(*models: nn.Module | None, by_layers: bool) -> Iterator[None]:
+def gathered(*models: nn.Module | None, by_layers: bool) -> Iterator[None]:
     """The models can be run and their heads read, without a gradient. All ranks must enter and leave together.
 
     With `by_layers` the heads alone are whole, and all ranks must run the same forward passes: a layer comes together
     when all have reached it. Without, everything is whole, and each rank may run what it likes.
     """
     if not by_layers:
-        with whole(*models):
+        with fully_gathered(*models):
             yield
         return
     with ExitStack() as heads:
         for model in models:
             if is_sharded(model):
-                heads.enter_context(whole(*_holders(model, model.get_output_embeddings().weight)))
+                heads.enter_context(fully_gathered(*_holders(model, model.get_output_embeddings().weight)))
         yield
 
 
@@ -42,7 +42,7 @@ def _holders(model: nn.Module, weight: Tensor) -> list[nn.Module]:
 
 
 @contextmanager
-def whole(*modules: nn.Module | None) -> Iterator[None]:
+def fully_gathered(*modules: nn.Module | None) -> Iterator[None]:
     """All weights of the modules on every rank, to be read. All ranks must enter and leave together; inside, no rank
     waits for another, so that each may run as many forward passes as it likes. Nothing happens for whole modules."""
     sharded = [module for module in modules if is_sharded(module) and not getattr(module, "is_whole", False)]
@@ -90,7 +90,7 @@ def release(model: nn.Module, engine) -> None:
         vars(parameter).clear()  # this rank's piece, and the optimiser
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def gathered_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict on rank 0's CPU, gathered one weight at a time; on other ranks it is empty."""
     import deepspeed
 

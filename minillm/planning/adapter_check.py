@@ -2,6 +2,7 @@
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan
 from minillm.models.adapter_targets import target_names
 from minillm.planning.architectures import Architectures
@@ -11,7 +12,7 @@ from minillm.planning.sizes import build
 def check_targets(plan: RunPlan) -> None:
     """Look for the names of student.lora.target_modules in the architectures that are known without loading weights.
 
-    Raises ValueError, which names the stage, as target_names does.
+    Raises UserError, which names the stage, as target_names does.
     """
     architectures = Architectures(plan)
     for stage in plan.stages:
@@ -27,4 +28,4 @@ def check_targets(plan: RunPlan) -> None:
         try:
             target_names(model, student.lora.target_modules)
         except ValueError as error:
-            raise ValueError(f"stage {stage.name!r}: {error}") from None
+            raise UserError(f"stage {stage.name!r}: {error}") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedConfig
 
+from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.models import ModelConfig, StudentConfig
 from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
@@ -28,7 +29,7 @@ class Architectures:
         self._folders = architecture_folders(plan.files)
 
     def student(self, stage: Stage) -> PreTrainedConfig:
-        """Of the student as it is trained: pruned, changed or fresh. Raises ValueError where it is not known."""
+        """Of the student as it is trained: pruned, changed or fresh. Raises UserError where it is not known."""
         config = stage.config.student
         if config.init == "random":
             return self._random(config)
@@ -49,7 +50,7 @@ class Architectures:
         if config.path is not None:
             return changed_architecture(self._read(config), keys)
         if "vocab_size" not in keys:
-            raise ValueError("student.config has no vocab_size; without loading the tokenizer `plan` needs it")
+            raise UserError("student.config has no vocab_size; without loading the tokenizer `plan` needs it")
         return AutoConfig.for_model(**keys)
 
     def _read(self, config: ModelConfig) -> PreTrainedConfig:
@@ -63,7 +64,7 @@ class Architectures:
 
 
 def known_architecture(name: str, folders: Sequence[Path], revision: str | None = None) -> Path:
-    """The config.json of a hub name. Raises ValueError, which says where to put it."""
+    """The config.json of a hub name. Raises UserError, which says where to put it."""
     file = name.replace("/", "--") + ".json"
     for folder in folders:
         if (folder / file).is_file():
@@ -72,7 +73,7 @@ def known_architecture(name: str, folders: Sequence[Path], revision: str | None 
     if isinstance(cached, str):
         return Path(cached)
     places = ", ".join(map(str, folders)) or "none was found"
-    raise ValueError(
+    raise UserError(
         f"the architecture of {name} is not known here, and hub names are not looked up: put its config.json as "
         f"{file} into a folder `architectures` beside the configuration (searched: {places})"
     )

@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from minillm import UserError
+
 # Shares of the data sheet's numbers that training and decoding reach: assumptions, shown with every estimate.
 MFU = 0.40
 BANDWIDTH_SHARE = 0.60
@@ -47,9 +49,9 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """By name, whatever its case; `cpu` is this machine. Raises ValueError, which names those there are."""
+    """By name, whatever its case; `cpu` is this machine. Raises UserError, which names those there are."""
     if name.lower() == "cpu":
         return Gpu("cpu", _here(), kind="cpu")
     if name.lower() not in GPUS:
-        raise ValueError(f"--gpu {name}: known are {', '.join(gpu.name for gpu in GPUS.values())} and cpu")
+        raise UserError(f"--gpu {name}: known are {', '.join(gpu.name for gpu in GPUS.values())} and cpu")
     return GPUS[name.lower()]

@@ -66,7 +66,7 @@ class PlannedRun:
 
 
 def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> PlannedRun:
-    """Plan every stage. Raises ValueError for an unknown GPU or architecture, and for what one process cannot do."""
+    """Plan every stage. Raises UserError for an unknown GPU or architecture, and for what one process cannot do."""
     device = find_gpu(gpu)
     architectures = Architectures(plan)
     return PlannedRun(

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from minillm import UserError
 from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.root import StageConfig
-from minillm.config.sharding import cuts_teacher
+from minillm.config.sharding import shards_teacher
 from minillm.planning.sizes import ModelSize
 
 # DeepSpeed's defaults, in elements
@@ -85,13 +86,13 @@ class Sharding:
 
 
 def sharding_of(config: StageConfig, world_size: int) -> Sharding:
-    """What `engine` says. Raises ValueError for several ranks of the torch engine."""
+    """What `engine` says. Raises UserError for several ranks of the torch engine."""
     engine = config.engine
     if engine.type == "torch":
         if world_size > 1:
-            raise ValueError(f"engine.type torch is one process, not {world_size}; plan with engine.type=deepspeed")
+            raise UserError(f"engine.type torch is one process, not {world_size}; plan with engine.type=deepspeed")
         return Sharding()
-    cut = cuts_teacher(engine, config.teacher)
+    cut = shards_teacher(engine, config.teacher)
     return Sharding(
         world_size=world_size,
         stage=engine.stage,

@@ -5,9 +5,10 @@ Every prompt and every answer counts at its longest: a plan is for the worst bat
 
 from dataclasses import dataclass, replace
 
+from minillm import UserError
 from minillm.config.data import PlainPrompts, Prompts
 from minillm.config.root import StageConfig
-from minillm.rollout.local.static_loop import fixed_room
+from minillm.rollout.local.static_loop import static_room
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Decoding:
     @property
     def room(self) -> int:
         """Tokens that the caches hold for each answer; the last one is never fed."""
-        return fixed_room(self.prompt, self.answer) if self.cuda_graphs else self.prompt + self.answer - 1
+        return static_room(self.prompt, self.answer) if self.cuda_graphs else self.prompt + self.answer - 1
 
     @property
     def reads_heads(self) -> bool:
@@ -97,10 +98,10 @@ class Work:
 
 
 def work_of(config: StageConfig, world_size: int) -> Work:
-    """The sizes of a stage. Raises ValueError where there are no prompts, or no whole number of steps in a buffer."""
+    """The sizes of a stage. Raises UserError where there are no prompts, or no whole number of steps in a buffer."""
     method, train, rollout, prompts = config.method, config.train, config.rollout, config.data.prompts
     if prompts is None:
-        raise ValueError("data.prompts is missing, so no length is known")
+        raise UserError("data.prompts is missing, so no length is known")
     prompt = _prompt_length(prompts)
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     name = method.name
@@ -115,7 +116,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
     steps = 1
     if name == "minillm":
         if rollout.buffer_size % (micro * accumulation * world_size):
-            raise ValueError(
+            raise UserError(
                 f"rollout.buffer_size {rollout.buffer_size} does not divide into steps of {micro} x {accumulation} on "
                 f"{world_size} ranks"
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from minillm import UserError
 from minillm.config.lora import words as lora_words
 from minillm.config.paths import expand, is_hub_name
 from minillm.data.templates import alpaca
@@ -37,11 +38,11 @@ def write_model_card(output_dir: Path, folder: Path) -> Path:
     """Write README.md into `folder`, a Hugging Face folder of the run in `output_dir`; returns its path.
 
     The card describes the last stage's model and the stages it went through. Places on the machine that trained it
-    are named by their last part alone. Raises ValueError where `output_dir` is not a run's folder.
+    are named by their last part alone. Raises UserError where `output_dir` is not a run's folder.
     """
     run = read_run(Path(output_dir))
     if not run.stages:
-        raise ValueError(f"{output_dir} has no stages to describe: config.yaml and metrics.jsonl are empty")
+        raise UserError(f"{output_dir} has no stages to describe: config.yaml and metrics.jsonl are empty")
     last = list(run.stages.values())[-1]
     stages = [*run.lineage(last), last]
     sections = [

@@ -22,7 +22,7 @@ SHOWN_SAMPLES = 8
 def write_report(output_dir: Path) -> Path:
     """Write report.md and curves.png into a run's folder, however far the run is; returns the path of report.md.
 
-    Raises ValueError where the folder is not a run's, or a file in it cannot be read.
+    Raises UserError where the folder is not a run's, or a file in it cannot be read.
     """
     run = read_run(Path(output_dir))
     drawn = draw_run(run, run.folder / CURVES)
@@ -53,7 +53,7 @@ def compare_reports(folders: Sequence[Path], *, figure: Path | None = None) -> s
         folders: runs' folders.
         figure: where a PNG of their curves goes; the text then shows it by its name.
 
-    Raises ValueError where a folder is not a run's, or a file in it cannot be read.
+    Raises UserError where a folder is not a run's, or a file in it cannot be read.
     """
     runs = _labelled([read_run(Path(folder)) for folder in folders])
     drawn = figure is not None and draw_comparison(runs, figure)

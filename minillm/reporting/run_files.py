@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from minillm import UserError
 from minillm.config.loader.stages import stage_documents
 from minillm.storage.metrics_log import METRICS, SAMPLES, read_numbers, read_records
 
@@ -113,11 +114,11 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Read a run's folder, however far the run is.
 
-    Raises ValueError where it is not one, or where a file in it cannot be read.
+    Raises UserError where it is not one, or where a file in it cannot be read.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").exists() and not (folder / METRICS).exists():
-        raise ValueError(f"{folder} is not a run's folder: it has neither config.yaml nor {METRICS}")
+        raise UserError(f"{folder} is not a run's folder: it has neither config.yaml nor {METRICS}")
     document, environment = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "env.json", json.loads)
     records = read_records(folder / METRICS)
     settings = stage_documents(document) if document else {}
@@ -152,7 +153,7 @@ def _read(path: Path, parse) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold keys and values")
+        raise UserError(f"{path} does not hold keys and values")
     return content

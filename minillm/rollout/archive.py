@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from minillm import UserError
 from minillm.distributed import collectives
 from minillm.models.pair import Models
 from minillm.rollout.local.sampling import Answer, Sampling, sample
@@ -39,18 +40,18 @@ class AnswerArchive:
         """Let the teacher answer every prompt whose key has no answer yet; a kill loses the batch in hand at most.
 
         `teacher` says which one it is, in words that JSON knows. `progress` is called after every batch with the number
-        of answers there are of these prompts. Raises ValueError where the file holds answers of another teacher, that
+        of answers there are of these prompts. Raises UserError where the file holds answers of another teacher, that
         were sampled in another way or to other prompts, and for repeated keys.
         """
         if len(set(keys)) != len(keys) or len(keys) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")
+            raise UserError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")
         header = {"teacher": teacher, "sampling": asdict(sampling), "seed": seed, "vocab_size": models.vocab_size}
         found = self._on_rank_0(lambda: self._prepare(header))
         at_once = batch_size * collectives.world_size()
         prompt_of = dict(zip(keys, prompts, strict=True))
         for key in prompt_of.keys() & found.keys():
             if found[key]["prompt_crc"] != _crc(prompt_of[key]):
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: the answer with key {key} was written to another prompt; the data has changed since. "
                     "Delete the file to have the answers written anew"
                 )
@@ -91,7 +92,7 @@ class AnswerArchive:
         before, found, whole = self._read()
         if before is not None and before != header:
             changed = [name for name in header if before.get(name) != header[name]]
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: its answers were sampled with another {', '.join(changed)}: "
                 f"{[before.get(name) for name in changed]}, now {[header[name] for name in changed]}. "
                 "Delete the file to have them written anew"
@@ -112,7 +113,7 @@ class AnswerArchive:
             header, *records = [json.loads(line) for line in content[:whole].splitlines()] or [None]
             return header, {record["key"]: record for record in records}, whole
         except (ValueError, KeyError, TypeError) as problem:
-            raise ValueError(f"{self.path} is not an archive of answers: {problem}") from problem
+            raise UserError(f"{self.path} is not an archive of answers: {problem}") from problem
 
 
 def _record(key: int, answer: Answer) -> Record:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minillm import UserError
 from minillm.models.batch import Pair
 
 VECTOR = "vector."  # prefix of the vectors' names in a state
@@ -46,7 +47,7 @@ class RolloutBuffer(Sequence[Rollout]):
     def state(self) -> dict[str, Tensor]:
         """Everything as a few flat tensors: the tokens of all rollouts one after the other, and their counts.
 
-        Raises ValueError where rollouts hold different vectors, or one has a length other than its response's.
+        Raises UserError where rollouts hold different vectors, or one has a length other than its response's.
         """
         state = {
             "keys": _integers(rollout.key for rollout in self),
@@ -66,21 +67,21 @@ class RolloutBuffer(Sequence[Rollout]):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "RolloutBuffer":
-        """The buffer whose `state` this is. Raises ValueError where a part is missing or does not fit the others."""
+        """The buffer whose `state` this is. Raises UserError where a part is missing or does not fit the others."""
         try:
             return cls(_rollouts(state))
         except (KeyError, RuntimeError) as problem:
-            raise ValueError(f"not the state of a rollout buffer: {problem}; it holds {sorted(state)}") from problem
+            raise UserError(f"not the state of a rollout buffer: {problem}; it holds {sorted(state)}") from problem
 
     def _joined(self, name: str, parts: list[Tensor | None]) -> Tensor:
         for rollout, part in zip(self, parts, strict=True):
             if part is None or set(rollout.vectors) != set(self.rollouts[0].vectors):
-                raise ValueError(
+                raise UserError(
                     f"rollout {rollout.key} holds {_contents(rollout)}, but the first one {_contents(self.rollouts[0])}; "
                     "all must hold the same"
                 )
             if len(part) != len(rollout.response):
-                raise ValueError(
+                raise UserError(
                     f"rollout {rollout.key}: {name} has {len(part)} rows for a response of {len(rollout.response)} tokens"
                 )
         return torch.cat(parts)

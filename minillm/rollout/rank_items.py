@@ -15,7 +15,7 @@ from minillm.rollout.buffer import Rollout, RolloutBuffer
 Item = TypeVar("Item")
 
 
-def part_of_step(items: Sequence[Item] | RolloutBuffer, chosen: Sequence[int]) -> list[Item] | list[Rollout]:
+def rank_items(items: Sequence[Item] | RolloutBuffer, chosen: Sequence[int]) -> list[Item] | list[Rollout]:
     """This rank's items of a step, rollouts with their hidden states. All ranks call it together.
 
     Args:
@@ -26,17 +26,17 @@ def part_of_step(items: Sequence[Item] | RolloutBuffer, chosen: Sequence[int]) -
     mine = parts[collectives.rank()]
     if not isinstance(items, RolloutBuffer) or collectives.world_size() == 1:
         return [items[index] for index in mine]
-    return _lend(items, parts)
+    return _exchange_rows(items, parts)
 
 
-def _lend(buffer: RolloutBuffer, parts: Sequence[np.ndarray]) -> list[Rollout]:
+def _exchange_rows(buffer: RolloutBuffer, parts: Sequence[np.ndarray]) -> list[Rollout]:
     me = collectives.rank()
-    outgoing = [[buffer[index].teacher_hidden for index in part if collectives.home(index) == me] for part in parts]
+    outgoing = [[buffer[index].teacher_hidden for index in part if collectives.owner(index) == me] for part in parts]
     incoming = collectives.exchange([_bytes(rows) for rows in outgoing])
     own = buffer[me].teacher_hidden  # the first that it scored: of one dtype and width with all
     rollouts = {}
     for source, data in enumerate(incoming):
-        indices = [index for index in parts[me] if collectives.home(index) == source]
+        indices = [index for index in parts[me] if collectives.owner(index) == source]
         lengths = [len(buffer[index].response) for index in indices]
         rows = data.view(own.dtype).view(-1, own.shape[1]).split(lengths)
         for index, hidden in zip(indices, rows, strict=True):

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from minillm import UserError
 from minillm.distributed import collectives
 from minillm.losses import linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenBatch, collate
 from minillm.models.pair import Models
-from minillm.models.sharded import readable
+from minillm.models.sharded import gathered
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.local.decoder import sampling_mode
 from minillm.rollout.local.sampling import Answer
@@ -26,17 +27,17 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     Answers of a like length share a micro-batch of `batch_size`; the buffer keeps their order. Of several ranks each
     gets all vectors, and the hidden states of the answers that it scored (minillm.rollout.rank_items).
 
-    Raises ValueError without a teacher, or for keys that do not match the answers.
+    Raises UserError without a teacher, or for keys that do not match the answers.
     """
     _require_teacher(models)
     if len(keys) != len(answers):
-        raise ValueError(f"{len(answers)} answers, but {len(keys)} keys")
+        raise UserError(f"{len(answers)} answers, but {len(keys)} keys")
     rollouts: dict[int, Rollout] = {}
-    mine = collectives.share(len(answers))
-    todo = collectives.even_share(len(answers)) if models.by_layers else mine
+    mine = collectives.rank_slice(len(answers))
+    todo = collectives.even_rank_slice(len(answers)) if models.by_layers else mine
     order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
     both = (models.student, models.teacher)
-    with readable(*both, by_layers=models.by_layers), sampling_mode(both):
+    with gathered(*both, by_layers=models.by_layers), sampling_mode(both):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([(answers[index].prompt, answers[index].response) for index in chosen], models.pad_id)
@@ -86,4 +87,4 @@ def _measure(models: Models, batch: TokenBatch) -> tuple[dict[str, list[Tensor]]
 
 def _require_teacher(models: Models) -> None:
     if models.teacher is None:
-        raise ValueError("this needs the teacher's hidden states, but there is no teacher; configure `teacher`")
+        raise UserError("this needs the teacher's hidden states, but there is no teacher; configure `teacher`")

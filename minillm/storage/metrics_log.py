@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minillm import UserError
+
 METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 
 
@@ -119,7 +121,7 @@ class SilentLog:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file of a run: [] where there is no file, without a last line cut short by a kill.
 
-    Raises ValueError, naming file and line, where any other line is not a JSON object.
+    Raises UserError, naming file and line, where any other line is not a JSON object.
     """
     if not path.exists():
         return []
@@ -131,7 +133,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: not a JSON object; a run writes one to a line")
+            raise UserError(f"{path}:{number}: not a JSON object; a run writes one to a line")
         records.append(record)
     return records
 

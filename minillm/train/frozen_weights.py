@@ -8,24 +8,27 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minillm.models.saving import write_base
+from minillm import UserError
+from minillm.models.saving import write_frozen
 from minillm.storage.atomic import write_folder
 from minillm.storage.checkpoint import find_damage, sign
 
 BASES = "bases"
 
 
-def write_base_of(stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
+def write_frozen_weights(
+    stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> None:
     """Write the frozen weights of a student with adapters. All ranks call it, before anything is sharded."""
-    write_folder(output_dir / BASES / stage, lambda partial: write_base(model, tokenizer, partial), sign=sign)
+    write_folder(output_dir / BASES / stage, lambda partial: write_frozen(model, tokenizer, partial), sign=sign)
 
 
-def base_of(stage: str, output_dir: Path) -> Path:
-    """The folder, to load from. Raises ValueError where it is not what was written."""
+def find_frozen_weights(stage: str, output_dir: Path) -> Path:
+    """The folder, to load from. Raises UserError where it is not what was written."""
     folder = output_dir / BASES / stage
     damage = find_damage(folder)
     if damage is not None:
-        raise ValueError(
+        raise UserError(
             f"{folder} is not whole ({damage}): the adapters of the checkpoints were trained on those weights and mean "
             "nothing on others. Put the folder back as it was, or start a new run in another output_dir with "
             "student.path at a checkpoint, which holds the merged model"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan
 from minillm.config.training import SCHEDULES
 from minillm.train.progress import Progress
@@ -14,12 +15,12 @@ FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
 LIMITS = ("max_steps", "num_train_epochs", "max_seconds", "max_student_tokens")
 
 
-def check_same_recipe(plan: RunPlan, progress: Progress, saved: dict) -> bool:
-    """Whether the checkpoint's stage is to be longer than it was. Raises ValueError where it, or a stage before it,
+def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
+    """Whether the checkpoint's stage is to be longer than it was. Raises UserError where it, or a stage before it,
     differs in anything else."""
     stages = {stage.name: stage.config.model_dump(mode="json") for stage in plan.stages}
     if progress.stage not in stages:
-        raise ValueError(f"the checkpoint is in stage {progress.stage!r}, which this configuration does not have")
+        raise UserError(f"the checkpoint is in stage {progress.stage!r}, which this configuration does not have")
     longer = _is_longer(saved["train"], stages[progress.stage]["train"])
     if longer:
         limits = {key: stages[progress.stage]["train"][key] for key in LIMITS}
@@ -33,7 +34,7 @@ def check_same_recipe(plan: RunPlan, progress: Progress, saved: dict) -> bool:
         kept = ({key: one[key] for key in one if key not in FREE_ON_RESUME} for one in (before, stages[name]))
         changed += [where + change for change in _changes(*kept)]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"the configuration differs from the checkpoint's in {'; '.join(changed)}. A resumed run must take the steps "
             "the unbroken one would have taken: undo the change, or start a new run in another output_dir with "
             "student.path at the checkpoint. (What ends a stage may grow, where its schedule does not depend on it.)"

@@ -13,6 +13,7 @@ import torch
 import transformers
 import yaml
 
+from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.distributed import collectives
 from minillm.planning.adapter_check import check_targets
@@ -24,25 +25,25 @@ from minillm.storage.environment import describe_environment
 from minillm.storage.metrics_log import MetricsLog, SilentLog
 from minillm.train.frozen_weights import BASES
 from minillm.train.progress import Progress
-from minillm.train.resume import check_same_recipe
-from minillm.train.stage import Shared
+from minillm.train.resume import check_resume
+from minillm.train.stage import StageBuilder
 from minillm.train.trainer import TrainingError
 
 MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
 
 
-def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -> Path:
+def run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None = None) -> Path:
     """Train every stage of the plan; returns the folder final/.
 
     `shared` holds what an earlier run of this process loaded, for runs of engine.type torch that have it in common.
 
-    Raises ValueError for what cannot be gone on from or into, TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
+    Raises UserError for what cannot be gone on from or into, TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
     """
     output_dir = plan.output_dir
     if all(stage.config.engine.type == "torch" for stage in plan.stages):
         return _run(plan, resume=resume, console=console, shared=shared)
     collectives.join(output_dir)
-    shared = Shared()  # of this run alone: what is cut over the ranks goes with their group
+    shared = StageBuilder()  # of this run alone: what is cut over the ranks goes with their group
     try:
         final = _run(plan, resume=resume, console=console, shared=shared)
         shared.close()
@@ -51,14 +52,14 @@ def run(plan: RunPlan, *, resume: bool, console, shared: Shared | None = None) -
     except TrainingError:
         raise
     except Exception as error:
-        message = collectives.loss_behind(error)
+        message = collectives.lost_rank_behind(error)
         collectives.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
         if message is None:
             raise
         raise TrainingError(message) from error
 
 
-def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path:
+def _run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None) -> Path:
     output_dir = plan.output_dir
     check_targets(plan)
     checkpoint = collectives.on_rank_0(lambda: _prepare(output_dir, resume, console))
@@ -67,7 +68,7 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
     if checkpoint is not None:
         saved = json.loads((checkpoint / "state" / "trainer.json").read_text())
         progress = Progress(**saved["progress"])
-        longer = check_same_recipe(plan, progress, saved["config"])
+        longer = check_resume(plan, progress, saved["config"])
         console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
     if collectives.rank() == 0:
         write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
@@ -76,7 +77,7 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = SilentLog() if collectives.rank() else MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
-    shared = shared or Shared()
+    shared = shared or StageBuilder()
     shared.begin(console, output_dir)
     names = [stage.name for stage in plan.stages]
     with log, _interruption(console.note) as interrupted:
@@ -120,13 +121,13 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: Shared | None) -> Path
 def _prepare(output_dir: Path, resume: bool, console) -> str | None:
     """A folder without what a kill left; the checkpoint to go on from.
 
-    Raises ValueError where the folder cannot be made, and where there is nothing to go on from but something to lose:
+    Raises UserError where the folder cannot be made, and where there is nothing to go on from but something to lose:
     checkpoints of which none is whole, or models.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output_dir {output_dir} cannot be made: {error}; choose another one") from None
+        raise UserError(f"output_dir {output_dir} cannot be made: {error}; choose another one") from None
     for folder in (output_dir, output_dir / "stages", output_dir / BASES):
         clean(folder)
     if not resume:
@@ -139,7 +140,7 @@ def _prepare(output_dir: Path, resume: bool, console) -> str | None:
     if left or damaged:
         what = "no checkpoint in it is whole" if damaged else "there is no checkpoint to go on from"
         beside = f" beside {', '.join(left)}" if left else ""
-        raise ValueError(
+        raise UserError(
             f"{output_dir}: {what}{beside}, and a start from the beginning would overwrite its records. Start in another "
             "output_dir, or delete this one"
         )

@@ -8,27 +8,27 @@ import torch
 
 from minillm.config.loader.run_plan import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.config.sharding import cuts_teacher, cuts_weights
+from minillm.config.sharding import shards_student, shards_teacher
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
-from minillm.data.stream import Share, Stream
+from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
 from minillm.engine.placement import check_backend, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
-from minillm.methods.protocol import Sources
+from minillm.methods.protocol import TrainingData
 from minillm.models.adapters import FOLDER, load_adapter
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.preflight import preflight, require_same_tokenizer
-from minillm.models.sharded import is_sharded, readable, release
+from minillm.models.sharded import gathered, is_sharded, release
 from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.graph_preconditions import use_cuda_graphs
 from minillm.storage.metrics_log import MetricsLog
-from minillm.train.frozen_weights import base_of, write_base_of
+from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
 from minillm.train.progress import Progress
 from minillm.train.trainer import StageTrainer
 
 
-class Shared:
+class StageBuilder:
     """What is loaded once and used by several stages or runs: teachers, the weights students start from, evaluators."""
 
     def __init__(self):
@@ -66,7 +66,7 @@ class Shared:
             read.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
         evaluator = self._load_evaluator(stage, tokenizer)
         # what is cut over the ranks rank 0 reads, and hands out piece by piece
-        cut, teacher_cut = cuts_weights(config.engine), cuts_teacher(config.engine, config.teacher)
+        cut, teacher_cut = shards_student(config.engine), shards_teacher(config.engine, config.teacher)
         hollow = cut and collectives.rank() > 0
         teacher, teacher_tokenizer = collectives.together(
             lambda: self.teacher(
@@ -79,7 +79,7 @@ class Shared:
         source = saved = None
         if checkpoint is not None:  # the architecture and the weights are the checkpoint's, or lie below its adapters
             saved = (
-                Path(collectives.on_rank_0(lambda: str(base_of(stage.name, self.output_dir))))
+                Path(collectives.on_rank_0(lambda: str(find_frozen_weights(stage.name, self.output_dir))))
                 if adapted
                 else checkpoint
             )
@@ -91,25 +91,25 @@ class Shared:
         if adapted and checkpoint is not None:
             collectives.together(lambda: load_adapter(student, checkpoint / FOLDER))
         by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
-        with readable(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
+        with gathered(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
             models, rows = collectives.together(
                 lambda: preflight(student, teacher, tokenizer, teacher_tokenizer, device)
             )
         if config.rollout.cuda_graphs:
             use_cuda_graphs(models)
         if adapted and checkpoint is None:
-            write_base_of(stage.name, student, tokenizer, self.output_dir)
+            write_frozen_weights(stage.name, student, tokenizer, self.output_dir)
         self.console.preflight([*rows, *read])
         # each stage in an order of its own: one that goes on from another must not see the same records first again
         order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
         return StageTrainer(
             stage,
             models,
-            Sources(
+            TrainingData(
                 prompts=Stream(prompts.examples, seed=order),
-                corpus=None if corpus is None else _corpus_share(Stream(corpus.blocks, seed=order)),
+                corpus=None if corpus is None else _corpus_slice(Stream(corpus.blocks, seed=order)),
                 written=self.output_dir / "written" / stage.name,
-                watch=self.console.working,
+                report_progress=self.console.working,
             ),
             output_dir=self.output_dir,
             evaluator=evaluator,
@@ -158,17 +158,17 @@ class Shared:
                 for name, prompts in config.eval.sets.items()
             }
 
-            def watch(*progress) -> None:  # the console of the moment: an evaluator may outlive the run it was made for
+            def tell(*progress) -> None:  # the console of the moment: an evaluator may outlive the run it was made for
                 self.console.working(*progress)
 
-            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, watch=watch))
+            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, report_progress=tell))
         return self._evaluator[1]
 
 
-def _corpus_share(stream: Stream) -> Stream | Share:
+def _corpus_slice(stream: Stream) -> Stream | RankSlice:
     if collectives.world_size() == 1:
         return stream
-    return Share(stream, rank=collectives.rank(), world_size=collectives.world_size())
+    return RankSlice(stream, rank=collectives.rank(), world_size=collectives.world_size())
 
 
 def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:

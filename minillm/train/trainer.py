@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from minillm import UserError
 from minillm.config.loader.run_plan import Stage
 from minillm.distributed import collectives
 from minillm.engine import build_engine
 from minillm.engine.engine import NonFiniteError
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods import build_method
-from minillm.methods.protocol import Item, Sources
+from minillm.methods.protocol import Item, TrainingData
 from minillm.models.pair import Models
 from minillm.models.saving import write_model
 from minillm.rollout.buffer import RolloutBuffer
-from minillm.rollout.rank_items import part_of_step
+from minillm.rollout.rank_items import rank_items
 from minillm.storage.atomic import sync
 from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
@@ -30,16 +31,18 @@ from minillm.train.best_model import BestModel
 from minillm.train.progress import Progress
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """A run that had to stop, with what to look at."""
 
+    exit_status = 1
 
-def _require_references(stage: Stage, sources: Sources) -> None:
-    bare = [example.index for example in sources.prompts.items if not example.response_ids]
+
+def _require_references(stage: Stage, data: TrainingData) -> None:
+    bare = [example.index for example in data.prompts.items if not example.response_ids]
     if bare:
-        raise ValueError(
+        raise UserError(
             f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, but {len(bare)} of "
-            f"{len(sources.prompts.items)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
+            f"{len(data.prompts.items)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
             "them an answer, or use a method that samples its own (minillm, seqkd)"
         )
 
@@ -63,7 +66,7 @@ class StageTrainer:
         self,
         stage: Stage,
         models: Models,
-        sources: Sources,
+        data: TrainingData,
         *,
         output_dir: Path,
         evaluator: Evaluator | None,
@@ -74,7 +77,7 @@ class StageTrainer:
         planned_peak_gib: Callable[[], float | None] = lambda: None,
         interrupted=lambda: False,
     ):
-        self.name, self.config, self.models, self.sources = stage.name, stage.config, models, sources
+        self.name, self.config, self.models, self.data = stage.name, stage.config, models, data
         self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
         self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
         self.planned_peak_gib, self.best = planned_peak_gib, BestModel(stage, output_dir, console.note)
@@ -82,7 +85,7 @@ class StageTrainer:
             torch.cuda.reset_peak_memory_stats(models.device)  # of the stage before
         self.method = build_method(stage.config)
         if self.method.needs_references:
-            _require_references(stage, sources)
+            _require_references(stage, data)
         self.total_steps = self._total_steps()
         self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
         self.items: Sequence[Item] | RolloutBuffer = []
@@ -101,7 +104,7 @@ class StageTrainer:
             record = self._step()
             if progress.stage_step % config.log.steps == 0 or self.done():
                 # the times of all steps since the last record; the plan at the end, when nobody waits for it
-                self.log.write(record | self.sources.timing.read() | (self._plan() if self.done() else {}))
+                self.log.write(record | self.data.timing.read() | (self._plan() if self.done() else {}))
             self.console.step(record)
             if self.done():
                 break
@@ -143,19 +146,19 @@ class StageTrainer:
         self.engine.close()
 
     def _step(self) -> dict:
-        started, progress, method, timing = time.perf_counter(), self.progress, self.method, self.sources.timing
+        started, progress, method, timing = time.perf_counter(), self.progress, self.method, self.data.timing
         collects = self._needs_collection()
         if collects:
-            self.items = method.collect(self.sources, self.models, progress.draw)
+            self.items = method.collect(self.data, self.models, progress.draw)
             progress.draw, progress.epoch, progress.position = progress.draw + 1, 0, 0
         chosen = self._next_indices()
         # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
         # buffer by minillm.config.checks.stage_checks.whole_batches, and a step's items are as many on every rank
         size = self.config.train.per_device_train_batch_size
         with timing.of("scoring"):
-            items = part_of_step(self.items, chosen)
+            items = rank_items(self.items, chosen)
             micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
-            terms = [method.terms(micro_batch, self.sources, self.models) for micro_batch in micro_batches]
+            terms = [method.terms(micro_batch, self.data, self.models) for micro_batch in micro_batches]
         try:
             with timing.of("update"):
                 result = self.engine.step(terms)
@@ -183,7 +186,7 @@ class StageTrainer:
             "stage_step": progress.stage_step,
             "seconds": progress.seconds,
             "student_tokens": progress.student_tokens,
-            "passes": self.sources.prompts.passes,
+            "passes": self.data.prompts.passes,
             "tokens_per_s": result.rows / seconds,
             "memory/peak_gib": peak,
             **result.metrics,
@@ -204,7 +207,7 @@ class StageTrainer:
         train = self.config.train
         limits = [] if train.max_steps is None else [train.max_steps]
         if train.num_train_epochs is not None:
-            items = train.num_train_epochs * len(self.sources.prompts.items) * self.method.inner_epochs
+            items = train.num_train_epochs * len(self.data.prompts.items) * self.method.inner_epochs
             limits.append(max(1, math.ceil(items / self.method.step_size)))
         return min(limits, default=None)
 
@@ -252,9 +255,9 @@ class StageTrainer:
     def save(self) -> None:
         """A checkpoint of this very moment."""
         progress = self.progress
-        progress.streams = {"prompts": self.sources.prompts.state_dict()}
-        if self.sources.corpus is not None:
-            progress.streams["corpus"] = self.sources.corpus.state_dict()
+        progress.streams = {"prompts": self.data.prompts.state_dict()}
+        if self.data.corpus is not None:
+            progress.streams["corpus"] = self.data.corpus.state_dict()
         progress.log = self.log.state()
 
         def fill(folder: Path) -> None:
@@ -272,7 +275,7 @@ class StageTrainer:
             content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
             (state / "trainer.json").write_text(json.dumps(content, indent=1))
 
-        with self.sources.timing.of("saving"):
+        with self.data.timing.of("saving"):
             write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
 
     def load(self, folder: Path) -> None:
@@ -288,9 +291,9 @@ class StageTrainer:
             )
             return
         self.engine.load_state(state)
-        self.sources.prompts.load_state_dict(self.progress.streams["prompts"])
-        if self.sources.corpus is not None:
-            self.sources.corpus.load_state_dict(self.progress.streams["corpus"])
+        self.data.prompts.load_state_dict(self.progress.streams["prompts"])
+        if self.data.corpus is not None:
+            self.data.corpus.load_state_dict(self.progress.streams["corpus"])
         if self._buffer_path(state).exists():
             self.items = RolloutBuffer.from_state(load_file(self._buffer_path(state)))
 

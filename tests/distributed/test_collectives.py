@@ -56,13 +56,13 @@ def main(folder: Path) -> None:
     collectives.join(folder)  # another run
     if collectives.rank() == 1:
         error = ValueError("the disk is full")
-        assert collectives.loss_behind(error) is None
+        assert collectives.lost_rank_behind(error) is None
         print("mine", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         collectives.barrier()
     except RuntimeError as error:
-        assert collectives.loss_behind(error) is None  # it is explained: not lost, but ended by its own error
+        assert collectives.lost_rank_behind(error) is None  # it is explained: not lost, but ended by its own error
         print(*error.__notes__, flush=True)
     end(0)
 

@@ -9,7 +9,7 @@ from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.module import StudentLoss
 from minillm.methods import build_method
-from minillm.methods.protocol import Sources
+from minillm.methods.protocol import TrainingData
 
 EXAMPLES = [Example(i, [60 + i, 70][: 1 + i % 2], [90 + i, 91, 256][: 2 + i % 2], "", ()) for i in range(8)]
 
@@ -27,8 +27,8 @@ def stage(**method) -> StageConfig:
 
 
 @pytest.fixture
-def sources(tmp_path):
-    return Sources(Stream(EXAMPLES, seed=1), None, tmp_path / "written")
+def data(tmp_path):
+    return TrainingData(Stream(EXAMPLES, seed=1), None, tmp_path / "written")
 
 
 def loss_of(term, models):
@@ -75,11 +75,11 @@ def eager(name, log_q, log_p):
     ],
     ids=str,
 )
-def test_the_loss_is_the_eager_one(method, divergence, ce_ratio, make_models, sources):
+def test_the_loss_is_the_eager_one(method, divergence, ce_ratio, make_models, data):
     models = make_models()
     built = build_method(stage(**method))
-    items = built.collect(sources, models, draw=0)
-    (term,) = built.terms(items, sources, models)
+    items = built.collect(data, models, draw=0)
+    (term,) = built.terms(items, data, models)
     log_q, log_p, labels = rows(models, items)
     want = ce_ratio * F.nll_loss(log_q, labels)
     if divergence:
@@ -87,28 +87,28 @@ def test_the_loss_is_the_eager_one(method, divergence, ce_ratio, make_models, so
     torch.testing.assert_close(loss_of(term, models), want, rtol=1e-4, atol=1e-6)
 
 
-def test_gkd_trains_on_samples_of_the_student_or_on_references(make_models, sources):
+def test_gkd_trains_on_samples_of_the_student_or_on_references(make_models, data):
     models = make_models()
     references = {example.index: example.response_ids for example in EXAMPLES}
-    off = build_method(stage(name="gkd", on_policy=0.0)).collect(sources, models, draw=0)
+    off = build_method(stage(name="gkd", on_policy=0.0)).collect(data, models, draw=0)
     assert all(item.response == references[item.key] for item in off)
-    on = build_method(stage(name="gkd", on_policy=1.0)).collect(sources, models, draw=0)
+    on = build_method(stage(name="gkd", on_policy=1.0)).collect(data, models, draw=0)
     assert any(item.response != references[item.key] for item in on)
     half = build_method(stage(name="gkd", on_policy=0.5))
     chose_references = [
-        all(item.response == references[item.key] for item in half.collect(sources, models, draw)) for draw in range(12)
+        all(item.response == references[item.key] for item in half.collect(data, models, draw)) for draw in range(12)
     ]
     assert 0 < sum(chose_references) < 12
 
 
-def test_seqkd_imitates_what_the_teacher_wrote_once(make_models, sources, monkeypatch):
+def test_seqkd_imitates_what_the_teacher_wrote_once(make_models, data, monkeypatch):
     models = make_models()
     method = build_method(stage(name="seqkd", temperature=0.0))
-    first = method.collect(sources, models, draw=0)
+    first = method.collect(data, models, draw=0)
     for item in first:
         ids = torch.tensor([item.prompt])
         assert item.response[0] == int(models.teacher(ids).logits[0, -1].argmax())
     monkeypatch.setattr("minillm.rollout.archive.sample", lambda *args, **kwargs: pytest.fail("written again"))
-    again = build_method(stage(name="seqkd", temperature=0.0)).collect(sources, models, draw=1)
+    again = build_method(stage(name="seqkd", temperature=0.0)).collect(data, models, draw=1)
     written = {item.key: item.response for item in first}
     assert all(written.get(item.key, item.response) == item.response for item in again)

@@ -7,7 +7,7 @@ from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.methods import build_method
-from minillm.methods.protocol import Sources
+from minillm.methods.protocol import TrainingData
 
 
 def stage(**method) -> StageConfig:
@@ -23,10 +23,10 @@ def stage(**method) -> StageConfig:
 
 
 @pytest.fixture
-def sources(tmp_path):
+def data(tmp_path):
     examples = [Example(i, [60 + i, 70, 71 + i][: 1 + i % 3], [90, 91], "", ()) for i in range(6)]
     corpus = [[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5]]
-    return Sources(Stream(examples, seed=1), Stream(corpus, seed=1), tmp_path)
+    return TrainingData(Stream(examples, seed=1), Stream(corpus, seed=1), tmp_path)
 
 
 def full_log_probs(model, rollout):  # -> (T, V)
@@ -89,12 +89,12 @@ def written_paper(models, buffer):
 
 
 @pytest.mark.parametrize("preset", ["paper", "lmops"])
-def test_a_preset_is_its_formulas_in_value_and_gradient(preset, make_models, sources):
+def test_a_preset_is_its_formulas_in_value_and_gradient(preset, make_models, data):
     models = make_models()
     method = build_method(stage(preset=preset, lm_coef=0.0))
-    buffer = method.collect(sources, models, draw=0)
+    buffer = method.collect(data, models, draw=0)
     width = max(len(rollout.response) for rollout in buffer)
-    (term,) = method.terms(list(buffer), sources, models)
+    (term,) = method.terms(list(buffer), data, models)
     got = term_loss(term, models)
     want = written_paper(models, buffer) if preset == "paper" else written_lmops(models, buffer, width)
     torch.testing.assert_close(got, want, rtol=2e-4, atol=1e-5)
@@ -103,10 +103,10 @@ def test_a_preset_is_its_formulas_in_value_and_gradient(preset, make_models, sou
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-5 * float(theirs.abs().max()) + 1e-7)
 
 
-def test_advantages_are_constants_and_know_nothing_of_padding(make_models, sources):
+def test_advantages_are_constants_and_know_nothing_of_padding(make_models, data):
     models = make_models()
     method = build_method(stage(lm_coef=0.0))
-    buffer = method.collect(sources, models, draw=0)
+    buffer = method.collect(data, models, draw=0)
     for rollout in buffer:
         advantage = rollout.vectors["advantage"]
         assert len(advantage) == len(rollout.response)
@@ -118,32 +118,32 @@ def test_advantages_are_constants_and_know_nothing_of_padding(make_models, sourc
 
 def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(make_models, tmp_path):
     examples = [Example(i, [60 + i, 70], [90, 91], "", ()) for i in range(3)]
-    sources = Sources(Stream(examples, seed=1), None, tmp_path)
-    buffer = build_method(stage(lm_coef=0.0)).collect(sources, make_models(), draw=0)
+    data = TrainingData(Stream(examples, seed=1), None, tmp_path)
+    buffer = build_method(stage(lm_coef=0.0)).collect(data, make_models(), draw=0)
     assert sorted(rollout.key for rollout in buffer) == [0, 0, 1, 1, 2, 2]
     assert len({(rollout.key, *rollout.response) for rollout in buffer}) == 6
 
 
-def test_inner_epochs_never_run_the_teacher(make_models, sources, monkeypatch):
+def test_inner_epochs_never_run_the_teacher(make_models, data, monkeypatch):
     models = make_models()
     method = build_method(stage(lm_coef=0.0))
-    buffer = method.collect(sources, models, draw=0)
+    buffer = method.collect(data, models, draw=0)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the teacher was run again")
 
     monkeypatch.setattr(models.teacher.model, "forward", refuse)
-    (term,) = method.terms(list(buffer)[:2], sources, models)
+    (term,) = method.terms(list(buffer)[:2], data, models)
     assert torch.isfinite(term_loss(term, models))
 
 
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3])
-def test_the_pretraining_term_is_the_weighted_loss_of_the_blocks(kd_ratio, make_models, sources):
+def test_the_pretraining_term_is_the_weighted_loss_of_the_blocks(kd_ratio, make_models, data):
     models = make_models()
     method = build_method(stage(lm_coef=0.7, pt_kd_ratio=kd_ratio))
-    buffer = method.collect(sources, models, draw=0)
-    ids = torch.tensor(Stream(sources.corpus.items, seed=1).take(2))
-    _, term = method.terms(list(buffer)[:2], sources, models)
+    buffer = method.collect(data, models, draw=0)
+    ids = torch.tensor(Stream(data.corpus.items, seed=1).take(2))
+    _, term = method.terms(list(buffer)[:2], data, models)
     log_q, log_p = (
         m(ids).logits[:, :-1].flatten(0, 1).double().log_softmax(-1) for m in (models.student, models.teacher)
     )
@@ -179,9 +179,9 @@ def test_the_default_is_the_published_formulas_with_what_measured_better():
 
 
 @pytest.mark.parametrize("reduction, count", [("sequences", 6.0), ("tokens", None)])
-def test_the_divisor_counts_sequences_or_tokens(reduction, count, make_models, sources):
+def test_the_divisor_counts_sequences_or_tokens(reduction, count, make_models, data):
     models = make_models()
     method = build_method(stage(lm_coef=0.0, reduction=reduction))
-    buffer = method.collect(sources, models, draw=0)
-    (term,) = method.terms(list(buffer), sources, models)
+    buffer = method.collect(data, models, draw=0)
+    (term,) = method.terms(list(buffer), data, models)
     assert term.count == (count or sum(len(rollout.response) for rollout in buffer))

@@ -13,7 +13,7 @@ from minillm.models.access import head_error
 from minillm.models.adapters import add_adapters, has_adapters, load_adapter
 from minillm.models.loading import load_student
 from minillm.models.preflight import preflight
-from minillm.models.saving import save_model, write_base
+from minillm.models.saving import save_model, write_frozen
 from minillm.models.tokenizers import byte_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -78,7 +78,7 @@ def test_what_is_saved_is_whole_and_plain_and_the_adapter_is_pefts(build_model, 
     torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
     (tmp_path / "base").mkdir()
-    write_base(model, byte_tokenizer(), tmp_path / "base")
+    write_frozen(model, byte_tokenizer(), tmp_path / "base")
     below = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert all(torch.equal(one, base.state_dict()[key]) for key, one in below.state_dict().items())
     served = peft.PeftModel.from_pretrained(below, tmp_path / "model" / "adapter")

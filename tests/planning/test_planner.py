@@ -11,7 +11,7 @@ from minillm.planning import simulate
 from minillm.planning.advice import advise
 from minillm.planning.gpus import GPUS, USABLE_MEMORY, Gpu
 from minillm.planning.planner import plan_run, planned_peak_gib
-from minillm.rollout.local.static_loop import fixed_room
+from minillm.rollout.local.static_loop import static_room
 from tests.planning.small import ANSWER, PARAMETERS, PROMPT, planned
 
 
@@ -39,7 +39,7 @@ def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
     for who in ("student", "teacher"):
         part = f"{who} KV cache"
         few, many = (stage.simulation.phases["rollout"].most(part) for stage in (plain, graphs))
-        assert many == few * fixed_room(PROMPT, ANSWER) // (PROMPT + ANSWER - 1) > few
+        assert many == few * static_room(PROMPT, ANSWER) // (PROMPT + ANSWER - 1) > few
     few, many = (stage.simulation.phases["rollout"].most("activations") for stage in (plain, graphs))
     assert many > few  # a step's memory stays beside that of the next prompts
     methods = ({"name": "gkd"}, {"name": "seqkd"})

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from minillm import UserError
 from minillm.config.checks.facts import Facts, Found
 from minillm.config.keys import Place
 from minillm.config.loader.messages import nearest
@@ -81,7 +82,7 @@ def stage_problem(text: str, facts: Facts) -> str | None:
 def _package_problem(text: str) -> str | None:
     try:
         package_file(text)
-    except FileNotFoundError as error:
+    except UserError as error:
         return str(error)
     return None
 

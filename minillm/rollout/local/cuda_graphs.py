@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from minillm import UserError
 from minillm.rollout.local.graph_preconditions import require_gpu
 
 
@@ -16,14 +17,14 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device):
-        """Raises ValueError where the device has no CUDA graphs."""
+        """Raises UserError where the device has no CUDA graphs."""
         require_gpu(device)
         self.device = device
         self.stream = _side_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Raises ValueError for a step that waits for the device or copies from the host."""
+        """Raises UserError for a step that waits for the device or copies from the host."""
         with torch.cuda.device(self.device):
             before = torch.cuda.current_stream()
             self.stream.wait_stream(before)
@@ -37,7 +38,7 @@ class CudaGraphs:
                     step()
             except RuntimeError as error:
                 cause = error.__context__ or error  # ending a capture that has failed is an error of its own
-                raise ValueError(
+                raise UserError(
                     f"rollout.cuda_graphs: a decode step of these models cannot be captured ({cause}). Leave "
                     "rollout.cuda_graphs out for them"
                 ) from error

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from minillm import UserError
 from minillm.kernels.head import project, ready
 from minillm.kernels.rows_torch import logits_from_raw
 from minillm.models.access import forward_decoder, lm_head
@@ -74,12 +75,12 @@ def sampling_mode(models: Sequence[nn.Module]):
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
-    """Raises ValueError where a table of learned positions ends before the longest sequence does."""
+    """Raises UserError where a table of learned positions ends before the longest sequence does."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     rotates = getattr(config, "rope_parameters", None) is not None
     if limit is not None and not rotates and longest > limit:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has {limit} positions, but the longest prompt with max_new_tokens needs {longest}; "
             "shorten max_prompt_length or max_new_tokens"
         )

@@ -4,12 +4,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from minillm import UserError
 from minillm.models.pair import Models
 from minillm.models.quantization import is_quantized
 
 
 def use_cuda_graphs(models: Models) -> None:
-    """Let `sample` replay CUDA graphs for these models. Raises ValueError where it cannot, and says why."""
+    """Let `sample` replay CUDA graphs for these models. Raises UserError where it cannot, and says why."""
     require_gpu(models.device)
     for role in ("student", "teacher"):
         if getattr(models, role) is not None:
@@ -18,16 +19,16 @@ def use_cuda_graphs(models: Models) -> None:
 
 
 def require_gpu(device: torch.device) -> None:
-    """Raises ValueError for a device without CUDA graphs."""
+    """Raises UserError for a device without CUDA graphs."""
     if device.type != "cuda":
-        raise ValueError(
+        raise UserError(
             f"rollout.cuda_graphs is true, but the models are on the {device.type}, and CUDA graphs need a GPU. Leave it "
             "out there: the ordinary loop is the faster one"
         )
 
 
 def require_fixed_shapes(role: str, model: PreTrainedModel) -> None:
-    """Raises ValueError where a model's pass over one token depends on more than the memory that it reads."""
+    """Raises UserError where a model's pass over one token depends on more than the memory that it reads."""
     config = model.config.get_text_config()
     special = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__})
     rotary = {one.get("rope_type") for one in _rope_parameters(config)} & {"dynamic", "longrope"}
@@ -44,7 +45,7 @@ def require_fixed_shapes(role: str, model: PreTrainedModel) -> None:
         why = "is quantised, and its kernels ask the host on the way"
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"rollout.cuda_graphs: the {role} ({type(model).__name__}) {why}. Leave rollout.cuda_graphs out for this model"
     )
 

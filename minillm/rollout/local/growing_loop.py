@@ -10,7 +10,7 @@ from minillm.models.pair import Models
 from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.ngrams import NgramBan
-from minillm.rollout.local.token_drawing import Answer, Sampling, Writing, choose, pad_left
+from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
 
 ENDED_SHARE = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
 
@@ -24,7 +24,7 @@ def decode(
 ) -> list[Answer]:
     """The answers of one batch. Rows run on until all have ended; those that have ended leave in groups.
 
-    Raises ValueError for logits that are not finite.
+    Raises UserError for logits that are not finite.
     """
     device, batch, steps = models.device, len(prompts), sampling.max_new_tokens
     width = max(map(len, prompts))
@@ -37,7 +37,7 @@ def decode(
     shares = list(roles.values())
     bans = NgramBan(sampling.no_repeat_ngram_size, prompts) if sampling.no_repeat_ngram_size else None
     noise = noise.to(device)
-    writing = Writing(models, roles, batch, steps)
+    writing = PartialAnswers(models, roles, batch, steps)
 
     fed, padding, position = (part.to(device) for part in pad_left(prompts, width, models.pad_id))
     mask = (torch.arange(room, device=device) >= padding).long()

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from minillm import UserError
+
 
 class RoomyLayer(DynamicLayer):
     """A full-attention layer that stores new keys and values in place, where DynamicLayer copies all the old ones.
@@ -37,7 +39,7 @@ class RoomyLayer(DynamicLayer):
         before = self.keys.shape[-2]
         after = before + key_states.shape[-2]
         if after > self.room:
-            raise ValueError(f"a key-value cache with room for {self.room} tokens was given token {after}")
+            raise UserError(f"a key-value cache with room for {self.room} tokens was given token {after}")
         for stored, states in zip(self._stored, (key_states, value_states), strict=True):
             stored[:, :, before:after] = states
         self.use(after)
@@ -57,7 +59,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (stored[:, :, :tokens] for stored in self._stored)
 
 
-class FixedLayer(RoomyLayer):
+class StaticLayer(RoomyLayer):
     """A full-attention layer of fixed addresses: after the prompts, a token a row goes where `column` says.
 
     `column`, (1,) int64, lies on the device and is moved on by its owner, so that no number of the host decides where

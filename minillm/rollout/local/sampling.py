@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minillm import UserError
 from minillm.distributed import collectives
 from minillm.models.pair import Models
-from minillm.models.sharded import readable
+from minillm.models.sharded import gathered
 from minillm.rollout.local import growing_loop
 from minillm.rollout.local.cuda_graphs import CudaGraphs
 from minillm.rollout.local.decoder import check_positions, sampling_mode
-from minillm.rollout.local.static_loop import FixedLoop
+from minillm.rollout.local.static_loop import StaticLoop
 from minillm.rollout.local.token_drawing import Answer, Sampling
 from minillm.rollout.noise import uniforms
 
@@ -45,18 +46,18 @@ def sample(
         batch_size: answers decoded side by side. Prompts of a like length go together, the longest first.
         progress: called after every batch with the number of answers that are done.
 
-    Raises ValueError for an empty prompt, a missing teacher, keys that do not match the prompts, an alpha without a
+    Raises UserError for an empty prompt, a missing teacher, keys that do not match the prompts, an alpha without a
     mixture, sequences beyond a table of positions, logits that are not finite, and models or a device that
     `models.cuda_graphs` is not for.
     """
     roles = _roles(models, sampling, who)
     _check(models, prompts, sampling, keys, batch_size, roles)
-    mine = collectives.share(len(prompts))
-    todo = collectives.even_share(len(prompts)) if models.by_layers else mine
+    mine = collectives.rank_slice(len(prompts))
+    todo = collectives.even_rank_slice(len(prompts)) if models.by_layers else mine
     order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
     answers: dict[int, Answer] = {}
     taking_part = [getattr(models, role) for role in roles]
-    with readable(*taking_part, by_layers=models.by_layers), sampling_mode(taking_part):
+    with gathered(*taking_part, by_layers=models.by_layers), sampling_mode(taking_part):
         decode = _loop(models, sampling, roles, [prompts[index] for index in order], batch_size)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -80,7 +81,7 @@ def _loop(
     # n-grams are looked up on the host; graphs live for this call alone, in which no weight moves
     if models.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
         sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
-        return FixedLoop(models, sampling, roles, capture=CudaGraphs(models.device), **sizes).decode
+        return StaticLoop(models, sampling, roles, capture=CudaGraphs(models.device), **sizes).decode
     return partial(growing_loop.decode, models, sampling, roles)
 
 
@@ -116,13 +117,13 @@ def _of_all_ranks(prompts: Sequence[list[int]], mine: list[Answer]) -> list[Answ
 def _roles(models: Models, sampling: Sampling, who: Who) -> dict[str, float]:
     """The models that take part and their shares, which add up to 1."""
     if who not in ("student", "teacher", "mixture"):
-        raise ValueError(f"who is {who!r}; it must be 'student', 'teacher' or 'mixture'")
+        raise UserError(f"who is {who!r}; it must be 'student', 'teacher' or 'mixture'")
     if who != "mixture" and sampling.alpha:
-        raise ValueError(f"alpha is {sampling.alpha}, the teacher's share of a mixture, but who is {who!r}")
+        raise UserError(f"alpha is {sampling.alpha}, the teacher's share of a mixture, but who is {who!r}")
     alpha = {"student": 0.0, "teacher": 1.0, "mixture": sampling.alpha}[who]
     roles = {"student": 1.0 - alpha, "teacher": alpha}
     if alpha and models.teacher is None:
-        raise ValueError(f"who={who!r} with a share of {alpha} for the teacher needs a teacher, and there is none")
+        raise UserError(f"who={who!r} with a share of {alpha} for the teacher needs a teacher, and there is none")
     return {role: share for role, share in roles.items() if share}
 
 
@@ -135,12 +136,12 @@ def _check(
     roles: dict[str, float],
 ) -> None:
     if len(keys) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(keys)} keys; every prompt needs a key for its noise")
+        raise UserError(f"{len(prompts)} prompts, but {len(keys)} keys; every prompt needs a key for its noise")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     for key, prompt in zip(keys, prompts, strict=True):
         if not prompt:
-            raise ValueError(f"the prompt with key {key} has no tokens, so nothing predicts its first answer token")
+            raise UserError(f"the prompt with key {key} has no tokens, so nothing predicts its first answer token")
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     for role in roles:
         check_positions(getattr(models, role), longest - 1)  # the last token is sampled, never fed

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from minillm import UserError
 from minillm.models.pair import Models
 from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.graph_preconditions import require_fixed_shapes
-from minillm.rollout.local.kv_cache import FixedLayer, make_cache
-from minillm.rollout.local.token_drawing import Answer, Sampling, Writing, choose, pad_left
+from minillm.rollout.local.kv_cache import StaticLayer, make_cache
+from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
 
 BUCKET = 128  # columns of a cache
 LOOK = 16  # steps from one look of the host at whether all rows have ended to the next
@@ -22,7 +23,7 @@ LOOK = 16  # steps from one look of the host at whether all rows have ended to t
 Capture = Callable[[Callable[[], None]], Callable[[], None]]  # runs a step, and returns what runs it again
 
 
-class FixedLoop:
+class StaticLoop:
     """Decodes batches of up to `batch` prompts one after another, all in the memory of the first."""
 
     def __init__(
@@ -35,11 +36,11 @@ class FixedLoop:
         longest: int,  # tokens of the longest prompt
         capture: Capture,
     ):
-        """Raises ValueError for a model that has no such step, and for sampling that bans n-grams."""
+        """Raises UserError for a model that has no such step, and for sampling that bans n-grams."""
         if sampling.no_repeat_ngram_size:
-            raise ValueError("no_repeat_ngram_size reads every token on the host; it has no step of fixed shapes")
+            raise UserError("no_repeat_ngram_size reads every token on the host; it has no step of fixed shapes")
         self.sampling, self.shares, self.capture, self.pad_id = sampling, list(roles.values()), capture, models.pad_id
-        self.room = fixed_room(longest, sampling.max_new_tokens)
+        self.room = static_room(longest, sampling.max_new_tokens)
         device = models.device
         self.column = torch.zeros(1, dtype=torch.int64, device=device)  # of the caches, where the next token goes
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the answers
@@ -47,14 +48,14 @@ class FixedLoop:
         self.position = torch.zeros_like(self.fed)
         self.noise = torch.zeros((batch, sampling.max_new_tokens), dtype=torch.float64, device=device)
         self.rows = torch.arange(batch, device=device)
-        self.writing = Writing(models, roles, batch, sampling.max_new_tokens)
+        self.writing = PartialAnswers(models, roles, batch, sampling.max_new_tokens)
         self.decoders: list[Decoder] = []
-        self.layers: list[FixedLayer] = []  # of all caches
+        self.layers: list[StaticLayer] = []  # of all caches
         self.masks: dict[torch.dtype, Tensor] = {}  # (B, 1, 1, room), added to the scores
         for role in roles:
             model = getattr(models, role)
             require_fixed_shapes(role, model)
-            cache = make_cache(model.config, lambda: FixedLayer(self.room, self.column))
+            cache = make_cache(model.config, lambda: StaticLayer(self.room, self.column))
             self.decoders.append(Decoder(model, cache, vocab_size=models.vocab_size))
             self.layers += cache.layers
             self.masks[model.dtype] = torch.zeros((batch, 1, 1, self.room), dtype=model.dtype, device=device)
@@ -62,7 +63,7 @@ class FixedLoop:
         self.again: dict[int, Callable[[], None]] = {}  # the steps that were run already, by columns
 
     def decode(self, prompts: Sequence[list[int]], noise: Tensor) -> list[Answer]:  # (B, max_new_tokens) float64, CPU
-        """The answers of one batch. Raises ValueError for logits that are not finite."""
+        """The answers of one batch. Raises UserError for logits that are not finite."""
         steps, looked, width = self.sampling.max_new_tokens, 0, max(map(len, prompts))
         self.begin(prompts, noise)
         for done in range(1, steps):
@@ -126,6 +127,6 @@ class FixedLoop:
             self.again[columns] = self.capture(self.step)
 
 
-def fixed_room(longest: int, max_new_tokens: int) -> int:
+def static_room(longest: int, max_new_tokens: int) -> int:
     """Columns of the caches for prompts of up to `longest` tokens: the last token is never fed."""
     return -(-(longest + max_new_tokens - 1) // BUCKET) * BUCKET

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm import UserError
 from minillm.models.pair import Models
 from minillm.rollout.local.distribution import Component, draw_tokens, likeliest_tokens, padded_size, process
 
@@ -35,7 +36,7 @@ class Sampling:
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or above"),
         ):
             if not right:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be {wanted}")
+                raise UserError(f"sampling.{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Answer:
     logprobs: Tensor
 
 
-class Writing:
+class PartialAnswers:
     """The answers of a batch as they grow. The host waits for the device in `look` and `answers` alone."""
 
     def __init__(self, models: Models, roles: Iterable[str], batch: int, steps: int):
@@ -87,14 +88,14 @@ class Writing:
     def look(self, first: int, end: int) -> int:
         """How many answers go on after the tokens from `first` up to `end`.
 
-        Raises ValueError where one of these tokens of an answer was drawn from logits that are not finite.
+        Raises UserError where one of these tokens of an answer was drawn from logits that are not finite.
         """
         counted = self.places[first:end] < self.lengths[:, None]
         broken = (~self.logprobs[:, first:end].isfinite() & counted).sum(0)
         going_on, *broken = torch.cat(((~self.ended).sum()[None], broken)).tolist()
         for token, answers in enumerate(broken, first):
             if answers:
-                raise ValueError(
+                raise UserError(
                     f"the logits at token {token} of {answers} answer(s) are not finite: the weights of "
                     f"{' or '.join(self.roles)} hold NaN or infinity, or overflow in their dtype"
                 )

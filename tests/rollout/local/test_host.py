@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from minillm.kernels import head
-from minillm.rollout.local.static_loop import FixedLoop
+from minillm.rollout.local.static_loop import StaticLoop
 from minillm.rollout.local.token_drawing import Sampling
 
 ROLES = {"student": 0.7, "teacher": 0.3}
@@ -49,11 +49,11 @@ class NoHost(TorchDispatchMode):
 def make_loop(make_models, monkeypatch):
     """A loop that has read its prompts, on the meta device unless another one is named."""
 
-    def make(architecture: str, sampling: Sampling, *, eos_ids=(0, 5), dtype=torch.float32, device=GPU) -> FixedLoop:
+    def make(architecture: str, sampling: Sampling, *, eos_ids=(0, 5), dtype=torch.float32, device=GPU) -> StaticLoop:
         models = replace(make_models(architecture, eos_ids=eos_ids), device=device)
         for model in (models.student, models.teacher):
             model.to(device, dtype)
-        loop = FixedLoop(models, sampling, ROLES, batch=3, longest=6, capture=lambda step: step() or step)
+        loop = StaticLoop(models, sampling, ROLES, batch=3, longest=6, capture=lambda step: step() or step)
         with monkeypatch.context() as patch:
             # reading the prompts is not captured: transformers looks at whether there is padding
             patch.setattr(masking_utils, "fast_all", lambda mask: False)
@@ -119,7 +119,7 @@ def test_the_memory_of_a_step_stays_where_it_is(make_loop):
         assert addresses(loop) == before
 
 
-def addresses(loop: FixedLoop) -> dict[str, int]:
+def addresses(loop: StaticLoop) -> dict[str, int]:
     held = {name: value for name, value in [*vars(loop).items(), *vars(loop.writing).items()]}
     held |= {f"mask {dtype}": mask for dtype, mask in loop.masks.items()}
     held |= {f"logits {place}": decoder._logits for place, decoder in enumerate(loop.decoders)}

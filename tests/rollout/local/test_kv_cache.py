@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from minillm.rollout.local.kv_cache import FixedLayer, RoomyLayer, make_cache
+from minillm.rollout.local.kv_cache import RoomyLayer, StaticLayer, make_cache
 
 
 def test_same_keys_and_values_as_a_dynamic_layer():
@@ -43,7 +43,7 @@ def test_a_fixed_layer_writes_where_its_column_says():
     """After the prompts; what no token was written to is 0, whatever was there."""
     torch.manual_seed(0)
     column = torch.tensor([4])
-    layer = FixedLayer(12, column)
+    layer = StaticLayer(12, column)
     for prompt in (4, 3):
         states = [torch.randn(2, 2, prompt, 3) for _ in range(2)]
         for got, expected in zip(layer.update(*states), states, strict=True):

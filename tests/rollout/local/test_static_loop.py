@@ -13,8 +13,8 @@ from minillm.rollout.local import growing_loop as growing
 from minillm.rollout.local import sampling as sampling_module
 from minillm.rollout.local import static_loop as fixed
 from minillm.rollout.local.sampling import sample
-from minillm.rollout.local.static_loop import FixedLoop, fixed_room
-from minillm.rollout.local.token_drawing import Answer, Sampling, Writing
+from minillm.rollout.local.static_loop import StaticLoop, static_room
+from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling
 from minillm.rollout.noise import uniforms
 
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen2", "cohere")  # gemma2 has a sliding window
@@ -80,7 +80,7 @@ def both(models: Models, prompts, sampling: Sampling, who: str, **sizes) -> tupl
     noise, graphs = uniforms(5, range(len(prompts)), 0, sampling.max_new_tokens), Graphs()
     with torch.no_grad():
         sizes = {"batch": len(prompts), "longest": max(map(len, prompts)), **sizes}
-        loop = FixedLoop(models, sampling, roles, capture=graphs, **sizes)
+        loop = StaticLoop(models, sampling, roles, capture=graphs, **sizes)
         return growing.decode(models, sampling, roles, prompts, noise), loop.decode(prompts, noise), graphs
 
 
@@ -161,13 +161,13 @@ def test_batches_share_memory_and_graphs(make_models, prompts):
     models, sampling, graphs = make_models("opt", eos_ids=MANY_ENDS), Sampling(14, alpha=0.3), Graphs()
     roles = {"student": 0.7, "teacher": 0.3}
     with torch.no_grad():
-        loop = FixedLoop(models, sampling, roles, batch=5, longest=11, capture=graphs)
+        loop = StaticLoop(models, sampling, roles, batch=5, longest=11, capture=graphs)
         for draw, chosen in enumerate((prompts[:5], prompts[4:6], prompts[2:3], prompts[1:6])):
             noise = uniforms(0, range(len(chosen)), draw, sampling.max_new_tokens)
             assert_same(loop.decode(chosen, noise), growing.decode(models, sampling, roles, chosen, noise))
             for parameter in models.student.parameters():
                 parameter.mul_(1.1)
-    assert graphs.captured == fixed_room(11, 14) // 8 == 3 and graphs.replayed > 20
+    assert graphs.captured == static_room(11, 14) // 8 == 3 and graphs.replayed > 20
 
 
 def test_sampling_takes_this_loop_where_it_is_asked_for(make_models, prompts, monkeypatch):
@@ -184,7 +184,7 @@ def test_sampling_takes_this_loop_where_it_is_asked_for(make_models, prompts, mo
     assert sample(with_graphs, [], Sampling(2), keys=[], seed=0, batch_size=3) == []
     assert len(made) == 1
     with pytest.raises(ValueError, match="no_repeat_ngram_size"):
-        FixedLoop(models, banned, {"student": 1.0}, batch=1, longest=1, capture=Graphs())
+        StaticLoop(models, banned, {"student": 1.0}, batch=1, longest=1, capture=Graphs())
 
 
 def test_weights_that_are_not_finite(make_models, prompts):
@@ -199,13 +199,13 @@ def test_weights_that_are_not_finite(make_models, prompts):
 
 
 def sample_fixed(models: Models, prompts, steps: int) -> list[Answer]:
-    loop = FixedLoop(models, Sampling(steps), {"student": 1.0}, batch=len(prompts) + 3, longest=11, capture=Graphs())
+    loop = StaticLoop(models, Sampling(steps), {"student": 1.0}, batch=len(prompts) + 3, longest=11, capture=Graphs())
     with torch.no_grad():
         return loop.decode(prompts, uniforms(5, range(len(prompts)), 0, steps))
 
 
 def test_a_look_names_the_first_token_that_is_not_finite(make_models):
-    writing = Writing(make_models(eos_ids=(7,), teacher=False), ["student"], 3, 6)
+    writing = PartialAnswers(make_models(eos_ids=(7,), teacher=False), ["student"], 3, 6)
     rows, bad = torch.arange(3), torch.tensor([torch.nan, -1.0, -1.0], dtype=torch.float64)
     for place, token in enumerate(([1, 1, 7], [1, 1, 7])):
         writing.put(rows, torch.tensor([place]), torch.tensor(token), torch.full((3,), -1.0, dtype=torch.float64))
@@ -219,4 +219,4 @@ def test_a_look_names_the_first_token_that_is_not_finite(make_models):
 
 
 def test_rooms_are_whole_buckets():
-    assert [fixed_room(3, steps) for steps in (1, 5, 6, 7, 14)] == [8, 8, 8, 16, 16]
+    assert [static_room(3, steps) for steps in (1, 5, 6, 7, 14)] == [8, 8, 8, 16, 16]
