@@ -14,7 +14,7 @@ from minillm.experiment.measures import metric_of
 from minillm.experiment.results import Result, Results, read_results
 from minillm.experiment.verdicts import OPEN, WORDS, Verdict, judge, name_of
 from minillm.reporting.analysis_figures import draw_analyses
-from minillm.reporting.markdown import MISSING, cell, duration, number, share, table, with_deviation
+from minillm.reporting.markdown import MISSING, cell, duration, number, percentage, table, with_deviation
 from minillm.reporting.settings import differing_keys
 from minillm.storage.atomic import write_text
 
@@ -122,7 +122,7 @@ def _shown(measure: str, mean: float | None, deviation: float | None) -> str:
     if mean is None:
         return MISSING
     if metric.key.endswith("_share"):
-        return share(mean)
+        return percentage(mean)
     if metric.unit == "s":
         return duration(mean)
     return f"{mean:,.0f}" if metric.unit in ("student tokens", "steps") else with_deviation(mean, deviation)

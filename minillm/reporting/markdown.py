@@ -27,7 +27,7 @@ def with_deviation(value: float | None, deviation: float | None) -> str:
     return number(value) if not deviation else f"{number(value)} ± {number(deviation, digits=2)}"
 
 
-def rank_slice(value: float | None) -> str:
+def percentage(value: float | None) -> str:
     """A share as per cent."""
     return MISSING if value is None else f"{100 * value:.0f}%" if value in (0, 1) else f"{100 * value:.1f}%"
 

