@@ -58,18 +58,23 @@ def _take_steps(case: Case) -> dict[str, int]:
     from minillm.evaluate.evaluator import Evaluator
     from minillm.methods import build_method
     from minillm.methods.protocol import TrainingData
-    from minillm.models.preflight import preflight
+    from minillm.rollout.local.local_rollouts import LocalRollouts
     from minillm.rollout.rank_items import rank_items
+    from minillm.teachers.local import LocalTeacher
+    from minillm.teachers.preflight import preflight
 
     peaks = {"collect": 0, "terms": 0, "update": 0, "evaluation": 0}
     with tempfile.TemporaryDirectory() as name:
         config = load(case, Path(name)).stages[0].config
         student, teacher, tokenizer = _models(config, case, Path(name))
-        models, _ = preflight(student, teacher, tokenizer, tokenizer, student.device)
-        del student, teacher
+        judge = None if teacher is None else LocalTeacher(teacher)
+        by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
+        models, _ = preflight(student, judge, tokenizer, tokenizer, student.device, by_layers=by_layers)
+        rollouts = LocalRollouts(models)
+        del student, teacher, judge
         method = build_method(config)
         engine = build_engine(config, models, total_steps=STEPS)
-        data = TrainingData(*_streams(case), written=Path(name))
+        data = TrainingData(*_streams(case), rollouts=rollouts, folder=Path(name))
         items: Sequence = []
         held_out = PromptSet(data.prompts.items[: 2 * case.evaluated], 0, "")
         evaluator = Evaluator({"held_out": held_out}, config.eval, seed=0) if case.evaluated else None
@@ -87,7 +92,7 @@ def _take_steps(case: Case) -> dict[str, int]:
                 engine.step(terms)
             if evaluator is not None:
                 with _phase(peaks, "evaluation"):
-                    evaluator.evaluate(models)
+                    evaluator.evaluate(models, rollouts)
         engine.close()
     return peaks
 

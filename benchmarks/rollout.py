@@ -29,7 +29,8 @@ from minillm.benchmarks.rollout_providers import (
     why_not,
 )
 from minillm.models.device import pick_device
-from minillm.models.pair import Models
+from minillm.teachers.local import LocalTeacher
+from minillm.teachers.pair import Models
 
 MODES = ("student", "mixture")
 LENGTHS = ("full", "ending")  # every answer as long as allowed, or ended by an EOS on the way
@@ -136,7 +137,8 @@ def _measure_shape(
         for answers in arguments.answers:
             # about one EOS in 24 tokens of a random model
             eos_ids = tuple(range(1, arguments.vocab, 24)) if answers == "ending" else ()
-            pair = Models(*models, None, arguments.vocab, eos_ids, 0, device)
+            student, teacher = models
+            pair = Models(student, LocalTeacher(teacher), None, arguments.vocab, eos_ids, 0, device)
             case = Case(*shape, arguments.vocab, mode, answers)
             print(f"{case}", file=sys.stderr)
             chosen = [provider for provider in arguments.providers if provider not in skipped]

@@ -3,7 +3,6 @@
 import argparse
 import random
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from minillm.models.pair import Models
-from minillm.rollout.local.sampling import Sampling, sample
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Sampling
+from minillm.teachers.pair import Models
 
 ALPHA = 0.2
 BASELINE = "generate"
@@ -39,17 +39,16 @@ def why_not(provider: str, device: torch.device) -> str | None:
 def prepare(provider: str, mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
     """The provider, ready to run on models of its device."""
     if provider.startswith("ours"):
-        return _ours(mode, replace(models, cuda_graphs=provider == "ours-graphs"), prompts, arguments)
+        return _ours(mode, LocalRollouts(models, cuda_graphs=provider == "ours-graphs"), prompts, arguments)
     cache = "static" if provider == "generate-static" else None
     return _generate(mode, models, prompts, arguments, cache)
 
 
-def _ours(mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
+def _ours(mode: str, rollouts: LocalRollouts, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
     sampling = Sampling(arguments.tokens, alpha=ALPHA if mode == "mixture" else 0.0)
 
     def run(repeat: int) -> int:
-        answers = sample(
-            models,
+        answers = rollouts.sample(
             prompts,
             sampling,
             keys=range(len(prompts)),
@@ -83,7 +82,7 @@ def _generate(
 
     def run(repeat: int) -> int:
         torch.manual_seed(arguments.seed + repeat)
-        processors = [TeacherMixing(models.teacher, mask, ALPHA)] if mode == "mixture" else []
+        processors = [TeacherMixing(models.teacher.model, mask, ALPHA)] if mode == "mixture" else []
         written = models.student.generate(
             ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(processors)
         )[:, width:]

@@ -51,15 +51,17 @@ def tiny_llama(*, vocab_size: int = 300, hidden_size: int = 32, layers: int = 2,
 @pytest.fixture(scope="session")
 def make_models():
     """A function that makes a pair of tiny models with the byte tokenizer, as the methods and the engine see them."""
-    from minillm.models.pair import Models
     from minillm.models.tokenizers import byte_tokenizer
+    from minillm.teachers.local import LocalTeacher
+    from minillm.teachers.pair import Models
 
     def make(*, seed: int = 0, teacher: bool = True) -> Models:
         tokenizer = byte_tokenizer()
         size, eos = len(tokenizer), tokenizer.eos_token_id
         student = tiny_llama(vocab_size=size, seed=seed)
         other = tiny_llama(vocab_size=size, hidden_size=48, seed=seed + 1).requires_grad_(False) if teacher else None
-        return Models(student, other, tokenizer, size, (eos,), eos, torch.device("cpu"))
+        judge = None if other is None else LocalTeacher(other)
+        return Models(student, judge, tokenizer, size, (eos,), eos, torch.device("cpu"))
 
     return make
 

@@ -40,15 +40,19 @@ def plain_loop(models, loss_of) -> list[float]:
 def fused(models, ids, labels):
     student_hidden = models.student.model(ids).last_hidden_state
     with torch.no_grad():
-        teacher_hidden = models.teacher.model(ids).last_hidden_state
+        teacher_hidden = models.teacher.model.model(ids).last_hidden_state
     return linear_divergence(
-        student_hidden, models.student.lm_head.weight, teacher_hidden, models.teacher.lm_head.weight, labels=labels
+        student_hidden,
+        models.student.lm_head.weight,
+        teacher_hidden,
+        models.teacher.model.lm_head.weight,
+        labels=labels,
     )
 
 
 def eager(models, ids, labels):
     with torch.no_grad():
-        teacher_logits = models.teacher(ids).logits
+        teacher_logits = models.teacher.model(ids).logits
     return eager_reverse_kl(models.student(ids).logits, teacher_logits, labels, (labels != -100).sum())
 
 
@@ -96,7 +100,7 @@ def test_in_a_hugging_face_trainer_it_honours_num_items_in_batch(make_models, tm
             logging_strategy="no", max_grad_norm=0.0,
         )  # fmt: skip
         trainer = Distiller(model=models.student, args=arguments, train_dataset=rows)
-        trainer.teacher, trainer.fused = models.teacher, fused
+        trainer.teacher, trainer.fused = models.teacher.model, fused
         trainer.train()
         return models.student.state_dict()
 

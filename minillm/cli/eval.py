@@ -15,12 +15,13 @@ from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
-from minillm.models.open import model_path, open_models
+from minillm.models.open import model_path
 from minillm.reporting.analysis_figures import draw_analyses
 from minillm.reporting.console import Console
-from minillm.rollout.local.graph_preconditions import use_cuda_graphs
+from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
 from minillm.storage.metrics_log import plain
+from minillm.teachers.open import open_named
 
 # What a data file is, by the end of its name; anything else is a configuration.
 DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
@@ -109,15 +110,14 @@ def evaluate_model(
     who = "teacher" if model == TEACHER else "student"
     if who == "teacher" and plan.teacher is None:
         raise UserError("there is no teacher to evaluate: the configuration has no `teacher`")
-    models, rows = open_models(
+    models, rows = open_named(
         None if who == "teacher" else model_path(model),
         plan.teacher if who == "teacher" or plan.eval.teacher else None,
         device=plan.engine.device if plan.engine.type == "torch" else "auto",
         dtype=dtype,
         output_dir=plan.output_dir,
     )
-    if plan.rollout.cuda_graphs:
-        use_cuda_graphs(models)
+    rollouts = LocalRollouts(models, cuda_graphs=plan.rollout.cuda_graphs)
     sets = {
         name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}")
         for name, prompts in plan.eval.sets.items()
@@ -130,8 +130,10 @@ def evaluate_model(
     rows += [(name, f"{len(one)} questions, {one.dropped_long} too long", "") for name, one in labels.items()]
     console.preflight(rows)
     tell = console.working
-    evaluation = Evaluator(sets, plan.eval, seed=plan.seed, report_progress=tell).evaluate(models, who)
-    evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, report_progress=tell).add_to(evaluation, models, who)
+    evaluation = Evaluator(sets, plan.eval, seed=plan.seed, report_progress=tell).evaluate(models, rollouts, who)
+    evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, report_progress=tell).add_to(
+        evaluation, models, rollouts, who
+    )
     title = f"Evaluation of {plan.teacher.path if who == 'teacher' else model}"
     console.measurement(title, evaluation.sets, evaluation.mean, evaluation.samples, who=who)
     result = {

@@ -16,10 +16,12 @@ from minillm.config.models import TeacherConfig
 from minillm.config.shape import walk
 from minillm.data.instructions import encode
 from minillm.data.templates import render
-from minillm.models.open import model_path, open_models
-from minillm.models.pair import Models
+from minillm.models.open import model_path
 from minillm.reporting.console import Console
-from minillm.rollout.local.sampling import Sampling, sample
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Sampling
+from minillm.teachers.open import open_named
+from minillm.teachers.pair import Models
 
 
 class Answerer:
@@ -28,7 +30,7 @@ class Answerer:
     def __init__(self, models: Models, keys: InstructionKeys, sampling: Sampling, *, seed: int):
         """Args: keys: how a prompt is put to the models (template, system). seed: of the sampling."""
         self.models, self.keys, self.sampling, self.seed = models, keys, sampling, seed
-        self._asked = 0
+        self.rollouts, self._asked = LocalRollouts(models), 0
 
     def ask(self, question: str) -> dict[str, str]:
         """{"student": answer} and, where there is one, {"teacher": answer}; the same question again is drawn anew.
@@ -42,12 +44,14 @@ class Answerer:
         answers = {}
         for who in ("student", "teacher") if self.models.teacher is not None else ("student",):
             sampling = replace(self.sampling, max_new_tokens=self._room(who, len(ids)))
-            (answer,) = sample(self.models, [ids], sampling, keys=[0], seed=self.seed, draw=draw, who=who, batch_size=1)
+            (answer,) = self.rollouts.sample(
+                [ids], sampling, keys=[0], seed=self.seed, draw=draw, who=who, batch_size=1
+            )
             answers[who] = tokenizer.decode(answer.response, skip_special_tokens=True)
         return answers
 
     def _room(self, who: str, prompt: int) -> int:
-        context = getattr(getattr(self.models, who).config, "max_position_embeddings", None)
+        context = getattr(self.models.model(who).config, "max_position_embeddings", None)
         if context is None:
             return self.sampling.max_new_tokens
         if prompt >= context:
@@ -82,7 +86,7 @@ def generate(
     )
     path = model_path(model)
     beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype)
-    models, _ = open_models(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
+    models, _ = open_named(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
     keys = prompt_keys(path, models.tokenizer, template=template, system=system)
     ask = Answerer(models, keys, sampling, seed=seed).ask
     converse(ask, console, prompts=prompts, read=lambda: input("> " if sys.stdin.isatty() else ""))

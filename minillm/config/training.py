@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from minillm.config.keys import FilesPath, Strict, default_type
+from minillm.config.models import TeacherConfig
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -127,3 +128,14 @@ class LogConfig(Strict):
 
     steps: Positive = Field(1, description="A line of metrics every so many steps")
     report_to: list[Literal["tensorboard"]] = Field(["tensorboard"], description="[] for metrics.jsonl alone")
+
+
+def shards_student(engine: TorchEngine | DeepSpeedEngine) -> bool:
+    """Whether each rank will hold only a shard of every weight of the student."""
+    return engine.type == "deepspeed" and engine.stage == 3
+
+
+def shards_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | None) -> bool:
+    """Whether each rank will hold only a shard of every weight of the teacher. A quantised one is never sharded."""
+    never = teacher is None or teacher.quantization is not None
+    return shards_student(engine) and not engine.replicate_teacher and not never

@@ -1,10 +1,11 @@
 """Prompts with their references, from records of any known form, tokenised once."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
@@ -12,6 +13,7 @@ from minillm.config.data import PlainPrompts, Prompts
 from minillm.data.pydoc import pydoc_records
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
 from minillm.data.templates import Message, render
+from minillm.models.batch import TokenSequence
 from minillm.models.tokenizers import end_of_turn
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -33,6 +35,16 @@ class Example:
     response_ids: list[int]  # the first reference and its end, cut at max_response_length; empty without a reference
     prompt: str
     references: tuple[str, ...]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # as TokenSequence has them
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """The prompt with its first reference."""
+        return TokenSequence(self.prompt_ids, self.response_ids, self.index, self.extras)
+
+    def answered(self, response: list[int]) -> TokenSequence:
+        """The prompt with another response in the place of the reference."""
+        return TokenSequence(self.prompt_ids, response, self.index, self.extras)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,15 @@ class RankSlice(Generic[T]):
         """The rank's n of the next n * world_size items."""
         return self.stream.take(n, self.rank, self.world_size)
 
+    @property
+    def items(self) -> Sequence[T]:
+        return self.stream.items
+
+    @property
+    def passes(self) -> float:
+        """How often the items have been gone through, by all ranks together."""
+        return self.stream.passes
+
     def state_dict(self) -> dict[str, int]:
         return self.stream.state_dict()
 

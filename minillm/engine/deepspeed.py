@@ -5,28 +5,29 @@ by their number is multiplied by it before.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TrainConfig
 from minillm.distributed import collectives
 from minillm.engine.engine import NonFiniteError, StepResult
-from minillm.engine.module import StudentLoss, to_device
+from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
 from minillm.models.access import checkpoint_activations
-from minillm.models.loading import is_hollow
-from minillm.models.pair import Models
+from minillm.models.loading import filled, is_hollow
 from minillm.models.quantization import is_quantized
 from minillm.models.sharded import is_sharded, name_accelerator, release
 from minillm.storage.atomic import sync
+from minillm.teachers.pair import Models
 
 # what an optimiser of DeepSpeed says of itself that is plain data of this rank
 _STATES = ("optimizer_state_dict", "base_optimizer_state")
@@ -35,31 +36,53 @@ _STATES = ("optimizer_state_dict", "base_optimizer_state")
 class DeepSpeedEngine:
     """See the module; the protocol is minillm.engine.engine.Engine. Every rank of the group makes one."""
 
-    def __init__(self, models: Models, train: TrainConfig, config: DeepSpeedConfig, *, total_steps: int):
+    def __init__(
+        self,
+        models: Models,
+        train: TrainConfig,
+        config: DeepSpeedConfig,
+        *,
+        total_steps: int,
+        modules: Mapping[str, nn.Module] = MappingProxyType({}),
+        learning_rates: Mapping[str, float] = MappingProxyType({}),
+    ):
         deepspeed = _deepspeed()
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
-        self.models = models
-        models.by_layers = config.stage == 3 and config.gather == "layers"
-        trained = sum(parameter.numel() for parameter in models.student.parameters() if parameter.requires_grad)
+        self.models, self.trained = models, {"student": models.student, **modules}
+        trained = sum(
+            one.numel() for module in self.trained.values() for one in module.parameters() if one.requires_grad
+        )
         settings = engine_settings(train, config, world_size=self.world_size, trained=trained)
-        cut = config.stage == 3 and not config.replicate_teacher and not is_quantized(models.teacher)
-        if cut and models.teacher is not None and not is_sharded(models.teacher):
-            frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}
-            zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
-            if models.teacher.dtype == torch.bfloat16:
-                frozen["bf16"] = {"enabled": True}
-            _shard(models.teacher, models.teacher.dtype, {**frozen, "zero_optimization": zero}, models.device)
-            engine, *_ = deepspeed.initialize(model=models.teacher, config={**frozen, "zero_optimization": zero})
-            # kept with the model whose weights it gathers, but not as a module in it
-            object.__setattr__(models.teacher, "zero_engine", engine)
+        if config.stage == 3 and not config.replicate_teacher:
+            self._shard_teacher(settings)
         student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
         if train.gradient_checkpointing:
             checkpoint_activations(student)
-        module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
-        client, self.scheduler = make_optimizer(student, train, total_steps=total_steps)  # while shapes say what decays
+        loss = TermLoss(student, modules, vocab_size=models.vocab_size, backend=config.backend)
+        # made while shapes say what decays
+        client, self.scheduler = make_optimizer(
+            self.trained, train, total_steps=total_steps, learning_rates=learning_rates
+        )
         if config.stage == 3:
-            _shard(student, torch.bfloat16 if train.bf16 else torch.float32, settings, models.device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+            for module in self.trained.values():
+                _shard(module, torch.bfloat16 if train.bf16 else torch.float32, settings, models.device)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=loss, optimizer=client, config=settings)
+
+    def _shard_teacher(self, settings: dict[str, Any]) -> None:
+        """Shard a teacher whose weights lie here, are plain, and are not trained (those go with the student's)."""
+        import deepspeed
+
+        teacher = self.models.teacher
+        model = None if teacher is None else teacher.model
+        if model is None or is_quantized(model) or is_sharded(model) or model in self.trained.values():
+            return
+        frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}
+        zero = {key: value for key, value in frozen["zero_optimization"].items() if key != "offload_optimizer"}
+        if model.dtype == torch.bfloat16:
+            frozen["bf16"] = {"enabled": True}
+        _shard(model, model.dtype, {**frozen, "zero_optimization": zero}, self.models.device)
+        engine, *_ = deepspeed.initialize(model=model, config={**frozen, "zero_optimization": zero})
+        teacher.sharded_by(engine)
 
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
         terms = [term for micro_batch in micro_batches for term in micro_batch]
@@ -67,7 +90,7 @@ class DeepSpeedEngine:
         sums = StepSums(self.models.device)
         for place, term in enumerate(terms):
             self.engine.set_gradient_accumulation_boundary(place == len(terms) - 1)
-            loss, metrics = self.engine(to_device(term, self.models.device))
+            loss, metrics = self.engine(term.to(self.models.device))
             loss = loss * (term.weight / (divided_by[term.name] or 1.0))
             self.engine.backward(loss * self.world_size)
             sums.add(term, loss, metrics)
@@ -112,7 +135,8 @@ class DeepSpeedEngine:
             torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
     def close(self) -> None:
-        release(self.models.student, self.engine)
+        for module in self.trained.values():
+            release(module, self.engine)
 
     def _partitions(self) -> list[torch.Tensor]:
         """This rank's share of the weights in fp32, which the optimiser steps."""
@@ -121,8 +145,8 @@ class DeepSpeedEngine:
         return list(self.optimizer.single_partition_of_fp32_groups)
 
 
-def _shard(model: PreTrainedModel, dtype: torch.dtype, settings: dict[str, Any], device: torch.device) -> None:
-    """A piece of every weight to each rank's device, one weight after the other, as rank 0 has it."""
+def _shard(model: nn.Module, dtype: torch.dtype, settings: dict[str, Any], device: torch.device) -> None:
+    """Shard every weight over the ranks' devices, one weight after the other, as rank 0 has it."""
     import deepspeed
 
     hollow = is_hollow(model)
@@ -133,7 +157,7 @@ def _shard(model: PreTrainedModel, dtype: torch.dtype, settings: dict[str, Any],
     for buffer in model.buffers():  # rotary frequencies: DeepSpeed leaves them where they are
         buffer.data = buffer.data.to(device)
         deepspeed.comm.broadcast(buffer.data, 0)
-    model.hollow = False
+    filled(model)
 
 
 def engine_settings(train: TrainConfig, config: DeepSpeedConfig, *, world_size: int, trained: int) -> dict[str, Any]:

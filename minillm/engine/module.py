@@ -3,56 +3,74 @@
 That is the one form that is right for a plain model and for one whose weights are sharded.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from minillm.losses import linear_objective
-from minillm.methods.protocol import Term
-from minillm.models.access import lm_head, row_hidden
-from minillm.models.sharded import fully_gathered
+from minillm.methods.protocol import HiddenLoss, Term
+from minillm.models.access import forward_decoder, lm_head, rows_of
+from minillm.models.batch import TokenBatch
+from minillm.models.routers import balance_loss
 
 
-class StudentLoss(nn.Module):
-    """student hidden states -> one term's summed loss and metrics, without full logits."""
+class TermLoss(nn.Module):
+    """Hidden states of a trained model -> one term's summed loss and metrics, without full logits."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, *, vocab_size: int, backend: str):
+    def __init__(
+        self, student: nn.Module, modules: Mapping[str, nn.Module] | None = None, *, vocab_size: int, backend: str
+    ):
+        """Args: modules: what is trained beside the student, by the names that terms know them by."""
         super().__init__()
         self.student = student
-        # a list hides the teacher from parameters(), state_dict() and train(): it is read, never trained
-        self._teacher = [teacher]
+        self.trained_beside = nn.ModuleDict(modules or {})
         self.vocab_size = vocab_size
         self.backend = backend
 
     def forward(self, term: Term) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum over the term's rows of its objective, and its metrics summed likewise. Scalars, fp32."""
+        """The sum over the term's rows of its objective, and its metrics summed likewise. Scalars, fp32.
+
+        A loss over hidden states and the model's auxiliary loss are in the sum, the latter times the term's count.
+        """
+        model = self.student if term.trains == "student" else self.trained_beside[term.trains]
         batch = term.batch
-        hidden = row_hidden(self.student, batch)  # (N, H_s)
-        teacher = None if term.teacher_hidden is None else self._teacher[0]
+        asked = {"output_hidden_states": True} if term.hidden is not None else {}
+        if term.auxiliary:
+            asked["output_router_logits"] = True
+        output = forward_decoder(
+            model, batch.input_ids, batch.attention_mask, batch.position_ids, use_cache=False, **batch.extras, **asked
+        )
         # gradients are taken in the forward pass, so that the teacher's head is not read again after it
-        with fully_gathered(None if teacher is None else teacher.get_output_embeddings()):
-            return linear_objective(
-                hidden,
-                lm_head(self.student),
-                term.teacher_hidden,
-                None if teacher is None else lm_head(teacher),
+        with nullcontext((None, None)) if term.teacher is None else term.teacher.for_losses() as (said, teacher_head):
+            loss, metrics = linear_objective(
+                rows_of(output.last_hidden_state, batch),  # (N, H_s)
+                lm_head(model),
+                said,
+                teacher_head,
                 batch.labels,
                 term.objective,
                 inputs=term.inputs,
                 fields=term.fields,
+                **({"coupled": True} if term.coupled else {}),
                 vocab_size=self.vocab_size,
                 kept=len(batch.labels),  # known without asking the device
                 backend=self.backend,
                 **term.options,
             )
+        if term.hidden is not None:
+            of_hidden, measured = self._hidden_loss(term.hidden, output, batch)
+            loss, metrics = loss + of_hidden, {**metrics, **measured}
+        if term.auxiliary:
+            balance = balance_loss(model, output, batch.attention_mask)
+            loss = loss + term.auxiliary * term.count * balance
+            # a mean over tokens, and metrics are sums over rows
+            metrics = {**metrics, "auxiliary_loss": balance.detach() * len(batch.labels)}
+        return loss, metrics
 
-
-def to_device(term: Term, device: torch.device) -> Term:
-    """The term with its tensors on `device`."""
-    return replace(
-        term,
-        batch=term.batch.to(device),
-        inputs={name: tensor.to(device, non_blocking=True) for name, tensor in term.inputs.items()},
-        teacher_hidden=None if term.teacher_hidden is None else term.teacher_hidden.to(device, non_blocking=True),
-    )
+    def _hidden_loss(self, wanted: HiddenLoss, output, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        states = output.hidden_states
+        last = len(states) - 1
+        chosen = {layer: output.last_hidden_state if layer in (-1, last) else states[layer] for layer in wanted.layers}
+        result = wanted.objective(chosen, batch, self.trained_beside, **wanted.inputs)
+        return result if isinstance(result, tuple) else (result, {})

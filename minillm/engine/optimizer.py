@@ -1,5 +1,8 @@
 """The optimiser and the schedule of every engine: AdamW, and a schedule of transformers."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -9,11 +12,24 @@ from minillm.config.training import TrainConfig
 
 
 def make_optimizer(
-    student: nn.Module, train: TrainConfig, *, total_steps: int
+    modules: Mapping[str, nn.Module],
+    train: TrainConfig,
+    *,
+    total_steps: int,
+    learning_rates: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """Over the student's weights that require a gradient."""
+    """AdamW over all weights of the modules that require a gradient, and its schedule.
+
+    Args:
+        modules: "student" and what is trained beside it.
+        learning_rates: of modules that have another than train.learning_rate.
+    """
     optimizer = torch.optim.AdamW(
-        _decay_groups(student, train.weight_decay),
+        [
+            {**group, "lr": learning_rates.get(name, train.learning_rate)}
+            for name, module in modules.items()
+            for group in _decay_groups(module, train.weight_decay)
+        ],
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
@@ -29,9 +45,9 @@ def make_optimizer(
     return optimizer, scheduler
 
 
-def _decay_groups(student: nn.Module, weight_decay: float) -> list[dict]:
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; biases and norms (vectors) do not."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},

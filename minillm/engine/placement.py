@@ -26,6 +26,6 @@ def check_backend(engine: TorchEngine | DeepSpeedEngine, device: torch.device) -
         )
 
 
-def loading_device(engine: TorchEngine | DeepSpeedEngine, *, cut: bool) -> torch.device:
-    """Where a model is read to: one that will be cut to the host, from which each rank's device gets its piece alone."""
-    return torch.device("cpu") if cut else engine_device(engine)
+def loading_device(engine: TorchEngine | DeepSpeedEngine, *, sharded: bool) -> torch.device:
+    """Where a model is read to: one that will be sharded to the host, from which each rank's device gets its shard."""
+    return torch.device("cpu") if sharded else engine_device(engine)

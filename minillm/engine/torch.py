@@ -1,8 +1,9 @@
 """The engine of one process: a CPU or one GPU, AdamW, a schedule of transformers, optional bfloat16 autocast."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -10,12 +11,12 @@ from torch import nn
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
 from minillm.engine.engine import NonFiniteError, StepResult
-from minillm.engine.module import StudentLoss, to_device
+from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
 from minillm.models.access import checkpoint_activations
-from minillm.models.pair import Models
+from minillm.teachers.pair import Models
 
 
 class TorchEngine:
@@ -24,21 +25,32 @@ class TorchEngine:
     rank = 0
     world_size = 1
 
-    def __init__(self, models: Models, train: TrainConfig, config: TorchEngineConfig, *, total_steps: int):
+    def __init__(
+        self,
+        models: Models,
+        train: TrainConfig,
+        config: TorchEngineConfig,
+        *,
+        total_steps: int,
+        modules: Mapping[str, nn.Module] = MappingProxyType({}),
+        learning_rates: Mapping[str, float] = MappingProxyType({}),
+    ):
         self.models, self.train_config = models, train
         student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
         if train.gradient_checkpointing:
             checkpoint_activations(student)
-        self.module = StudentLoss(student, models.teacher, vocab_size=models.vocab_size, backend=config.backend)
-        self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self.optimizer, self.scheduler = make_optimizer(student, train, total_steps=total_steps)
+        self.module = TermLoss(student, modules, vocab_size=models.vocab_size, backend=config.backend)
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.optimizer, self.scheduler = make_optimizer(
+            {"student": student, **modules}, train, total_steps=total_steps, learning_rates=learning_rates
+        )
 
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
         divided_by = divisors(term for terms in micro_batches for term in terms)
         sums = StepSums(self.models.device)
         for terms in micro_batches:
             for term in terms:
-                term = to_device(term, self.models.device)
+                term = term.to(self.models.device)
                 with torch.autocast(self.models.device.type, torch.bfloat16, enabled=self.train_config.bf16):
                     loss, metrics = self.module(term)
                 loss = loss * (term.weight / (divided_by[term.name] or 1.0))

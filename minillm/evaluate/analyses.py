@@ -6,7 +6,7 @@ accuracy, ece    calibration.py: of the classification sets, each a set of its o
 
 import statistics
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,10 @@ from minillm.evaluate.calibration import calibration
 from minillm.evaluate.evaluator import Evaluation, Who
 from minillm.evaluate.exposure_bias import accumulated_error
 from minillm.evaluate.token_statistics import token_statistics
-from minillm.models.pair import Models
-from minillm.rollout.local.sampling import Answer, Sampling, sample
+from minillm.models.batch import TokenSequence
+from minillm.rollout.rollouts import Answer, ProgressCallback, Rollouts, Sampling
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import require_ability
 
 
 class Analyses:
@@ -33,7 +35,7 @@ class Analyses:
         config: EvalConfig,
         *,
         seed: int,
-        report_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+        report_progress: ProgressCallback = lambda what, done, total: None,
     ):
         self.sets, self.labels, self.config, self.seed, self.report_progress = (
             sets,
@@ -44,13 +46,14 @@ class Analyses:
         )
         self._teacher_answers: dict[tuple[str, int], list[Answer]] = {}  # by set and draw
 
-    def add_to(self, evaluation: Evaluation, models: Models, who: Who = "student") -> Evaluation:
+    def add_to(self, evaluation: Evaluation, models: Models, rollouts: Rollouts, who: Who = "student") -> Evaluation:
         """The evaluation with what the analyses find. Exposure bias is a student's with a teacher alone."""
         sets = {name: dict(metrics) for name, metrics in evaluation.sets.items()}
         curves: dict[str, dict[str, dict]] = {}
         if self.config.exposure_bias is not None and who == "student" and models.teacher is not None:
+            require_ability(models.teacher, "sample", "eval.exposure_bias")
             for name in self.sets:
-                metrics, curve = self._exposure_bias(name, models)
+                metrics, curve = self._exposure_bias(name, models, rollouts)
                 sets[name] |= metrics
                 curves.setdefault("exposure_bias", {})[name] = curve
         for name in self.labels:
@@ -63,25 +66,27 @@ class Analyses:
         mean = {key: statistics.fmean(one[key] for one in sets.values() if key in one) for key in added}
         return replace(evaluation, sets=sets, mean={**evaluation.mean, **mean}, curves={**evaluation.curves, **curves})
 
-    def _exposure_bias(self, name: str, models: Models) -> tuple[dict[str, float], dict[str, list[float]]]:
+    def _exposure_bias(
+        self, name: str, models: Models, rollouts: Rollouts
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
         lengths, draws = self.config.exposure_bias.lengths, range(self.config.exposure_bias.samples)
         on_student, on_teacher = [], []
         for draw in draws:
-            on_student += self._forward_kl(name, models, self._answers(name, models, "student", draw))
+            on_student += self._forward_kl(name, models, self._answers(name, rollouts, "student", draw))
             if (name, draw) not in self._teacher_answers:
-                self._teacher_answers[name, draw] = self._answers(name, models, "teacher", draw)
+                self._teacher_answers[name, draw] = self._answers(name, rollouts, "teacher", draw)
             on_teacher += self._forward_kl(name, models, self._teacher_answers[name, draw])
         error = accumulated_error(on_student, on_teacher, max(lengths))
         metrics = {f"excess_error_{length}": error.excess(length) for length in lengths}
         return metrics, {"on_student": error.on_student.tolist(), "on_teacher": error.on_teacher.tolist()}
 
-    def _answers(self, name: str, models: Models, who: Who, draw: int) -> list[Answer]:
+    def _answers(self, name: str, rollouts: Rollouts, who: Who, draw: int) -> list[Answer]:
         examples = self.sets[name].examples
-        return sample(
-            models,
+        return rollouts.sample(
             [example.prompt_ids for example in examples],
             Sampling(max(self.config.exposure_bias.lengths)),
             keys=[example.index for example in examples],
+            extras=[example.extras for example in examples],
             seed=zlib.crc32(f"exposure bias {self.seed} {name}".encode()),
             draw=draw,
             who=who,
@@ -90,18 +95,17 @@ class Analyses:
         )
 
     def _forward_kl(self, name: str, models: Models, answers: list[Answer]) -> list[Tensor]:
-        pairs = [
-            (example.prompt_ids, answer.response)
-            for example, answer in zip(self.sets[name].examples, answers, strict=True)
+        sequences = [
+            example.answered(answer.response) for example, answer in zip(self.sets[name].examples, answers, strict=True)
         ]
-        return token_statistics(models, pairs, ("forward_kl",), batch_size=self.config.batch_size)["forward_kl"]
+        return token_statistics(models, sequences, ("forward_kl",), batch_size=self.config.batch_size)["forward_kl"]
 
     def _calibration(self, name: str, models: Models, who: Who) -> tuple[dict[str, float], dict[str, list]]:
-        subject = models if who == "student" else replace(models, student=models.teacher)
+        subject = models if who == "student" else replace(models, student=models.model("teacher"))
         questions = self.labels[name].questions
-        pairs = [(question.prompt_ids, ids) for question in questions for ids in question.word_ids]
+        sequences = [TokenSequence(question.prompt_ids, ids) for question in questions for ids in question.word_ids]
         stats = token_statistics(
-            replace(subject, teacher=None), pairs, ("student_logprob",), batch_size=self.config.batch_size
+            replace(subject, teacher=None), sequences, ("student_logprob",), batch_size=self.config.batch_size
         )
         sums = torch.stack([vector.double().sum() for vector in stats["student_logprob"]])
         found = calibration(sums.reshape(len(questions), -1), torch.tensor([question.label for question in questions]))

@@ -19,7 +19,7 @@ and NAME_std their standard deviation where it was measured more than once.
 
 import statistics
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -34,9 +34,11 @@ from minillm.evaluate.exact_match import exact_match
 from minillm.evaluate.length_buckets import mean_by_length
 from minillm.evaluate.rouge import rouge_l
 from minillm.evaluate.seeds import summary
-from minillm.evaluate.token_statistics import teacher_hidden_states, token_statistics
-from minillm.models.pair import Models
-from minillm.rollout.local.sampling import Answer, Sampling, sample
+from minillm.evaluate.token_statistics import Parts, kept_teacher_rows, token_statistics
+from minillm.models.batch import TokenSequence
+from minillm.rollout.rollouts import Answer, ProgressCallback, Rollouts, Sampling
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import require_ability
 
 Who = Literal["student", "teacher"]
 Measurements = dict[str, list[float]]  # metric -> a value a seed, or the one value
@@ -55,8 +57,8 @@ class Evaluation:
 class Evaluator:
     """Measures a student, or the teacher itself, on the same prompts with the same random numbers every time.
 
-    It belongs to one teacher: the teacher's answers and their hidden states (T x H_t numbers an answer, in the
-    teacher's dtype, in CPU memory) are kept after the first call, for later steps and stages.
+    It belongs to one teacher: the teacher's answers and its rows of them (T x H_t numbers an answer where they are
+    hidden states, in the teacher's dtype, in CPU memory) are kept after the first call, for later steps and stages.
     """
 
     def __init__(
@@ -65,9 +67,7 @@ class Evaluator:
         config: EvalConfig,
         *,
         seed: int,
-        report_progress: Callable[[str, int, int], None] = lambda what, done, total: (
-            None
-        ),  # told how far the sampling is
+        report_progress: ProgressCallback = lambda what, done, total: None,  # told how far the sampling is
     ):
         for name, prompts in sets.items():
             if not prompts.examples:
@@ -82,62 +82,64 @@ class Evaluator:
         )
         self.neutral = Sampling(config.max_new_tokens)
         self._teacher_answers: dict[tuple[str, int, int, Sampling], Answer] = {}  # by set, example, seed, sampling
-        self._teacher_states: dict[str, list[Tensor]] = {}  # set -> (T, H_t) a neutral answer
+        self._teacher_rows: dict[str, list[Parts]] = {}  # set -> what the teacher says of its neutral answers
 
-    def evaluate(self, models: Models, who: Who = "student") -> Evaluation:
+    def evaluate(self, models: Models, rollouts: Rollouts, who: Who = "student") -> Evaluation:
         """Answer every set with every seed and measure.
 
         Args:
-            models: the pair. Without a teacher, or with `eval.teacher` false, there are no divergences.
+            models: the pair. Without a teacher, or with `eval.teacher` false, there are no divergences. Those that need
+                the teacher's answers are left out where it cannot sample.
+            rollouts: what samples the answers.
             who: "teacher" measures the teacher's own answers, entropy and loss; its answers are those kept.
 
-        Raises UserError for who="teacher" without a teacher.
+        Raises UserError for who="teacher" without a teacher that can be evaluated.
         """
-        if who == "teacher" and models.teacher is None:
-            raise UserError("who='teacher': there is no teacher to evaluate; give the configuration a `teacher`")
+        if who == "teacher":
+            require_ability(models.teacher, "evaluate", "evaluating the teacher")
         measured, samples = {}, []
         for name in self.sets:
-            measured[name], shown = self._evaluate_set(name, models, who)
+            measured[name], shown = self._evaluate_set(name, models, rollouts, who)
             samples += shown
         sets = {name: summary(measurements) for name, measurements in measured.items()}
         return Evaluation(sets, summary(_mean_over_sets(list(measured.values()))), samples)
 
-    def _evaluate_set(self, name: str, models: Models, who: Who) -> tuple[Measurements, list[dict]]:
+    def _evaluate_set(self, name: str, models: Models, rollouts: Rollouts, who: Who) -> tuple[Measurements, list[dict]]:
         examples, measured = self.sets[name].examples, Measurements()
         compares = who == "student" and models.teacher is not None and self.config.teacher
         # from here on the one measured is "the student"; the teacher's answers still come from what is kept
-        subject = models if who == "student" else replace(models, student=models.teacher, teacher=None)
+        subject = models if who == "student" else replace(models, student=models.teacher.model, teacher=None)
         shown: list[dict] = []
         for seed in self.config.seeds:
-            answers = self._answers(name, examples, models, who, seed, self.scored)
+            answers = self._answers(name, examples, rollouts, who, seed, self.scored)
             texts = [_text(models, answer) for answer in answers]
             scores = _score_texts(texts, examples)
             for metric, values in {**scores, **_shape(answers)}.items():
                 _add(measured, metric, statistics.fmean(value for value in values if value is not None))
             self._measure_text(measured, models, examples, answers, scores.get("rouge_l"))
             if seed == self.config.seeds[0]:
-                shown = self._samples(name, examples, models, who, answers, texts, scores)
+                shown = self._samples(name, examples, models, rollouts, who, answers, texts, scores)
             if self.scored == self.neutral:
                 self._measure_samples(measured, subject, examples, answers, compares)
         if self.scored != self.neutral:  # one seed is enough for what is averaged over all tokens of a set
-            answers = self._answers(name, examples, models, who, self.config.seeds[0], self.neutral)
+            answers = self._answers(name, examples, rollouts, who, self.config.seeds[0], self.neutral)
             self._measure_samples(measured, subject, examples, answers, compares)
-        if compares:
-            self._measure_teacher_samples(measured, name, models, examples)
+        if compares and "sample" in models.teacher.abilities:
+            self._measure_teacher_samples(measured, name, models, rollouts, examples)
         self._measure_references(measured, subject, examples)
         return measured, shown
 
     def _answers(
-        self, name: str, examples: list[Example], models: Models, who: Who, seed: int, sampling: Sampling
+        self, name: str, examples: list[Example], rollouts: Rollouts, who: Who, seed: int, sampling: Sampling
     ) -> list[Answer]:
         kept = self._teacher_answers if who == "teacher" else {}
         missing = [example for example in examples if (name, example.index, seed, sampling) not in kept]
         if missing:
-            answers = sample(
-                models,
+            answers = rollouts.sample(
                 [example.prompt_ids for example in missing],
                 sampling,
                 keys=[example.index for example in missing],
+                extras=[example.extras for example in missing],
                 # the same at every step and stage and for both models; never that of training samples
                 seed=zlib.crc32(f"evaluation {self.seed} {seed} {name}".encode()),
                 who=who,
@@ -168,7 +170,7 @@ class Evaluator:
         self, measured: Measurements, subject: Models, examples: list[Example], answers: list[Answer], compares: bool
     ) -> None:
         fields = ("student_entropy", "reverse_kl") if compares else ("student_entropy",)
-        stats = token_statistics(subject, _pairs(examples, answers), fields, batch_size=self.config.batch_size)
+        stats = token_statistics(subject, _answered(examples, answers), fields, batch_size=self.config.batch_size)
         _add(measured, "entropy_nats", _token_mean(stats["student_entropy"]))
         if compares:
             sums = [vector.double().sum().item() for vector in stats["reverse_kl"]]
@@ -176,21 +178,20 @@ class Evaluator:
             _add(measured, "sequence_reverse_kl_nats", statistics.fmean(sums))
 
     def _measure_teacher_samples(
-        self, measured: Measurements, name: str, models: Models, examples: list[Example]
+        self, measured: Measurements, name: str, models: Models, rollouts: Rollouts, examples: list[Example]
     ) -> None:
-        answers = self._answers(name, examples, models, "teacher", self.config.seeds[0], self.neutral)
-        pairs, batch_size = _pairs(examples, answers), self.config.batch_size
-        if name not in self._teacher_states:
-            self._teacher_states[name] = teacher_hidden_states(models, pairs, batch_size=batch_size)
-        states = self._teacher_states[name]
-        stats = token_statistics(models, pairs, ("forward_kl",), batch_size=batch_size, teacher_states=states)
+        answers = self._answers(name, examples, rollouts, "teacher", self.config.seeds[0], self.neutral)
+        sequences, batch_size = _answered(examples, answers), self.config.batch_size
+        if name not in self._teacher_rows:
+            self._teacher_rows[name] = kept_teacher_rows(models, sequences, batch_size=batch_size)
+        parts = self._teacher_rows[name]
+        stats = token_statistics(models, sequences, ("forward_kl",), batch_size=batch_size, teacher_parts=parts)
         _add(measured, "forward_kl_nats", _token_mean(stats["forward_kl"]))
 
     def _measure_references(self, measured: Measurements, subject: Models, examples: list[Example]) -> None:
-        pairs = [(example.prompt_ids, example.response_ids) for example in examples if example.references]
-        pairs = [(prompt, response) for prompt, response in pairs if response]
-        if pairs:
-            stats = token_statistics(subject, pairs, ("student_logprob",), batch_size=self.config.batch_size)
+        sequences = [example.sequence for example in examples if example.references and example.response_ids]
+        if sequences:
+            stats = token_statistics(subject, sequences, ("student_logprob",), batch_size=self.config.batch_size)
             _add(measured, "loss_nats", -_token_mean(stats["student_logprob"]))
 
     def _samples(
@@ -198,6 +199,7 @@ class Evaluator:
         name: str,
         examples: list[Example],
         models: Models,
+        rollouts: Rollouts,
         who: Who,
         answers: list[Answer],
         texts: list[str],
@@ -219,8 +221,9 @@ class Evaluator:
                 record["reference"] = example.references[0]
                 record["rouge_l"] = scores["rouge_l"][place]
             records.append(record)
-        if who == "student" and models.teacher is not None and self.config.teacher:
-            beside = self._answers(name, shown, models, "teacher", self.config.seeds[0], self.scored)
+        samples = models.teacher is not None and "sample" in models.teacher.abilities
+        if who == "student" and samples and self.config.teacher:
+            beside = self._answers(name, shown, rollouts, "teacher", self.config.seeds[0], self.scored)
             for record, answer in zip(records, beside, strict=True):
                 record |= {"teacher": _text(models, answer), "teacher_ended": answer.ended}
         return records
@@ -231,8 +234,8 @@ def _text_tokens(response_ids: Sequence[int], eos_ids: Sequence[int]) -> int:
     return len(response_ids) - (bool(response_ids) and response_ids[-1] in eos_ids)
 
 
-def _pairs(examples: list[Example], answers: list[Answer]) -> list[tuple[list[int], list[int]]]:
-    return [(example.prompt_ids, answer.response) for example, answer in zip(examples, answers, strict=True)]
+def _answered(examples: list[Example], answers: list[Answer]) -> list[TokenSequence]:
+    return [example.answered(answer.response) for example, answer in zip(examples, answers, strict=True)]
 
 
 def _text(models: Models, answer: Answer) -> str:

@@ -1,46 +1,60 @@
 """Per-token statistics of student and teacher on given answers: one pass each, no full logits, no gradient."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from minillm.distributed import collectives
-from minillm.losses import linear_token_stats
+from minillm.losses import TokenStats, linear_token_stats
 from minillm.models.access import lm_head, row_hidden
-from minillm.models.batch import Pair, TokenBatch, collate
-from minillm.models.pair import Models
-from minillm.models.sharded import gathered
-from minillm.rollout.scoring import teacher_hidden
+from minillm.models.batch import TokenBatch, TokenSequence, collate
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import TeacherRows
 
+Parts = dict[str, Tensor]  # (T, ...) each: of the teacher's rows of a sequence
 NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
 
 
 @torch.no_grad()
 def token_statistics(
     models: Models,
-    pairs: Sequence[Pair],
+    sequences: Sequence[TokenSequence],
     fields: tuple[str, ...],
     *,
     batch_size: int,
-    teacher_states: Sequence[Tensor] | None = None,  # (T, H_t) each
+    teacher_parts: Sequence[Parts] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """{field: one (T,) fp32 CPU tensor a pair, in nats} over the response tokens, at temperature 1.
+    """{field: one (T,) fp32 CPU tensor a sequence, in nats} over the response tokens, at temperature 1.
 
-    `fields` are those of minillm.losses.TokenStats. `teacher_states` are the teacher's hidden states where they are
-    kept from before (`teacher_hidden_states`); without them the teacher runs, if a field needs it.
+    `fields` are those of minillm.losses.TokenStats. `teacher_parts` are what the teacher said where that is kept from
+    before (`kept_teacher_rows`); without them the teacher is asked, if a field needs it.
     """
-    results: dict[str, list[Tensor]] = {field: [torch.empty(0)] * len(pairs) for field in fields}
+    results: dict[str, list[Tensor]] = {field: [torch.empty(0)] * len(sequences) for field in fields}
     needs_teacher = bool(NEEDS_TEACHER & set(fields))
-    with gathered(models.student, models.teacher if needs_teacher else None, by_layers=models.by_layers):
-        _measure(results, _micro_batches(models, pairs, batch_size), models, pairs, teacher_states)
+    with models.reading("student", *(("teacher",) if needs_teacher else ())):
+        for chosen in _micro_batches(models, sequences, batch_size):
+            batch = collate([sequences[index] for index in chosen], models.pad_id).to(models.device)
+            rows = None
+            if needs_teacher and teacher_parts is None:
+                rows = models.teacher.rows(batch)
+            elif needs_teacher:
+                joined = {
+                    name: torch.cat([teacher_parts[index][name] for index in chosen]).to(models.device)
+                    for name in teacher_parts[chosen[0]]
+                }
+                rows = models.teacher.rows_of(joined)
+            stats = _statistics(models, batch, rows, fields)
+            for field in fields:
+                _put(results[field], chosen, batch, getattr(stats, field))
     if collectives.world_size() == 1:
         return results
-    mine = collectives.rank_slice(len(pairs))
+    mine = collectives.rank_slice(len(sequences))
     joined = {
         field: torch.cat([torch.empty(0), *(vectors[index] for index in mine)]) for field, vectors in results.items()
     }
-    lengths = torch.tensor([len(pairs[index][1]) for index in mine], dtype=torch.int64)
+    lengths = torch.tensor([len(sequences[index].response) for index in mine], dtype=torch.int64)
     parts = collectives.gather_tensors({**joined, "lengths": lengths})
     return {
         field: collectives.interleave(
@@ -50,54 +64,42 @@ def token_statistics(
     }
 
 
-def _measure(
-    results: dict[str, list[Tensor]],
-    batches: Sequence[Sequence[int]],
-    models: Models,
-    pairs: Sequence[Pair],
-    teacher_states: Sequence[Tensor] | None,
-) -> None:
-    fields = tuple(results)
-    needs_teacher = bool(NEEDS_TEACHER & set(fields))
-    for chosen in batches:
-        batch = collate([pairs[index] for index in chosen], models.pad_id)
-        if not needs_teacher:
-            teacher = None
-        elif teacher_states is None:
-            teacher = teacher_hidden(models, batch)
-        else:
-            teacher = torch.cat([teacher_states[index] for index in chosen]).to(models.device)
-        stats = linear_token_stats(
-            row_hidden(models.student, batch.to(models.device)),  # (N, H_s)
+def _statistics(models: Models, batch: TokenBatch, rows: TeacherRows | None, fields: tuple[str, ...]) -> TokenStats:
+    with nullcontext((None, None)) if rows is None else rows.for_losses() as (said, head):
+        return linear_token_stats(
+            row_hidden(models.student, batch),  # (N, H_s)
             lm_head(models.student),
-            teacher,  # (N, H_t)
-            lm_head(models.teacher) if needs_teacher else None,
-            batch.labels.to(models.device),
+            said,
+            head,
+            batch.labels,
             fields=fields,
             vocab_size=models.vocab_size,
         )
-        for field in fields:
-            _put(results[field], chosen, batch, getattr(stats, field))
 
 
 @torch.no_grad()
-def teacher_hidden_states(models: Models, pairs: Sequence[Pair], *, batch_size: int) -> list[Tensor]:
-    """The teacher's last hidden states at the response tokens, to be kept: one (T, H_t) CPU tensor a pair.
+def kept_teacher_rows(models: Models, sequences: Sequence[TokenSequence], *, batch_size: int) -> list[Parts]:
+    """What the teacher says at the response tokens, to be kept: the parts of its rows, (T, ...) CPU tensors a sequence.
 
-    Of several ranks each has those of its own share, which are the ones that `token_statistics` asks it for.
+    Of several ranks each has those of its own slice, which are the ones that `token_statistics` asks it for.
     """
-    states: list[Tensor] = [torch.empty(0)] * len(pairs)
-    with gathered(models.teacher, by_layers=models.by_layers):
-        for chosen in _micro_batches(models, pairs, batch_size):
-            batch = collate([pairs[index] for index in chosen], models.pad_id)
-            _put(states, chosen, batch, teacher_hidden(models, batch))
-    return states
+    kept: list[Parts] = [{} for _ in sequences]
+    with models.reading("teacher"):
+        for chosen in _micro_batches(models, sequences, batch_size):
+            batch = collate([sequences[index] for index in chosen], models.pad_id).to(models.device)
+            for name, tensor in models.teacher.rows(batch).parts().items():
+                of_sequences: list[Tensor] = [torch.empty(0)] * len(sequences)
+                _put(of_sequences, chosen, batch, tensor)
+                for index in chosen:
+                    kept[index][name] = of_sequences[index]
+    return kept
 
 
-def _micro_batches(models: Models, pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
-    """Indices of this rank's pairs, those of a like length side by side, so that little is padded."""
-    todo = collectives.even_rank_slice(len(pairs)) if models.by_layers else collectives.rank_slice(len(pairs))
-    by_length = sorted(todo, key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
+def _micro_batches(models: Models, sequences: Sequence[TokenSequence], batch_size: int) -> list[list[int]]:
+    """Indices of this rank's sequences, those of a like length side by side, so that little is padded."""
+    count = len(sequences)
+    todo = collectives.even_rank_slice(count) if models.by_layers else collectives.rank_slice(count)
+    by_length = sorted(todo, key=lambda index: len(sequences[index].prompt) + len(sequences[index].response))
     return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
 
 

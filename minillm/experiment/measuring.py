@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from minillm import UserError
-from minillm.config.loader.run_plan import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
@@ -16,14 +15,12 @@ from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
 from minillm.experiment.experiment_file import STUDENT, Experiment
 from minillm.experiment.jobs import FINAL, Job, model_folder
-from minillm.models.loading import load_student
-from minillm.models.pair import Models
-from minillm.models.preflight import preflight
-from minillm.models.tokenizers import load_tokenizer
-from minillm.rollout.local.graph_preconditions import use_cuda_graphs
+from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
 from minillm.storage.metrics_log import plain
-from minillm.train.stage import StageBuilder
+from minillm.teachers.open import open_models
+from minillm.teachers.pair import Models
+from minillm.train.model_cache import ModelCache
 from minillm.train.trainer import TrainingError
 
 EVALUATION, TEACHERS = "evaluation.json", "teachers"
@@ -34,8 +31,8 @@ Evaluators = tuple[Evaluator, Analyses]
 class Measuring:
     """Measures arm after arm; the teacher, its answers and its hidden states are kept from one to the next."""
 
-    def __init__(self, experiment: Experiment, output: Path, shared: StageBuilder):
-        self.experiment, self.output, self.shared = experiment, output, shared
+    def __init__(self, experiment: Experiment, output: Path, cache: ModelCache):
+        self.experiment, self.output, self.cache = experiment, output, cache
         self._evaluators: tuple[Any, Evaluators | None] = (None, None)
 
     def is_done(self, job: Job) -> bool:
@@ -48,21 +45,24 @@ class Measuring:
 
         Raises TrainingError where a model that it needs is not there.
         """
-        self.shared.begin(console, job.folder)
         student, teacher = self._configs(job)
         folder = self.output / TEACHERS / f"{zlib.crc32(repr(teacher).encode()):08x}"
         if self._is_measured(job.folder):
             return
-        models = self._load(job, student, teacher, console)
-        evaluators = self._load_evaluators(models, teacher)
+        models = self._open(job, student, teacher)
+        rollouts = LocalRollouts(models, cuda_graphs=self.experiment.stage(job.name).config.rollout.cuda_graphs)
+        evaluators = self._load_evaluators(models, teacher, console)
         if teacher is not None and not self._is_measured(folder):
-            self._write(folder, "teacher", evaluators, models, console, model=teacher.path)
+            self._write(folder, "teacher", evaluators, rollouts, console, model=teacher.path)
         name = None if teacher is None else folder.name
-        self._write(job.folder, "student", evaluators, models, console, model=student.path, arm=job.name, teacher=name)
+        self._write(
+            job.folder, "student", evaluators, rollouts, console, model=student.path, arm=job.name, teacher=name
+        )
 
-    def _write(self, folder: Path, who: Who, evaluators: Evaluators, models: Models, console, **about) -> None:
+    def _write(self, folder: Path, who: Who, evaluators: Evaluators, rollouts: LocalRollouts, console, **about) -> None:
         evaluator, analyses = evaluators
-        evaluation = analyses.add_to(evaluator.evaluate(models, who), models, who)
+        models = rollouts.models
+        evaluation = analyses.add_to(evaluator.evaluate(models, rollouts, who), models, rollouts, who)
         console.measurement(
             f"Evaluation of {about.get('arm', 'the teacher')}", evaluation.sets, evaluation.mean, [], who=who
         )
@@ -96,18 +96,13 @@ class Measuring:
         student = base.student if path == STUDENT else StudentConfig(path=path, **common)
         return _found(student, self.output, job), teacher
 
-    def _load(self, job: Job, student: StudentConfig, teacher: TeacherConfig | None, console) -> Models:
-        stage: Stage = self.experiment.stage(job.name)
-        device = engine_device(stage.config.engine)
-        teacher_model, teacher_tokenizer = self.shared.teacher(teacher, device)
-        model = load_student(student, output_dir=job.folder, device=device, seed=job.seed).eval()
-        tokenizer = load_tokenizer(student, job.folder)
-        models, _ = preflight(model.requires_grad_(False), teacher_model, tokenizer, teacher_tokenizer, device)
-        if stage.config.rollout.cuda_graphs:
-            use_cuda_graphs(models)
+    def _open(self, job: Job, student: StudentConfig, teacher: TeacherConfig | None) -> Models:
+        device = engine_device(self.experiment.stage(job.name).config.engine)
+        opened = self.cache.teacher(teacher, job.folder, device)
+        models, _ = open_models(student, opened, output_dir=job.folder, device=device, seed=job.seed)
         return models
 
-    def _load_evaluators(self, models: Models, teacher: TeacherConfig | None) -> Evaluators:
+    def _load_evaluators(self, models: Models, teacher: TeacherConfig | None, console) -> Evaluators:
         # with one teacher the tokenizer is one; without, every arm reads the sets with its own
         if teacher is None or self._evaluators[0] != teacher:
             config, tokenizer = self.experiment.evaluation, models.tokenizer
@@ -120,11 +115,10 @@ class Measuring:
                 for name, source in config.calibration.items()
             }
 
-            def tell(*progress) -> None:
-                self.shared.console.working(*progress)
-
-            evaluator = Evaluator(sets, config, seed=SEED, report_progress=tell)
-            self._evaluators = (teacher, (evaluator, Analyses(sets, labels, config, seed=SEED, report_progress=tell)))
+            evaluator = Evaluator(sets, config, seed=SEED)
+            self._evaluators = (teacher, (evaluator, Analyses(sets, labels, config, seed=SEED)))
+        for one in self._evaluators[1]:
+            one.report_progress = console.working  # an evaluator may outlive the run it was made for
         return self._evaluators[1]
 
 

@@ -21,9 +21,9 @@ from minillm.reporting.console import Console
 from minillm.reporting.markdown import duration
 from minillm.storage.atomic import write_text
 from minillm.storage.metrics_log import METRICS, read_records
+from minillm.train.model_cache import ModelCache
 from minillm.train.resume import FREE_ON_RESUME
 from minillm.train.run import run
-from minillm.train.stage import StageBuilder
 from minillm.train.trainer import TrainingError
 
 
@@ -49,8 +49,8 @@ def run_experiment(
     output.mkdir(parents=True, exist_ok=True)
     jobs = plan_jobs(experiment, output, seeds, arms)
     check_finished(experiment, output, jobs)
-    shared, failures, began, done = StageBuilder(), [], time.monotonic(), 0
-    measuring = Measuring(experiment, output, shared)
+    cache, failures, began, done = ModelCache(), [], time.monotonic(), 0
+    measuring = Measuring(experiment, output, cache)
     todo = [job for job in jobs if not measuring.is_done(job)]
     for place, job in enumerate(todo, 1):
         with Console() as console:
@@ -58,7 +58,7 @@ def run_experiment(
             try:
                 with alone(job):
                     if job.trained and not (job.folder / FINAL).is_dir():
-                        run(plan_of(experiment, output, job), resume=True, console=console, shared=shared)
+                        run(plan_of(experiment, output, job), resume=True, console=console, cache=cache)
                     if job.measured:
                         measuring.measure(job, console)
                 (job.folder / FAILURE).unlink(missing_ok=True)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minillm.methods.protocol import Item, Method, Supervised, Term, TrainingData
+from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
-from minillm.models.pair import Models
-from minillm.rollout.local.sampling import Sampling, sample
+from minillm.models.batch import TokenSequence
 from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Sampling
+from minillm.teachers.pair import Models
 
 
 class GeneralisedDistillation(Method):
@@ -22,29 +23,28 @@ class GeneralisedDistillation(Method):
     def __init__(self, config):
         super().__init__(config)
         beta = config.method.beta
-        self.needs_references = config.method.on_policy < 1
         self.divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
         self.options = {"beta": beta} if self.divergence == "jsd" else {}
 
-    def collect(self, data: TrainingData, models: Models, draw: int) -> list[Supervised]:
+    def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         references = take_references(data, self.step_size)
         coin = np.random.default_rng([self.config.seed, draw]).random()  # one a step, keyed like everything random
         if coin >= self.config.method.on_policy:
             return references
         rollout = self.config.rollout
         with data.timing.of("rollout"):
-            answers = sample(
-                models,
+            answers = data.rollouts.sample(
                 [item.prompt for item in references],
                 Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
                 keys=distinct_keys([item.key for item in references]),
+                extras=[item.extras for item in references],
                 seed=self.config.seed,
                 draw=draw,
                 batch_size=rollout.batch_size,
                 progress=lambda done: data.report_progress("sampling answers", done, len(references)),
             )
         return [
-            Supervised(item.key, answer.prompt, answer.response)
+            TokenSequence(answer.prompt, answer.response, item.key, answer.extras)
             for item, answer in zip(references, answers, strict=True)
         ]
 

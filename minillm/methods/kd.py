@@ -6,15 +6,16 @@ forward KL by the teacher's entropy, a constant).
 
 from collections.abc import Sequence
 
-from minillm.methods.protocol import Item, Method, Supervised, Term, TrainingData
+from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
-from minillm.models.pair import Models
+from minillm.models.batch import TokenSequence
+from minillm.teachers.pair import Models
 
 
 class WordLevelDistillation(Method):
     """L = (1 - ce_ratio) * D(p, q) - ce_ratio * log q(y), mean over response tokens."""
 
-    def collect(self, data: TrainingData, models: Models, draw: int) -> list[Supervised]:
+    def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         return take_references(data, self.step_size)
 
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:

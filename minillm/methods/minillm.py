@@ -16,15 +16,15 @@ from torch import Tensor
 
 from minillm.config.method import MiniLLM
 from minillm.losses import TokenStats
-from minillm.methods.protocol import Method, Supervised, Term, TrainingData
+from minillm.methods.protocol import Method, Term, TrainingData
 from minillm.methods.returns import discounted_returns, importance_weights, shape_rewards, whiten
 from minillm.methods.supervised import mixed_term
-from minillm.models.batch import collate
-from minillm.models.pair import Models
+from minillm.models.batch import TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
-from minillm.rollout.local.sampling import Sampling, sample
 from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Sampling
 from minillm.rollout.scoring import score
+from minillm.teachers.pair import Models
 
 VECTORS = ("advantage", "policy_weight", "single_step_weight")
 
@@ -96,11 +96,8 @@ def policy_objective(method: MiniLLM):
 class MiniLLMMethod(Method):
     """See the module; every difference between the paper and its released code is a key of `method`."""
 
-    needs_references = False
-
     def __init__(self, config):
         super().__init__(config)
-        self.inner_epochs = config.method.ppo_epochs
         self.objective = policy_objective(config.method)
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> RolloutBuffer:
@@ -109,11 +106,11 @@ class MiniLLMMethod(Method):
         examples = data.prompts.take(rollout.buffer_size)
         keys = [example.index for example in examples]
         with data.timing.of("rollout"):
-            answers = sample(
-                models,
+            answers = data.rollouts.sample(
                 [example.prompt_ids for example in examples],
                 Sampling(rollout.max_new_tokens, alpha=self.config.method.alpha),
                 keys=distinct_keys(keys),
+                extras=[example.extras for example in examples],
                 seed=self.config.seed,
                 draw=draw,
                 who="mixture" if self.config.method.alpha > 0 else "student",
@@ -127,7 +124,7 @@ class MiniLLMMethod(Method):
 
     def terms(self, items: Sequence[Rollout], data: TrainingData, models: Models) -> list[Term]:
         method = self.config.method
-        batch = collate([item.pair for item in items], models.pad_id)
+        batch = collate([item.sequence for item in items], models.pad_id)
         vectors = {name: torch.cat([item.vectors[name] for item in items]) for name in VECTORS}
         vectors["old_logprob"] = torch.cat([item.vectors["student_logprob"] for item in items])
         policy = Term(
@@ -137,11 +134,13 @@ class MiniLLMMethod(Method):
             fields=("student_logprob", "reverse_kl", "student_entropy"),
             count=float(len(items) if method.reduction == "sequences" else len(batch.labels)),
             inputs=vectors,
-            teacher_hidden=torch.cat([item.teacher_hidden for item in items]),
+            teacher=models.teacher.rows_of(
+                {name: torch.cat([item.teacher[name] for item in items]) for name in items[0].teacher}
+            ),
         )
         if method.lm_coef == 0:
             return [policy]
-        blocks = [Supervised(0, block[:1], block[1:]) for block in data.corpus.take(len(items))]
+        blocks = [TokenSequence(block[:1], block[1:]) for block in data.corpus.take(len(items))]
         pretraining = mixed_term(
             blocks,
             models,

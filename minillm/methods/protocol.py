@@ -1,27 +1,42 @@
 """What a method is: what to train on, and the terms of its loss. docs/methods.md says every planned method in it.
 
-A method never runs a backward pass, never asks which engine runs it, and keeps no state of its own: what must
-survive a kill is the position of its streams and the rollout buffer that `collect` returned.
+A method never runs a backward pass, reads no file of its own, knows no rank, and never asks which engine runs it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from minillm.config.root import StageConfig
 from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
-from minillm.models.batch import Pair, TokenBatch
-from minillm.models.pair import Models
-from minillm.rollout.buffer import Rollout, RolloutBuffer
+from minillm.models.batch import TokenBatch, TokenSequence
+from minillm.rollout.buffer import RolloutBuffer
+from minillm.rollout.rollouts import ProgressCallback, Rollouts
 from minillm.storage.timing import Timing
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import TeacherRows
 
 Objective = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
-ProgressCallback = Callable[[str, int, int], None]  # (what is being done, how many are, of how many)
+
+
+@dataclass(frozen=True)
+class HiddenLoss:
+    """A loss over hidden states of the model that a term trains, from the forward pass that the term runs anyway.
+
+    objective(hidden, batch, modules, **inputs) is a scalar, or (scalar, {metric: scalar}); the engine divides the scalar
+    by the term's divisor and the metrics by its rows. `hidden` is {layer: (B, L, H)}: layer 0 is what the first layer reads, layer n
+    what the n-th gives, and the last one, also named -1, is what the head reads.
+    """
+
+    layers: tuple[int, ...]
+    objective: Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # such as hidden states of the teacher
 
 
 @dataclass(frozen=True)
@@ -39,58 +54,111 @@ class Term:
     count: float
     weight: float = 1.0
     inputs: dict[str, Tensor] = field(default_factory=dict)  # (N,) each
-    teacher_hidden: Tensor | None = None  # (N, H_t), where a field needs the teacher
+    teacher: TeacherRows | None = None  # N rows, where a field needs the teacher
     options: dict[str, Any] = field(default_factory=dict)  # beta, alpha, temperature of linear_objective
+    trains: str = "student"  # which of the stage's trained models stands on the student's side
+    coupled: bool = False  # the objective sees all N rows at once, and may couple them
+    hidden: HiddenLoss | None = None
+    auxiliary: float = 0.0  # weight of the model's own auxiliary loss, a mean over its tokens: a router's balance
+
+    def to(self, device: torch.device) -> "Term":
+        """The term with its tensors on `device`."""
+        hidden = self.hidden
+        if hidden is not None:
+            hidden = replace(hidden, inputs={name: one.to(device) for name, one in hidden.inputs.items()})
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            teacher=None if self.teacher is None else self.teacher.to(device),
+            hidden=hidden,
+        )
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Where a method gets its material. The streams carry their own position."""
 
-    prompts: Stream  # of minillm.data.instructions.Example
+    prompts: Stream | None  # of minillm.data.instructions.Example
     corpus: Stream | RankSlice | None  # of token blocks: list[int]
-    written: Path  # a folder for answers that are written once and kept
+    rollouts: Rollouts  # what samples
+    folder: Path  # of this stage alone: for what is made once and kept
     report_progress: ProgressCallback = lambda what, done, total: None  # told how far long work inside `collect` is
     timing: Timing = field(default_factory=Timing)  # told what that work was
 
 
+class Item(Protocol):
+    """What one example of a step is made of: a TokenSequence, a Rollout, a pair of answers, or a method's own."""
+
+    key: int  # of its prompt: named where something is wrong with it
+
+
 @dataclass(frozen=True)
-class Supervised:
-    """A prompt with the response to imitate."""
+class Observation:
+    """What a method hears of: a step that was taken, or an evaluation of the student."""
 
-    key: int
-    prompt: list[int]
-    response: list[int]
-
-    @property
-    def pair(self) -> Pair:
-        return self.prompt, self.response
-
-
-Item = Supervised | Rollout
+    kind: Literal["step", "evaluation"]
+    metrics: Mapping[str, float]  # of the step over all ranks, or the evaluation's means over its sets
+    step: int  # of the stage: so many are taken
+    total_steps: int | None  # where they are known beforehand
 
 
 class Method(ABC):
     """See the module. `step_size` is the number of items of one optimiser step over all micro-batches and ranks."""
 
-    inner_epochs: int = 1  # passes over what one `collect` returned
-    needs_references: bool = True  # prompts without an answer to imitate are an error before the first step
-
     def __init__(self, config: StageConfig):
         self.config = config
+        self.needs = config.method.needs()
         self.step_size = (
             config.train.per_device_train_batch_size
             * config.train.gradient_accumulation_steps
             * collectives.world_size()
         )
 
+    def modules(self, models: Models) -> dict[str, nn.Module]:
+        """Modules that are trained beside the student, by name: a projector, the teacher with its adapters.
+
+        They are made alike on every rank. Their weights that require a gradient are in the optimiser, and lie in
+        `modules/` of checkpoints and models. A Term names one as `trains` where it is a language model.
+        """
+        return {}
+
+    def learning_rates(self) -> dict[str, float]:
+        """The highest learning rate of those modules that have another than train.learning_rate."""
+        return {}
+
     @abstractmethod
     def collect(self, data: TrainingData, models: Models, draw: int) -> Sequence[Item] | RolloutBuffer:
         """The items of the next steps; `draw` counts the collections of this run and keys their randomness.
 
-        What lasts for more than one step must be a RolloutBuffer: checkpoints carry it.
+        What lasts for more than one step must be a RolloutBuffer, or part of `state_dict`: checkpoints carry those.
         """
 
     @abstractmethod
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         """The loss of one micro-batch of items."""
+
+    def observe(self, observation: Observation) -> dict[str, float]:
+        """Adapt thresholds or interpolation times; returns numbers for the records. Alike on every rank."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `observe` and replay buffers keep: tensors, numbers, texts, lists and dicts, alike on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of state_dict."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but a checkpoint holds {sorted(state)} of it")
+
+    def prepare(self, data: TrainingData, models: Models, folder: Path) -> None:
+        """The whole work of a stage that takes no step: its result goes into `folder`, which is published when it returns.
+
+        What must survive a kill is kept in data.folder: after one, `prepare` begins again with what is there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares no terms, so it must define `prepare`")
+
+
+def sequences_of(items: Sequence[Any]) -> list[TokenSequence]:
+    """The token sequences of items that have one each."""
+    return [item if isinstance(item, TokenSequence) else item.sequence for item in items]

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from minillm.losses import TokenStats
-from minillm.methods.protocol import Item, Supervised, Term, TrainingData
-from minillm.models.batch import collate
-from minillm.models.pair import Models
-from minillm.rollout.scoring import teacher_hidden
+from minillm.methods.protocol import Item, Term, TrainingData, sequences_of
+from minillm.models.batch import TokenSequence, collate
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import require_teacher
 
 
-def take_references(data: TrainingData, size: int) -> list[Supervised]:
+def take_references(data: TrainingData, size: int) -> list[TokenSequence]:
     """The next `size` prompts with their references as the response to imitate."""
-    return [Supervised(example.index, example.prompt_ids, example.response_ids) for example in data.prompts.take(size)]
+    return [example.sequence for example in data.prompts.take(size)]
 
 
 def cross_entropy(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
@@ -32,7 +32,7 @@ def mixed_term(
     weight: float = 1.0,
 ) -> Term:
     """(1 - ce_ratio) * divergence + ce_ratio * cross-entropy, as the mean over the response tokens of the step."""
-    batch = collate([item.pair for item in items], models.pad_id)
+    batch = collate(sequences_of(items), models.pad_id)
     count = float(len(batch.labels))
     if ce_ratio == 1.0:
         return Term(name, batch, cross_entropy, ("student_logprob",), count, weight)
@@ -46,5 +46,7 @@ def mixed_term(
         return (1 - ce_ratio) * distance - ce_ratio * stats.student_logprob, metrics
 
     fields = (divergence,) if ce_ratio == 0.0 else (divergence, "student_logprob")
-    hidden = teacher_hidden(models, batch)
-    return Term(name, batch, objective, fields, count, weight, teacher_hidden=hidden, options=options or {})
+    require_teacher(models.teacher, f"the term {name!r}")
+    return Term(
+        name, batch, objective, fields, count, weight, teacher=models.teacher.rows(batch), options=options or {}
+    )

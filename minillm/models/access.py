@@ -20,14 +20,21 @@ def last_hidden(
     input_ids: Tensor,  # (B, L) int64
     attention_mask: Tensor,  # (B, L)
     position_ids: Tensor | None = None,  # (B, L)
+    **extras: Tensor,
 ) -> Tensor:  # (B, L, H)
     """What the head is applied to, at every position."""
-    return forward_decoder(model, input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
+    output = forward_decoder(model, input_ids, attention_mask, position_ids, use_cache=False, **extras)
+    return output.last_hidden_state
 
 
 def row_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:  # (N, H)
     """The last hidden states at the rows of a batch that is on the model's device."""
-    hidden = last_hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+    hidden = last_hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids, **batch.extras)
+    return rows_of(hidden, batch)
+
+
+def rows_of(hidden: Tensor, batch: TokenBatch) -> Tensor:  # (B, L, H) -> (N, H)
+    """Hidden states at the rows of a batch."""
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 

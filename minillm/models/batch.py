@@ -1,13 +1,28 @@
 """Token sequences side by side, and which position predicts what."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from minillm import UserError
 
-Pair = tuple[list[int], list[int]]  # (prompt ids, response ids with its EOS if it ended)
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt and the response whose tokens are predicted after it.
+
+    `extras` are what else the model's forward pass takes for this sequence, by the names of its arguments: pixel values,
+    image sizes. Each has a leading dimension, along which those of a batch are joined.
+    """
+
+    prompt: list[int]
+    response: list[int]  # with its EOS if it ended
+    key: int = 0  # of the prompt: its place in the data
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: float = 1.0  # of its rows in a loss that reads it
+    group: int = 0  # sequences of one group belong together: a pair of answers, the tasks of a record
 
 
 @dataclass(frozen=True)
@@ -24,42 +39,55 @@ class TokenBatch:
     rows: Tensor  # (N,) int64 indices into the flattened (B * L) positions
     labels: Tensor  # (N,) int64, the id that each row predicts
     lengths: tuple[int, ...]  # response tokens of each sequence; sums to N
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # of all sequences, for the forward pass
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "attention_mask", "position_ids", "rows", "labels")
         }
-        return replace(self, **moved)
+        extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
+        return replace(self, **moved, extras=extras)
 
     def split(self, vector: Tensor) -> list[Tensor]:  # (N, ...) -> one (T, ...) a sequence
         """Per-sequence views of a per-row tensor."""
         return list(vector.split(self.lengths))
 
 
-def collate(pairs: list[Pair], pad_id: int) -> TokenBatch:
+def collate(sequences: Iterable[TokenSequence], pad_id: int) -> TokenBatch:
     """Right-pad prompt + response and mark the positions that predict the response.
 
     Raises UserError for an empty prompt (nothing would predict the first response token).
     """
-    if any(not prompt for prompt, _ in pairs):
-        raise UserError("collate: a prompt has no tokens, so nothing predicts its first response token; add a BOS")
-    fed = [prompt + response[:-1] for prompt, response in pairs]
+    sequences = list(sequences)
+    if any(not sequence.prompt for sequence in sequences):
+        raise UserError("a prompt has no tokens, so nothing predicts its first response token; add a BOS")
+    fed = [sequence.prompt + sequence.response[:-1] for sequence in sequences]
     width = max((len(ids) for ids in fed), default=0)
     input_ids = torch.full((len(fed), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     rows, labels = [], []
-    for row, (ids, (prompt, response)) in enumerate(zip(fed, pairs, strict=True)):
+    for row, (ids, sequence) in enumerate(zip(fed, sequences, strict=True)):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         attention_mask[row, : len(ids)] = 1
-        first = row * width + len(prompt) - 1
-        rows.extend(range(first, first + len(response)))
-        labels.extend(response)
+        first = row * width + len(sequence.prompt) - 1
+        rows.extend(range(first, first + len(sequence.response)))
+        labels.extend(sequence.response)
     return TokenBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=torch.arange(width).expand(len(fed), width),
         rows=torch.tensor(rows, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
-        lengths=tuple(len(response) for _, response in pairs),
+        lengths=tuple(len(sequence.response) for sequence in sequences),
+        extras=join_extras([sequence.extras for sequence in sequences]),
     )
+
+
+def join_extras(extras: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The extras of a batch: those of its sequences one after the other, by name."""
+    parts: dict[str, list[Tensor]] = {}
+    for one in extras:
+        for name, tensor in one.items():
+            parts.setdefault(name, []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}

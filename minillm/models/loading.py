@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from minillm.models.locations import hub_arguments, reading
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.quantization import check_quantized, quantization_options
 from minillm.models.tokenizers import load_tokenizer
+
+_hollow_models: WeakSet[nn.Module] = WeakSet()
 
 
 def load_teacher(
@@ -75,9 +78,14 @@ def load_student(
 
 
 def is_hollow(model: PreTrainedModel) -> bool:
-    """Whether the weights hold nothing yet: they will come from rank 0, one at a time, when the model is cut over the
-    ranks. Memory that is allocated and never written takes no room, so that a host holds a large model once."""
-    return getattr(model, "hollow", False)
+    """Whether the weights hold nothing yet: they will come from rank 0, one at a time, when the model is sharded over
+    the ranks. Memory that is allocated and never written takes no room, so that a host holds a large model once."""
+    return model in _hollow_models
+
+
+def filled(model: nn.Module) -> None:
+    """Say that a hollow model has its weights now."""
+    _hollow_models.discard(model)
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -128,7 +136,7 @@ def _hollow(architecture: PreTrainedConfig, **options) -> PreTrainedModel:
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(architecture, **options)
     model.tie_weights()
-    model.hollow = True
+    _hollow_models.add(model)
     return model
 
 

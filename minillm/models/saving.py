@@ -3,16 +3,22 @@
 Always plain whole models: adapters are merged into a copy of the weights, and lie beside in a folder of their own.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from minillm import UserError
 from minillm.distributed import collectives
 from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_adapter
-from minillm.models.preflight import end_ids
 from minillm.models.sharded import gathered_state, is_sharded, name_accelerator
+from minillm.models.tokenizers import end_ids
 from minillm.storage.atomic import write_folder
+
+MODULES = "modules"  # in a model's folder: what was trained beside it
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -57,3 +63,46 @@ def _write(
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The same in the place of `folder`, which never holds a part of a model."""
     write_folder(folder, lambda partial: write_model(model, tokenizer, partial))
+
+
+def write_modules(modules: Mapping[str, nn.Module], folder: Path) -> None:
+    """Write what is trained beside the student into the folder's modules/, a safetensors file each.
+
+    Frozen weights are left out. All ranks call it, and rank 0 writes.
+    """
+    for name, module in modules.items():
+        state = gathered_state(module) if is_sharded(module) else module.state_dict()
+        if collectives.rank() == 0:
+            trained = {key: state[key].detach().cpu().contiguous() for key in _kept_names(module)}
+            (folder / MODULES).mkdir(exist_ok=True)
+            save_file(trained, folder / MODULES / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def read_modules(modules: Mapping[str, nn.Module], folder: Path) -> None:
+    """Give modules the weights that write_modules wrote; a sharded one has them from its engine's state already.
+
+    Raises UserError where the file is not there, or holds weights of another module.
+    """
+    for name, module in modules.items():
+        if is_sharded(module):
+            continue
+        path = folder / MODULES / f"{name}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {name} was trained beside the student, and is part of the checkpoint")
+        saved, own = load_file(path), module.state_dict()
+        shapes = [
+            {key: tuple(one[key].shape) for key in keys} for one, keys in ((saved, saved), (own, _kept_names(module)))
+        ]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{path} holds weights of another {name} than this configuration makes")
+        for key, tensor in saved.items():
+            own[key].copy_(tensor)
+
+
+def _kept_names(module: nn.Module) -> list[str]:
+    """The names of a module's state that training changes: all but frozen weights."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    if isinstance(module, PreTrainedModel):  # its buffers are made by its configuration
+        frozen |= {name for name, _ in module.named_buffers()}
+    return [name for name in module.state_dict() if name not in frozen]

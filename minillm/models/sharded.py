@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from minillm.distributed import collectives
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_gathered: WeakSet[nn.Module] = WeakSet()  # by a context that is open
 
 
 def is_sharded(model: nn.Module | None) -> bool:
@@ -45,7 +47,7 @@ def _holders(model: nn.Module, weight: Tensor) -> list[nn.Module]:
 def fully_gathered(*modules: nn.Module | None) -> Iterator[None]:
     """All weights of the modules on every rank, to be read. All ranks must enter and leave together; inside, no rank
     waits for another, so that each may run as many forward passes as it likes. Nothing happens for whole modules."""
-    sharded = [module for module in modules if is_sharded(module) and not getattr(module, "is_whole", False)]
+    sharded = [module for module in modules if is_sharded(module) and module not in _gathered]
     parameters = list({id(one): one for module in sharded for one in module.parameters()}.values())
     if not parameters:
         yield
@@ -58,13 +60,12 @@ def fully_gathered(*modules: nn.Module | None) -> Iterator[None]:
     with deepspeed.zero.GatheredParameters(parameters):
         for module, name, _ in hooks:
             setattr(module, name, OrderedDict())
-        for module in sharded:
-            module.is_whole = True
+        newly = [module for module in inner if module not in _gathered]
+        _gathered.update(newly)
         try:
             yield
         finally:
-            for module in sharded:
-                module.is_whole = False
+            _gathered.difference_update(newly)
             for module, name, before in hooks:
                 setattr(module, name, before)
 

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -93,3 +94,15 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
     return next((index for index in tokenizer(closing, add_special_tokens=False).input_ids if index in special), None)
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends an answer: the tokenizer's EOS, the chat template's end of turn, the generation configuration's.
+
+    Ids beyond the vocabulary (defaults of an architecture that was built smaller) are left out.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = listed if isinstance(listed, list) else [listed]
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *listed]
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None and token < vocab_size))

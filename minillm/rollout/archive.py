@@ -13,8 +13,7 @@ from pathlib import Path
 
 from minillm import UserError
 from minillm.distributed import collectives
-from minillm.models.pair import Models
-from minillm.rollout.local.sampling import Answer, Sampling, sample
+from minillm.rollout.rollouts import Answer, Rollouts, Sampling
 
 Record = dict
 
@@ -27,13 +26,14 @@ class AnswerArchive:
 
     def write(
         self,
-        models: Models,
+        rollouts: Rollouts,
         prompts: Sequence[list[int]],
         sampling: Sampling,
         *,
         keys: Sequence[int],
         seed: int,
         batch_size: int,
+        vocab_size: int,
         teacher: Record,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -45,7 +45,7 @@ class AnswerArchive:
         """
         if len(set(keys)) != len(keys) or len(keys) != len(prompts):
             raise UserError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")
-        header = {"teacher": teacher, "sampling": asdict(sampling), "seed": seed, "vocab_size": models.vocab_size}
+        header = {"teacher": teacher, "sampling": asdict(sampling), "seed": seed, "vocab_size": vocab_size}
         found = self._on_rank_0(lambda: self._prepare(header))
         at_once = batch_size * collectives.world_size()
         prompt_of = dict(zip(keys, prompts, strict=True))
@@ -60,8 +60,7 @@ class AnswerArchive:
         with path.open("a", encoding="utf-8") as file:
             for start in range(0, len(missing), at_once):
                 chosen = missing[start : start + at_once]
-                answers = sample(
-                    models,
+                answers = rollouts.sample(
                     [prompt_of[key] for key in chosen],
                     sampling,
                     keys=chosen,

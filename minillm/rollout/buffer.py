@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from minillm import UserError
-from minillm.models.batch import Pair
+from minillm.models.batch import TokenSequence
 
 VECTOR = "vector."  # prefix of the vectors' names in a state
+TEACHER = "teacher_"  # of the parts of the teacher's rows
+EXTRA = "extra."  # of what prompts show beside their ids
 
 
 @dataclass
@@ -21,12 +23,14 @@ class Rollout:
     response: list[int]  # with the EOS that ended it, if one did
     ended: bool
     vectors: dict[str, Tensor] = field(default_factory=dict)  # (T,) each; `score` says which, methods add theirs
-    # (T, H_t) in the teacher's dtype: what predicts each response token. None on ranks that did not score the answer
-    teacher_hidden: Tensor | None = None
+    # (T, ...) each: the parts of the teacher's rows that predict each response token, {"hidden": (T, H_t)} of a teacher
+    # that gives hidden states. Empty on ranks that did not score the answer
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # of the prompt, as TokenSequence has them
 
     @property
-    def pair(self) -> Pair:
-        return self.prompt, self.response
+    def sequence(self) -> TokenSequence:
+        return TokenSequence(self.prompt, self.response, self.key, self.extras)
 
 
 class RolloutBuffer(Sequence[Rollout]):
@@ -59,10 +63,16 @@ class RolloutBuffer(Sequence[Rollout]):
             state[f"{name}_ids"] = _integers(token for sequence in sequences for token in sequence)
         for name in dict.fromkeys(name for rollout in self for name in rollout.vectors):
             state[VECTOR + name] = self._joined(name, [rollout.vectors.get(name) for rollout in self])
-        scored = RolloutBuffer(rollout for rollout in self if rollout.teacher_hidden is not None)
+        scored = RolloutBuffer(rollout for rollout in self if rollout.teacher)
         if scored:
-            state["teacher_hidden"] = scored._joined("teacher_hidden", [rollout.teacher_hidden for rollout in scored])
-            state["scored"] = torch.tensor([rollout.teacher_hidden is not None for rollout in self])
+            for name in scored[0].teacher:
+                state[TEACHER + name] = scored._joined(name, [rollout.teacher.get(name) for rollout in scored])
+            state["scored"] = torch.tensor([bool(rollout.teacher) for rollout in self])
+        for name in dict.fromkeys(name for rollout in self for name in rollout.extras):
+            parts = [rollout.extras[name] if name in rollout.extras else None for rollout in self]
+            shown = next(part for part in parts if part is not None)
+            state[EXTRA + name] = torch.cat([shown[:0] if part is None else part for part in parts])
+            state[f"{EXTRA}{name}_lengths"] = _integers(0 if part is None else len(part) for part in parts)
         return state
 
     @classmethod
@@ -88,21 +98,27 @@ class RolloutBuffer(Sequence[Rollout]):
 
 
 def _contents(rollout: Rollout) -> str:
-    return (
-        ", ".join([*rollout.vectors, *(["teacher_hidden"] if rollout.teacher_hidden is not None else [])]) or "nothing"
-    )
+    return ", ".join([*rollout.vectors, *(TEACHER + name for name in rollout.teacher)]) or "nothing"
 
 
 def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
     prompts = _split(state["prompt_ids"], state["prompt_lengths"])
     lengths = state["response_lengths"]
     responses = _split(state["response_ids"], lengths)
-    vectors = {name.removeprefix(VECTOR): _split(value, lengths) for name, value in state.items() if VECTOR in name}
-    hidden: list[Tensor | None] = [None] * len(lengths)
-    if "teacher_hidden" in state:
+    vectors = {
+        name.removeprefix(VECTOR): _split(value, lengths) for name, value in state.items() if name.startswith(VECTOR)
+    }
+    teacher: list[dict[str, Tensor]] = [{} for _ in lengths]
+    if "scored" in state:
         rows = state["scored"].nonzero()[:, 0].tolist()
-        for row, part in zip(rows, _split(state["teacher_hidden"], lengths[rows]), strict=True):
-            hidden[row] = part
+        for name in (name for name in state if name.startswith(TEACHER)):
+            for row, part in zip(rows, _split(state[name], lengths[rows]), strict=True):
+                teacher[row][name.removeprefix(TEACHER)] = part
+    extras: list[dict[str, Tensor]] = [{} for _ in lengths]
+    for name in (name for name in state if name.startswith(EXTRA) and f"{name}_lengths" in state):
+        for row, part in enumerate(_split(state[name], state[f"{name}_lengths"])):
+            if len(part):
+                extras[row][name.removeprefix(EXTRA)] = part
     return [
         Rollout(
             key=int(key),
@@ -110,7 +126,8 @@ def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
             response=responses[row].tolist(),
             ended=bool(state["ended"][row]),
             vectors={name: parts[row] for name, parts in vectors.items()},
-            teacher_hidden=hidden[row],
+            teacher=teacher[row],
+            extras=extras[row],
         )
         for row, key in enumerate(state["keys"])
     ]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config.loader.run_plan import Stage
-from minillm.models.pair import Models
 from minillm.models.saving import save_model
 from minillm.reporting.metric import find_metric
+from minillm.teachers.pair import Models
 from minillm.train.progress import Progress
 
 FOLDER = "best"

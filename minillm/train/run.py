@@ -24,6 +24,8 @@ from minillm.storage.checkpoint import list_checkpoints, newest_whole
 from minillm.storage.environment import describe_environment
 from minillm.storage.metrics_log import MetricsLog, SilentLog
 from minillm.train.frozen_weights import BASES
+from minillm.train.model_cache import ModelCache
+from minillm.train.prepared import has_no_model, is_prepared
 from minillm.train.progress import Progress
 from minillm.train.resume import check_resume
 from minillm.train.stage import StageBuilder
@@ -32,21 +34,21 @@ from minillm.train.trainer import TrainingError
 MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
 
 
-def run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None = None) -> Path:
+def run(plan: RunPlan, *, resume: bool, console, cache: ModelCache | None = None) -> Path:
     """Train every stage of the plan; returns the folder final/.
 
-    `shared` holds what an earlier run of this process loaded, for runs of engine.type torch that have it in common.
+    `cache` holds what an earlier run of this process opened, for runs of engine.type torch that have it in common.
 
     Raises UserError for what cannot be gone on from or into, TrainingError where the run cannot go on, KeyboardInterrupt after saving on Ctrl-C or SIGTERM.
     """
     output_dir = plan.output_dir
     if all(stage.config.engine.type == "torch" for stage in plan.stages):
-        return _run(plan, resume=resume, console=console, shared=shared)
+        return _run(plan, resume=resume, console=console, cache=cache or ModelCache())
     collectives.join(output_dir)
-    shared = StageBuilder()  # of this run alone: what is cut over the ranks goes with their group
+    cache = ModelCache()  # of this run alone: what is sharded over the ranks goes with their group
     try:
-        final = _run(plan, resume=resume, console=console, shared=shared)
-        shared.close()
+        final = _run(plan, resume=resume, console=console, cache=cache)
+        cache.close()
         collectives.leave()
         return final
     except TrainingError:
@@ -59,7 +61,7 @@ def run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None = N
         raise TrainingError(message) from error
 
 
-def _run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None) -> Path:
+def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
     output_dir = plan.output_dir
     check_targets(plan)
     checkpoint = collectives.on_rank_0(lambda: _prepare(output_dir, resume, console))
@@ -77,18 +79,21 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None) -
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = SilentLog() if collectives.rank() else MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
-    shared = shared or StageBuilder()
-    shared.begin(console, output_dir)
+    builder = StageBuilder(console, output_dir, cache)
     names = [stage.name for stage in plan.stages]
     with log, _interruption(console.note) as interrupted:
         for stage in plan.stages:
             if progress and names.index(stage.name) < names.index(progress.stage):
                 continue
+            if not stage.config.method.needs().takes_steps:
+                if not collectives.on_rank_0(lambda stage=stage: is_prepared(stage, output_dir)):
+                    builder.prepare(stage)
+                continue
             resumed = progress is not None and progress.stage == stage.name
             if not resumed:
                 progress = _next_progress(progress, stage.name)
             if not progress.finished or resumed and longer:
-                trainer = shared.trainer(
+                trainer = builder.trainer(
                     stage,
                     log,
                     progress,
@@ -112,6 +117,9 @@ def _run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None) -
                 _publish(checkpoint, output_dir / "stages" / stage.name)
             collectives.on_rank_0(lambda: str(write_report(output_dir)))
     final = output_dir / "final"
+    if checkpoint is None:  # no stage took a step: the results are in stages/
+        console.finish(output_dir)
+        return output_dir / "stages"
     _publish(checkpoint, final)
     collectives.on_rank_0(lambda: _describe(output_dir, final))
     console.finish(output_dir)
@@ -149,7 +157,8 @@ def _prepare(output_dir: Path, resume: bool, console) -> str | None:
 
 def _models(output_dir: Path) -> list[Path]:
     """The models that stages have left."""
-    return [folder for folder in (output_dir / "final", *sorted(output_dir.glob("stages/*"))) if folder.is_dir()]
+    folders = (output_dir / "final", *sorted(output_dir.glob("stages/*")))
+    return [folder for folder in folders if folder.is_dir() and not has_no_model(folder)]
 
 
 def _describe(output_dir: Path, final: Path) -> None:

@@ -1,44 +1,63 @@
-"""From a stage's configuration to its trainer, with what stages and runs have in common loaded once."""
+"""One stage from its configuration: read data, open models, make the evaluator, make the trainer."""
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from minillm import UserError
 from minillm.config.loader.run_plan import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.config.sharding import shards_student, shards_teacher
-from minillm.data.corpus import load_corpus
-from minillm.data.instructions import load_prompts
+from minillm.config.paths import STAGE
+from minillm.config.training import shards_student, shards_teacher
+from minillm.data.corpus import Corpus, load_corpus
+from minillm.data.instructions import PromptSet, load_prompts
 from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
 from minillm.engine.placement import check_backend, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
+from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.models.adapters import FOLDER, load_adapter
-from minillm.models.loading import load_student, load_teacher
-from minillm.models.preflight import preflight, require_same_tokenizer
-from minillm.models.sharded import gathered, is_sharded, release
+from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import load_tokenizer
-from minillm.rollout.local.graph_preconditions import use_cuda_graphs
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Rollouts, require_rollouts
+from minillm.storage.atomic import write_folder
+from minillm.storage.checkpoint import sign
 from minillm.storage.metrics_log import MetricsLog
+from minillm.teachers.open import open_models
+from minillm.teachers.pair import Models
+from minillm.teachers.preflight import Row, require_same_tokenizer
+from minillm.teachers.teacher import require_ability
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
+from minillm.train.model_cache import ModelCache, teacher_identity
+from minillm.train.prepared import mark_prepared
 from minillm.train.progress import Progress
 from minillm.train.trainer import StageTrainer
 
+Keys = TypeVar("Keys")
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
+
+    tokenizer: PreTrainedTokenizerBase  # the student's
+    prompts: PromptSet | None
+    corpus: Corpus | None
+    rows: list[Row]
+
 
 class StageBuilder:
-    """What is loaded once and used by several stages or runs: teachers, the weights students start from, evaluators."""
+    """Makes the trainers of a run's stages, with models from a cache that several runs may share."""
 
-    def __init__(self):
-        self.console, self.output_dir = None, Path(".")
-        self._teacher = (None, None)  # (configuration, model): the last one alone, so that two never fill the memory
-        self._evaluator = (None, None)
-
-    def begin(self, console, output_dir: Path) -> None:
-        """A run begins: where it writes, which is where the models of its stages are, and who is told."""
-        self.console, self.output_dir = console, output_dir
+    def __init__(self, console, output_dir: Path, cache: ModelCache):
+        self.console, self.output_dir, self.cache = console, output_dir, cache
 
     def trainer(
         self,
@@ -51,121 +70,166 @@ class StageBuilder:
         judge_teacher: bool,
         planned_peak_gib: Callable[[torch.device], float | None],
     ) -> StageTrainer:
-        config = stage.config
-        device = engine_device(config.engine)
-        check_backend(config.engine, device)
-        # tokenizers and data first: what is wrong with them is said before a model is read
-        tokenizer = load_tokenizer(config.student, self.output_dir)
-        if config.teacher is not None:
-            require_same_tokenizer(tokenizer, load_tokenizer(config.teacher, self.output_dir))
-        prompts = load_prompts(config.data.prompts, tokenizer)
-        read = [("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source)]
-        corpus = None
-        if config.data.corpus is not None:
-            corpus = load_corpus(config.data.corpus, tokenizer)
-            read.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-        evaluator = self._load_evaluator(stage, tokenizer)
-        # what is cut over the ranks rank 0 reads, and hands out piece by piece
-        cut, teacher_cut = shards_student(config.engine), shards_teacher(config.engine, config.teacher)
-        hollow = cut and collectives.rank() > 0
-        teacher, teacher_tokenizer = collectives.together(
-            lambda: self.teacher(
-                config.teacher,
-                loading_device(config.engine, cut=teacher_cut),
-                cut=teacher_cut,
-            )
-        )
-        adapted = config.student.lora is not None
-        source = saved = None
-        if checkpoint is not None:  # the architecture and the weights are the checkpoint's, or lie below its adapters
-            saved = (
-                Path(collectives.on_rank_0(lambda: str(find_frozen_weights(stage.name, self.output_dir))))
-                if adapted
-                else checkpoint
-            )
-        elif teacher is not None and not is_sharded(teacher) and not hollow:
-            source = teacher if _same_weights(config.student, config.teacher) else None
-        first = loading_device(config.engine, cut=cut)
-        options = {"output_dir": self.output_dir, "device": first, "seed": config.seed, "hollow": hollow}
-        student = collectives.together(lambda: load_student(config.student, source=source, saved=saved, **options))
-        if adapted and checkpoint is not None:
-            collectives.together(lambda: load_adapter(student, checkpoint / FOLDER))
-        by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
-        with gathered(teacher, by_layers=by_layers):  # an earlier stage may have sharded it
-            models, rows = collectives.together(
-                lambda: preflight(student, teacher, tokenizer, teacher_tokenizer, device)
-            )
-        if config.rollout.cuda_graphs:
-            use_cuda_graphs(models)
-        if adapted and checkpoint is None:
-            write_frozen_weights(stage.name, student, tokenizer, self.output_dir)
-        self.console.preflight([*rows, *read])
-        # each stage in an order of its own: one that goes on from another must not see the same records first again
-        order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
+        """The trainer of a stage, its student from the checkpoint where there is one. All ranks call it together."""
+        read = self.read_data(stage)
+        evaluator = self._make_evaluator(stage, read.tokenizer)
+        models, rows = self.open_models(stage, read.tokenizer, checkpoint)
+        self.console.preflight([*rows, *read.rows])
+        rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
         return StageTrainer(
             stage,
             models,
-            TrainingData(
-                prompts=Stream(prompts.examples, seed=order),
-                corpus=None if corpus is None else _corpus_slice(Stream(corpus.blocks, seed=order)),
-                written=self.output_dir / "written" / stage.name,
-                report_progress=self.console.working,
-            ),
+            self.training_data(stage, read, rollouts),
             output_dir=self.output_dir,
             evaluator=evaluator,
             log=log,
             console=self.console,
             progress=progress,
             judge_teacher=judge_teacher,
-            planned_peak_gib=lambda: planned_peak_gib(device),
+            planned_peak_gib=lambda: planned_peak_gib(models.device),
             interrupted=interrupted,
+            checkpoint=checkpoint,
         )
 
-    def teacher(self, config: TeacherConfig | None, device: torch.device, *, cut: bool = False):
-        """(model, tokenizer); the model that was loaded last is kept. `cut`: over the ranks, of which rank 0 reads it."""
-        if config is None:
-            return None, None
-        key = self._of_this_run(config), cut
-        if self._teacher[0] != key:
-            self.close()
-            hollow = cut and collectives.rank() > 0
-            model = load_teacher(config, output_dir=self.output_dir, device=device, hollow=hollow)
-            self._teacher = (key, (model, load_tokenizer(config, self.output_dir)))
-        return self._teacher[1]
+    def prepare(self, stage: Stage) -> None:
+        """Do the work of a stage that takes no step, and publish its result. All ranks call it together."""
+        read = self.read_data(stage)
+        models, rows = self.open_models(stage, read.tokenizer, None)
+        self.console.preflight([*rows, *read.rows])
+        rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
+        data = self.training_data(stage, read, rollouts)
+        data.folder.mkdir(parents=True, exist_ok=True)
+        method = build_method(stage.config)
 
-    def close(self) -> None:
-        """Give back the teacher's memory."""
-        if self._teacher[1] is not None:
-            teacher, _ = self._teacher[1]
-            if is_sharded(teacher):
-                release(teacher, teacher.zero_engine)
-        self._teacher = (None, None)
+        def fill(folder: Path) -> None:
+            method.prepare(data, models, folder)
+            if collectives.rank() == 0:
+                mark_prepared(stage, folder)
 
-    def _of_this_run(self, config: TeacherConfig | None) -> tuple:
-        """A teacher that a stage left is another one in another run."""
-        names = () if config is None else (config.path, config.tokenizer or "")
-        return config, self.output_dir if any(name.startswith("stage:") for name in names) else None
+        write_folder(self.output_dir / "stages" / stage.name, fill, sign=sign)
 
-    def _load_evaluator(self, stage: Stage, tokenizer) -> Evaluator | None:
+    def read_data(self, stage: Stage) -> StageData:
+        """Tokenizers and data, before any model: what is wrong with them is said first."""
+        config, needs = stage.config, stage.config.method.needs()
+        check_backend(config.engine, engine_device(config.engine))
+        tokenizer = load_tokenizer(config.student, self.output_dir)
+        if config.teacher is not None:
+            require_same_tokenizer(tokenizer, load_tokenizer(config.teacher, self.output_dir))
+        prompts = corpus = None
+        rows = []
+        if needs.prompts:
+            prompts = load_prompts(_with_stage_files(config.data.prompts, self.output_dir), tokenizer)
+            rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
+        if needs.references:
+            _require_references(stage, prompts)
+        if config.data.corpus is not None:
+            corpus = load_corpus(_with_stage_files(config.data.corpus, self.output_dir), tokenizer)
+            rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
+        return StageData(tokenizer, prompts, corpus, rows)
+
+    def training_data(self, stage: Stage, read: StageData, rollouts: Rollouts) -> TrainingData:
+        """The material as the method takes it, in the order of this stage.
+
+        Raises UserError where `rollouts` cannot sample as the method needs.
+        """
+        config = stage.config
+        require_rollouts(rollouts, config.method.needs().samples, f"stage {stage.name!r}")
+        # each stage in an order of its own: one that goes on from another must not see the same records first again
+        order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
+        return TrainingData(
+            prompts=None if read.prompts is None else Stream(read.prompts.examples, seed=order),
+            corpus=None if read.corpus is None else _rank_slice(Stream(read.corpus.blocks, seed=order)),
+            rollouts=rollouts,
+            folder=self.output_dir / "written" / stage.name,
+            report_progress=self.console.working,
+        )
+
+    def open_models(
+        self, stage: Stage, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
+    ) -> tuple[Models, list[Row]]:
+        """Student and teacher where the engine wants them, and the rows of their preflight table.
+
+        Raises UserError for a teacher that cannot do what the method needs.
+        """
+        config, needs = stage.config, stage.config.method.needs()
+        engine, adapted = config.engine, config.student.lora is not None
+        sharded = shards_student(
+            engine
+        )  # rank 0 reads what is sharded over the ranks, and hands it out weight by weight
+        teacher_sharded = shards_teacher(engine, config.teacher)
+        teacher = self.cache.teacher(
+            config.teacher, self.output_dir, loading_device(engine, sharded=teacher_sharded), sharded=teacher_sharded
+        )
+        for ability in sorted(needs.teacher_abilities):
+            require_ability(teacher and teacher.teacher, ability, f"stage {stage.name!r}")
+        device = engine_device(engine)
+        if "student" not in needs.trains:
+            return open_models(None, teacher, output_dir=self.output_dir, device=device)
+        hollow = sharded and collectives.rank() > 0
+        copied = checkpoint is None and not hollow and teacher is not None and not is_sharded(teacher.teacher.model)
+        saved = checkpoint  # the architecture and the weights are the checkpoint's, or lie below its adapters
+        if checkpoint is not None and adapted:
+            saved = Path(collectives.on_rank_0(lambda: str(find_frozen_weights(stage.name, self.output_dir))))
+        models, rows = open_models(
+            config.student,
+            teacher,
+            output_dir=self.output_dir,
+            device=device,
+            loading_device=loading_device(engine, sharded=sharded),
+            seed=config.seed,
+            trained=True,
+            copy_teacher=copied and _same_weights(config.student, config.teacher),
+            saved=saved,
+            hollow=hollow,
+            by_layers=sharded and engine.gather == "layers",
+        )
+        if adapted and checkpoint is not None:
+            collectives.together(lambda: load_adapter(models.student, checkpoint / FOLDER))
+        elif adapted:
+            write_frozen_weights(stage.name, models.student, tokenizer, self.output_dir)
+        return models, rows
+
+    def _make_evaluator(self, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Evaluator | None:
         config = stage.config
         if not config.eval.sets:
             return None
-        key = (config.eval, config.seed, self._of_this_run(config.teacher))
-        # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
-        if config.teacher is None or self._evaluator[0] != key:
+
+        def make() -> Evaluator:
             sets = {
                 name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
                 for name, prompts in config.eval.sets.items()
             }
+            return Evaluator(sets, config.eval, seed=config.seed, report_progress=self.console.working)
 
-            def tell(*progress) -> None:  # the console of the moment: an evaluator may outlive the run it was made for
-                self.console.working(*progress)
+        # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
+        if config.teacher is None:
+            return make()
+        evaluator = self.cache.evaluator(
+            (config.eval, config.seed, teacher_identity(config.teacher, self.output_dir)), make
+        )
+        evaluator.report_progress = self.console.working  # an evaluator may outlive the run it was made for
+        return evaluator
 
-            self._evaluator = (key, Evaluator(sets, config.eval, seed=config.seed, report_progress=tell))
-        return self._evaluator[1]
+
+def _require_references(stage: Stage, prompts: PromptSet) -> None:
+    bare = [example.index for example in prompts.examples if not example.response_ids]
+    if bare:
+        raise UserError(
+            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, but {len(bare)} of "
+            f"{len(prompts)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
+            "them an answer, or use a method that samples its own (minillm, seqkd)"
+        )
 
 
-def _corpus_slice(stream: Stream) -> Stream | RankSlice:
+def _with_stage_files(config: Keys, output_dir: Path) -> Keys:
+    """Data keys whose path is not stage:NAME but the files that the stage has left."""
+    path = getattr(config, "path", "")
+    if not path.startswith(STAGE):
+        return config
+    return config.model_copy(update={"path": str(output_dir / "stages" / path.removeprefix(STAGE) / "*.jsonl*")})
+
+
+def _rank_slice(stream: Stream) -> Stream | RankSlice:
     if collectives.world_size() == 1:
         return stream
     return RankSlice(stream, rank=collectives.rank(), world_size=collectives.world_size())

@@ -14,37 +14,30 @@ from safetensors.torch import load_file, save_file
 
 from minillm import UserError
 from minillm.config.loader.run_plan import Stage
+from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
 from minillm.engine import build_engine
 from minillm.engine.engine import NonFiniteError
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods import build_method
-from minillm.methods.protocol import Item, TrainingData
-from minillm.models.pair import Models
-from minillm.models.saving import write_model
+from minillm.methods.protocol import Item, Observation, TrainingData
+from minillm.models.saving import read_modules, write_model, write_modules
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rank_items import rank_items
 from minillm.storage.atomic import sync
 from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
+from minillm.teachers.pair import Models
 from minillm.train.best_model import BestModel
 from minillm.train.progress import Progress
+
+METHOD_STATE = "method.pt"  # in a checkpoint's state/: what the method keeps, alike on every rank
 
 
 class TrainingError(UserError):
     """A run that had to stop, with what to look at."""
 
     exit_status = 1
-
-
-def _require_references(stage: Stage, data: TrainingData) -> None:
-    bare = [example.index for example in data.prompts.items if not example.response_ids]
-    if bare:
-        raise UserError(
-            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, but {len(bare)} of "
-            f"{len(data.prompts.items)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
-            "them an answer, or use a method that samples its own (minillm, seqkd)"
-        )
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -76,7 +69,9 @@ class StageTrainer:
         judge_teacher: bool = False,
         planned_peak_gib: Callable[[], float | None] = lambda: None,
         interrupted=lambda: False,
+        checkpoint: Path | None = None,
     ):
+        """`checkpoint` has the weights of what is trained beside the student; the student's own are in `models`."""
         self.name, self.config, self.models, self.data = stage.name, stage.config, models, data
         self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
         self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
@@ -84,10 +79,17 @@ class StageTrainer:
         if models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(models.device)  # of the stage before
         self.method = build_method(stage.config)
-        if self.method.needs_references:
-            _require_references(stage, data)
+        self.modules = self.method.modules(models)
+        if checkpoint is not None:  # before an engine shards them
+            read_modules(self.modules, checkpoint)
         self.total_steps = self._total_steps()
-        self.engine = build_engine(stage.config, models, total_steps=self.total_steps or 1)
+        self.engine = build_engine(
+            stage.config,
+            models,
+            total_steps=self.total_steps or 1,
+            modules=self.modules,
+            learning_rates=self.method.learning_rates(),
+        )
         self.items: Sequence[Item] | RolloutBuffer = []
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
@@ -168,6 +170,7 @@ class StageTrainer:
                 f"{[self.items[index].key for index in chosen]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
                 "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
             ) from None
+        self.data.rollouts.weights_changed()
         seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)
         if self.engine.world_size > 1:  # all must decide alike when time is up: by the clock of rank 0
             with timing.of("communication"):
@@ -179,6 +182,7 @@ class StageTrainer:
         progress.position += len(chosen)
         progress.seconds += seconds
         progress.student_tokens += result.rows
+        adapted = method.observe(Observation("step", result.metrics, progress.stage_step, self.total_steps))
         return {
             "kind": "train",
             "stage": self.name,
@@ -186,17 +190,18 @@ class StageTrainer:
             "stage_step": progress.stage_step,
             "seconds": progress.seconds,
             "student_tokens": progress.student_tokens,
-            "passes": self.data.prompts.passes,
+            "passes": self._passed.passes,
             "tokens_per_s": result.rows / seconds,
             "memory/peak_gib": peak,
             **result.metrics,
+            **adapted,
         }
 
     def _needs_collection(self) -> bool:
         """Move on to the next inner epoch where one is due; true where all of them are used up."""
         if self.progress.position >= len(self.items) and self.items:
             self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
-        return not self.items or self.progress.epoch >= self.method.inner_epochs
+        return not self.items or self.progress.epoch >= self.method.needs.inner_epochs
 
     def _next_indices(self) -> np.ndarray:  # (step_size,), or fewer at the end of what was collected
         order = np.random.default_rng([self.config.seed, self.progress.draw, self.progress.epoch])
@@ -207,7 +212,7 @@ class StageTrainer:
         train = self.config.train
         limits = [] if train.max_steps is None else [train.max_steps]
         if train.num_train_epochs is not None:
-            items = train.num_train_epochs * len(self.data.prompts.items) * self.method.inner_epochs
+            items = train.num_train_epochs * len(self._passed.items) * self.method.needs.inner_epochs
             limits.append(max(1, math.ceil(items / self.method.step_size)))
         return min(limits, default=None)
 
@@ -224,7 +229,7 @@ class StageTrainer:
         if isinstance(limit, str):
             limit = progress.stage_seconds[limit.removeprefix("stage:")]
         # the step that would overrun is not begun, so that two stages of equal time stay comparable
-        spent = progress.position >= len(self.items) and progress.epoch + 1 >= self.method.inner_epochs
+        spent = progress.position >= len(self.items) and progress.epoch + 1 >= self.method.needs.inner_epochs
         return progress.seconds + self._slowest[not self.items or spent] > limit
 
     def evaluate(self, who: str = "student") -> None:
@@ -232,7 +237,7 @@ class StageTrainer:
             return
         progress = self.progress
         started = time.perf_counter()
-        evaluation = self.evaluator.evaluate(self.models, who)
+        evaluation = self.evaluator.evaluate(self.models, self.data.rollouts, who)
         record = {
             "kind": "eval",
             "stage": self.name,
@@ -250,18 +255,18 @@ class StageTrainer:
             self.log.sample({"stage": self.name, "step": progress.step, **sample})
         self.console.evaluation(record, evaluation.samples)
         if who == "student":
+            self.method.observe(Observation("evaluation", evaluation.mean, progress.stage_step, self.total_steps))
             self.best.keep(evaluation.mean, self.models, progress)
 
     def save(self) -> None:
         """A checkpoint of this very moment."""
         progress = self.progress
-        progress.streams = {"prompts": self.data.prompts.state_dict()}
-        if self.data.corpus is not None:
-            progress.streams["corpus"] = self.data.corpus.state_dict()
+        progress.streams = {name: stream.state_dict() for name, stream in self._streams().items()}
         progress.log = self.log.state()
 
         def fill(folder: Path) -> None:
             write_model(self.models.student, self.models.tokenizer, folder)
+            write_modules(self.modules, folder)
             state = folder / "state"
             state.mkdir(exist_ok=True)
             self.engine.save_state(state)
@@ -271,6 +276,10 @@ class StageTrainer:
                 sync(path)
             if self.engine.rank:
                 return
+            kept = self.method.state_dict()
+            if kept:
+                torch.save(kept, state / METHOD_STATE)
+                sync(state / METHOD_STATE)
             config = self.config.model_dump(mode="json")
             content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
             (state / "trainer.json").write_text(json.dumps(content, indent=1))
@@ -283,6 +292,8 @@ class StageTrainer:
         state = folder / "state"
         saved = json.loads((state / "trainer.json").read_text())
         self.best.forget_another_measure(saved["config"], self.progress)
+        if (state / METHOD_STATE).exists():
+            self.method.load_state_dict(torch.load(state / METHOD_STATE, map_location="cpu", weights_only=True))
         before = saved.get("world_size", 1)
         if before != self.engine.world_size:
             self.console.note(
@@ -291,11 +302,19 @@ class StageTrainer:
             )
             return
         self.engine.load_state(state)
-        self.data.prompts.load_state_dict(self.progress.streams["prompts"])
-        if self.data.corpus is not None:
-            self.data.corpus.load_state_dict(self.progress.streams["corpus"])
+        for name, stream in self._streams().items():
+            stream.load_state_dict(self.progress.streams[name])
         if self._buffer_path(state).exists():
             self.items = RolloutBuffer.from_state(load_file(self._buffer_path(state)))
+
+    @property
+    def _passed(self) -> Stream | RankSlice:
+        """The stream whose passes are counted: prompts, where the method has any."""
+        return self.data.corpus if self.data.prompts is None else self.data.prompts
+
+    def _streams(self) -> dict[str, Stream | RankSlice]:
+        streams = {"prompts": self.data.prompts, "corpus": self.data.corpus}
+        return {name: stream for name, stream in streams.items() if stream is not None}
 
     def _buffer_path(self, state: Path) -> Path:
         """Each rank keeps the teacher's hidden states that it holds."""

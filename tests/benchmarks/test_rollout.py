@@ -16,8 +16,9 @@ from minillm.benchmarks.rollout_providers import (
     prepare,
     why_not,
 )
-from minillm.models.pair import Models
 from minillm.rollout.local import sampling
+from minillm.teachers.local import LocalTeacher
+from minillm.teachers.pair import Models
 
 SMALL = argparse.Namespace(prompts=3, prompt_tokens=6, tokens=5, vocab=40, seed=0)
 
@@ -25,7 +26,7 @@ SMALL = argparse.Namespace(prompts=3, prompt_tokens=6, tokens=5, vocab=40, seed=
 @pytest.fixture(scope="module")
 def models() -> Models:
     student, teacher = (make_model(16, 1, SMALL.vocab, seed) for seed in (0, 1))
-    return Models(student, teacher, None, SMALL.vocab, (), 0, torch.device("cpu"))
+    return Models(student, LocalTeacher(teacher), None, SMALL.vocab, (), 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("mode", ["student", "mixture"])
@@ -45,12 +46,12 @@ def test_the_peers_processor_is_the_mixture(models):
     """Left-padded, and a second token fed through the teacher's cache."""
     prompts = [[3, 4, 5, 6], [7, 8]]
     ids = torch.tensor([[3, 4, 5, 6], [0, 0, 7, 8]])
-    mixing = TeacherMixing(models.teacher, (torch.arange(4) >= torch.tensor([[0], [2]])).long(), ALPHA)
+    mixing = TeacherMixing(models.teacher.model, (torch.arange(4) >= torch.tensor([[0], [2]])).long(), ALPHA)
     for fed in (ids, torch.cat([ids, torch.tensor([[9], [10]])], 1)):
         whole = [prompt + fed[row, 4:].tolist() for row, prompt in enumerate(prompts)]
         student, teacher = (
             torch.stack([model(torch.tensor([one])).logits[0, -1] for one in whole])
-            for model in (models.student, models.teacher)
+            for model in (models.student, models.teacher.model)
         )
         expected = (ALPHA * teacher.softmax(-1) + (1 - ALPHA) * student.softmax(-1)).log()
         torch.testing.assert_close(mixing(fed, student), expected, atol=1e-5, rtol=1e-5)

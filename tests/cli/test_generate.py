@@ -12,7 +12,7 @@ from minillm.data.sources import DataError
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.reporting.console import Console
-from minillm.rollout.local.sampling import Sampling
+from minillm.rollout.rollouts import Sampling
 
 PLAIN = InstructionKeys(template="none")
 

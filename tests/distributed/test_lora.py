@@ -25,7 +25,7 @@ def runs(tmp_path_factory, small_run, make_models, start, finish) -> tuple[Path,
     """The folders of one process and of two ranks, which checkpoint their activations as well."""
     folder = tmp_path_factory.mktemp("lora")
     models = make_models()
-    save_model(models.teacher, models.tokenizer, folder / "teacher")
+    save_model(models.teacher.model, models.tokenizer, folder / "teacher")
     document = small_run(folder, layers=2)
     document["student"]["lora"] = {"r": 2, "alpha": 8}
     document["teacher"] = {"path": str(folder / "teacher")}

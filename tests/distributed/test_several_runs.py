@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from minillm.cli.main import main
-from minillm.train.stage import Shared
+from minillm.train.stage import StageBuilder
 
 
 def live_bytes() -> int:
@@ -23,13 +23,13 @@ def live_bytes() -> int:
 
 
 def one_process(recipe: str, *folders: str) -> None:
-    make_trainer = Shared.trainer
+    make_trainer = StageBuilder.trainer
 
     def tell(shared, stage, *args, **options):
         print("live", live_bytes(), flush=True)
         return make_trainer(shared, stage, *args, **options)
 
-    Shared.trainer = tell
+    StageBuilder.trainer = tell
     for folder in folders:
         assert main(["train", recipe, f"output_dir={folder}"]) == 0
         print("live", live_bytes(), flush=True)

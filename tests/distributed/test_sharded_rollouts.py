@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from minillm.distributed import collectives
 from minillm.distributed.launcher import end
-from minillm.models.pair import Models
 from minillm.rollout.buffer import RolloutBuffer
-from minillm.rollout.local.sampling import Sampling, sample
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Sampling
 from minillm.rollout.scoring import score
+from minillm.teachers.local import LocalTeacher
+from minillm.teachers.pair import Models
 
 PROMPTS = [[3 + place % 7] * (1 + place % 5) for place in range(25)]  # not a multiple of ranks times a batch
 MANY = [[3 + place % 7] * (1 + place % 3) for place in range(200)]
@@ -26,7 +28,7 @@ SAMPLING = Sampling(max_new_tokens=10, alpha=0.4)
 def collect(models: Models, prompts: list[list[int]], sampling: Sampling, size: int = 4) -> dict[str, torch.Tensor]:
     """What was sampled and measured in batches of a size, as flat tensors."""
     keys = list(range(len(prompts)))
-    answers = sample(models, prompts, sampling, keys=keys, seed=3, who="mixture", batch_size=size)
+    answers = LocalRollouts(models).sample(prompts, sampling, keys=keys, seed=3, who="mixture", batch_size=size)
     return score(models, answers, keys=keys, batch_size=size).state()
 
 
@@ -40,7 +42,9 @@ def tiny_models(tie: bool) -> Models:
         shape = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 40, "num_hidden_layers": 3,
                  "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}  # fmt: skip
         made.append(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tie and width == 32)).eval())
-    return Models(made[0], made[1].requires_grad_(False), None, 64, tuple(range(1, 9)), 0, torch.device("cpu"))
+    return Models(
+        made[0], LocalTeacher(made[1].requires_grad_(False)), None, 64, tuple(range(1, 9)), 0, torch.device("cpu")
+    )
 
 
 def rank(how: str, folder: Path) -> None:
@@ -76,7 +80,7 @@ def test_two_ranks_sample_and_score_as_one_process(how, tmp_path, start, finish)
             for name in ours.keys() - {"teacher_hidden", "scored"}:
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
             for index, (mine, whole) in enumerate(zip(RolloutBuffer.from_state(ours), expected, strict=True)):
-                assert (mine.teacher_hidden is not None) == (index % 2 == rank)  # of what this rank scored
+                assert bool(mine.teacher) == (index % 2 == rank)  # of what this rank scored
                 if index % 2 == rank:
                     torch.testing.assert_close(mine.teacher_hidden, whole.teacher_hidden, rtol=1e-4, atol=1e-5)
 

@@ -13,8 +13,8 @@ from minillm.methods.protocol import Term
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import collate
 from minillm.models.loading import without_dropout
-from minillm.models.pair import Models
 from minillm.models.tokenizers import byte_tokenizer
+from minillm.teachers.pair import Models
 from tests.models.conftest import build
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")

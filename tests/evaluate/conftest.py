@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minillm.models.pair import Models
+from minillm.teachers.local import LocalTeacher
+from minillm.teachers.pair import Models
 
 VOCABULARY, EOS = 24, 0
 
@@ -40,7 +41,9 @@ def make_models():
     def make(*, vocab_size: int = VOCABULARY, teacher: bool = True) -> Models:
         return Models(
             student=llama(vocab_size, 16, seed=1),
-            teacher=llama(vocab_size + 8, 24, seed=2) if teacher else None,  # padded, as Qwen's larger models are
+            teacher=LocalTeacher(llama(vocab_size + 8, 24, seed=2))
+            if teacher
+            else None,  # padded, as Qwen's larger models are
             tokenizer=WordTokenizer(),
             vocab_size=vocab_size,
             eos_ids=(EOS,),

@@ -50,7 +50,7 @@ def test_exposure_bias_is_the_forward_kl_summed_along_the_answers(make_models, e
             sums = []
             for answer in answers:
                 pair = (answer.prompt, answer.response)
-                p, q = (eager_logprobs(model, pair) for model in (models.teacher, models.student))
+                p, q = (eager_logprobs(model, pair) for model in (models.teacher.model, models.student))
                 sums.append((p.exp() * (p - q)).sum(1)[:length].sum().item())
             totals[who, length] = sum(sums) / 4
     for length in (1, 3):

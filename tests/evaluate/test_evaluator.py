@@ -62,7 +62,7 @@ def test_every_metric_is_what_full_logits_say_of_the_sampled_answers(make_models
     assert sorted(by_whom) == ["student", "teacher"] and len(calls) == 2
 
     def both(pair):
-        return eager_logprobs(models.student, pair), eager_logprobs(models.teacher, pair)
+        return eager_logprobs(models.student, pair), eager_logprobs(models.teacher.model, pair)
 
     reverse = [(q.exp() * (q - p)).sum(1) for q, p in map(both, by_whom["student"])]
     forward = [(p.exp() * (p - q)).sum(1) for q, p in map(both, by_whom["teacher"])]
@@ -94,7 +94,7 @@ def test_the_sequence_reverse_kl_is_that_of_the_enumerated_language_model(make_m
         if any(response[ended:]):
             continue  # after its EOS an answer goes on no further: only one continuation stands for it
         pair = (prompt, list(response[:ended]))
-        q, p = (eager_logprobs(model, pair, 4) for model in (models.student, models.teacher))
+        q, p = (eager_logprobs(model, pair, 4) for model in (models.student, models.teacher.model))
         chosen = torch.tensor(pair[1])[:, None]
         probability = q.gather(1, chosen).sum().exp().item()
         # KL of the joint distributions: the expected log-ratio of a whole answer
@@ -131,7 +131,7 @@ def test_the_teacher_answers_once_and_runs_no_more_for_the_forward_kl(make_model
     models, evaluator = make_models(), make({"words": words})
     first = evaluator.evaluate(models)
     forwards = []
-    models.teacher.model.register_forward_hook(lambda *_: forwards.append(1))
+    models.teacher.model.model.register_forward_hook(lambda *_: forwards.append(1))
     del calls[:]
     again = evaluator.evaluate(models)
     assert [call["who"] for call in calls] == ["student"]
@@ -196,7 +196,7 @@ def test_the_teacher_itself(make_models, eager_logprobs, words, calls):
     del calls[:]
     found = evaluator.evaluate(models, who="teacher")
     assert not calls  # its answers are there already
-    entropy = [-(p.exp() * p).sum(1) for p in (eager_logprobs(models.teacher, pair) for pair in answers)]
+    entropy = [-(p.exp() * p).sum(1) for p in (eager_logprobs(models.teacher.model, pair) for pair in answers)]
     assert found.mean["entropy_nats"] == pytest.approx(torch.cat(entropy).mean().item(), rel=1e-4)
     assert found.mean["length_tokens"] == statistics.fmean(len(response) for _, response in answers)
     assert {"rouge_l", "loss_nats"} <= found.mean.keys()

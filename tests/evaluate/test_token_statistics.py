@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minillm.evaluate.token_statistics import teacher_hidden_states, token_statistics
+from minillm.evaluate.token_statistics import kept_teacher_rows, token_statistics
 
 PAIRS = [([3, 4, 5], [6, 7, 0]), ([1], [2, 2, 2, 2, 2, 2]), ([9, 8, 7, 6, 5], [0]), ([2, 2], [11, 0])]
 FIELDS = ("student_logprob", "reverse_kl", "forward_kl", "student_entropy")
@@ -14,7 +14,7 @@ def expected(make_models, eager_logprobs):
     models = make_models()
     results = {field: [] for field in FIELDS}
     for pair in PAIRS:
-        q, p = eager_logprobs(models.student, pair), eager_logprobs(models.teacher, pair)
+        q, p = eager_logprobs(models.student, pair), eager_logprobs(models.teacher.model, pair)
         results["student_logprob"].append(q.gather(1, torch.tensor(pair[1])[:, None])[:, 0])
         results["reverse_kl"].append((q.exp() * (q - p)).sum(1))
         results["forward_kl"].append((p.exp() * (p - q)).sum(1))
@@ -33,9 +33,9 @@ def test_equal_eager_full_logits(expected, batch_size):
 
 def test_kept_teacher_states_replace_the_teacher(expected):
     models, results = expected
-    states = teacher_hidden_states(models, PAIRS, batch_size=2)
+    parts = kept_teacher_rows(models, PAIRS, batch_size=2)
     assert [tuple(state.shape) for state in states] == [(3, 24), (6, 24), (1, 24), (2, 24)]
-    models.teacher.model.forward = None  # whoever calls it fails
+    models.teacher.model.model.forward = None  # whoever calls it fails
     found = token_statistics(models, PAIRS, ("forward_kl",), batch_size=3, teacher_states=states)
     for vector, exact in zip(found["forward_kl"], results["forward_kl"], strict=True):
         torch.testing.assert_close(vector.double(), exact, atol=2e-5, rtol=2e-5)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
-from minillm.engine.module import StudentLoss
+from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 
@@ -32,7 +32,7 @@ def data(tmp_path):
 
 
 def loss_of(term, models):
-    loss, _ = StudentLoss(models.student, models.teacher, vocab_size=models.vocab_size, backend="torch")(term)
+    loss, _ = TermLoss(models.student, vocab_size=models.vocab_size, backend="torch")(term)
     return loss / term.count
 
 
@@ -42,7 +42,7 @@ def rows(models, items):
     for item in items:
         ids, first = torch.tensor([item.prompt + item.response]), len(item.prompt) - 1
         log_q.append(models.student(ids).logits[0, first:-1].log_softmax(-1))
-        log_p.append(models.teacher(ids).logits[0, first:-1].log_softmax(-1))
+        log_p.append(models.teacher.model(ids).logits[0, first:-1].log_softmax(-1))
         labels += item.response
     return torch.cat(log_q), torch.cat(log_p), torch.tensor(labels)
 
@@ -107,7 +107,7 @@ def test_seqkd_imitates_what_the_teacher_wrote_once(make_models, data, monkeypat
     first = method.collect(data, models, draw=0)
     for item in first:
         ids = torch.tensor([item.prompt])
-        assert item.response[0] == int(models.teacher(ids).logits[0, -1].argmax())
+        assert item.response[0] == int(models.teacher.model(ids).logits[0, -1].argmax())
     monkeypatch.setattr("minillm.rollout.archive.sample", lambda *args, **kwargs: pytest.fail("written again"))
     again = build_method(stage(name="seqkd", temperature=0.0)).collect(data, models, draw=1)
     written = {item.key: item.response for item in first}

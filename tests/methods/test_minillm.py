@@ -37,9 +37,9 @@ def full_log_probs(model, rollout):  # -> (T, V)
 
 
 def term_loss(term, models):
-    from minillm.engine.module import StudentLoss
+    from minillm.engine.module import TermLoss
 
-    loss, _ = StudentLoss(models.student, models.teacher, vocab_size=models.vocab_size, backend="torch")(term)
+    loss, _ = TermLoss(models.student, vocab_size=models.vocab_size, backend="torch")(term)
     return loss.double() * term.weight / term.count
 
 
@@ -51,7 +51,7 @@ def written_lmops(models, buffer, width):
     new, old, w, kl = (torch.zeros(B, width, dtype=torch.float64) for _ in range(4))
     for b, rollout in enumerate(buffer):
         T, index = len(rollout.response), torch.tensor(rollout.response)
-        log_q, log_p = full_log_probs(models.student, rollout), full_log_probs(models.teacher, rollout)
+        log_q, log_p = full_log_probs(models.student, rollout), full_log_probs(models.teacher.model, rollout)
         token_q, token_p = log_q[torch.arange(T), index], log_p[torch.arange(T), index]
         mix = (0.8 * token_q.exp() + 0.2 * token_p.exp()).log()
         reward[b, :T] = ((token_p - token_q) / 0.5).clamp(-100, 100).detach()
@@ -76,7 +76,7 @@ def written_paper(models, buffer):
     total = 0.0
     for rollout in buffer:
         T, index = len(rollout.response), torch.tensor(rollout.response)
-        log_q, log_p = full_log_probs(models.student, rollout), full_log_probs(models.teacher, rollout)
+        log_q, log_p = full_log_probs(models.student, rollout), full_log_probs(models.teacher.model, rollout)
         token_q, token_p = log_q[torch.arange(T), index], log_p[torch.arange(T), index]
         r = (token_p - token_q).detach()
         w = (token_q - (0.8 * token_q.exp() + 0.2 * token_p.exp()).log()).exp().detach()
@@ -132,7 +132,7 @@ def test_inner_epochs_never_run_the_teacher(make_models, data, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the teacher was run again")
 
-    monkeypatch.setattr(models.teacher.model, "forward", refuse)
+    monkeypatch.setattr(models.teacher.model.model, "forward", refuse)
     (term,) = method.terms(list(buffer)[:2], data, models)
     assert torch.isfinite(term_loss(term, models))
 
@@ -145,7 +145,7 @@ def test_the_pretraining_term_is_the_weighted_loss_of_the_blocks(kd_ratio, make_
     ids = torch.tensor(Stream(data.corpus.items, seed=1).take(2))
     _, term = method.terms(list(buffer)[:2], data, models)
     log_q, log_p = (
-        m(ids).logits[:, :-1].flatten(0, 1).double().log_softmax(-1) for m in (models.student, models.teacher)
+        m(ids).logits[:, :-1].flatten(0, 1).double().log_softmax(-1) for m in (models.student, models.teacher.model)
     )
     cross_entropy = torch.nn.functional.nll_loss(log_q, ids[:, 1:].flatten())
     forward_kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()

@@ -12,9 +12,9 @@ from minillm.config.models import StudentConfig
 from minillm.models.access import head_error
 from minillm.models.adapters import add_adapters, has_adapters, load_adapter
 from minillm.models.loading import load_student
-from minillm.models.preflight import preflight
 from minillm.models.saving import save_model, write_frozen
 from minillm.models.tokenizers import byte_tokenizer
+from minillm.teachers.preflight import preflight
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 

@@ -6,9 +6,10 @@ import pytest
 
 from minillm import UserError
 from minillm.config.models import TeacherConfig
-from minillm.models.open import model_path, open_models
-from minillm.models.preflight import PreflightError
+from minillm.models.open import model_path
 from minillm.models.saving import save_model
+from minillm.teachers.open import open_named as open_models
+from minillm.teachers.preflight import PreflightError
 
 
 def hf_folder(path: Path) -> Path:
@@ -52,10 +53,10 @@ def test_a_pair_is_frozen_and_one_model_can_stand_in_both_places(tmp_path, make_
     save_model(made.teacher, made.tokenizer, tmp_path / "teacher")
     teacher = TeacherConfig(path=str(tmp_path / "teacher"))
     models, rows = open_models(str(tmp_path / "student"), teacher, device="cpu", dtype="bfloat16")
-    for model in (models.student, models.teacher):
+    for model in (models.student, models.teacher.model):
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert str(models.student.dtype) == "torch.bfloat16" and str(models.teacher.dtype) == "torch.float32"
+    assert str(models.student.dtype) == "torch.bfloat16" and str(models.teacher.model.dtype) == "torch.float32"
     assert {"model", "tokenizer"} <= {row[0] for row in rows}
 
     alone, _ = open_models(str(tmp_path / "student"), None, device="cpu")

@@ -8,13 +8,14 @@ import torch
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.models.adapter_targets import target_names
 from minillm.models.loading import load_student, load_teacher
-from minillm.models.preflight import preflight
 from minillm.models.quantization import check_quantized, element_count
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.graph_preconditions import require_fixed_shapes
-from minillm.rollout.local.sampling import Sampling, sample
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Sampling
 from minillm.rollout.scoring import score
+from minillm.teachers.preflight import preflight
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -68,7 +69,9 @@ def test_a_smaller_teacher_judges_nearly_the_same(saved, kind, dtype):
     divergence = (exact.exp() * (exact - near)).sum(-1).mean()
     assert 0 < divergence < NEAR[kind]
     # what it says as it samples is what it says when it is asked again
-    answers = sample(models, [[1, 2, 3], [4]], Sampling(8, alpha=1.0), keys=[0, 1], seed=0, who="mixture", batch_size=2)
+    answers = LocalRollouts(models).sample(
+        [[1, 2, 3], [4]], Sampling(8, alpha=1.0), keys=[0, 1], seed=0, who="mixture", batch_size=2
+    )
     for rollout in score(models, answers, keys=[0, 1], batch_size=2):
         limits = {"rtol": 0, "atol": 1e-4 if dtype == "float32" and kind == "nf4" else 0.1}
         torch.testing.assert_close(rollout.vectors["teacher_logprob"], rollout.vectors["mixture_logprob"], **limits)

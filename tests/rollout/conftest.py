@@ -18,7 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from minillm.models.pair import Models
+from minillm.teachers.local import LocalTeacher
+from minillm.teachers.pair import Models
 
 VOCABULARY, EOS = 61, 0
 IDS = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
@@ -102,7 +103,9 @@ def make_models():
         return Models(
             student=build(architecture, vocab_size=vocab_size),
             # more vocabulary rows, as larger models of a family have for padding
-            teacher=build(architecture, vocab_size=vocab_size + 5, hidden_size=32, seed=2) if teacher else None,
+            teacher=LocalTeacher(build(architecture, vocab_size=vocab_size + 5, hidden_size=32, seed=2))
+            if teacher
+            else None,
             tokenizer=None,
             vocab_size=vocab_size,
             eos_ids=eos_ids,

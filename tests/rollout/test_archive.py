@@ -6,7 +6,7 @@ import pytest
 
 from minillm.rollout import archive as archive_module
 from minillm.rollout.archive import AnswerArchive
-from minillm.rollout.local.sampling import Sampling, sample
+from minillm.rollout.rollouts import Sampling
 
 KEYS = [11, 3, 8, 5, 40, 2, 7]
 

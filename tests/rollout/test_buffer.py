@@ -16,7 +16,7 @@ def make_buffer(dtype=torch.bfloat16, lengths=(3, 1, 4)) -> RolloutBuffer:
             response=[7] * length,
             ended=place % 2 == 0,
             vectors={"student_logprob": torch.randn(length), "advantage": torch.randn(length, dtype=torch.float64)},
-            teacher_hidden=torch.randn(length, 5).to(dtype),
+            teacher={"hidden": torch.randn(length, 5).to(dtype)},
         )
         for place, length in enumerate(lengths)
     )
@@ -25,14 +25,14 @@ def make_buffer(dtype=torch.bfloat16, lengths=(3, 1, 4)) -> RolloutBuffer:
 def assert_same(left: RolloutBuffer, right: RolloutBuffer) -> None:
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
-        assert (one.key, one.pair, one.ended) == (other.key, other.pair, other.ended)
+        assert (one.key, one.prompt, one.response, one.ended) == (other.key, other.prompt, other.response, other.ended)
         assert list(one.vectors) == list(other.vectors) or set(one.vectors) == set(other.vectors)
         for name, vector in one.vectors.items():
             assert vector.dtype == other.vectors[name].dtype and torch.equal(vector, other.vectors[name])
-        assert (one.teacher_hidden is None) == (other.teacher_hidden is None)
-        if one.teacher_hidden is not None:
-            assert one.teacher_hidden.dtype == other.teacher_hidden.dtype
-            assert torch.equal(one.teacher_hidden, other.teacher_hidden)
+        assert one.teacher.keys() == other.teacher.keys()
+        for name, tensor in one.teacher.items():
+            assert tensor.dtype == other.teacher[name].dtype
+            assert torch.equal(tensor, other.teacher[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -52,7 +52,7 @@ def test_empty_and_without_hidden_states(tmp_path):
 def test_hidden_states_may_be_of_some_alone(tmp_path):
     """As on one of several ranks."""
     buffer = make_buffer()
-    buffer[1].teacher_hidden = None
+    buffer[1].teacher = {}
     save_file(buffer.state(), tmp_path / "buffer.safetensors")
     assert_same(RolloutBuffer.from_state(load_file(tmp_path / "buffer.safetensors")), buffer)
 
@@ -78,8 +78,8 @@ def test_rollouts_that_do_not_fit_together():
     with pytest.raises(ValueError, match="advantage has 3 rows for a response of 4 tokens"):
         buffer.state()
     buffer = make_buffer()
-    buffer[2].teacher_hidden = torch.zeros(3, 5)
-    with pytest.raises(ValueError, match="teacher_hidden has 3 rows for a response of 4 tokens"):
+    buffer[2].teacher = {"hidden": torch.zeros(3, 5)}
+    with pytest.raises(ValueError, match="hidden has 3 rows for a response of 4 tokens"):
         buffer.state()
 
 

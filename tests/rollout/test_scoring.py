@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from minillm.models.batch import collate
-from minillm.rollout.local.sampling import Sampling, sample
-from minillm.rollout.scoring import score, teacher_hidden
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Sampling
+from minillm.rollout.scoring import score
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def scored(make_models, prompts):
         models = make_models(architecture, eos_ids=tuple(range(0, 61, 8)))
         keys = [index + 100 for index in range(len(prompts))]
         options = {"keys": keys, "seed": 1, "who": "mixture", "batch_size": 4}
-        answers = sample(models, prompts, Sampling(12, alpha=0.2), **options)
+        answers = LocalRollouts(models).sample(prompts, Sampling(12, alpha=0.2), **options)
         return models, answers, score(models, answers, keys=keys, batch_size=batch_size)
 
     return make
@@ -27,8 +28,10 @@ def test_vectors_are_those_of_full_logits(scored, eager_logprobs, architecture):
     models, answers, buffer = scored(architecture)
     for place, (answer, rollout) in enumerate(zip(answers, buffer, strict=True)):
         assert rollout.key == place + 100 and rollout.ended == answer.ended
-        assert rollout.pair == (answer.prompt, answer.response)
-        student, teacher = (eager_logprobs(models, *rollout.pair, role) for role in ("student", "teacher"))
+        assert (rollout.prompt, rollout.response) == (answer.prompt, answer.response)
+        student, teacher = (
+            eager_logprobs(models, rollout.prompt, rollout.response, role) for role in ("student", "teacher")
+        )
         chosen = torch.tensor(rollout.response)[:, None]
         expected = {
             "student_logprob": student.gather(-1, chosen)[:, 0],
@@ -49,18 +52,20 @@ def test_vectors_are_those_of_full_logits(scored, eager_logprobs, architecture):
 
 def test_the_same_whatever_the_micro_batch(scored):
     for left, right in zip(scored(batch_size=7)[2], scored(batch_size=1)[2], strict=True):
-        assert left.pair == right.pair
+        assert left.sequence == right.sequence
         torch.testing.assert_close(left.vectors, right.vectors, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(left.teacher_hidden, right.teacher_hidden, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(left.teacher, right.teacher, atol=1e-5, rtol=1e-5)
 
 
 def test_teacher_hidden_is_what_its_head_reads(scored):
     models, _, buffer = scored()
-    batch = collate([rollout.pair for rollout in buffer], models.pad_id)
-    hidden = teacher_hidden(models, batch)
+    batch = collate([rollout.sequence for rollout in buffer], models.pad_id)
+    hidden = models.teacher.rows(batch).hidden
     assert not hidden.requires_grad and hidden.shape == (sum(batch.lengths), 32)
-    torch.testing.assert_close(hidden, torch.cat([rollout.teacher_hidden for rollout in buffer]), atol=1e-5, rtol=1e-5)
-    logprobs = models.teacher.lm_head(hidden)[:, : models.vocab_size].log_softmax(-1)
+    torch.testing.assert_close(
+        hidden, torch.cat([rollout.teacher["hidden"] for rollout in buffer]), atol=1e-5, rtol=1e-5
+    )
+    logprobs = models.teacher.model.lm_head(hidden)[:, : models.vocab_size].log_softmax(-1)
     chosen = logprobs.gather(-1, batch.labels[:, None])[:, 0]
     torch.testing.assert_close(
         chosen, torch.cat([rollout.vectors["teacher_logprob"] for rollout in buffer]), atol=1e-4, rtol=0
@@ -69,24 +74,24 @@ def test_teacher_hidden_is_what_its_head_reads(scored):
 
 def test_half_precision_teacher_stays_half(make_models, prompts):
     models = make_models()
-    models.teacher.bfloat16()
-    answers = sample(models, prompts, Sampling(4), keys=range(7), seed=1, batch_size=4)
+    models.teacher.model.bfloat16()
+    answers = LocalRollouts(models).sample(prompts, Sampling(4), keys=range(7), seed=1, batch_size=4)
     buffer = score(models, answers, keys=range(7), batch_size=4)
-    assert {rollout.teacher_hidden.dtype for rollout in buffer} == {torch.bfloat16}
+    assert {rollout.teacher["hidden"].dtype for rollout in buffer} == {torch.bfloat16}
     assert {vector.dtype for rollout in buffer for vector in rollout.vectors.values()} == {torch.float32}
 
 
 def test_modes_are_left_alone(make_models, prompts):
     models = make_models()
     models.student.train()
-    answers = sample(models, prompts, Sampling(4), keys=range(7), seed=1, batch_size=4)
+    answers = LocalRollouts(models).sample(prompts, Sampling(4), keys=range(7), seed=1, batch_size=4)
     score(models, answers, keys=range(7), batch_size=4)
-    assert models.student.training and not models.teacher.training
+    assert models.student.training and not models.teacher.model.training
 
 
 def test_what_cannot_be_scored(make_models, prompts):
     models = make_models()
-    answers = sample(models, prompts, Sampling(4), keys=range(7), seed=1, batch_size=4)
+    answers = LocalRollouts(models).sample(prompts, Sampling(4), keys=range(7), seed=1, batch_size=4)
     with pytest.raises(ValueError, match="7 answers, but 2 keys"):
         score(models, answers, keys=[1, 2], batch_size=4)
     alone = replace(models, teacher=None)

@@ -8,10 +8,10 @@ import torch
 
 from minillm.cli.main import main
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.models.preflight import PreflightError
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.rollout.local import graph_preconditions as supported
 from minillm.rollout.local import sampling
+from minillm.teachers.preflight import PreflightError
 from minillm.train.stage import _same_weights
 from minillm.train.trainer import TrainingError
 from tests.runs import records, train

@@ -1,10 +1,10 @@
 """One model in the decode loop: its key-value cache, its forward pass, and the logits of the last position."""
 
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -35,10 +35,11 @@ class Decoder:
         # (B, tokens so far) int64, 0 on the padding at the left; or (B, 1, new tokens, keys), added to the scores
         attention_mask: Tensor,
         position_ids: Tensor,  # (B, new tokens) int64
+        extras: Mapping[str, Tensor] = MappingProxyType({}),  # what else the forward pass takes, such as pixel values
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""
         output = forward_decoder(
-            self.model, input_ids, attention_mask, position_ids, past_key_values=self.cache, use_cache=True
+            self.model, input_ids, attention_mask, position_ids, past_key_values=self.cache, use_cache=True, **extras
         )
         return self._project(output.last_hidden_state[:, -1])
 
@@ -57,21 +58,6 @@ class Decoder:
         if self.logit_scale != 1.0 or self.softcap is not None:
             used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))
         return self._logits
-
-
-@contextmanager
-def sampling_mode(models: Sequence[nn.Module]):
-    """Evaluation mode, no gradient; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        # not inference_mode: buffers that a forward pass replaces (rotary frequencies) must serve training again
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:

@@ -39,13 +39,13 @@ def process(
 
 
 class Component:
-    """One model's share of the distribution: exp(logits - max), never normalised over the whole vocabulary."""
+    """One model's part of the distribution: exp(logits - max), never normalised over the whole vocabulary."""
 
-    def __init__(self, logits: Tensor, share: float):  # (B, V padded) fp32, overwritten
+    def __init__(self, logits: Tensor, weight: float):  # (B, V padded) fp32, overwritten
         self.weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         self.blocks = self.weights.unflatten(-1, (-1, BLOCK))  # (B, blocks, BLOCK), a view
         sums = self.blocks.sum(-1).double()
-        self.scale = share / sums.sum(-1, keepdim=True)  # (B, 1)
+        self.scale = weight / sums.sum(-1, keepdim=True)  # (B, 1)
         self.block_probabilities = sums.mul_(self.scale)  # (B, blocks)
 
     def block(self, rows: Tensor, chosen: Tensor) -> Tensor:  # (B,), (B,) -> (B, BLOCK)
@@ -59,7 +59,7 @@ def draw_tokens(
 ) -> tuple[Tensor, Tensor]:  # (B,) int64, (B,) float64
     """A token a row and its log-probability. A token of probability 0 is never drawn.
 
-    The shares of the components add up to 1. NaN logits give a NaN log-probability.
+    The weights of the components add up to 1. NaN logits give a NaN log-probability.
     """
     rows = torch.arange(len(uniform), device=uniform.device)
     by_block = sum(component.block_probabilities for component in components)
@@ -71,12 +71,12 @@ def draw_tokens(
 
 def likeliest_tokens(
     logits: Sequence[Tensor],  # (B, V padded) fp32 a model, overwritten
-    shares: Sequence[float],
+    weights: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # (B,) int64, (B,) float64
     """The likeliest token a row and its log-probability; the lowest id where several are."""
     if len(logits) == 1:
         tokens = logits[0].argmax(-1)  # of the logits: exp can round two of them to one weight
-    components = [Component(one, share) for one, share in zip(logits, shares, strict=True)]
+    components = [Component(one, weight) for one, weight in zip(logits, weights, strict=True)]
     if len(logits) > 1:
         tokens = sum(component.weights * component.scale for component in components).argmax(-1)
     chosen = tokens[:, None]
@@ -86,7 +86,7 @@ def likeliest_tokens(
 
 def _invert(
     probabilities: Tensor,  # (B, K) float64
-    target: Tensor,  # (B,) float64: a share of the sum, or where `absolute` a part of it
+    target: Tensor,  # (B,) float64: a fraction of the sum, or where `absolute` a part of it
     *,
     absolute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B,) int64, (B,) float64, (B,) float64

@@ -5,17 +5,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from minillm import UserError
-from minillm.models.pair import Models
 from minillm.models.quantization import is_quantized
+from minillm.teachers.pair import Models
 
 
-def use_cuda_graphs(models: Models) -> None:
-    """Let `sample` replay CUDA graphs for these models. Raises UserError where it cannot, and says why."""
+def require_cuda_graphs(models: Models) -> None:
+    """Raises UserError where a decode step of these models cannot be captured, and says why."""
     require_gpu(models.device)
-    for role in ("student", "teacher"):
-        if getattr(models, role) is not None:
-            require_fixed_shapes(role, getattr(models, role))
-    models.cuda_graphs = True
+    require_static_shapes("student", models.student)
+    if models.teacher is not None and models.teacher.model is not None:
+        require_static_shapes("teacher", models.teacher.model)
 
 
 def require_gpu(device: torch.device) -> None:
@@ -27,7 +26,7 @@ def require_gpu(device: torch.device) -> None:
         )
 
 
-def require_fixed_shapes(role: str, model: PreTrainedModel) -> None:
+def require_static_shapes(role: str, model: PreTrainedModel) -> None:
     """Raises UserError where a model's pass over one token depends on more than the memory that it reads."""
     config = model.config.get_text_config()
     special = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__})

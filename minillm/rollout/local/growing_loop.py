@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 from minillm.distributed import collectives
-from minillm.models.pair import Models
+from minillm.models.batch import join_extras
 from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.ngrams import NgramBan
 from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
+from minillm.teachers.pair import Models
 
-ENDED_SHARE = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
+ENDED_FRACTION = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
 
 
 def decode(
     models: Models,
     sampling: Sampling,
-    roles: Mapping[str, float],  # the models that take part, and their shares
+    roles: Mapping[str, float],  # the models that take part, and their weights
     prompts: Sequence[list[int]],
     noise: Tensor,  # (B, max_new_tokens) float64, CPU
+    extras: Sequence[Mapping[str, Tensor]] = (),  # what each prompt shows beside its ids
 ) -> list[Answer]:
     """The answers of one batch. Rows run on until all have ended; those that have ended leave in groups.
 
@@ -29,12 +31,12 @@ def decode(
     device, batch, steps = models.device, len(prompts), sampling.max_new_tokens
     width = max(map(len, prompts))
     room = width + steps - 1
-    members = [getattr(models, role) for role in roles]
+    members = [models.model(role) for role in roles]
     caches = [make_cache(model.config, lambda: RoomyLayer(room)) for model in members]
     decoders = [
         Decoder(model, cache, vocab_size=models.vocab_size) for model, cache in zip(members, caches, strict=True)
     ]
-    shares = list(roles.values())
+    weights = list(roles.values())
     bans = NgramBan(sampling.no_repeat_ngram_size, prompts) if sampling.no_repeat_ngram_size else None
     noise = noise.to(device)
     writing = PartialAnswers(models, roles, batch, steps)
@@ -43,11 +45,13 @@ def decode(
     mask = (torch.arange(room, device=device) >= padding).long()
     rows = torch.arange(batch, device=device)  # of the answers, still in the batch
 
+    shown = {name: tensor.to(device) for name, tensor in join_extras(extras).items()}  # the caches remember them
     for step in range(steps):
-        logits = [decoder.forward(fed, mask[:, : width + step], position) for decoder in decoders]
+        logits = [decoder.forward(fed, mask[:, : width + step], position, shown) for decoder in decoders]
+        shown = {}
         if bans is not None:
             logits = [bans.apply(one) for one in logits]
-        token, logprob = choose(logits, shares, sampling, noise[:, step])
+        token, logprob = choose(logits, weights, sampling, noise[:, step])
         writing.put(rows, writing.places[step : step + 1], token, logprob)
         left = writing.look(step, step + 1)
         if step + 1 == steps or not (collectives.anywhere(left > 0) if models.by_layers else left):
@@ -55,7 +59,7 @@ def decode(
         if bans is not None:
             bans.append(token.tolist())
         fed, position = token[:, None], position[:, -1:] + 1
-        if left and len(rows) - left >= ENDED_SHARE * len(rows):
+        if left and len(rows) - left >= ENDED_FRACTION * len(rows):
             kept = (~writing.ended[rows]).nonzero()[:, 0]
             for decoder in decoders:
                 decoder.keep(kept)

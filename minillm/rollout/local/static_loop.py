@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from minillm import UserError
-from minillm.models.pair import Models
 from minillm.rollout.local.decoder import Decoder
-from minillm.rollout.local.graph_preconditions import require_fixed_shapes
+from minillm.rollout.local.graph_preconditions import require_static_shapes
 from minillm.rollout.local.kv_cache import StaticLayer, make_cache
 from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
+from minillm.teachers.pair import Models
 
 BUCKET = 128  # columns of a cache
 LOOK = 16  # steps from one look of the host at whether all rows have ended to the next
@@ -30,7 +30,7 @@ class StaticLoop:
         self,
         models: Models,
         sampling: Sampling,
-        roles: Mapping[str, float],  # the models that take part, and their shares
+        roles: Mapping[str, float],  # the models that take part, and their weights
         *,
         batch: int,
         longest: int,  # tokens of the longest prompt
@@ -39,7 +39,7 @@ class StaticLoop:
         """Raises UserError for a model that has no such step, and for sampling that bans n-grams."""
         if sampling.no_repeat_ngram_size:
             raise UserError("no_repeat_ngram_size reads every token on the host; it has no step of fixed shapes")
-        self.sampling, self.shares, self.capture, self.pad_id = sampling, list(roles.values()), capture, models.pad_id
+        self.sampling, self.weights, self.capture, self.pad_id = sampling, list(roles.values()), capture, models.pad_id
         self.room = static_room(longest, sampling.max_new_tokens)
         device = models.device
         self.column = torch.zeros(1, dtype=torch.int64, device=device)  # of the caches, where the next token goes
@@ -53,8 +53,8 @@ class StaticLoop:
         self.layers: list[StaticLayer] = []  # of all caches
         self.masks: dict[torch.dtype, Tensor] = {}  # (B, 1, 1, room), added to the scores
         for role in roles:
-            model = getattr(models, role)
-            require_fixed_shapes(role, model)
+            model = models.model(role)
+            require_static_shapes(role, model)
             cache = make_cache(model.config, lambda: StaticLayer(self.room, self.column))
             self.decoders.append(Decoder(model, cache, vocab_size=models.vocab_size))
             self.layers += cache.layers
@@ -62,8 +62,17 @@ class StaticLoop:
         self.used = 0  # columns
         self.again: dict[int, Callable[[], None]] = {}  # the steps that were run already, by columns
 
-    def decode(self, prompts: Sequence[list[int]], noise: Tensor) -> list[Answer]:  # (B, max_new_tokens) float64, CPU
-        """The answers of one batch. Raises UserError for logits that are not finite."""
+    def decode(
+        self,
+        prompts: Sequence[list[int]],
+        noise: Tensor,  # (B, max_new_tokens) float64, CPU
+        extras: Sequence[Mapping[str, Tensor]] = (),
+    ) -> list[Answer]:
+        """The answers of one batch. Raises UserError for logits that are not finite, and for prompts with pictures."""
+        if any(extras):
+            raise UserError(
+                "rollout.cuda_graphs: prompts that show pictures have no step of static shapes; leave it out"
+            )
         steps, looked, width = self.sampling.max_new_tokens, 0, max(map(len, prompts))
         self.begin(prompts, noise)
         for done in range(1, steps):
@@ -110,7 +119,7 @@ class StaticLoop:
 
     def _draw(self, logits: list[Tensor]) -> None:  # (B, V padded) fp32 a model
         uniform = self.noise.index_select(1, self.place)[:, 0]
-        token, logprob = choose(logits, self.shares, self.sampling, uniform)
+        token, logprob = choose(logits, self.weights, self.sampling, uniform)
         self.writing.put(self.rows, self.place, token, logprob)
         self.fed.copy_(token[:, None])
         for counter in (self.position, self.column, self.place):

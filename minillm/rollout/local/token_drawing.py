@@ -1,53 +1,14 @@
-"""What every decode loop shares: how a token is drawn, and the answers as they are written, on the models' device."""
+"""What every decode loop weights: how a token is drawn, and the answers as they are written, on the models' device."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minillm import UserError
-from minillm.models.pair import Models
 from minillm.rollout.local.distribution import Component, draw_tokens, likeliest_tokens, padded_size, process
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. The defaults are neutral: the model's own distribution.
-
-    temperature 0 takes the likeliest token. top_k 0 and top_p 1 cut nothing. alpha is the teacher's share of a mixture.
-    no_repeat_ngram_size bans tokens that would repeat an n-gram of prompt and answer; 0 bans none.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    alpha: float = 0.0
-    no_repeat_ngram_size: int = 0
-
-    def __post_init__(self):
-        for name, right, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("alpha", 0 <= self.alpha <= 1, "between 0 and 1"),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or above"),
-        ):
-            if not right:
-                raise UserError(f"sampling.{name} is {getattr(self, name)}; it must be {wanted}")
-
-
-@dataclass
-class Answer:
-    """A prompt and what was sampled for it."""
-
-    prompt: list[int]
-    response: list[int]  # with the EOS that ended it, if one did
-    ended: bool
-    # (T,) fp32, CPU: under the distribution that each token was drawn from; greedy: under the model at temperature 1
-    logprobs: Tensor
+from minillm.rollout.rollouts import Answer, Sampling
+from minillm.teachers.pair import Models
 
 
 class PartialAnswers:
@@ -114,15 +75,15 @@ class PartialAnswers:
 
 def choose(
     logits: list[Tensor],  # (B, V padded) fp32 a model, overwritten
-    shares: Sequence[float],
+    weights: Sequence[float],
     sampling: Sampling,
     uniform: Tensor,  # (B,) float64
 ) -> tuple[Tensor, Tensor]:  # (B,) int64, (B,) float64
     """A token a row and its log-probability, without a look at either from the host."""
     if sampling.temperature == 0:
-        return likeliest_tokens(logits, shares)
+        return likeliest_tokens(logits, weights)
     options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    components = [Component(process(one, **options), share) for one, share in zip(logits, shares, strict=True)]
+    components = [Component(process(one, **options), weight) for one, weight in zip(logits, weights, strict=True)]
     return draw_tokens(components, uniform)
 
 

@@ -10,8 +10,8 @@ import torch
 from minillm.rollout.local import cuda_graphs as graphs
 from minillm.rollout.local import static_loop as fixed
 from minillm.rollout.local.cuda_graphs import CudaGraphs
-from minillm.rollout.local.sampling import sample
-from minillm.rollout.local.token_drawing import Sampling
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Sampling
 
 MANY_ENDS = tuple(range(0, 61, 8))
 
@@ -92,13 +92,13 @@ def test_a_step_that_cannot_be_captured(asked):
 def test_the_same_answers_on_a_gpu(make_models, prompts, monkeypatch, architecture, who):
     monkeypatch.setattr(fixed, "BUCKET", 16)
     models = replace(make_models(architecture, eos_ids=MANY_ENDS), device=torch.device("cuda"))
-    for model in (models.student, models.teacher):
+    for model in (models.student, models.teacher.model):
         model.to(models.device)
     sampling = Sampling(40, alpha=0.3 if who == "mixture" else 0.0)
     options = {"keys": range(len(prompts)), "seed": 5, "batch_size": 3, "who": who}
-    expected = sample(models, prompts, sampling, **options)
+    expected = LocalRollouts(models).sample(prompts, sampling, **options)
     for got, answer in zip(
-        sample(replace(models, cuda_graphs=True), prompts, sampling, **options), expected, strict=True
+        LocalRollouts(models, cuda_graphs=True).sample(prompts, sampling, **options), expected, strict=True
     ):
         assert (got.response, got.ended) == (answer.response, answer.ended)
         torch.testing.assert_close(got.logprobs, answer.logprobs, atol=1e-4, rtol=0)

@@ -7,9 +7,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from minillm.rollout.local import graph_preconditions as supported
-from minillm.rollout.local.graph_preconditions import require_fixed_shapes, use_cuda_graphs
-from minillm.rollout.local.sampling import sample
-from minillm.rollout.local.token_drawing import Sampling
+from minillm.rollout.local.graph_preconditions import require_static_shapes, use_cuda_graphs
+from minillm.rollout.rollouts import Sampling
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "qwen2", "cohere"])
@@ -46,23 +45,23 @@ def test_rotary_frequencies_by_the_longest_sequence(make_models, rotary):
     model = make_models(teacher=False).student
     model.config.rope_parameters = {"rope_type": rotary, "rope_theta": 1e4}
     with pytest.raises(ValueError, match=f"rope_type {rotary}"):
-        require_fixed_shapes("student", model)
+        require_static_shapes("student", model)
     model.config.rope_parameters = {"full_attention": {"rope_type": rotary}}  # one for each type of layer
     with pytest.raises(ValueError, match=f"rope_type {rotary}"):
-        require_fixed_shapes("student", model)
+        require_static_shapes("student", model)
     model.config.rope_parameters = {"rope_type": "llama3"}
-    require_fixed_shapes("student", model)
+    require_static_shapes("student", model)
 
 
 def test_positions_from_the_mask():
     with torch.device("meta"):
         model = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=8, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="BloomForCausalLM.* ALiBi"):
-        require_fixed_shapes("student", model)
+        require_static_shapes("student", model)
 
 
 def test_attention_that_takes_no_mask(make_models):
     model = make_models(teacher=False).student
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation flash_attention_2, .* sdpa and eager do"):
-        require_fixed_shapes("student", model)
+        require_static_shapes("student", model)

@@ -15,7 +15,7 @@ from transformers import masking_utils
 
 from minillm.kernels import head
 from minillm.rollout.local.static_loop import StaticLoop
-from minillm.rollout.local.token_drawing import Sampling
+from minillm.rollout.rollouts import Sampling
 
 ROLES = {"student": 0.7, "teacher": 0.3}
 GPU = torch.device("meta")
@@ -51,7 +51,7 @@ def make_loop(make_models, monkeypatch):
 
     def make(architecture: str, sampling: Sampling, *, eos_ids=(0, 5), dtype=torch.float32, device=GPU) -> StaticLoop:
         models = replace(make_models(architecture, eos_ids=eos_ids), device=device)
-        for model in (models.student, models.teacher):
+        for model in (models.student, models.teacher.model):
             model.to(device, dtype)
         loop = StaticLoop(models, sampling, ROLES, batch=3, longest=6, capture=lambda step: step() or step)
         with monkeypatch.context() as patch:

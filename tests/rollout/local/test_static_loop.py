@@ -1,21 +1,21 @@
 """The loop of fixed shapes, replayed as a CUDA graph would be, against the loop whose shapes grow."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from minillm.models.pair import Models
 from minillm.rollout.local import growing_loop as growing
 from minillm.rollout.local import sampling as sampling_module
 from minillm.rollout.local import static_loop as fixed
-from minillm.rollout.local.sampling import sample
+from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.local.static_loop import StaticLoop, static_room
-from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling
+from minillm.rollout.local.token_drawing import PartialAnswers
 from minillm.rollout.noise import uniforms
+from minillm.rollout.rollouts import Answer, Sampling
+from minillm.teachers.pair import Models
 
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen2", "cohere")  # gemma2 has a sliding window
 MANY_ENDS = tuple(range(0, 61, 8))  # so that rows end at different tokens
@@ -122,8 +122,8 @@ def test_every_way_to_draw(make_models, prompts, who, options):
 def test_half_precision_beside_fp32(make_models, prompts, attention):
     """Each model adds a mask of its own dtype. bf16 rounds by shape, so what is drawn is left out of the comparison."""
     models = make_models(eos_ids=())
-    models.teacher.bfloat16()
-    for model in (models.student, models.teacher):
+    models.teacher.model.bfloat16()
+    for model in (models.student, models.teacher.model):
         model.set_attn_implementation(attention)
     expected, got, _ = both(models, prompts, Sampling(12, alpha=0.5, top_k=1), "mixture")
     for ours, theirs in zip(got, expected, strict=True):
@@ -175,13 +175,16 @@ def test_sampling_takes_this_loop_where_it_is_asked_for(make_models, prompts, mo
     monkeypatch.setattr(sampling_module, "CudaGraphs", lambda device: made.append(Graphs()) or made[-1])
     models = make_models(eos_ids=MANY_ENDS)
     options = {"keys": range(len(prompts)), "seed": 5, "batch_size": 3, "who": "mixture"}
-    plain = sample(models, prompts, Sampling(12, alpha=0.3), **options)
-    with_graphs = replace(models, cuda_graphs=True)
-    assert_same(sample(with_graphs, prompts, Sampling(12, alpha=0.3), **options), plain)
+    plain = LocalRollouts(models).sample(prompts, Sampling(12, alpha=0.3), **options)
+    with_graphs = models
+    assert_same(LocalRollouts(with_graphs).sample(prompts, Sampling(12, alpha=0.3), **options), plain)
     assert len(made) == 1 and made[0].captured >= 2
     banned = Sampling(12, alpha=0.3, no_repeat_ngram_size=2)
-    assert_same(sample(with_graphs, prompts, banned, **options), sample(models, prompts, banned, **options))
-    assert sample(with_graphs, [], Sampling(2), keys=[], seed=0, batch_size=3) == []
+    assert_same(
+        LocalRollouts(with_graphs).sample(prompts, banned, **options),
+        LocalRollouts(models).sample(prompts, banned, **options),
+    )
+    assert LocalRollouts(with_graphs).sample([], Sampling(2), keys=[], seed=0, batch_size=3) == []
     assert len(made) == 1
     with pytest.raises(ValueError, match="no_repeat_ngram_size"):
         StaticLoop(models, banned, {"student": 1.0}, batch=1, longest=1, capture=Graphs())

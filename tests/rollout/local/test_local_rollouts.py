@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from minillm.models.pair import Models
 from minillm.rollout.local import growing_loop as growing
 from minillm.rollout.local.decoder import Decoder
-from minillm.rollout.local.sampling import Answer, Sampling, sample
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Answer, Sampling
+from minillm.teachers.pair import Models
 
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen2", "gemma2", "cohere")
 MANY_ENDS = tuple(range(0, 61, 8))  # so that rows end at different tokens
@@ -18,7 +19,7 @@ MANY_ENDS = tuple(range(0, 61, 8))  # so that rows end at different tokens
 
 def run(models: Models, prompts, sampling: Sampling, **options) -> list[Answer]:
     options = {"keys": range(len(prompts)), "seed": 5, "batch_size": len(prompts), **options}
-    return sample(models, prompts, sampling, **options)
+    return LocalRollouts(models).sample(prompts, sampling, **options)
 
 
 def responses(answers: list[Answer]) -> list[list[int]]:
@@ -91,7 +92,7 @@ def test_samples_follow_the_distribution(make_models, who):
         with torch.no_grad():
             student, teacher = (
                 model(torch.tensor([context])).logits[0, -1, :5].double().softmax(-1)
-                for model in (models.student, models.teacher)
+                for model in (models.student, models.teacher.model)
             )
         return alpha * teacher + (1 - alpha) * student
 
@@ -193,7 +194,7 @@ def test_an_end_as_the_last_token(make_models):
 @pytest.mark.parametrize("alpha, role", [(0.0, "student"), (1.0, "teacher")])
 def test_a_mixture_of_one_runs_one(make_models, prompts, monkeypatch, alpha, role):
     models = make_models()
-    idle = models.teacher if role == "student" else models.student
+    idle = models.teacher.model if role == "student" else models.student
     monkeypatch.setattr(idle, "forward", None)
     for module in idle.modules():
         monkeypatch.setattr(module, "forward", None)
@@ -221,7 +222,7 @@ def test_modes_are_left_alone_and_checkpointing_does_no_harm(make_models, prompt
     models.student.gradient_checkpointing_enable()
     models.student.config.use_cache = False
     answers = run(models, prompts, Sampling(6))
-    assert models.student.training and not models.teacher.training
+    assert models.student.training and not models.teacher.model.training
     assert all(layer.gradient_checkpointing and layer.training for layer in models.student.model.layers)
     assert models.student.config.use_cache is False
     models.student.gradient_checkpointing_disable()
@@ -236,7 +237,7 @@ def test_progress_and_nothing_to_do(make_models, prompts):
     models, seen = make_models(), []
     run(models, prompts, Sampling(2), batch_size=3, progress=seen.append)
     assert seen == [3, 6, 7]
-    assert sample(models, [], Sampling(2), keys=[], seed=0, batch_size=3) == []
+    assert LocalRollouts(models).sample([], Sampling(2), keys=[], seed=0, batch_size=3) == []
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minillm import UserError
 from minillm.models.access import head_error, lm_head
 from minillm.models.loading import is_hollow
-from minillm.models.pair import Models
 from minillm.models.quantization import element_count, is_quantized, quantization_name
 from minillm.models.sharded import is_sharded
-from minillm.models.tokenizers import end_of_turn
+from minillm.models.tokenizers import end_ids
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import Teacher
 
 Row = tuple[str, str, str]  # (what, student, teacher)
 
@@ -20,10 +21,12 @@ class PreflightError(UserError):
 
 def preflight(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
+    *,
+    by_layers: bool = False,
 ) -> tuple[Models, list[Row]]:
     """The pair as `Models`, and the rows of the preflight table.
 
@@ -35,7 +38,7 @@ def preflight(
     vocab_size = rows_s = lm_head(student).weight.shape[0]
     rows_t = None
     if teacher is not None:
-        rows_t = lm_head(teacher).weight.shape[0]
+        rows_t = teacher.vocab_size
         vocab_size = min(rows_s, rows_t)
         if teacher_tokenizer is not None:
             require_same_tokenizer(student_tokenizer, teacher_tokenizer)
@@ -45,13 +48,14 @@ def preflight(
             f"{rows_s:,}, teacher {rows_t if rows_t is None else format(rows_t, ',')}); use the tokenizer these models were "
             "trained with"
         )
-    for who, model in (("student", student), ("teacher", teacher)):
-        # one that is cut over the ranks was looked at when it was loaded; one without weights is rank 0's to look at
+    teacher_model = None if teacher is None else teacher.model
+    for who, model in (("student", student), ("teacher", teacher_model)):
+        # one that is sharded over the ranks was looked at when it was loaded; one without weights is rank 0's to look at
         if model is not None and not is_sharded(model) and not is_hollow(model):
             _check_head(who, model)
     ends = [*end_ids(student, student_tokenizer)]
-    if teacher is not None:
-        ends += end_ids(teacher, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
+    if teacher_model is not None:
+        ends += end_ids(teacher_model, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
     eos_ids = tuple(dict.fromkeys(token for token in ends if token < vocab_size))
     if not eos_ids:
         raise PreflightError(
@@ -68,20 +72,9 @@ def preflight(
         eos_ids,
         eos_ids[0] if pad_id is None else pad_id,
         device,
+        by_layers,
     )
     return models, _table(models, teacher_tokenizer, rows_s, rows_t)
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends an answer: the tokenizer's EOS, the chat template's end of turn, the generation configuration's.
-
-    Ids beyond the vocabulary (defaults of an architecture that was built smaller) are left out.
-    """
-    vocab_size = model.config.get_text_config().vocab_size
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    listed = listed if isinstance(listed, list) else [listed]
-    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *listed]
-    return tuple(dict.fromkeys(int(token) for token in ids if token is not None and token < vocab_size))
 
 
 def _check_head(who: str, model: PreTrainedModel) -> None:
@@ -122,7 +115,7 @@ def _precision(model: PreTrainedModel) -> str:
 
 
 def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -> list[Row]:
-    student, teacher = models.student, models.teacher
+    student, teacher = models.student, None if models.teacher is None else models.teacher.model
 
     student_template = models.tokenizer.chat_template
 

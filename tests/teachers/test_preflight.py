@@ -8,9 +8,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from minillm.config.models import TeacherConfig
 from minillm.models.loading import load_teacher
-from minillm.models.preflight import PreflightError, end_ids, preflight
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
+from minillm.teachers.preflight import PreflightError, end_ids, preflight
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,164 @@
+"""Answers sampled from the student, the teacher, or their mixture, token by token with all caches alive.
+
+Noise is keyed by (seed, sample, draw, position), so that an answer depends on its prompt and key and not on the batch
+it is drawn in (to the rounding of matrix products, which can differ with the shape of a batch).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minillm import UserError
+from minillm.distributed import collectives
+from minillm.rollout.local import growing_loop
+from minillm.rollout.local.cuda_graphs import CudaGraphs
+from minillm.rollout.local.decoder import check_positions
+from minillm.rollout.local.graph_preconditions import require_cuda_graphs
+from minillm.rollout.local.static_loop import StaticLoop
+from minillm.rollout.noise import uniforms
+from minillm.rollout.rollouts import Answer, Sampling, Who
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import require_ability
+
+Decode = Callable[[Sequence[list[int]], Tensor, Sequence[Mapping[str, Tensor]]], list[Answer]]
+
+
+class LocalRollouts:
+    """The decode loops of this package over a pair of models: the protocol is minillm.rollout.rollouts.Rollouts.
+
+    They read the very weights that are trained, so that a step changes what the next answers are drawn from.
+
+    Args:
+        models: the pair.
+        cuda_graphs: replay a captured step for every token. Raises UserError where the device or a model cannot.
+    """
+
+    exact_noise = True
+    mixtures = True
+
+    def __init__(self, models: Models, *, cuda_graphs: bool = False):
+        if cuda_graphs:
+            require_cuda_graphs(models)
+        self.models, self.cuda_graphs = models, cuda_graphs
+
+    def weights_changed(self) -> None:
+        """Nothing to do: there is no copy of the weights."""
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        *,
+        keys: Sequence[int],
+        seed: int,
+        draw: int = 0,
+        who: Who = "student",
+        batch_size: int,
+        extras: Sequence[Mapping[str, Tensor]] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """One answer for each prompt: see minillm.rollout.rollouts.Rollouts. Of a mixture both models run only where
+        both have a weight. Prompts of a like length are decoded together, the longest first.
+
+        Raises UserError also for keys that do not match the prompts, an alpha without a mixture, sequences beyond a
+        table of positions, and logits that are not finite.
+        """
+        models, roles = self.models, _roles(self.models, sampling, who)
+        _check(models, prompts, sampling, keys, batch_size, roles)
+        extras = [{}] * len(prompts) if extras is None else extras
+        mine = collectives.rank_slice(len(prompts))
+        todo = collectives.even_rank_slice(len(prompts)) if models.by_layers else mine
+        order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
+        answers: dict[int, Answer] = {}
+        with models.reading(*roles):
+            decode = self._loop(sampling, roles, [prompts[index] for index in order], batch_size)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                noise = uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens)
+                decoded = decode([prompts[index] for index in chosen], noise, [extras[index] for index in chosen])
+                for index, answer in zip(chosen, decoded, strict=True):
+                    answers[index] = answer
+                if progress is not None:
+                    progress(min(len(prompts), (start + len(chosen)) * collectives.world_size()))
+        everyones = _of_all_ranks(prompts, [answers[index] for index in mine])
+        for answer, shown in zip(everyones, extras, strict=True):
+            answer.extras = shown
+        return everyones
+
+    def _loop(
+        self,
+        sampling: Sampling,
+        roles: dict[str, float],
+        prompts: Sequence[list[int]],  # of this rank
+        batch_size: int,
+    ) -> Decode:
+        """What decodes a batch: its prompts, its noise, (B, max_new_tokens) float64 on the CPU, and what they show."""
+        # n-grams are looked up on the host; graphs live for this call alone, in which no weight moves
+        if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
+            sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
+            return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
+        return partial(growing_loop.decode, self.models, sampling, roles)
+
+
+def _of_all_ranks(prompts: Sequence[list[int]], mine: list[Answer]) -> list[Answer]:
+    """All answers on every rank, of which each has sampled a slice."""
+    if collectives.world_size() == 1:
+        return mine
+    parts = collectives.gather_tensors(
+        {
+            "lengths": torch.tensor([len(answer.response) for answer in mine], dtype=torch.int64),
+            "ids": torch.tensor([token for answer in mine for token in answer.response], dtype=torch.int64),
+            "ended": torch.tensor([answer.ended for answer in mine], dtype=torch.bool),
+            "logprobs": torch.cat([torch.empty(0), *(answer.logprobs for answer in mine)]),
+        }
+    )
+    columns = [
+        list(
+            zip(
+                part["ids"].split(part["lengths"].tolist()) if len(part["lengths"]) else (),
+                part["ended"].tolist(),
+                part["logprobs"].split(part["lengths"].tolist()) if len(part["lengths"]) else (),
+                strict=True,
+            )
+        )
+        for part in parts
+    ]
+    return [
+        Answer(list(prompt), ids.tolist(), ended, logprobs.clone())
+        for prompt, (ids, ended, logprobs) in zip(prompts, collectives.interleave(columns), strict=True)
+    ]
+
+
+def _roles(models: Models, sampling: Sampling, who: Who) -> dict[str, float]:
+    """The models that take part and their weights, which add up to 1."""
+    if who not in ("student", "teacher", "mixture"):
+        raise ValueError(f"who is {who!r}; it must be 'student', 'teacher' or 'mixture'")
+    if who != "mixture" and sampling.alpha:
+        raise ValueError(f"alpha is {sampling.alpha}, the teacher's weight in a mixture, but who is {who!r}")
+    alpha = {"student": 0.0, "teacher": 1.0, "mixture": sampling.alpha}[who]
+    if alpha:
+        require_ability(models.teacher, "sample", f"sampling with who={who!r} and a weight of {alpha} for the teacher")
+    roles = {"student": 1.0 - alpha, "teacher": alpha}
+    return {role: weight for role, weight in roles.items() if weight}
+
+
+def _check(
+    models: Models,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    keys: Sequence[int],
+    batch_size: int,
+    roles: dict[str, float],
+) -> None:
+    if len(keys) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(keys)} keys; every prompt needs a key for its noise")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    for key, prompt in zip(keys, prompts, strict=True):
+        if not prompt:
+            raise UserError(f"the prompt with key {key} has no tokens, so nothing predicts its first answer token")
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    for role in roles:
+        check_positions(models.model(role), longest - 1)  # the last token is sampled, never fed

@@ -1,0 +1,113 @@
+"""Opening a student and a teacher as a pair: for a stage, an evaluation, a conversation and an experiment alike."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.distributed import collectives
+from minillm.models.device import pick_device
+from minillm.models.loading import load_student, load_teacher
+from minillm.models.sharded import gathered
+from minillm.models.tokenizers import load_tokenizer
+from minillm.teachers.local import LocalTeacher
+from minillm.teachers.pair import Models
+from minillm.teachers.preflight import Row, preflight
+from minillm.teachers.teacher import Teacher
+
+
+class OpenTeacher(NamedTuple):
+    """A teacher and what its texts are made of."""
+
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_teacher(
+    config: TeacherConfig, *, output_dir: Path, device: torch.device, sharded: bool = False
+) -> OpenTeacher:
+    """The teacher of a configuration. All ranks call it together; of one that will be sharded, rank 0 reads the weights.
+
+    Raises UserError where it cannot be read.
+    """
+    hollow = sharded and collectives.rank() > 0
+    model = collectives.together(lambda: load_teacher(config, output_dir=output_dir, device=device, hollow=hollow))
+    return OpenTeacher(LocalTeacher(model), load_tokenizer(config, output_dir))
+
+
+def open_models(
+    student: StudentConfig | None,
+    teacher: OpenTeacher | None,
+    *,
+    output_dir: Path,
+    device: torch.device,
+    loading_device: torch.device | None = None,
+    seed: int = 0,
+    trained: bool = False,
+    copy_teacher: bool = False,
+    saved: Path | None = None,
+    hollow: bool = False,
+    by_layers: bool = False,
+) -> tuple[Models, list[Row]]:
+    """A pair, looked over before anything is done with it, and the rows of its preflight table.
+
+    All ranks call it together.
+
+    Args:
+        student: its configuration; None for the teacher in both places.
+        teacher: from `open_teacher`, or None where there is none.
+        output_dir: where models of stage:NAME lie.
+        device: where the pair will be.
+        loading_device: where the student is read to, if that is another place.
+        seed: of fresh weights and adapters.
+        trained: the student keeps the weights that require a gradient; otherwise nothing of it is trained.
+        copy_teacher: the student starts from the very weights of the teacher, which are copied and not read again.
+        saved: a folder with the student's weights, whatever its configuration made them from.
+        hollow: the student's weights come from rank 0 later (minillm.models.loading.is_hollow).
+        by_layers: sharded weights are gathered a layer at a time.
+
+    Raises PreflightError where the two do not go together, UserError where one cannot be read.
+    """
+    judge, teacher_tokenizer = (None, None) if teacher is None else teacher
+    if student is None:
+        return preflight(judge.model, judge, teacher_tokenizer, teacher_tokenizer, device)
+    options = {"output_dir": output_dir, "device": loading_device or device, "seed": seed, "hollow": hollow}
+    source = judge.model if copy_teacher else None
+    model = collectives.together(lambda: load_student(student, source=source, saved=saved, **options))
+    if not trained:
+        model = model.eval().requires_grad_(False)
+    tokenizer = load_tokenizer(student, output_dir)
+    with gathered(None if judge is None else judge.model, by_layers=by_layers):  # an earlier stage may have sharded it
+        return collectives.together(
+            lambda: preflight(model, judge, tokenizer, teacher_tokenizer, device, by_layers=by_layers)
+        )
+
+
+def open_named(
+    path: str | None,
+    teacher: TeacherConfig | None,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+    output_dir: Path = Path("."),
+) -> tuple[Models, list[Row]]:
+    """A pair to answer and to be measured, as the command line names it, and the rows of its preflight table.
+
+    Args:
+        path: what minillm.models.open.model_path returned; None for the teacher in both places.
+        device: as engine.device.
+        dtype: of the student's weights.
+        tokenizer: of the student, default its own.
+        output_dir: where a teacher of stage:NAME lies.
+
+    Raises PreflightError where the two do not go together, UserError where there is no such device.
+    """
+    where = pick_device(device)
+    transformers.utils.logging.disable_progress_bar()
+    opened = None if teacher is None else open_teacher(teacher, output_dir=output_dir, device=where)
+    student = None if path is None else StudentConfig(path=path, dtype=dtype, tokenizer=tokenizer)
+    return open_models(student, opened, output_dir=output_dir, device=where)

@@ -1,0 +1,47 @@
+"""A student and its teacher, as everything above them sees them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minillm.models.modes import sampling_mode
+from minillm.models.sharded import gathered
+from minillm.teachers.teacher import Teacher, require_ability
+
+Role = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Models:
+    """A student, perhaps a teacher, and what they share."""
+
+    student: PreTrainedModel
+    teacher: Teacher | None
+    tokenizer: PreTrainedTokenizerBase  # the student's
+    vocab_size: int  # ids that both of them know
+    eos_ids: tuple[int, ...]  # any of them ends an answer
+    pad_id: int
+    device: torch.device
+    by_layers: bool = False  # sharded weights are gathered a layer at a time: all ranks run the same forward passes
+
+    def model(self, role: Role) -> PreTrainedModel:
+        """The weights of a role. Raises UserError for a teacher that has none in this process."""
+        if role == "student":
+            return self.student
+        require_ability(self.teacher, "hidden", "this")
+        return self.teacher.model
+
+    @contextmanager
+    def reading(self, *roles: Role) -> Iterator[None]:
+        """The weights of these roles can be run and their heads read, in evaluation mode and without a gradient.
+
+        All ranks must enter and leave together. A teacher without weights in this process needs no such thing.
+        """
+        here = [self.student if role == "student" else self.teacher.model for role in roles]
+        here = [model for model in here if model is not None]
+        with gathered(*here, by_layers=self.by_layers), sampling_mode(here):
+            yield

@@ -1,0 +1,120 @@
+"""The protocol of a teacher: rows for the losses, and whatever else a source can do.
+
+A teacher says something about N rows, the predictions of a batch that count. `HiddenRows` are its last hidden states,
+from which the losses compute its full distribution; `TopK` rows are its k likeliest ids. The losses take either.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minillm import UserError
+from minillm.losses import LMHead
+from minillm.models.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from minillm.losses import TopK
+
+Ability = Literal["sample", "hidden", "layers", "train", "evaluate"]
+
+ABILITIES: dict[str, str] = {
+    "sample": "answer prompts",
+    "hidden": "give its last hidden states",
+    "layers": "give hidden states of inner layers",
+    "train": "be trained",
+    "evaluate": "be evaluated itself",
+}
+
+
+@dataclass(frozen=True)
+class HiddenRows:
+    """The last hidden states of a teacher at N rows, and whose they are."""
+
+    hidden: Tensor  # (N, H_t), in the teacher's dtype
+    source: "Teacher"  # its head turns them into logits
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def to(self, device: torch.device | str) -> "HiddenRows":
+        return replace(self, hidden=self.hidden.to(device, non_blocking=True))
+
+    def parts(self) -> dict[str, Tensor]:  # (N, ...) each
+        """The tensors that a buffer keeps; `Teacher.rows_of` makes rows of them again."""
+        return {"hidden": self.hidden}
+
+    @contextmanager
+    def for_losses(self) -> Iterator[tuple[Tensor, LMHead]]:
+        """What the losses take for the teacher: hidden states and head, which is gathered while the context is open.
+
+        All ranks enter and leave together.
+        """
+        with self.source.head() as head:
+            yield self.hidden, head
+
+
+@dataclass(frozen=True)
+class TopKRows:
+    """What a teacher says of N rows by its k likeliest ids."""
+
+    top_k: "TopK"  # ids and log-probabilities, (N, k) each
+
+    def __len__(self) -> int:
+        return len(self.top_k.ids)
+
+    def to(self, device: torch.device | str) -> "TopKRows":
+        ids, logprobs = (part.to(device, non_blocking=True) for part in (self.top_k.ids, self.top_k.logprobs))
+        return TopKRows(type(self.top_k)(ids, logprobs))
+
+    def parts(self) -> dict[str, Tensor]:  # (N, k) each
+        """The tensors that a buffer keeps; `Teacher.rows_of` makes rows of them again."""
+        return {"ids": self.top_k.ids, "logprobs": self.top_k.logprobs}
+
+    @contextmanager
+    def for_losses(self) -> Iterator[tuple["TopK", None]]:
+        """What the losses take for the teacher."""
+        yield self.top_k, None
+
+
+TeacherRows = HiddenRows | TopKRows
+
+
+class Teacher(Protocol):
+    """A source of rows."""
+
+    abilities: frozenset[Ability]  # beyond rows
+    model: PreTrainedModel | None  # where its weights lie in this process
+    vocab_size: int  # ids that it speaks of
+
+    def rows(self, batch: TokenBatch) -> TeacherRows:
+        """What it says of the N rows of a batch, on the device of the student, without a gradient."""
+
+    def rows_of(self, parts: Mapping[str, Tensor]) -> TeacherRows:  # (N, ...) each
+        """Rows of the tensors that `TeacherRows.parts` gave earlier."""
+
+    def head(self) -> AbstractContextManager[LMHead]:
+        """The head of its hidden states. UserError for a source without hidden states."""
+
+    def close(self) -> None:
+        """Give back its memory. All ranks together; it is of no use afterwards."""
+
+
+def require_teacher(teacher: Teacher | None, what: str) -> None:
+    """Raises UserError where there is no teacher. `what` says who asks."""
+    if teacher is None:
+        raise UserError(f"{what} needs a teacher, and there is none; configure `teacher`")
+
+
+def require_ability(teacher: Teacher | None, ability: Ability, what: str) -> None:
+    """Raises UserError where there is no teacher, or one that cannot do what is asked. `what` says who asks."""
+    require_teacher(teacher, what)
+    if ability not in teacher.abilities:
+        raise UserError(
+            f"{what} needs a teacher that can {ABILITIES[ability]}, which {type(teacher).__name__} cannot; use one whose "
+            "weights are here"
+        )

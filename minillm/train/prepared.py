@@ -1,0 +1,45 @@
+"""Stages that take no step: what they leave in stages/NAME, and how a run that goes on knows that it is there."""
+
+import json
+from pathlib import Path
+
+from minillm import UserError
+from minillm.config.loader.run_plan import Stage
+from minillm.storage.checkpoint import find_damage
+
+MARK = "prepared.json"
+
+
+def mark_prepared(stage: Stage, folder: Path) -> None:
+    """Say in the folder of a result which configuration it was made by."""
+    content = {"stage": stage.name, "config": stage.config.model_dump(mode="json")}
+    (folder / MARK).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def is_prepared(stage: Stage, output_dir: Path) -> bool:
+    """Whether the stage's result is there.
+
+    Raises UserError where it is damaged, or was made by another configuration.
+    """
+    folder = output_dir / "stages" / stage.name
+    if not (folder / MARK).is_file():
+        return False
+    damage = find_damage(folder)
+    if damage is not None:
+        raise UserError(f"{folder} is not whole ({damage}); delete it to have the stage done anew")
+    before = json.loads((folder / MARK).read_text(encoding="utf-8"))["config"]
+    now = stage.config.model_dump(mode="json")
+    changed = [
+        key for key in ("seed", "teacher", "student", "data", "rollout", "method") if before.get(key) != now[key]
+    ]
+    if changed:
+        raise UserError(
+            f"stage {stage.name!r} has left {folder} under another {', '.join(changed)}; undo the change, or delete that "
+            "folder and what later stages have made of it"
+        )
+    return True
+
+
+def has_no_model(folder: Path) -> bool:
+    """Whether a folder below stages/ is the result of a stage that trained nothing."""
+    return (folder / MARK).is_file()
