@@ -128,7 +128,7 @@ def eager_logprobs():
 
     @torch.no_grad()
     def logprobs(models: Models, prompt: list[int], response: list[int], role: str) -> Tensor:
-        model = getattr(models, role)
+        model = models.model(role)
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : models.vocab_size]
         return logits.double().log_softmax(-1)
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from minillm.rollout import archive as archive_module
 from minillm.rollout.archive import AnswerArchive
+from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
 
 KEYS = [11, 3, 8, 5, 40, 2, 7]
@@ -18,21 +18,23 @@ class Killed(BaseException):
 @pytest.fixture
 def write(make_models, prompts, tmp_path):
     models = make_models(eos_ids=tuple(range(0, 61, 8)))
+    rollouts = LocalRollouts(models)
 
     def write(name: str = "answers.jsonl", *, count: int = 7, sampling=None, prompts=prompts, **options):
         archive = AnswerArchive(write.folder / name)
-        settings = {"keys": KEYS[:count], "seed": 4, "batch_size": 2, "teacher": {"path": "large"}, **options}
-        archive.write(models, prompts[:count], sampling or Sampling(9), **settings)
+        settings = {"keys": KEYS[:count], "seed": 4, "batch_size": 2, "teacher": {"path": "large"}}
+        settings |= {"vocab_size": models.vocab_size, **options}
+        archive.write(rollouts, prompts[:count], sampling or Sampling(9), **settings)
         return archive
 
-    write.models, write.folder = models, tmp_path / "deep"
+    write.rollouts, write.folder = rollouts, tmp_path / "deep"
     return write
 
 
 def test_holds_what_the_teacher_samples(write, prompts):
     archive = write()
     options = {"keys": KEYS, "seed": 4, "who": "teacher", "batch_size": 7}
-    expected = sample(write.models, prompts, Sampling(9), **options)
+    expected = write.rollouts.sample(prompts, Sampling(9), **options)
     assert archive.read() == {key: answer.response for key, answer in zip(KEYS, expected, strict=True)}
     assert AnswerArchive(archive.path.with_name("other.jsonl")).read() == {}
 
@@ -40,7 +42,7 @@ def test_holds_what_the_teacher_samples(write, prompts):
 @pytest.mark.parametrize("torn", [b"", b'{"key": 2, "prompt_crc": 99, "respon'])
 def test_a_kill_loses_the_batch_in_hand_alone(write, monkeypatch, torn):
     whole = write("whole.jsonl").read()
-    calls = []
+    calls, sample = [], write.rollouts.sample
 
     def dying(*arguments, **options):
         calls.append(options["keys"])
@@ -48,7 +50,7 @@ def test_a_kill_loses_the_batch_in_hand_alone(write, monkeypatch, torn):
             raise Killed
         return sample(*arguments, **options)
 
-    monkeypatch.setattr(archive_module, "sample", dying)
+    monkeypatch.setattr(write.rollouts, "sample", dying)
     with pytest.raises(Killed):
         write()
     archive = AnswerArchive(write.folder / "answers.jsonl")
@@ -71,7 +73,7 @@ def test_prompts_that_are_added_later(write):
 
 def test_nothing_is_done_twice(write, monkeypatch):
     before = write().path.read_bytes()
-    monkeypatch.setattr(archive_module, "sample", None)
+    monkeypatch.setattr(write.rollouts, "sample", None)
     assert write().path.read_bytes() == before
 
 
@@ -81,6 +83,8 @@ def test_answers_of_another_kind(write, prompts):
         write(sampling=Sampling(10))
     with pytest.raises(ValueError, match="another seed"):
         write(seed=5)
+    with pytest.raises(ValueError, match="another vocab_size"):
+        write(vocab_size=60)
     with pytest.raises(ValueError, match="another teacher: .*large.*, now .*larger"):
         write(teacher={"path": "larger"})
     with pytest.raises(ValueError, match="key 11 was written to another prompt"):
@@ -100,7 +104,7 @@ def test_a_kill_before_the_first_answer(write, monkeypatch):
     def dying(*arguments, **options):
         raise Killed
 
-    monkeypatch.setattr(archive_module, "sample", dying)
+    monkeypatch.setattr(write.rollouts, "sample", dying)
     with pytest.raises(Killed):
         write()
     monkeypatch.undo()
@@ -111,5 +115,5 @@ def test_lines_are_plain_json(write):
     header, *records = [json.loads(line) for line in write().path.read_text().splitlines()]
     assert header["seed"] == 4 and header["sampling"]["max_new_tokens"] == 9
     assert {record["key"] for record in records} == set(KEYS)
-    ends = set(write.models.eos_ids)
+    ends = set(write.rollouts.models.eos_ids)
     assert all(record["ended"] == (record["response"][-1] in ends) for record in records)

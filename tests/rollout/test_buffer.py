@@ -57,6 +57,23 @@ def test_hidden_states_may_be_of_some_alone(tmp_path):
     assert_same(RolloutBuffer.from_state(load_file(tmp_path / "buffer.safetensors")), buffer)
 
 
+def test_what_prompts_show_may_be_of_some_alone(tmp_path):
+    """Two pictures, none and one: each answer gets back its own, of the dtype and shape they had."""
+    buffer = make_buffer()
+    shown = [torch.randn(2, 3, 4), None, torch.randn(1, 3, 4)]
+    for rollout, pixels in zip(buffer, shown, strict=True):
+        rollout.extras = (
+            {} if pixels is None else {"pixel_values": pixels, "sizes": torch.tensor([[4, 3]] * len(pixels))}
+        )
+    save_file(buffer.state(), tmp_path / "buffer.safetensors")
+    back = RolloutBuffer.from_state(load_file(tmp_path / "buffer.safetensors"))
+    assert_same(back, buffer)
+    for rollout, before in zip(back, buffer, strict=True):
+        assert rollout.extras.keys() == before.extras.keys() == rollout.sequence.extras.keys()
+        for name, tensor in rollout.extras.items():
+            assert tensor.dtype == before.extras[name].dtype and torch.equal(tensor, before.extras[name])
+
+
 def test_is_a_sequence():
     buffer = make_buffer()
     assert [rollout.key - 2**40 for rollout in buffer] == [0, 1, 2] and buffer[-1].response == [7] * 4

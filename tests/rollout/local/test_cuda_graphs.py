@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm.rollout.local import cuda_graphs as graphs
-from minillm.rollout.local import static_loop as fixed
+from minillm.rollout.local import static_loop
 from minillm.rollout.local.cuda_graphs import CudaGraphs
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
@@ -90,7 +90,7 @@ def test_a_step_that_cannot_be_captured(asked):
 @pytest.mark.parametrize("who", ["student", "mixture"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "qwen2", "cohere"])
 def test_the_same_answers_on_a_gpu(make_models, prompts, monkeypatch, architecture, who):
-    monkeypatch.setattr(fixed, "BUCKET", 16)
+    monkeypatch.setattr(static_loop, "BUCKET", 16)
     models = replace(make_models(architecture, eos_ids=MANY_ENDS), device=torch.device("cuda"))
     for model in (models.student, models.teacher.model):
         model.to(models.device)

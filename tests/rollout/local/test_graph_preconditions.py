@@ -6,38 +6,37 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from minillm.rollout.local import graph_preconditions as supported
-from minillm.rollout.local.graph_preconditions import require_static_shapes, use_cuda_graphs
-from minillm.rollout.rollouts import Sampling
+from minillm.rollout.local import graph_preconditions
+from minillm.rollout.local.graph_preconditions import require_cuda_graphs, require_static_shapes
+from minillm.rollout.local.local_rollouts import LocalRollouts
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "qwen2", "cohere"])
 def test_models_that_are_fit_for_it(make_models, monkeypatch, architecture):
-    monkeypatch.setattr(supported, "require_gpu", lambda device: None)
+    monkeypatch.setattr(graph_preconditions, "require_gpu", lambda device: None)
     models = make_models(architecture)
-    assert not models.cuda_graphs
-    use_cuda_graphs(models)
-    assert models.cuda_graphs
-    use_cuda_graphs(make_models(architecture, teacher=False))
+    assert not LocalRollouts(models).cuda_graphs
+    assert LocalRollouts(models, cuda_graphs=True).cuda_graphs
+    require_cuda_graphs(make_models(architecture, teacher=False))
 
 
-def test_a_cpu(make_models, prompts):
+def test_a_cpu(make_models):
     models = make_models()
     with pytest.raises(ValueError, match="the models are on the cpu, and CUDA graphs need a GPU"):
-        use_cuda_graphs(models)
-    assert not models.cuda_graphs
+        require_cuda_graphs(models)
     with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
-        sample(replace(models, cuda_graphs=True), prompts, Sampling(2), keys=range(7), seed=0, batch_size=7)
+        LocalRollouts(models, cuda_graphs=True)
 
 
 def test_a_teacher_with_sliding_windows(make_models, monkeypatch):
-    monkeypatch.setattr(supported, "require_gpu", lambda device: None)
+    monkeypatch.setattr(graph_preconditions, "require_gpu", lambda device: None)
     models = replace(make_models(), teacher=make_models("gemma2").teacher)
     with pytest.raises(
         ValueError, match=r"the teacher \(Gemma2ForCausalLM\) keeps DynamicSlidingWindowLayer in its cache"
     ):
-        use_cuda_graphs(models)
-    assert not models.cuda_graphs
+        require_cuda_graphs(models)
+    models.teacher.model = None  # a teacher elsewhere decodes there
+    require_cuda_graphs(models)
 
 
 @pytest.mark.parametrize("rotary", ["dynamic", "longrope"])

@@ -1,4 +1,4 @@
-"""The loop of fixed shapes, replayed as a CUDA graph would be, against the loop whose shapes grow."""
+"""The static decode loop, replayed as a CUDA graph would be, against the growing one."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from minillm.rollout.local import growing_loop as growing
-from minillm.rollout.local import sampling as sampling_module
-from minillm.rollout.local import static_loop as fixed
+from minillm.rollout.local import growing_loop, local_rollouts, static_loop
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.local.static_loop import StaticLoop, static_room
 from minillm.rollout.local.token_drawing import PartialAnswers
@@ -69,19 +67,19 @@ class Graphs:
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Several graphs and several looks within a few tokens."""
-    monkeypatch.setattr(fixed, "BUCKET", 8)
-    monkeypatch.setattr(fixed, "LOOK", 3)
+    monkeypatch.setattr(static_loop, "BUCKET", 8)
+    monkeypatch.setattr(static_loop, "LOOK", 3)
 
 
 def both(models: Models, prompts, sampling: Sampling, who: str, **sizes) -> tuple[list[Answer], list[Answer], Graphs]:
-    """The answers of the growing loop and of the fixed one."""
+    """The answers of the growing loop and of the static one."""
     alpha = {"student": 0.0, "teacher": 1.0, "mixture": sampling.alpha}[who]
-    roles = {role: share for role, share in (("student", 1.0 - alpha), ("teacher", alpha)) if share}
+    roles = {role: weight for role, weight in (("student", 1.0 - alpha), ("teacher", alpha)) if weight}
     noise, graphs = uniforms(5, range(len(prompts)), 0, sampling.max_new_tokens), Graphs()
     with torch.no_grad():
         sizes = {"batch": len(prompts), "longest": max(map(len, prompts)), **sizes}
         loop = StaticLoop(models, sampling, roles, capture=graphs, **sizes)
-        return growing.decode(models, sampling, roles, prompts, noise), loop.decode(prompts, noise), graphs
+        return growing_loop.decode(models, sampling, roles, prompts, noise), loop.decode(prompts, noise), graphs
 
 
 def assert_same(ours: list[Answer], theirs: list[Answer]) -> None:
@@ -147,7 +145,7 @@ def test_all_end_at_once(make_models, prompts):
 
 @pytest.mark.parametrize("look", [1, 2, 100])
 def test_steps_after_the_last_end_change_nothing(make_models, prompts, monkeypatch, look):
-    monkeypatch.setattr(fixed, "LOOK", look)
+    monkeypatch.setattr(static_loop, "LOOK", look)
     models = make_models(eos_ids=tuple(range(0, 61, 2)))
     expected, got, graphs = both(models, prompts, Sampling(40), "student")
     assert_same(got, expected)
@@ -164,7 +162,7 @@ def test_batches_share_memory_and_graphs(make_models, prompts):
         loop = StaticLoop(models, sampling, roles, batch=5, longest=11, capture=graphs)
         for draw, chosen in enumerate((prompts[:5], prompts[4:6], prompts[2:3], prompts[1:6])):
             noise = uniforms(0, range(len(chosen)), draw, sampling.max_new_tokens)
-            assert_same(loop.decode(chosen, noise), growing.decode(models, sampling, roles, chosen, noise))
+            assert_same(loop.decode(chosen, noise), growing_loop.decode(models, sampling, roles, chosen, noise))
             for parameter in models.student.parameters():
                 parameter.mul_(1.1)
     assert graphs.captured == static_room(11, 14) // 8 == 3 and graphs.replayed > 20
@@ -172,22 +170,27 @@ def test_batches_share_memory_and_graphs(make_models, prompts):
 
 def test_sampling_takes_this_loop_where_it_is_asked_for(make_models, prompts, monkeypatch):
     made = []
-    monkeypatch.setattr(sampling_module, "CudaGraphs", lambda device: made.append(Graphs()) or made[-1])
+    monkeypatch.setattr(local_rollouts, "CudaGraphs", lambda device: made.append(Graphs()) or made[-1])
+    monkeypatch.setattr(local_rollouts, "require_cuda_graphs", lambda models: None)
     models = make_models(eos_ids=MANY_ENDS)
+    without, with_graphs = LocalRollouts(models), LocalRollouts(models, cuda_graphs=True)
     options = {"keys": range(len(prompts)), "seed": 5, "batch_size": 3, "who": "mixture"}
-    plain = LocalRollouts(models).sample(prompts, Sampling(12, alpha=0.3), **options)
-    with_graphs = models
-    assert_same(LocalRollouts(with_graphs).sample(prompts, Sampling(12, alpha=0.3), **options), plain)
+    plain = without.sample(prompts, Sampling(12, alpha=0.3), **options)
+    assert not made
+    assert_same(with_graphs.sample(prompts, Sampling(12, alpha=0.3), **options), plain)
     assert len(made) == 1 and made[0].captured >= 2
     banned = Sampling(12, alpha=0.3, no_repeat_ngram_size=2)
-    assert_same(
-        LocalRollouts(with_graphs).sample(prompts, banned, **options),
-        LocalRollouts(models).sample(prompts, banned, **options),
-    )
-    assert LocalRollouts(with_graphs).sample([], Sampling(2), keys=[], seed=0, batch_size=3) == []
+    assert_same(with_graphs.sample(prompts, banned, **options), without.sample(prompts, banned, **options))
+    assert with_graphs.sample([], Sampling(2), keys=[], seed=0, batch_size=3) == []
     assert len(made) == 1
     with pytest.raises(ValueError, match="no_repeat_ngram_size"):
         StaticLoop(models, banned, {"student": 1.0}, batch=1, longest=1, capture=Graphs())
+
+
+def test_prompts_with_pictures_have_no_static_step(make_models):
+    loop = StaticLoop(make_models(), Sampling(2), {"student": 1.0}, batch=1, longest=1, capture=Graphs())
+    with pytest.raises(ValueError, match="rollout.cuda_graphs: prompts that show pictures"):
+        loop.decode([[1]], uniforms(5, [0], 0, 2), [{"pixel_values": torch.zeros(1, 3, 4, 4)}])
 
 
 def test_weights_that_are_not_finite(make_models, prompts):
@@ -196,12 +199,12 @@ def test_weights_that_are_not_finite(make_models, prompts):
         models.student.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     # of 7, whatever fills the batch beside them
     with pytest.raises(ValueError, match="token 0 of 7 answer.* not finite: the weights of student hold"):
-        sample_fixed(models, prompts, 1)
+        sample_static(models, prompts, 1)
     with pytest.raises(ValueError, match="token 0 of 7 answer"):
-        sample_fixed(models, prompts, 3)
+        sample_static(models, prompts, 3)
 
 
-def sample_fixed(models: Models, prompts, steps: int) -> list[Answer]:
+def sample_static(models: Models, prompts, steps: int) -> list[Answer]:
     loop = StaticLoop(models, Sampling(steps), {"student": 1.0}, batch=len(prompts) + 3, longest=11, capture=Graphs())
     with torch.no_grad():
         return loop.decode(prompts, uniforms(5, range(len(prompts)), 0, steps))
