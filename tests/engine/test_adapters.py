@@ -11,7 +11,7 @@ from minillm.config.training import TrainConfig
 from minillm.engine.torch import TorchEngine
 from minillm.methods.protocol import Term
 from minillm.models.adapters import add_adapters
-from minillm.models.batch import collate
+from minillm.models.batch import TokenSequence, collate
 from minillm.models.loading import without_dropout
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.teachers.pair import Models
@@ -19,7 +19,7 @@ from tests.models.conftest import build
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 
-PAIRS = [([5], [6, 7, 8, 9]), ([1, 2], [3]), ([9, 9], [8, 7])]
+SEQUENCES = [TokenSequence([5], [6, 7, 8, 9]), TokenSequence([1, 2], [3]), TokenSequence([9, 9], [8, 7])]
 # the tied head of gpt2 is frozen as well; its linear layers lie the other way
 CASES = [("llama", "all-linear"), ("gpt2", "all-linear"), ("llama", ["q_proj", "down_proj"])]
 
@@ -31,7 +31,7 @@ def engine_of(student, **train) -> TorchEngine:
 
 
 def term() -> Term:
-    batch = collate(PAIRS, pad_id=0)
+    batch = collate(SEQUENCES, pad_id=0)
     fields = ("student_logprob", "student_entropy")
 
     def objective(stats):

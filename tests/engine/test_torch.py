@@ -10,19 +10,24 @@ from minillm.config.training import TrainConfig
 from minillm.engine.engine import NonFiniteError
 from minillm.engine.torch import TorchEngine
 from minillm.methods.protocol import Term
-from minillm.models.batch import collate
+from minillm.models.batch import TokenSequence, collate
 from minillm.models.device import pick_device
 
-PAIRS = [([5], [6, 7, 8, 9]), ([1, 2], [3]), ([9, 9], [8, 7]), ([4], [4, 4, 4])]
+SEQUENCES = [
+    TokenSequence([5], [6, 7, 8, 9]),
+    TokenSequence([1, 2], [3]),
+    TokenSequence([9, 9], [8, 7]),
+    TokenSequence([4], [4, 4, 4]),
+]
 
 
 def engine(models, **train) -> TorchEngine:
     return TorchEngine(models, TrainConfig(**{"max_steps": 4, **train}), TorchEngineConfig(device="cpu"), total_steps=4)
 
 
-def cross_entropy_term(pairs, *, by_tokens=True, name="supervised", weight=1.0) -> Term:
-    batch = collate(pairs, pad_id=256)
-    count = float(len(batch.labels) if by_tokens else len(pairs))
+def cross_entropy_term(sequences, *, by_tokens=True, name="supervised", weight=1.0) -> Term:
+    batch = collate(sequences, pad_id=256)
+    count = float(len(batch.labels) if by_tokens else len(sequences))
     return Term(name, batch, lambda stats: -stats.student_logprob, ("student_logprob",), count, weight)
 
 
@@ -43,9 +48,10 @@ def seen_by_the_optimizer(built: TorchEngine) -> dict:
 @pytest.mark.parametrize("by_tokens", [True, False])
 def test_one_big_batch_and_its_micro_batches_give_the_same_gradient(by_tokens, make_models):
     models = make_models(teacher=False)
-    whole = gradients(models, [[cross_entropy_term(PAIRS, by_tokens=by_tokens)]])
+    whole = gradients(models, [[cross_entropy_term(SEQUENCES, by_tokens=by_tokens)]])
     parts = gradients(
-        models, [[cross_entropy_term(part, by_tokens=by_tokens)] for part in (PAIRS[:1], PAIRS[1:2], PAIRS[2:])]
+        models,
+        [[cross_entropy_term(part, by_tokens=by_tokens)] for part in (SEQUENCES[:1], SEQUENCES[1:2], SEQUENCES[2:])],
     )
     for name in whole:
         assert (parts[name] - whole[name]).norm() < 1e-5 * whole[name].norm(), name
@@ -53,9 +59,9 @@ def test_one_big_batch_and_its_micro_batches_give_the_same_gradient(by_tokens, m
 
 def test_terms_are_divided_by_their_own_counts_and_weighted(make_models):
     models = make_models(teacher=False)
-    first, second = cross_entropy_term(PAIRS[:2]), cross_entropy_term(PAIRS[2:], name="pretraining", weight=0.5)
+    first, second = cross_entropy_term(SEQUENCES[:2]), cross_entropy_term(SEQUENCES[2:], name="pretraining", weight=0.5)
     result = engine(models).step([[first, second]])
-    whole = cross_entropy_term(PAIRS[2:])
+    whole = cross_entropy_term(SEQUENCES[2:])
     separate = [engine(make_models(teacher=False)).step([[term]]).metrics["loss"] for term in (first, whole)]
     separate[1] *= 0.5
     assert result.metrics["loss"] == pytest.approx(sum(separate), rel=1e-5)
@@ -66,7 +72,7 @@ def test_terms_are_divided_by_their_own_counts_and_weighted(make_models):
 def test_clipping_bounds_the_update_and_reports_the_norm_before_it(make_models):
     models = make_models(teacher=False)
     found = seen_by_the_optimizer(built := engine(models, max_grad_norm=0.01))
-    result = built.step([[cross_entropy_term(PAIRS)]])
+    result = built.step([[cross_entropy_term(SEQUENCES)]])
     after = torch.stack([gradient.norm() for gradient in found.values()]).norm()
     assert result.metrics["grad_norm"] > 0.02
     assert after == pytest.approx(0.01, rel=1e-3)
@@ -74,7 +80,7 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it(make_models):
 
 def test_no_gradient_waits_through_the_rollouts(make_models):
     models = make_models(teacher=False)
-    engine(models).step([[cross_entropy_term(PAIRS)]])
+    engine(models).step([[cross_entropy_term(SEQUENCES)]])
     assert all(parameter.grad is None for parameter in models.student.parameters())
 
 
@@ -82,7 +88,7 @@ def test_a_non_finite_gradient_changes_nothing_and_says_so(make_models):
     models = make_models(teacher=False)
     built = engine(models)
     before = copy.deepcopy(models.student.state_dict())
-    bad = cross_entropy_term(PAIRS)
+    bad = cross_entropy_term(SEQUENCES)
     bad = Term(bad.name, bad.batch, lambda stats: stats.student_logprob * float("nan"), bad.fields, bad.count)
     with pytest.raises(NonFiniteError, match="loss nan"):
         built.step([[bad]])
@@ -99,15 +105,15 @@ def test_vectors_do_not_decay(make_models):
 
 def test_checkpointed_activations_give_the_same_step(make_models):
     plain, checkpointed = make_models(teacher=False), make_models(teacher=False)
-    engine(plain).step([[cross_entropy_term(PAIRS)]])
-    engine(checkpointed, gradient_checkpointing=True).step([[cross_entropy_term(PAIRS)]])
+    engine(plain).step([[cross_entropy_term(SEQUENCES)]])
+    engine(checkpointed, gradient_checkpointing=True).step([[cross_entropy_term(SEQUENCES)]])
     for name, tensor in plain.student.state_dict().items():
         torch.testing.assert_close(checkpointed.student.state_dict()[name], tensor, msg=name)
 
 
 def test_bf16_autocast_stays_near_fp32(make_models):
-    exact = engine(make_models(teacher=False)).step([[cross_entropy_term(PAIRS)]]).metrics["loss"]
-    rounded = engine(make_models(teacher=False), bf16=True).step([[cross_entropy_term(PAIRS)]]).metrics["loss"]
+    exact = engine(make_models(teacher=False)).step([[cross_entropy_term(SEQUENCES)]]).metrics["loss"]
+    rounded = engine(make_models(teacher=False), bf16=True).step([[cross_entropy_term(SEQUENCES)]]).metrics["loss"]
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.03)
 
@@ -115,12 +121,12 @@ def test_bf16_autocast_stays_near_fp32(make_models):
 def test_state_goes_through_a_folder_bit_for_bit(make_models, tmp_path):
     ours, theirs = make_models(teacher=False), make_models(teacher=False)
     first = engine(ours, lr_scheduler_type="cosine", warmup_steps=2)
-    first.step([[cross_entropy_term(PAIRS)]])
+    first.step([[cross_entropy_term(SEQUENCES)]])
     first.save_state(tmp_path)
     theirs.student.load_state_dict(ours.student.state_dict())
     second = engine(theirs, lr_scheduler_type="cosine", warmup_steps=2)
     second.load_state(tmp_path)
-    results = [built.step([[cross_entropy_term(PAIRS)]]).metrics for built in (first, second)]
+    results = [built.step([[cross_entropy_term(SEQUENCES)]]).metrics for built in (first, second)]
     assert results[0] == results[1]
     for name, tensor in ours.student.state_dict().items():
         assert torch.equal(theirs.student.state_dict()[name], tensor), name

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minillm.models.batch import TokenSequence
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
@@ -41,9 +42,8 @@ def make_models():
     def make(*, vocab_size: int = VOCABULARY, teacher: bool = True) -> Models:
         return Models(
             student=llama(vocab_size, 16, seed=1),
-            teacher=LocalTeacher(llama(vocab_size + 8, 24, seed=2))
-            if teacher
-            else None,  # padded, as Qwen's larger models are
+            # more vocabulary rows, as Qwen's larger models have for padding
+            teacher=LocalTeacher(llama(vocab_size + 8, 24, seed=2)) if teacher else None,
             tokenizer=WordTokenizer(),
             vocab_size=vocab_size,
             eos_ids=(EOS,),
@@ -57,9 +57,9 @@ def make_models():
 @pytest.fixture
 def eager_logprobs():
     @torch.no_grad()
-    def logprobs(model, pair, vocab_size: int = VOCABULARY) -> Tensor:
-        """(T, V) float64 log-probabilities at the response tokens of one pair, from the model's own full logits."""
-        prompt, response = pair
+    def logprobs(model, sequence: TokenSequence, vocab_size: int = VOCABULARY) -> Tensor:
+        """(T, V) float64 log-probabilities at the T response tokens, from the model's own full logits."""
+        prompt, response = sequence.prompt, sequence.response
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :vocab_size]
         return logits.double().log_softmax(-1)
 

@@ -6,10 +6,12 @@ import torch
 from minillm.config.evaluation import EvalConfig
 from minillm.data.instructions import Example, PromptSet
 from minillm.data.labels import LabelSet, Question
-from minillm.evaluate import analyses as module
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.calibration import calibration
 from minillm.evaluate.evaluator import Evaluation, Evaluator
+from minillm.models.batch import TokenSequence
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.teachers.pair import Models
 
 SETS = {
     "words": PromptSet(
@@ -23,25 +25,28 @@ def config(**keys) -> EvalConfig:
     return EvalConfig(max_new_tokens=4, batch_size=2, seeds=[1], **keys)
 
 
+def add(analyses: Analyses, evaluation: Evaluation, models: Models, who: str = "student") -> Evaluation:
+    return analyses.add_to(evaluation, models, LocalRollouts(models), who)
+
+
 @pytest.fixture
 def drawn(monkeypatch) -> list[dict]:
-    made, real = [], module.sample
+    made, real = [], LocalRollouts.sample
 
-    def spy(models, prompts, sampling, **options):
-        answers = real(models, prompts, sampling, **options)
+    def spy(rollouts, prompts, sampling, **options):
+        answers = real(rollouts, prompts, sampling, **options)
         made.append({"who": options["who"], "draw": options["draw"], "answers": answers})
         return answers
 
-    monkeypatch.setattr(module, "sample", spy)
+    monkeypatch.setattr(LocalRollouts, "sample", spy)
     return made
 
 
 def test_exposure_bias_is_the_forward_kl_summed_along_the_answers(make_models, eager_logprobs, drawn):
     models = make_models()
     keys = config(exposure_bias={"lengths": [1, 3], "samples": 2})
-    found = Analyses(SETS, {}, keys, seed=0).add_to(
-        Evaluation({"words": {"rouge_l": 1.0}}, {"rouge_l": 1.0}, []), models
-    )
+    before = Evaluation({"words": {"rouge_l": 1.0}}, {"rouge_l": 1.0}, [])
+    found = add(Analyses(SETS, {}, keys, seed=0), before, models)
     totals = {}
     for who in ("student", "teacher"):
         answers = [answer for one in drawn if one["who"] == who for answer in one["answers"]]
@@ -49,8 +54,8 @@ def test_exposure_bias_is_the_forward_kl_summed_along_the_answers(make_models, e
         for length in (1, 3):
             sums = []
             for answer in answers:
-                pair = (answer.prompt, answer.response)
-                p, q = (eager_logprobs(model, pair) for model in (models.teacher.model, models.student))
+                sequence = TokenSequence(answer.prompt, answer.response)
+                p, q = (eager_logprobs(model, sequence) for model in (models.teacher.model, models.student))
                 sums.append((p.exp() * (p - q)).sum(1)[:length].sum().item())
             totals[who, length] = sum(sums) / 4
     for length in (1, 3):
@@ -69,7 +74,7 @@ def test_draws_differ_and_the_teacher_answers_once(make_models, drawn):
     models, keys = make_models(), config(exposure_bias={"lengths": [6], "samples": 2})
     analyses = Analyses(SETS, {}, keys, seed=0)
     for _ in range(2):
-        analyses.add_to(Evaluation({"words": {}}, {}, []), models)
+        add(analyses, Evaluation({"words": {}}, {}, []), models)
     assert [(one["who"], one["draw"]) for one in drawn] == [
         ("student", 0), ("teacher", 0), ("student", 1), ("teacher", 1), ("student", 0), ("student", 1)
     ]  # fmt: skip
@@ -80,22 +85,20 @@ def test_draws_differ_and_the_teacher_answers_once(make_models, drawn):
 def test_a_teacher_and_a_student_alone_have_no_exposure_bias(make_models):
     keys = config(exposure_bias={"lengths": [2]})
     nothing = Evaluation({"words": {}}, {}, [])
-    assert Analyses(SETS, {}, keys, seed=0).add_to(nothing, make_models(), "teacher").mean == {}
-    assert Analyses(SETS, {}, keys, seed=0).add_to(nothing, make_models(teacher=False)).mean == {}
+    assert add(Analyses(SETS, {}, keys, seed=0), nothing, make_models(), "teacher").mean == {}
+    assert add(Analyses(SETS, {}, keys, seed=0), nothing, make_models(teacher=False)).mean == {}
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_calibration_compares_the_words_as_answers(make_models, eager_logprobs, who):
     models = make_models()
-    found = Analyses({}, LABELS, config(), seed=0).add_to(Evaluation({}, {}, []), models, who)
-    model = getattr(models, who)
-    sums = [
-        [
-            eager_logprobs(model, (question.prompt_ids, ids)).gather(1, torch.tensor(ids)[:, None]).sum().item()
-            for ids in question.word_ids
-        ]
-        for question in LABELS["moods"].questions
-    ]
+    found = add(Analyses({}, LABELS, config(), seed=0), Evaluation({}, {}, []), models, who)
+
+    def logprob(prompt: list[int], ids: list[int]) -> float:
+        logprobs = eager_logprobs(models.model(who), TokenSequence(prompt, ids))
+        return logprobs.gather(1, torch.tensor(ids)[:, None]).sum().item()
+
+    sums = [[logprob(question.prompt_ids, ids) for ids in question.word_ids] for question in LABELS["moods"].questions]
     expected = calibration(torch.tensor(sums), torch.tensor([1, 0]))
     assert found.sets["moods"] == {"accuracy": expected.accuracy, "ece": pytest.approx(expected.ece, abs=1e-5)}
     assert found.mean == found.sets["moods"] and found.curves["calibration"]["moods"]["counts"] == expected.counts
@@ -103,6 +106,7 @@ def test_calibration_compares_the_words_as_answers(make_models, eager_logprobs, 
 
 def test_the_evaluator_counts_n_grams_and_buckets_where_asked(make_models):
     keys = config(distinct=[1, 2], length_buckets=[1])
-    found = Evaluator(SETS, keys, seed=0).evaluate(make_models()).sets["words"]
+    models = make_models()
+    found = Evaluator(SETS, keys, seed=0).evaluate(models, LocalRollouts(models)).sets["words"]
     assert 0 < found["distinct_1"] <= 100 and 0 < found["distinct_2"] <= 100
     assert found["rouge_l"] == pytest.approx((found["rouge_l_0_1"] + found["rouge_l_2_up"]) / 2)

@@ -10,6 +10,7 @@ from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
+from minillm.rollout.local.local_rollouts import LocalRollouts
 
 EXAMPLES = [Example(i, [60 + i, 70][: 1 + i % 2], [90 + i, 91, 256][: 2 + i % 2], "", ()) for i in range(8)]
 
@@ -27,8 +28,13 @@ def stage(**method) -> StageConfig:
 
 
 @pytest.fixture
-def data(tmp_path):
-    return TrainingData(Stream(EXAMPLES, seed=1), None, tmp_path / "written")
+def models(make_models):
+    return make_models()
+
+
+@pytest.fixture
+def data(models, tmp_path):
+    return TrainingData(Stream(EXAMPLES, seed=1), None, LocalRollouts(models), tmp_path / "written")
 
 
 def loss_of(term, models):
@@ -75,8 +81,7 @@ def eager(name, log_q, log_p):
     ],
     ids=str,
 )
-def test_the_loss_is_the_eager_one(method, divergence, ce_ratio, make_models, data):
-    models = make_models()
+def test_the_loss_is_the_eager_one(method, divergence, ce_ratio, models, data):
     built = build_method(stage(**method))
     items = built.collect(data, models, draw=0)
     (term,) = built.terms(items, data, models)
@@ -87,8 +92,7 @@ def test_the_loss_is_the_eager_one(method, divergence, ce_ratio, make_models, da
     torch.testing.assert_close(loss_of(term, models), want, rtol=1e-4, atol=1e-6)
 
 
-def test_gkd_trains_on_samples_of_the_student_or_on_references(make_models, data):
-    models = make_models()
+def test_gkd_trains_on_samples_of_the_student_or_on_references(models, data):
     references = {example.index: example.response_ids for example in EXAMPLES}
     off = build_method(stage(name="gkd", on_policy=0.0)).collect(data, models, draw=0)
     assert all(item.response == references[item.key] for item in off)
@@ -101,14 +105,13 @@ def test_gkd_trains_on_samples_of_the_student_or_on_references(make_models, data
     assert 0 < sum(chose_references) < 12
 
 
-def test_seqkd_imitates_what_the_teacher_wrote_once(make_models, data, monkeypatch):
-    models = make_models()
+def test_seqkd_imitates_what_the_teacher_wrote_once(models, data, monkeypatch):
     method = build_method(stage(name="seqkd", temperature=0.0))
     first = method.collect(data, models, draw=0)
     for item in first:
         ids = torch.tensor([item.prompt])
         assert item.response[0] == int(models.teacher.model(ids).logits[0, -1].argmax())
-    monkeypatch.setattr("minillm.rollout.archive.sample", lambda *args, **kwargs: pytest.fail("written again"))
+    monkeypatch.setattr(LocalRollouts, "sample", lambda *args, **kwargs: pytest.fail("written again"))
     again = build_method(stage(name="seqkd", temperature=0.0)).collect(data, models, draw=1)
     written = {item.key: item.response for item in first}
     assert all(written.get(item.key, item.response) == item.response for item in again)

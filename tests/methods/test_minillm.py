@@ -8,6 +8,7 @@ from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
+from minillm.rollout.local.local_rollouts import LocalRollouts
 
 
 def stage(**method) -> StageConfig:
@@ -23,10 +24,15 @@ def stage(**method) -> StageConfig:
 
 
 @pytest.fixture
-def data(tmp_path):
+def models(make_models):
+    return make_models()
+
+
+@pytest.fixture
+def data(models, tmp_path):
     examples = [Example(i, [60 + i, 70, 71 + i][: 1 + i % 3], [90, 91], "", ()) for i in range(6)]
     corpus = [[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5]]
-    return TrainingData(Stream(examples, seed=1), Stream(corpus, seed=1), tmp_path)
+    return TrainingData(Stream(examples, seed=1), Stream(corpus, seed=1), LocalRollouts(models), tmp_path)
 
 
 def full_log_probs(model, rollout):  # -> (T, V)
@@ -89,8 +95,7 @@ def written_paper(models, buffer):
 
 
 @pytest.mark.parametrize("preset", ["paper", "lmops"])
-def test_a_preset_is_its_formulas_in_value_and_gradient(preset, make_models, data):
-    models = make_models()
+def test_a_preset_is_its_formulas_in_value_and_gradient(preset, models, data):
     method = build_method(stage(preset=preset, lm_coef=0.0))
     buffer = method.collect(data, models, draw=0)
     width = max(len(rollout.response) for rollout in buffer)
@@ -103,8 +108,7 @@ def test_a_preset_is_its_formulas_in_value_and_gradient(preset, make_models, dat
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-5 * float(theirs.abs().max()) + 1e-7)
 
 
-def test_advantages_are_constants_and_know_nothing_of_padding(make_models, data):
-    models = make_models()
+def test_advantages_are_constants_and_know_nothing_of_padding(models, data):
     method = build_method(stage(lm_coef=0.0))
     buffer = method.collect(data, models, draw=0)
     for rollout in buffer:
@@ -116,16 +120,15 @@ def test_advantages_are_constants_and_know_nothing_of_padding(make_models, data)
         torch.testing.assert_close(advantage.double(), torch.tensor(later, dtype=torch.float64), rtol=1e-5, atol=1e-6)
 
 
-def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(make_models, tmp_path):
+def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(models, tmp_path):
     examples = [Example(i, [60 + i, 70], [90, 91], "", ()) for i in range(3)]
-    data = TrainingData(Stream(examples, seed=1), None, tmp_path)
-    buffer = build_method(stage(lm_coef=0.0)).collect(data, make_models(), draw=0)
+    data = TrainingData(Stream(examples, seed=1), None, LocalRollouts(models), tmp_path)
+    buffer = build_method(stage(lm_coef=0.0)).collect(data, models, draw=0)
     assert sorted(rollout.key for rollout in buffer) == [0, 0, 1, 1, 2, 2]
     assert len({(rollout.key, *rollout.response) for rollout in buffer}) == 6
 
 
-def test_inner_epochs_never_run_the_teacher(make_models, data, monkeypatch):
-    models = make_models()
+def test_inner_epochs_never_run_the_teacher(models, data, monkeypatch):
     method = build_method(stage(lm_coef=0.0))
     buffer = method.collect(data, models, draw=0)
 
@@ -138,8 +141,7 @@ def test_inner_epochs_never_run_the_teacher(make_models, data, monkeypatch):
 
 
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3])
-def test_the_pretraining_term_is_the_weighted_loss_of_the_blocks(kd_ratio, make_models, data):
-    models = make_models()
+def test_the_pretraining_term_is_the_weighted_loss_of_the_blocks(kd_ratio, models, data):
     method = build_method(stage(lm_coef=0.7, pt_kd_ratio=kd_ratio))
     buffer = method.collect(data, models, draw=0)
     ids = torch.tensor(Stream(data.corpus.items, seed=1).take(2))
@@ -179,8 +181,7 @@ def test_the_default_is_the_published_formulas_with_what_measured_better():
 
 
 @pytest.mark.parametrize("reduction, count", [("sequences", 6.0), ("tokens", None)])
-def test_the_divisor_counts_sequences_or_tokens(reduction, count, make_models, data):
-    models = make_models()
+def test_the_divisor_counts_sequences_or_tokens(reduction, count, models, data):
     method = build_method(stage(lm_coef=0.0, reduction=reduction))
     buffer = method.collect(data, models, draw=0)
     (term,) = method.terms(list(buffer), data, models)

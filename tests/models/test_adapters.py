@@ -14,6 +14,7 @@ from minillm.models.adapters import add_adapters, has_adapters, load_adapter
 from minillm.models.loading import load_student
 from minillm.models.saving import save_model, write_frozen
 from minillm.models.tokenizers import byte_tokenizer
+from minillm.teachers.local import LocalTeacher
 from minillm.teachers.preflight import preflight
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -123,7 +124,9 @@ def test_the_adapter_names_the_weights_that_others_can_have(build_model, tmp_pat
 def test_the_preflight_table_shows_what_is_trained(build_model):
     model = add_adapters(build_model("llama", vocab_size=257), LORA, seed=0)
     counts = [sum(one.numel() for one in part) for part in (adapters(model).values(), model.parameters())]
-    _, rows = preflight(model, build_model("llama", vocab_size=257), byte_tokenizer(), byte_tokenizer(), CPU)
+    _, rows = preflight(
+        model, LocalTeacher(build_model("llama", vocab_size=257)), byte_tokenizer(), byte_tokenizer(), CPU
+    )
     row = next(row for row in rows if row[0] == "parameters")
     assert row[1] == "{:,} trained of {:,}".format(*counts)
     assert row[2] == f"{counts[1] - counts[0]:,}"

@@ -5,39 +5,44 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.models.batch import collate
+from minillm.models.batch import TokenSequence, collate, join_extras
 
 EOS = 0
 IDS = st.lists(st.integers(0, 3), max_size=6)  # few ids, EOS among them, so that they stand everywhere
-PAIRS = st.lists(st.tuples(IDS.filter(bool), IDS), min_size=1, max_size=5)
+SEQUENCES = st.lists(st.builds(TokenSequence, IDS.filter(bool), IDS), min_size=1, max_size=5)
 
 
-@given(PAIRS)
-def test_every_response_token_is_predicted_from_what_is_before_it(pairs):
-    batch = collate(pairs, EOS)
+def sequences(*pairs: tuple[list[int], list[int]]) -> list[TokenSequence]:
+    return [TokenSequence(prompt, response) for prompt, response in pairs]
+
+
+@given(SEQUENCES)
+def test_every_response_token_is_predicted_from_what_is_before_it(sequences):
+    batch = collate(sequences, EOS)
     width = batch.input_ids.shape[1]
     places = iter(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
-    for index, (prompt, response) in enumerate(pairs):
-        for count, token in enumerate(response):
+    for index, sequence in enumerate(sequences):
+        for count, token in enumerate(sequence.response):
             row, label = next(places)
-            before = prompt + response[:count]
+            before = sequence.prompt + sequence.response[:count]
             assert label == token and row // width == index
             assert batch.input_ids[index, : row % width + 1].tolist() == before
             assert batch.attention_mask[index, : row % width + 1].all()
     assert next(places, None) is None
-    assert batch.lengths == tuple(len(response) for _, response in pairs)
+    assert batch.lengths == tuple(len(sequence.response) for sequence in sequences)
 
 
-@given(PAIRS)
-def test_real_tokens_are_seen_and_padding_is_not(pairs):
-    batch = collate(pairs, EOS)
-    assert batch.attention_mask.sum(1).tolist() == [len(prompt) + max(len(answer) - 1, 0) for prompt, answer in pairs]
+@given(SEQUENCES)
+def test_real_tokens_are_seen_and_padding_is_not(sequences):
+    batch = collate(sequences, EOS)
+    fed = [len(one.prompt) + max(len(one.response) - 1, 0) for one in sequences]
+    assert batch.attention_mask.sum(1).tolist() == fed
     assert (batch.input_ids[batch.attention_mask == 0] == EOS).all()
-    assert torch.equal(batch.position_ids, torch.arange(batch.input_ids.shape[1]).expand(len(pairs), -1))
+    assert torch.equal(batch.position_ids, torch.arange(batch.input_ids.shape[1]).expand(len(sequences), -1))
 
 
 def test_padding_with_eos_hides_no_eos():
-    batch = collate([([5, 6], [7, EOS]), ([5], [EOS]), ([5, EOS, 6], [8, 9, EOS])], EOS)
+    batch = collate(sequences(([5, 6], [7, EOS]), ([5], [EOS]), ([5, EOS, 6], [8, 9, EOS])), EOS)
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 0, 0, 0, 0], [5, 0, 6, 8, 9]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert batch.rows.tolist() == [1, 2, 5, 12, 13, 14]
@@ -45,16 +50,29 @@ def test_padding_with_eos_hides_no_eos():
 
 
 def test_split_gives_each_sequence_its_rows():
-    batch = collate([([5], [1, 2]), ([5], []), ([5, 6], [3])], EOS)
+    batch = collate(sequences(([5], [1, 2]), ([5], []), ([5, 6], [3])), EOS)
     assert [part.tolist() for part in batch.split(batch.labels)] == [[1, 2], [], [3]]
 
 
 def test_to_moves_every_tensor():
-    moved = collate([([5], [1])], EOS).to("meta")
+    moved = collate([TokenSequence([5], [1], extras={"pixel_values": torch.zeros(1, 3)})], EOS).to("meta")
     names = ("input_ids", "attention_mask", "position_ids", "rows", "labels")
     assert {getattr(moved, name).device.type for name in names} == {"meta"} and moved.lengths == (1,)
+    assert moved.extras["pixel_values"].device.type == "meta"
 
 
 def test_an_empty_prompt_predicts_nothing():
     with pytest.raises(ValueError, match="a prompt has no tokens"):
-        collate([([5], [1]), ([], [1])], EOS)
+        collate(sequences(([5], [1]), ([], [1])), EOS)
+
+
+def test_extras_lie_one_sequence_after_the_other():
+    """Two pictures, none, and one of a sequence that has a size besides."""
+    first, last, size = torch.randn(2, 3), torch.randn(1, 3), torch.tensor([[4, 3]])
+    shown = [{"pixel_values": first}, {}, {"pixel_values": last, "sizes": size}]
+    batch = collate([TokenSequence([5], [1], extras=extras) for extras in shown], EOS)
+    assert batch.extras.keys() == {"pixel_values", "sizes"}
+    assert torch.equal(batch.extras["pixel_values"], torch.cat([first, last])) and torch.equal(
+        batch.extras["sizes"], size
+    )
+    assert join_extras([{}, {}]) == {}

@@ -21,7 +21,8 @@ def test_modes_are_put_back_even_after_an_error(build_model):
 
 
 def test_buffers_that_a_pass_replaces_can_serve_training_again(build_model, ids):
-    """Rotary frequencies that depend on the length are made anew in a forward pass; what inference mode makes is shut out of gradients."""
+    """Rotary frequencies that depend on the length are made anew in a forward pass; what inference mode makes is shut
+    out of gradients."""
     model = build_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     longer = ids.repeat(1, 8)  # beyond the 64 positions of the configuration
     before = model.model.rotary_emb.inv_freq

@@ -11,10 +11,11 @@ from minillm.models.loading import load_student, load_teacher
 from minillm.models.quantization import check_quantized, element_count
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import load_tokenizer
-from minillm.rollout.local.graph_preconditions import require_fixed_shapes
+from minillm.rollout.local.graph_preconditions import require_static_shapes
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
 from minillm.rollout.scoring import score
+from minillm.teachers.local import LocalTeacher
 from minillm.teachers.preflight import preflight
 
 pytestmark = pytest.mark.skipif(
@@ -59,7 +60,7 @@ def test_a_smaller_teacher_judges_nearly_the_same(saved, kind, dtype):
     for name in target_names(whole, "all-linear"):
         packed, count = teacher.get_submodule(name).weight, whole.get_submodule(name).weight.numel()
         assert (8 * packed.nbytes, element_count(packed)) == (BITS[kind] * count, count)
-    models, rows = preflight(model, teacher, tokenizer, tokenizer, CPU)
+    models, rows = preflight(model, LocalTeacher(teacher), tokenizer, tokenizer, CPU)
     table = {name: (ours, theirs) for name, ours, theirs in rows}
     assert table["parameters"][0] == table["parameters"][1]
     assert table["dtype, attention"][1] == f"{dtype} around {kind}, sdpa"
@@ -79,7 +80,7 @@ def test_a_smaller_teacher_judges_nearly_the_same(saved, kind, dtype):
 
 def test_cuda_graphs_are_refused(saved):
     with pytest.raises(ValueError, match="the teacher .* is quantised"):
-        require_fixed_shapes("teacher", teacher_in("nf4", saved[2]))
+        require_static_shapes("teacher", teacher_in("nf4", saved[2]))
 
 
 def test_a_head_that_is_no_plain_tensor_is_refused(saved):

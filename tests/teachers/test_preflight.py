@@ -10,6 +10,7 @@ from minillm.config.models import TeacherConfig
 from minillm.models.loading import load_teacher
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
+from minillm.teachers.local import LocalTeacher
 from minillm.teachers.preflight import PreflightError, end_ids, preflight
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def words(*names: str, **special) -> PreTrainedTokenizerFast:
 
 
 def test_padded_vocabularies_are_cut_to_the_shared_part(build_model):
-    student, teacher = build_model("llama", vocab_size=260), build_model("gpt2", vocab_size=264)
+    student, teacher = build_model("llama", vocab_size=260), LocalTeacher(build_model("gpt2", vocab_size=264))
     tokenizer = byte_tokenizer()
     models, rows = preflight(student, teacher, tokenizer, byte_tokenizer(), CPU)
     assert models.vocab_size == 260
@@ -40,20 +41,21 @@ def test_padding_that_is_also_an_eos_is_shown(build_model):
 def test_the_first_differing_token_is_named(build_model):
     ours, theirs = words("a", "b", "c", "d", eos_token="a"), words("a", "b", "x", "y", eos_token="a")
     with pytest.raises(PreflightError, match="id 2 is 'c' for the student and 'x' for the teacher"):
-        preflight(build_model("llama"), build_model("llama"), ours, theirs, CPU)
+        preflight(build_model("llama"), LocalTeacher(build_model("llama")), ours, theirs, CPU)
 
 
 def test_a_missing_token_differs_too(build_model):
     ours, theirs = words("a", "b", eos_token="a"), words("a", "b", "c", eos_token="a")
     with pytest.raises(PreflightError, match="id 2 is None for the student and 'c' for the teacher"):
-        preflight(build_model("llama"), build_model("llama"), ours, theirs, CPU)
+        preflight(build_model("llama"), LocalTeacher(build_model("llama")), ours, theirs, CPU)
 
 
 def test_a_tokenizer_with_ids_beyond_the_heads(build_model):
     with pytest.raises(
         PreflightError, match=r"257 tokens, but the heads share only 71 rows \(student 300, teacher 71\)"
     ):
-        preflight(build_model("llama", vocab_size=300), build_model("llama"), byte_tokenizer(), byte_tokenizer(), CPU)
+        teacher = LocalTeacher(build_model("llama"))
+        preflight(build_model("llama", vocab_size=300), teacher, byte_tokenizer(), byte_tokenizer(), CPU)
 
 
 def test_no_end_of_text(build_model):
@@ -84,7 +86,9 @@ def test_what_ends_an_answer_for_either_model_ends_it_for_both(build_model, tmp_
     student, teacher = build_model("llama"), build_model("llama", vocab_size=75)
     names = ("a", "b", "c", "d")
     student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = 1, [2, 1, 73]
-    models, _ = preflight(student, teacher, words(*names, eos_token="b"), words(*names, eos_token="c"), CPU)
+    models, _ = preflight(
+        student, LocalTeacher(teacher), words(*names, eos_token="b"), words(*names, eos_token="c"), CPU
+    )
     assert models.eos_ids == (1, 2), "73 is no id of the student's"
     save_model(student, models.tokenizer, tmp_path / "model")
     assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == [1, 2]
@@ -104,8 +108,8 @@ def test_a_templates_end_of_turn_is_an_end(build_model):
 def test_templates_are_compared(build_model, change, expected):
     ours, theirs = byte_tokenizer(), byte_tokenizer()
     theirs.chat_template = ours.chat_template if change == "" else change
-    models = build_model("llama", vocab_size=257), build_model("llama", vocab_size=257)
-    _, rows = preflight(*models, ours, theirs, CPU)
+    student, teacher = (build_model("llama", vocab_size=257) for _ in range(2))
+    _, rows = preflight(student, LocalTeacher(teacher), ours, theirs, CPU)
     assert ("chat template", "there", expected) in rows
 
 
@@ -114,7 +118,7 @@ def test_a_head_that_does_more_than_the_losses_see_is_refused(build_model, who):
     models = {name: build_model("llama", vocab_size=257) for name in ("student", "teacher")}
     models[who].lm_head.register_forward_hook(lambda module, inputs, output: 1.01 * output)
     with pytest.raises(PreflightError, match=f"{who}: the logits of LlamaForCausalLM differ .* by 1.0%"):
-        preflight(models["student"], models["teacher"], byte_tokenizer(), byte_tokenizer(), CPU)
+        preflight(models["student"], LocalTeacher(models["teacher"]), byte_tokenizer(), byte_tokenizer(), CPU)
 
 
 def test_tied_weights_are_counted_once(build_model):
@@ -135,7 +139,7 @@ def test_real_models_of_two_tokenizers(assets):
         model = load_teacher(config, output_dir=assets, device=CPU)
         pairs.append((model, load_tokenizer(config, assets)))
     (stories, subwords), (baby, letters) = pairs
-    models, _ = preflight(stories, stories, subwords, subwords, CPU)
+    models, _ = preflight(stories, LocalTeacher(stories), subwords, subwords, CPU)
     assert models.vocab_size == 512
     with pytest.raises(PreflightError, match="id \\d+ is .* for the student and .* for the teacher"):
-        preflight(stories, baby, subwords, letters, CPU)
+        preflight(stories, LocalTeacher(baby), subwords, letters, CPU)
