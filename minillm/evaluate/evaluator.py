@@ -67,12 +67,15 @@ class Evaluator:
         config: EvalConfig,
         *,
         seed: int,
-        report_progress: ProgressCallback = lambda what, done, total: None,  # told how far the sampling is
+        report_progress: ProgressCallback = lambda what, done, total: None,
+        keeps_teacher: bool = True,
     ):
+        """Args: report_progress: told how far the sampling is. keeps_teacher: false where the teacher changes as well."""
         for name, prompts in sets.items():
             if not prompts.examples:
                 raise UserError(f"eval.sets.{name}: no usable prompts in {prompts.source}; nothing could be measured")
         self.sets, self.config, self.seed, self.report_progress = sets, config, seed, report_progress
+        self.keeps_teacher = keeps_teacher
         self.scored = Sampling(
             config.max_new_tokens,
             temperature=config.temperature,
@@ -97,6 +100,9 @@ class Evaluator:
         """
         if who == "teacher":
             require_ability(models.teacher, "evaluate", "evaluating the teacher")
+        if not self.keeps_teacher:
+            self._teacher_answers.clear()
+            self._teacher_rows.clear()
         measured, samples = {}, []
         for name in self.sets:
             measured[name], shown = self._evaluate_set(name, models, rollouts, who)

@@ -21,15 +21,25 @@ class ModelCache:
         self._evaluator: Evaluator | None = None
 
     def teacher(
-        self, config: TeacherConfig | None, output_dir: Path, device: torch.device, *, sharded: bool = False
+        self,
+        config: TeacherConfig | None,
+        output_dir: Path,
+        device: torch.device,
+        *,
+        sharded: bool = False,
+        trained: bool = False,
     ) -> OpenTeacher | None:
         """The teacher of a configuration; the one before is closed where it is another. All ranks call it together.
 
         Args:
             sharded: it will be sharded over the ranks, of which rank 0 reads it.
+            trained: the stage changes it, so that nobody else may have it afterwards.
         """
         if config is None:
             return None
+        if trained:
+            self.close()
+            return open_teacher(config, output_dir=output_dir, device=device, sharded=sharded)
         key = teacher_identity(config, output_dir), sharded
         if self._teacher is None or self._teacher_key != key:
             self.close()

@@ -158,7 +158,11 @@ class StageBuilder:
         )  # rank 0 reads what is sharded over the ranks, and hands it out weight by weight
         teacher_sharded = shards_teacher(engine, config.teacher)
         teacher = self.cache.teacher(
-            config.teacher, self.output_dir, loading_device(engine, sharded=teacher_sharded), sharded=teacher_sharded
+            config.teacher,
+            self.output_dir,
+            loading_device(engine, sharded=teacher_sharded),
+            sharded=teacher_sharded,
+            trained="teacher" in needs.trains,
         )
         for ability in sorted(needs.teacher_abilities):
             require_ability(teacher and teacher.teacher, ability, f"stage {stage.name!r}")
@@ -199,10 +203,13 @@ class StageBuilder:
                 name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
                 for name, prompts in config.eval.sets.items()
             }
-            return Evaluator(sets, config.eval, seed=config.seed, report_progress=self.console.working)
+            return Evaluator(
+                sets, config.eval, seed=config.seed, report_progress=self.console.working, keeps_teacher=not changes
+            )
 
+        changes = "teacher" in config.method.needs().trains
         # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
-        if config.teacher is None:
+        if config.teacher is None or changes:
             return make()
         evaluator = self.cache.evaluator(
             (config.eval, config.seed, teacher_identity(config.teacher, self.output_dir)), make
