@@ -135,8 +135,7 @@ class DeepSpeedEngine:
             torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
     def close(self) -> None:
-        for module in self.trained.values():
-            release(module, self.engine)
+        release(self.engine, *self.trained.values())
 
     def _partitions(self) -> list[torch.Tensor]:
         """This rank's share of the weights in fp32, which the optimiser steps."""

@@ -76,19 +76,19 @@ def name_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def release(model: nn.Module, engine) -> None:
-    """Give back the memory of a model that DeepSpeed trains or shards; neither is of use afterwards. All ranks together.
+def release(engine, *modules: nn.Module) -> None:
+    """Give back the memory of modules that a DeepSpeed engine trains or shards; none of them is of use afterwards.
 
-    Dropping them is not enough: classes of autograd functions, a cached method and a stack of modules hold every module
-    that DeepSpeed has seen, and through its parameters the optimiser, to the end of the process.
+    All ranks together. Dropping them is not enough: classes of autograd functions, a cached method and a stack of
+    modules hold every module that DeepSpeed has seen, and through its parameters the optimiser, to the end of the process.
     """
     engine.destroy()
     for optimizer in (engine.optimizer, engine.basic_optimizer):
         if optimizer is not None:
             vars(optimizer).clear()
-    for parameter in model.parameters():
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
         parameter.data, parameter.grad = parameter.data.new_empty(0), None
-        vars(parameter).clear()  # this rank's piece, and the optimiser
+        vars(parameter).clear()  # this rank's shard, and the optimiser
 
 
 def gathered_state(model: nn.Module) -> dict[str, Tensor]:

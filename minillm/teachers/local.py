@@ -47,4 +47,4 @@ class LocalTeacher:
 
     def close(self) -> None:
         if is_sharded(self.model) and self._zero_engine is not None:
-            release(self.model, self._zero_engine)
+            release(self._zero_engine, self.model)

@@ -16,7 +16,7 @@ from minillm.benchmarks.rollout_providers import (
     prepare,
     why_not,
 )
-from minillm.rollout.local import sampling
+from minillm.rollout.local import local_rollouts
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
@@ -31,7 +31,8 @@ def models() -> Models:
 
 @pytest.mark.parametrize("mode", ["student", "mixture"])
 def test_all_write_as_many_tokens(models, monkeypatch, mode):
-    monkeypatch.setattr(sampling, "CudaGraphs", lambda device: lambda step: step() or step)
+    monkeypatch.setattr(local_rollouts, "CudaGraphs", lambda device: lambda step: step() or step)
+    monkeypatch.setattr(local_rollouts, "require_cuda_graphs", lambda models: None)
     prompts = make_prompts(SMALL)
     assert {prepare(name, mode, models, prompts, SMALL)(1) for name in PROVIDERS} == {15}
 

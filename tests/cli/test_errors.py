@@ -67,12 +67,12 @@ def test_a_mistake_in_minillms_own_code_keeps_its_traceback(folder, monkeypatch)
 
 
 def test_a_model_that_the_hub_does_not_have_is_a_message(folder, fake, monkeypatch, capsys):
-    import transformers
+    from minillm.models.tokenizers import load_tokenizer
 
     def from_the_hub(plan, *, resume, console):
-        transformers.AutoConfig.from_pretrained("no-such-organisation/no-such-model")
+        load_tokenizer(plan.stages[0].config.student, plan.output_dir)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fake("minillm.train.run", run=from_the_hub)
-    assert main(["train", "run.yaml"]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    assert main(["train", "run.yaml", "student.path=no-such-organisation/no-such-model"]) == 2
+    assert "minillm: no-such-organisation/no-such-model: no folder here (from " in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_what_is_not_finite_is_still_json(folder, monkeypatch):
         def __init__(self, *arguments, **options):
             pass
 
-        def evaluate(self, models, who):
+        def evaluate(self, models, rollouts, who):
             mean = {"forward_kl_nats": math.inf, "rouge_l": math.nan, "loss_nats": -math.inf}
             return Evaluation({"own": mean}, mean, [])
 

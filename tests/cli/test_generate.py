@@ -21,7 +21,7 @@ PLAIN = InstructionKeys(template="none")
 def folder(tmp_path, make_models) -> Path:
     made = make_models()
     save_model(made.student, made.tokenizer, tmp_path / "student")
-    save_model(made.teacher, made.tokenizer, tmp_path / "teacher")
+    save_model(made.teacher.model, made.tokenizer, tmp_path / "teacher")
     return tmp_path
 
 

@@ -5,6 +5,8 @@
 
 import json
 import math
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +62,7 @@ class Both(OnReferences):
     """The student's forward KL to the teacher, and the teacher's to the student; the other side is a constant."""
 
     def modules(self, models: Models) -> dict[str, nn.Module]:
-        return {"teacher": add_adapters(models.teacher.model, LoraConfig(r=2), seed=self.config.seed)}
+        return {"teacher": add_adapters(models.teacher.model, LoraConfig(r=2, alpha=4), seed=self.config.seed)}
 
     def learning_rates(self) -> dict[str, float]:
         return {"teacher": self.config.method.teacher_rate}
@@ -281,6 +283,7 @@ class SelectConfig(MethodConfig):
 
     name: Literal["probe_select"]
     keep: int = 4
+    dies: bool = False  # at the first visit
     summary: ClassVar[str] = "nothing: texts were chosen"
 
     def needs(self) -> Needs:
@@ -304,6 +307,9 @@ class Select(Method):
         order = sorted(range(len(examples)), key=lambda index: -means[index])[: self.config.method.keep]
         with (data.folder / "visits.txt").open("a") as file:
             file.write("visited\n")
+        if self.config.method.dies and len((data.folder / "visits.txt").read_text().splitlines()) == 1:
+            (folder / "half.jsonl").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
         lines = [json.dumps({"text": " ".join(examples[index].references) * 3}) for index in sorted(order)]
         (folder / "kept.jsonl").write_text("\n".join(lines) + "\n")
 

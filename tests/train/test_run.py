@@ -9,8 +9,7 @@ import torch
 from minillm.cli.main import main
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.models.tokenizers import byte_tokenizer
-from minillm.rollout.local import graph_preconditions as supported
-from minillm.rollout.local import sampling
+from minillm.rollout.local import graph_preconditions, local_rollouts
 from minillm.teachers.preflight import PreflightError
 from minillm.train.stage import _same_weights
 from minillm.train.trainer import TrainingError
@@ -143,8 +142,8 @@ def test_a_run_whose_steps_are_captured_takes_the_same_steps(two_stages, tmp_pat
     """Rollouts and evaluation, with steps that are run again in the place of graphs."""
     train(two_stages, f"output_dir={tmp_path / 'plain'}")
     captured = []
-    monkeypatch.setattr(supported, "require_gpu", lambda device: None)
-    monkeypatch.setattr(sampling, "CudaGraphs", lambda device: lambda step: captured.append(step()) or step)
+    monkeypatch.setattr(graph_preconditions, "require_gpu", lambda device: None)
+    monkeypatch.setattr(local_rollouts, "CudaGraphs", lambda device: lambda step: captured.append(step()) or step)
     train(two_stages, "rollout.cuda_graphs=true")
     expected, found = records(tmp_path / "plain"), records(tmp_path / "run")
     assert len(found) == len(expected)
@@ -163,7 +162,7 @@ def test_two_tokenizers_are_an_error_before_a_model_is_read(two_stages, tmp_path
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(taught)
-    monkeypatch.setattr("minillm.train.stage.load_teacher", lambda *args, **kwargs: pytest.fail("a model was read"))
+    monkeypatch.setattr("minillm.teachers.open.load_teacher", lambda *args, **kwargs: pytest.fail("a model was read"))
     keys = ("stages.teacher=null", f"stages.distil.teacher.path={taught}", f"output_dir={tmp_path / 'other'}")
     with pytest.raises(PreflightError, match="student and teacher have different tokenizers"):
         train(two_stages, *keys)

@@ -37,13 +37,13 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
         return f"the environment variable {unset[0]} is not set"
     if place.kind == "folder":
         return f"{text} is a file, not a folder" if os.path.isfile(text) else None
+    if text.startswith(STAGE) and place.kind != "dataset":
+        return stage_problem(text, facts)
     if place.kind == "files":
         if os.path.isdir(text):
             return f"{text} is a folder; name a file in it, or a pattern such as {Path(text) / '*'}"
         return None if matching_files(text) else _not_there(text, "no file matches" if "*" in text else "no such file")
     if place.kind in ("model", "tokenizer"):
-        if text.startswith(STAGE):
-            return stage_problem(text, facts)
         if text.startswith(PACKAGE):
             return _package_problem(text)
         if place.kind == "tokenizer" and text == BYTE_TOKENIZER:
