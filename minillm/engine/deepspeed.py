@@ -99,11 +99,22 @@ class DeepSpeedEngine:
             raise NonFiniteError.of(losses(numbers))
         learning_rate = self.scheduler.get_last_lr()[0]
         self.engine.step()
+        self._forget_gradients()
         grad_norm = float(self.engine.get_global_grad_norm())  # known once the step is taken
         if not math.isfinite(grad_norm) or not self.engine.was_step_applied():
             raise NonFiniteError.of(losses(numbers) | {"grad_norm": grad_norm})
         self.scheduler.step()
         return step_result(numbers, grad_norm=grad_norm, learning_rate=learning_rate)
+
+    def _forget_gradients(self) -> None:
+        """Zero the sharded gradients that ZeRO-3 keeps.
+
+        In a step's first backward pass it overwrites those of the weights that have one there; to what a weight gets in a
+        later pass it would add the step before.
+        """
+        kept = getattr(self.optimizer, "grad_partitions_flat_buffer", None)
+        if kept is not None:
+            kept.zero_()
 
     def save_state(self, folder: Path) -> None:
         """This rank's part: its share of the optimiser and of the exact weights, and its random generators."""

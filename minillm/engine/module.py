@@ -3,16 +3,17 @@
 That is the one form that is right for a plain model and for one whose weights are sharded.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from minillm.losses import linear_objective
+from minillm.losses import LMHead, linear_objective
 from minillm.methods.protocol import HiddenLoss, Term
 from minillm.models.access import forward_decoder, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.routers import balance_loss
+from minillm.teachers.teacher import HiddenRows, TeacherRows
 
 
 class TermLoss(nn.Module):
@@ -42,7 +43,7 @@ class TermLoss(nn.Module):
             model, batch.input_ids, batch.attention_mask, batch.position_ids, use_cache=False, **batch.extras, **asked
         )
         # gradients are taken in the forward pass, so that the teacher's head is not read again after it
-        with nullcontext((None, None)) if term.teacher is None else term.teacher.for_losses() as (said, teacher_head):
+        with self._teacher_side(term.teacher) as (said, teacher_head):
             loss, metrics = linear_objective(
                 rows_of(output.last_hidden_state, batch),  # (N, H_s)
                 lm_head(model),
@@ -67,6 +68,21 @@ class TermLoss(nn.Module):
             # a mean over tokens, and metrics are sums over rows
             metrics = {**metrics, "auxiliary_loss": balance.detach() * len(batch.labels)}
         return loss, metrics
+
+    @contextmanager
+    def _teacher_side(self, rows: TeacherRows | None) -> Iterator[tuple[object, LMHead | None]]:
+        """What the losses take for the teacher. A head of this module is gathered by reading it, as the student's is."""
+        if rows is None:
+            yield None, None
+        elif isinstance(rows, HiddenRows) and any(rows.source.model is one for one in self.children_that_train()):
+            yield rows.hidden, lm_head(rows.source.model)
+        else:
+            with rows.for_losses() as both:
+                yield both
+
+    def children_that_train(self) -> list[nn.Module]:
+        """The student and what is trained beside it."""
+        return [self.student, *self.trained_beside.values()]
 
     def _hidden_loss(self, wanted: HiddenLoss, output, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         states = output.hidden_states

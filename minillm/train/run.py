@@ -83,11 +83,11 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
     names = [stage.name for stage in plan.stages]
     with log, _interruption(console.note) as interrupted:
         for stage in plan.stages:
-            if progress and names.index(stage.name) < names.index(progress.stage):
-                continue
             if not stage.config.method.needs().takes_steps:
                 if not collectives.on_rank_0(lambda stage=stage: is_prepared(stage, output_dir)):
                     builder.prepare(stage)
+                continue
+            if progress and names.index(stage.name) < names.index(progress.stage):
                 continue
             resumed = progress is not None and progress.stage == stage.name
             if not resumed:
