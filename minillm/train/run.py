@@ -15,7 +15,7 @@ import yaml
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
-from minillm.distributed import collectives
+from minillm.distributed import collectives, group
 from minillm.planning.adapter_check import check_targets
 from minillm.reporting.model_card import write_model_card
 from minillm.reporting.report import write_report
@@ -42,18 +42,18 @@ def run(plan: RunPlan, *, resume: bool, console, shared: StageBuilder | None = N
     output_dir = plan.output_dir
     if all(stage.config.engine.type == "torch" for stage in plan.stages):
         return _run(plan, resume=resume, console=console, shared=shared)
-    collectives.join(output_dir)
+    group.join(output_dir)
     shared = StageBuilder()  # of this run alone: what is cut over the ranks goes with their group
     try:
         final = _run(plan, resume=resume, console=console, shared=shared)
         shared.close()
-        collectives.leave()
+        group.leave()
         return final
     except TrainingError:
         raise
     except Exception as error:
-        message = collectives.lost_rank_behind(error)
-        collectives.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
+        message = group.lost_rank_behind(error)
+        group.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
         if message is None:
             raise
         raise TrainingError(message) from error
