@@ -28,6 +28,11 @@ def is_signed(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def published_damage(folder: Path) -> str | None:
+    """`find_damage` of a published model; None for one without a manifest, which an earlier version published."""
+    return find_damage(folder) if is_signed(folder) else None
+
+
 def find_damage(folder: Path, *, requires: Collection[str] = ()) -> str | None:
     """The first difference between a signed folder and its manifest, in words; None where there is none.
 

@@ -44,7 +44,7 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
 
 def _is_longer(before: dict, now: dict) -> bool:
     """Whether limits of `train` grew or went, none came or shrank, and the steps so far would have been the same."""
-    pairs = [(before[key], now[key]) for key in LIMITS if before[key] != now[key]]
+    pairs = [(before.get(key), now[key]) for key in LIMITS if before.get(key) != now[key]]
     grew = all(
         then is not None and (later is None or _is_number(then, later) and later > then) for then, later in pairs
     )

@@ -1,11 +1,9 @@
 """The loop of one stage: collect, step through what was collected, evaluate, save; and how it goes on after a kill."""
 
-import json
 import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +25,10 @@ from minillm.rollout.rank_items import rank_items
 from minillm.storage.atomic import sync
 from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
+from minillm.storage.state_file import reading_state
 from minillm.train.best_model import BestModel
 from minillm.train.progress import Progress
+from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
 
 
 class TrainingError(UserError):
@@ -272,8 +272,7 @@ class StageTrainer:
             if self.engine.rank:
                 return
             config = self.config.model_dump(mode="json")
-            content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
-            (state / "trainer.json").write_text(json.dumps(content, indent=1))
+            write_trainer_state(TrainerState(progress, config, self.engine.world_size), folder)
 
         with self.data.timing.of("saving"):
             write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
@@ -281,9 +280,10 @@ class StageTrainer:
     def load(self, folder: Path) -> None:
         """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
         state = folder / "state"
-        saved = json.loads((state / "trainer.json").read_text())
-        self.best.forget_another_measure(saved["config"], self.progress)
-        before = saved.get("world_size", 1)
+        saved = read_trainer_state(folder)
+        self.best.forget_another_measure(saved.config, self.progress)
+        self.best.forget_damaged(self.progress)
+        before = saved.world_size
         if before != self.engine.world_size:
             self.console.note(
                 f"{folder.name} was written by {before} ranks, and there are {self.engine.world_size}: the weights go on, "
@@ -291,11 +291,13 @@ class StageTrainer:
             )
             return
         self.engine.load_state(state)
-        self.data.prompts.load_state_dict(self.progress.streams["prompts"])
+        self.data.prompts.load_state_dict(saved.position("prompts", folder))
         if self.data.corpus is not None:
-            self.data.corpus.load_state_dict(self.progress.streams["corpus"])
-        if self._buffer_path(state).exists():
-            self.items = RolloutBuffer.from_state(load_file(self._buffer_path(state)))
+            self.data.corpus.load_state_dict(saved.position("corpus", folder))
+        buffer = self._buffer_path(state)
+        if buffer.exists():
+            with reading_state(buffer):
+                self.items = RolloutBuffer.from_state(load_file(buffer))
 
     def _buffer_path(self, state: Path) -> Path:
         """Each rank keeps the teacher's hidden states that it holds."""

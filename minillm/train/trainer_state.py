@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from minillm import UserError
 from minillm.storage.checkpoint import TRAINER_STATE
 from minillm.storage.state_file import reading_state
-from minillm.train.progress import Progress
+from minillm.train.progress import Position, Progress
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class TrainerState:
     progress: Progress
     config: dict[str, Any]  # of the stage
     world_size: int  # of the run that wrote it
+
+    def position(self, stream: str, checkpoint: Path) -> Position:
+        """How far a stream was used. Raises UserError where the stage had no such stream."""
+        with reading_state(checkpoint / TRAINER_STATE):
+            return self.progress.streams[stream]
 
 
 def write_trainer_state(state: TrainerState, checkpoint: Path) -> None:
