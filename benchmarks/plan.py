@@ -20,7 +20,7 @@ from pathlib import Path
 
 from minillm.benchmarks.machine import as_table, describe
 from minillm.benchmarks.plan_cases import CASES, STEPS, Case, architecture, load
-from minillm.distributed import collectives
+from minillm.distributed import collectives, group
 from minillm.distributed.launcher import end
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -42,12 +42,12 @@ def measure(case: Case) -> dict[str, int]:
     is one of `case.ranks`."""
     with tempfile.TemporaryDirectory() as folder:
         if case.ranks:
-            collectives.join(Path(folder))
+            group.join(Path(folder))
         _take_steps(replace(case, hidden=128, layers=1, teacher_layers=1, vocab=512, batch=2))
         gc.collect()
         zero = _resident()["VmRSS"]
         peaks = {phase: peak - zero for phase, peak in _take_steps(case).items()}
-        collectives.leave()
+        group.leave()
     return peaks
 
 

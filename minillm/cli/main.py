@@ -80,9 +80,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _nothing_trained(output_dir: Path) -> bool:
     """Whether a folder is empty, or holds only what a run leaves that stopped before its first step or evaluation."""
+    from minillm.storage.folder_lock import LOCK
     from minillm.storage.metrics_log import METRICS, SAMPLES
 
-    names = {path.name for path in output_dir.iterdir()}
+    names = {path.name for path in output_dir.iterdir()} - {LOCK}
     begun = {"config.yaml", "env.json", METRICS, SAMPLES}
     return not names or names == begun and (output_dir / METRICS).stat().st_size == 0
 

@@ -1,11 +1,12 @@
-"""Whether the other ranks of a run are still there, and what is said where one is not.
+"""Heartbeats between the ranks of a run: a rank that died or fell silent is noticed, named, and stops the others.
 
-Every rank writes a beat to the group's store every BEAT_SECONDS, and reads those of the others, over a connection and
-from a thread of its own, so that a main thread that computes, saves or waits in a collective neither delays it nor is
-delayed. A rank is lost when its beat stands still for SILENT_SECONDS or, on the same machine, as soon as its process is
-gone; where the store no longer answers, the host of rank 0 is lost, or the way to it.
+Every rank writes its heartbeat to the group's store every HEARTBEAT_SECONDS and reads those of the others. It does so
+over a connection and from a thread of its own, so that a main thread that computes, saves or waits in a collective
+neither delays it nor is delayed. A rank is lost when its heartbeat has not changed for SILENT_SECONDS or, on the same
+machine, as soon as its process is gone. Where the store no longer answers, rank 0 is lost, whose host keeps it.
 
-Waiting is counted in readings, not by the clock: whoever was stopped for a while wakes up with nothing against others.
+Silence is counted in readings of the store, not by the clock: a process that was itself stopped for a while holds that
+time against nobody when it wakes up.
 """
 
 import json
@@ -20,11 +21,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 GRACE_SECONDS = 10.0  # for a rank to stop by itself after another one is gone
 LAST_WORDS_SECONDS = 5.0  # for the store to say what a dead rank left in it
-_LAST_WORDS = 300  # characters of an error that others are told
+_LAST_WORDS = 300  # characters of an error that the other ranks are told
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Peer:
     rank: int
     pid: int
     host: str
-    machine: str  # alike for processes that can look each other up by their id
+    machine: str  # the same for processes that can look each other up by their id
 
     @classmethod
     def here(cls, rank: int) -> "Peer":
+        """This process, as a rank."""
         host = socket.gethostname()
         return cls(rank, os.getpid(), host, _machine() or f"{host}/{os.getpid()}")
 
@@ -46,32 +48,32 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank says: a number that grows, and what it knows."""
+class Heartbeat:
+    """One message of a rank to all others: a number that grows, and what it knows."""
 
     number: int = 0
-    error: str | None = None  # that ends this rank: its last words
-    lost: str | None = None  # another rank, and how
+    error: str | None = None  # the error that ends this rank: its last words
+    lost: str | None = None  # another rank that is gone, and how, in words
 
 
 @dataclass(frozen=True)
 class LostRank:
-    """A rank that is gone, in words."""
+    """One or more ranks that died or fell silent."""
 
-    text: str
-    explained: bool  # by its own last words
+    text: str  # which ones, and what is known of their end
+    explained: bool  # whether they have said themselves which error ended them
 
     @property
     def message(self) -> str:
-        """What the remaining ranks say."""
+        """The line that the remaining ranks print."""
         return f"{self.text}; the others stop. Start again with --resume to go on from the last checkpoint"
 
 
-class Heartbeat:
-    """Of one rank over all others, from `start` to `end`.
+class HeartbeatMonitor:
+    """Sends one rank's heartbeat and reads those of all others, from `start` to `end`.
 
     Args:
-        rank: this one's.
+        rank: this rank's number.
         peers: all ranks in their order, this one among them.
         run: a name that no other run in the same store has.
         stop: ends this process with a message; called where a rank is lost and the main thread goes on waiting for it.
@@ -91,8 +93,8 @@ class Heartbeat:
             timeout=timedelta(seconds=SILENT_SECONDS),
         )
         self._store = dist.PrefixStore(f"minillm/{run}", client)
-        self._heard = {peer.rank: Beat() for peer in self._others}
-        self._changes = {peer.rank: 0 for peer in self._others}  # of its beat, seen so far
+        self._heard = {peer.rank: Heartbeat() for peer in self._others}
+        self._changes = {peer.rank: 0 for peer in self._others}  # of its heartbeat, seen so far
         self._unchanged = {peer.rank: 0 for peer in self._others}  # readings since the last change
         self._unanswered = 0.0  # seconds since the store's last answer
         self._broken = False  # the connection to the store
@@ -100,29 +102,30 @@ class Heartbeat:
         self._asked_at_death: int | None = None
         self._number, self._error, self._lost = 0, None, None
         self._ended, self._due = threading.Event(), threading.Event()
-        self._beating = threading.Thread(target=self._exchange, daemon=True)
-        self._beat()
+        self._thread = threading.Thread(target=self._exchange, daemon=True)
+        self._send()
 
     def start(self) -> None:
-        """Once all ranks have made theirs."""
-        self._beating.start()
+        """Begin to read and to write; every rank must have made its monitor before."""
+        self._thread.start()
         threading.Thread(target=self._guard, daemon=True).start()
 
     def end(self) -> None:
-        """No more beats, and nobody is lost any more."""
+        """Send no more heartbeats, and take no rank for lost any more."""
         self._ended.set()
         self._due.set()
-        self._beating.join(BEAT_SECONDS)
+        self._thread.join(HEARTBEAT_SECONDS)
 
     def lost(self) -> LostRank | None:
-        """The first loss that was found; None where all ranks are there."""
+        """The lost rank that was noticed first; None where all ranks are there."""
         self._lost = self._lost or self._find_lost()
         return self._lost
 
-    def after(self, error: Exception) -> LostRank | None:
-        """The loss behind an error of this rank, or None where the error is its own.
+    def lost_behind(self, error: Exception) -> LostRank | None:
+        """The lost rank that an error of this rank comes from; None where the error is this rank's own.
 
-        Waits until every other rank has shown life after the error (and so heard of it), or one is lost.
+        Waits until every other rank has given a sign of life after the error (and so heard of it), or one is lost. A
+        lost rank that has said itself which error ended it is added to `error` as a note, and None is returned.
         """
         self._error = f"{type(error).__name__}: {error}"[:_LAST_WORDS]
         self._due.set()
@@ -131,7 +134,7 @@ class Heartbeat:
         while self.lost() is None and any(self._changes[rank] - before[rank] < 2 for rank in before):
             time.sleep(0.2)
         if self._lost is not None:
-            time.sleep(2 * BEAT_SECONDS)  # the store may go with this process: others must hear of the loss before
+            time.sleep(2 * HEARTBEAT_SECONDS)  # the store may go with this process: the others must hear of it before
             if self._lost.explained:
                 error.add_note(self._lost.text)
         return None if self._lost is None or self._lost.explained else self._lost
@@ -140,12 +143,14 @@ class Heartbeat:
         gone = {peer: "was killed or crashed" for peer in self._others if self._died(peer)}
         if gone and not self._last_words_are_read():
             return None
-        told = next((beat.lost for beat in self._heard.values() if beat.lost), None)
+        told = next((heartbeat.lost for heartbeat in self._heard.values() if heartbeat.lost), None)
         if not gone and told is not None:
             return LostRank(told, explained=False)
         if not gone:
             how = f"has given no sign of life for {SILENT_SECONDS:.0f} s"
-            gone = {peer: how for peer in self._others if self._unchanged[peer.rank] * BEAT_SECONDS >= SILENT_SECONDS}
+            gone = {
+                peer: how for peer in self._others if self._unchanged[peer.rank] * HEARTBEAT_SECONDS >= SILENT_SECONDS
+            }
         if not gone and (self._broken or self._unanswered >= SILENT_SECONDS):
             how = f"cannot be reached: the store of the group at {self._address} does not answer any more"
             gone = {self._first: how}
@@ -171,25 +176,25 @@ class Heartbeat:
         try:
             while not self._ended.is_set():
                 self._hear()
-                self._beat()
-                self._due.wait(BEAT_SECONDS)
+                self._send()
+                self._due.wait(HEARTBEAT_SECONDS)
                 self._due.clear()
         except RuntimeError:  # the store is gone; connecting again would not bring back what it knew
             self._broken = True
 
-    def _beat(self) -> None:
+    def _send(self) -> None:
         self._number += 1
-        beat = Beat(self._number, self._error, None if self._lost is None else self._lost.text)
-        self._store.set(str(self._me.rank), json.dumps(asdict(beat)))
+        heartbeat = Heartbeat(self._number, self._error, None if self._lost is None else self._lost.text)
+        self._store.set(str(self._me.rank), json.dumps(asdict(heartbeat)))
 
     def _hear(self) -> None:
         self._asked += 1
         texts = self._store.multi_get([str(peer.rank) for peer in self._others])
         self._unanswered = 0.0
         for peer, text in zip(self._others, texts, strict=True):
-            beat = Beat(**json.loads(text))
-            changed = beat != self._heard[peer.rank]
-            self._heard[peer.rank] = beat
+            heartbeat = Heartbeat(**json.loads(text))
+            changed = heartbeat != self._heard[peer.rank]
+            self._heard[peer.rank] = heartbeat
             self._changes[peer.rank] += changed
             self._unchanged[peer.rank] = 0 if changed else self._unchanged[peer.rank] + 1
         self._answered = self._asked

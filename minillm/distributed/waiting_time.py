@@ -1,8 +1,8 @@
-"""How long this process has waited for other ranks, in the collectives of minillm and of DeepSpeed alike.
+"""Seconds that this process has waited for other ranks, in the collectives of minillm and of DeepSpeed alike.
 
-Whoever calls them, torch.distributed's collectives end in `Work.wait` where the host waits for one, and that is what is
-counted. With gloo it is all that an exchange takes longer than the work beside it, waiting for slower ranks included.
-NCCL's returns at once, because the device waits and not the host: its time stays with the part that needs the result.
+Every collective of torch.distributed ends in `Work.wait` where the host waits for it, and that is what is counted. With
+gloo this is the whole exchange, waiting for slower ranks included, less the work that ran beside it. With NCCL the wait
+returns at once, because the device waits and not the host: its time stays with the part that needs the result.
 """
 
 from time import perf_counter
@@ -14,12 +14,12 @@ _counting = False
 
 
 def waited() -> float:
-    """Seconds since `count_waits`; 0 without it."""
+    """Seconds waited since `count_waits`; 0 without it."""
     return _seconds
 
 
 def count_waits() -> None:
-    """From now on, for the whole process. There is no hook for this, so that the method is replaced."""
+    """Count from now on, for the whole process. torch has no hook for this, so `Work.wait` itself is replaced."""
     global _counting
     if _counting:
         return

@@ -20,6 +20,7 @@ from minillm.distributed import collectives
 from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
+from minillm.engine.saved_state import check_same_shapes, check_schedule_state
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
 from minillm.models.access import checkpoint_activations
@@ -27,6 +28,7 @@ from minillm.models.loading import filled, is_hollow
 from minillm.models.quantization import is_quantized
 from minillm.models.sharded import is_sharded, name_accelerator, release
 from minillm.storage.atomic import sync
+from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
 
 # what an optimiser of DeepSpeed says of itself that is plain data of this rank
@@ -131,19 +133,23 @@ class DeepSpeedEngine:
         sync(path)
 
     def load_state(self, folder: Path) -> None:
-        """Raises FileNotFoundError where the state was saved by another number of ranks."""
         path = folder / f"engine-{self.rank}-of-{self.world_size}.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        mine = self.optimizer.state_dict() | state["optimizer"]
-        if "fp32_flat_groups" in mine:
-            mine["fp32_flat_groups"] = state["weights"]
-        self.optimizer.load_state_dict([mine] * self.world_size, load_optimizer_states=True)
-        for part, saved in zip(self._partitions(), state["weights"], strict=True):
-            part.data.copy_(saved)
-        self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["cpu_rng"])
-        if "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
+        with reading_state(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            own = self.optimizer.state_dict()
+            check_same_shapes(state["optimizer"], own, "optimizer")
+            check_same_shapes(state["weights"], self._partitions(), "weights")
+            check_schedule_state(state["scheduler"], self.scheduler)
+            mine = own | state["optimizer"]
+            if "fp32_flat_groups" in mine:
+                mine["fp32_flat_groups"] = state["weights"]
+            self.optimizer.load_state_dict([mine] * self.world_size, load_optimizer_states=True)
+            for part, saved in zip(self._partitions(), state["weights"], strict=True):
+                part.data.copy_(saved)
+            self.scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["cpu_rng"])
+            if "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
     def close(self) -> None:
         release(self.engine, *self.trained.values())

@@ -44,7 +44,10 @@ class Engine(Protocol):
         """Everything but the weights that is needed to go on: optimiser, schedule, random generators."""
 
     def load_state(self, folder: Path) -> None:
-        """The inverse of save_state, on an engine made from the same configuration and weights."""
+        """The inverse of save_state, on an engine made from the same configuration and weights.
+
+        Raises UserError, naming the file, where it is missing or holds the state of another engine.
+        """
 
     def close(self) -> None:
         """Give back the student's memory and the optimiser's; neither is of use afterwards. All ranks together."""

@@ -13,9 +13,11 @@ from minillm.config.training import TrainConfig
 from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
+from minillm.engine.saved_state import check_optimizer_state, check_schedule_state
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
 from minillm.models.access import checkpoint_activations
+from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
 
 
@@ -78,12 +80,16 @@ class TorchEngine:
         torch.save(state, folder / "engine.pt")
 
     def load_state(self, folder: Path) -> None:
-        state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["cpu_rng"])
-        if "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
+        path = folder / "engine.pt"
+        with reading_state(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            check_optimizer_state(state["optimizer"], self.optimizer)
+            check_schedule_state(state["scheduler"], self.scheduler)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["cpu_rng"])
+            if "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
     def close(self) -> None:
         """Nothing else holds them: they go with the engine and its models."""

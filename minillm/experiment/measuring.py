@@ -17,6 +17,7 @@ from minillm.experiment.experiment_file import STUDENT, Experiment
 from minillm.experiment.jobs import FINAL, Job, model_folder
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
+from minillm.storage.manifest import published_damage
 from minillm.storage.metrics_log import plain
 from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models
@@ -91,7 +92,7 @@ class Measuring:
         teacher = base.teacher and _found(base.teacher, self.output, job)
         common = {key: getattr(base.student, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
         if job.trained:
-            return StudentConfig(path=str(job.folder / FINAL), **common), teacher
+            return StudentConfig(path=str(require_whole(job.folder / FINAL)), **common), teacher
         path = self.experiment.as_is[job.name]
         student = base.student if path == STUDENT else StudentConfig(path=path, **common)
         return _found(student, self.output, job), teacher
@@ -131,8 +132,16 @@ def _found(config, output: Path, job: Job):
             folder = model_folder(output, job.seed, text)
             if not folder.is_dir():
                 raise TrainingError(f"{text.removeprefix(STAGE)} with seed {job.seed} has left no model")
-            found[key] = str(folder)
+            found[key] = str(require_whole(folder))
     return config.model_copy(update=found)
+
+
+def require_whole(folder: Path) -> Path:
+    """The folder of a finished run's model. Raises TrainingError where that is damaged."""
+    damage = published_damage(folder)
+    if damage is not None:
+        raise TrainingError(f"{folder} is not whole ({damage}); delete it to have it published again")
+    return folder
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:

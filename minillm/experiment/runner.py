@@ -1,9 +1,8 @@
 """Runs what is left of an experiment, one run after the other; the report is written anew after each."""
 
-import fcntl
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -15,11 +14,12 @@ from minillm.config.paths import STAGE
 from minillm.experiment.experiment_file import Experiment
 from minillm.experiment.experiment_report import write_experiment_report
 from minillm.experiment.jobs import FINAL, Job, folder_of, model_folder, plan_jobs
-from minillm.experiment.measuring import Measuring
+from minillm.experiment.measuring import Measuring, require_whole
 from minillm.experiment.results import FAILURE
 from minillm.reporting.console import Console
 from minillm.reporting.markdown import duration
 from minillm.storage.atomic import write_text
+from minillm.storage.folder_lock import FolderInUseError, hold_folder
 from minillm.storage.metrics_log import METRICS, read_records
 from minillm.train.model_cache import ModelCache
 from minillm.train.resume import FREE_ON_RESUME
@@ -56,7 +56,7 @@ def run_experiment(
         with Console() as console:
             console.note(f"[{place}/{len(todo)}] {job.name}, seed {job.seed}{_remaining(began, done, len(todo))}")
             try:
-                with alone(job):
+                with alone(job, console):
                     if job.trained and not (job.folder / FINAL).is_dir():
                         run(plan_of(experiment, output, job), resume=True, console=console, cache=cache)
                     if job.measured:
@@ -150,7 +150,7 @@ def _existing(output: Path, job: Job, path: str) -> Path:
         raise TrainingError(
             f"it starts from {path.removeprefix(STAGE)} with seed {job.seed}, of which there is no model"
         )
-    return folder
+    return require_whole(folder)
 
 
 def _seconds_of(output: Path, job: Job, path: str) -> float:
@@ -163,14 +163,13 @@ def _seconds_of(output: Path, job: Job, path: str) -> float:
 
 
 @contextmanager
-def alone(job: Job) -> Iterator[None]:
-    """One process works on a run at a time."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / ".lock").open("w") as file:
+def alone(job: Job, console) -> Iterator[None]:
+    """One process works on a run at a time, training or measuring. Raises BusyError in any other."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BusyError(f"another process is at work in {job.folder}") from None
+            held.enter_context(hold_folder(job.folder, note=console.note))
+        except FolderInUseError as error:
+            raise BusyError(str(error)) from None
         yield
 
 

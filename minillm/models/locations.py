@@ -8,19 +8,27 @@ from safetensors import SafetensorError
 
 from minillm import UserError
 from minillm.config.paths import PACKAGE, STAGE, expand, package_file
+from minillm.distributed import collectives
+from minillm.storage.manifest import published_damage
 
 
 def resolve_path(text: str, output_dir: Path) -> Path | str:
     """A local path where `text` names one, else `text` itself: a hub name.
 
     `package:NAME/FILE` is a file inside an installed Python package, found without importing it; `package:NAME/*.gguf`
-    may use a pattern. `stage:NAME` is the model that an earlier stage of the run left.
-    Raises FileNotFoundError where a package, a file in it, or a stage is missing.
+    may use a pattern. `stage:NAME` is the model that an earlier stage of the run left; rank 0 verifies its checksums.
+    Raises UserError where a package, a file in it, or a stage is missing, and where a stage's model is damaged.
     """
     if text.startswith(STAGE):
         folder = Path(output_dir) / "stages" / text.removeprefix(STAGE)
         if not folder.is_dir():
             raise UserError(f"{text}: {folder} is not there; the stage has not finished")
+        damage = published_damage(folder) if collectives.rank() == 0 else None
+        if damage is not None:
+            raise UserError(
+                f"{text}: {folder} is not whole ({damage}), and what is trained on it would be another model. Put the "
+                "folder back as it was, or start again in another output_dir"
+            )
         return folder
     if text.startswith(PACKAGE):
         return package_file(text)
@@ -49,7 +57,7 @@ def reading(text: str | None) -> Iterator[None]:
 def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> tuple[Path | str, dict[str, str]]:
     """What from_pretrained takes for a path: the place, and gguf_file or revision where there is one.
 
-    `revision` counts for hub names alone. Raises FileNotFoundError as resolve_path does.
+    `revision` counts for hub names alone. Raises UserError as resolve_path does.
     """
     where = resolve_path(text, output_dir)
     if not isinstance(where, Path):

@@ -17,6 +17,7 @@ from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_ada
 from minillm.models.sharded import gathered_state, is_sharded, name_accelerator
 from minillm.models.tokenizers import end_ids
 from minillm.storage.atomic import write_folder
+from minillm.storage.manifest import sign
 
 MODULES = "modules"  # in a model's folder: what was trained beside it
 
@@ -61,8 +62,8 @@ def _write(
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The same in the place of `folder`, which never holds a part of a model."""
-    write_folder(folder, lambda partial: write_model(model, tokenizer, partial))
+    """The same in the place of `folder`, which never holds a part of a model, with a manifest of its checksums."""
+    write_folder(folder, lambda partial: write_model(model, tokenizer, partial), sign=sign)
 
 
 def write_modules(modules: Mapping[str, nn.Module], folder: Path) -> None:

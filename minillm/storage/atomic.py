@@ -2,14 +2,18 @@
 
 import errno
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from minillm.distributed import collectives
 
 _PARTIAL, _STALE = ".partial", ".stale"
-ROOM = 2**20  # bytes; a disk with less is full
+ROOM = 2**20  # bytes; a disk that does not take as many more is full
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust end their messages
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,63 +30,50 @@ def write_folder(
     """Put what `fill` writes into an empty folder in the place of `folder`.
 
     All ranks call it, and each fills the same folder with files of its own; when all are done, rank 0 calls `sign` on
-    it and puts it in place. A failure of `fill` leaves what was there. So does a kill, once `clean` has run: between
-    the two renames of a replacement the old folder lies beside, set aside.
+    it and puts it in place. A failure leaves what was there, and so does a kill, once `clean` has run: between the two
+    renames of a replacement the old folder lies beside, set aside. Raises OSError with ENOSPC where the disk is full,
+    whatever the writer raises for that.
     """
     partial, stale = _beside(folder, _PARTIAL), _beside(folder, _STALE)
     if collectives.rank() == 0:
         for leftover in (partial, stale):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _delete(leftover)
         partial.mkdir(parents=True)
     collectives.barrier()
     try:
         fill(partial)
+        collectives.barrier()
+        if collectives.rank() == 0:
+            sign(partial)
+            _put_in_place(folder, partial, stale)
     except Exception as error:
         _raise_if_full(folder.parent, error)
         raise
     collectives.barrier()
-    if collectives.rank() == 0:
-        sign(partial)
-        _put_in_place(folder, partial, stale)
-    collectives.barrier()
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, whole or not at all: a kill leaves what `clean` removes."""
-    if folder.exists():
+    """Remove a folder, if it is there, whole or not at all: a kill leaves what `clean` removes.
+
+    A symbolic link is removed, and what it leads to is left alone.
+    """
+    if os.path.lexists(folder):
         partial = _beside(folder, _PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
+        _delete(partial)
         folder.rename(partial)
-        shutil.rmtree(partial)
-
-
-def _put_in_place(folder: Path, partial: Path, stale: Path) -> None:
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    if folder.exists():
-        folder.rename(stale)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(stale, ignore_errors=True)
-
-
-def _raise_if_full(parent: Path, error: Exception) -> None:
-    """Say so where the disk is full; what writes weights has errors of its own for that."""
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if full or shutil.disk_usage(parent).free < ROOM:
-        raise OSError(errno.ENOSPC, "no space left; what was saved before is whole", str(parent)) from error
+        _delete(partial)
 
 
 def clean(parent: Path) -> None:
-    """Remove what a kill left beside the files and folders of `parent`; what was set aside without successor returns."""
+    """Remove what a kill left beside the files and folders of `parent`; restore a folder whose replacement never landed."""
     for stale in parent.glob(f".*{_STALE}"):
         folder = parent / stale.name[1 : -len(_STALE)]
-        if folder.exists():
-            shutil.rmtree(stale)
+        if os.path.lexists(folder):
+            _delete(stale)
         else:
             stale.rename(folder)
     for partial in parent.glob(f".*{_PARTIAL}"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        _delete(partial)
 
 
 def sync(path: Path) -> None:
@@ -92,6 +83,51 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _put_in_place(folder: Path, partial: Path, stale: Path) -> None:
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    if os.path.lexists(folder):
+        folder.rename(stale)
+    partial.rename(folder)
+    sync(folder.parent)
+    _delete(stale)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a folder or a symbolic link, as far as the system lets go of it; `clean` comes back for the rest."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _raise_if_full(parent: Path, error: Exception) -> None:
+    if _says_full(error) or not _has_room(parent):
+        raise OSError(errno.ENOSPC, "no space left; what was saved before is whole", str(parent)) from error
+
+
+def _says_full(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is the system's for a full disk or quota; some libraries say so in text alone."""
+    while error is not None:
+        numbers = {int(number) for number in _SYSTEM_ERROR.findall(str(error))}
+        if FULL & {getattr(error, "errno", None), *numbers}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _has_room(parent: Path) -> bool:
+    """Whether the disk takes ROOM bytes more; torch's writer says nothing of the reason for which it failed."""
+    try:
+        with tempfile.TemporaryFile(dir=parent) as probe:
+            probe.write(bytes(ROOM))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error.errno not in FULL
+    return True
 
 
 def _beside(path: Path, ending: str) -> Path:

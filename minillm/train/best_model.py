@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config.loader.run_plan import Stage
+from minillm.distributed import collectives
 from minillm.models.saving import save_model
 from minillm.reporting.metric import find_metric
+from minillm.storage.manifest import published_damage
 from minillm.teachers.pair import Models
 from minillm.train.progress import Progress
 
@@ -39,6 +41,16 @@ class BestModel:
         if best is None or find_metric(metric).better * (value - best["value"]) > 0:
             progress.best = {"metric": metric, "value": value, "step": progress.step, "stage": self.stage.name}
             save_model(models.student, models.tokenizer, self.output_dir / FOLDER)
+
+    def forget_damaged(self, progress: Progress) -> None:
+        """Compare with no value whose model has been lost since."""
+        if progress.best is None:
+            return
+        folder = self.output_dir / FOLDER
+        damage = collectives.on_rank_0(lambda: published_damage(folder) if folder.is_dir() else "it is missing")
+        if damage is not None:
+            self.note(f"best/ is not whole ({damage}): it is replaced at the next evaluation, whatever that finds")
+            progress.best = None
 
     def forget_another_measure(self, before: Mapping[str, Any], progress: Progress) -> None:
         """Compare with no value that the stage's configuration of `before` has measured in another way."""

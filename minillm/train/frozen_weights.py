@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minillm import UserError
 from minillm.models.saving import write_frozen
 from minillm.storage.atomic import write_folder
-from minillm.storage.checkpoint import find_damage, sign
+from minillm.storage.manifest import find_damage, sign
 
 BASES = "bases"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minillm import UserError
 from minillm.config.loader.run_plan import Stage
-from minillm.storage.checkpoint import find_damage
+from minillm.storage.manifest import find_damage
 
 MARK = "prepared.json"
 

@@ -1,23 +1,47 @@
 """Where a run stands: what a checkpoint says beside weights, optimiser and buffer."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Any
+
+from pydantic import ConfigDict, NonNegativeInt
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 
-@dataclass
+class Best(TypedDict):
+    """The model of a stage that is kept in best/, by the metric it was chosen by."""
+
+    metric: str
+    value: float
+    step: int
+    stage: str
+
+
+class Position(TypedDict):
+    """How far a stream of data has been used."""
+
+    taken: NonNegativeInt
+    items: NonNegativeInt
+
+
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
 class Progress:
-    """Where a run stands. Together with the weights, engine.pt and the buffer this is all that resuming needs."""
+    """Where a run stands. Together with the weights, engine.pt and the buffer this is all that resuming needs.
+
+    Raises pydantic.ValidationError where it is made of other values: a checkpoint is read into it.
+    """
 
     stage: str
-    step: int = 0  # over all stages
-    stage_step: int = 0
-    draw: int = 0  # collections so far
-    epoch: int = 0  # of the current collection
-    position: int = 0  # items of this epoch already used
+    step: NonNegativeInt = 0  # over all stages
+    stage_step: NonNegativeInt = 0
+    draw: NonNegativeInt = 0  # collections so far
+    epoch: NonNegativeInt = 0  # of the current collection
+    position: NonNegativeInt = 0  # items of this epoch already used
     seconds: float = 0.0  # training time of this stage, without evaluation and saving
-    student_tokens: int = 0  # predictions of this stage that received a gradient
+    student_tokens: NonNegativeInt = 0  # predictions of this stage that received a gradient
     finished: bool = False
-    best: dict | None = None  # of this stage: {"metric", "value", "step", "stage"}
-    streams: dict = field(default_factory=dict)
-    log: dict = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl
+    best: Best | None = None  # of this stage
+    streams: dict[str, Position] = field(default_factory=dict)  # by name
+    log: dict[str, NonNegativeInt] = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl
     stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done
-    stage_configs: dict[str, dict] = field(default_factory=dict)  # of the stages that are done
+    stage_configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the stages that are done

@@ -59,7 +59,7 @@ def _with_defaults(config: dict) -> dict:
 
 def _is_longer(before: dict, now: dict) -> bool:
     """Whether limits of `train` grew or went, none came or shrank, and the steps so far would have been the same."""
-    pairs = [(before[key], now[key]) for key in LIMITS if before[key] != now[key]]
+    pairs = [(before.get(key), now[key]) for key in LIMITS if before.get(key) != now[key]]
     grew = all(
         then is not None and (later is None or _is_number(then, later) and later > then) for then, later in pairs
     )

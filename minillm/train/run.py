@@ -5,7 +5,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,17 @@ import yaml
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
-from minillm.distributed import collectives
+from minillm.distributed import collectives, group
 from minillm.planning.adapter_check import check_targets
 from minillm.reporting.model_card import write_model_card
 from minillm.reporting.report import write_report
 from minillm.storage.atomic import clean, remove_folder, write_folder, write_text
 from minillm.storage.checkpoint import list_checkpoints, newest_whole
 from minillm.storage.environment import describe_environment
+from minillm.storage.folder_lock import hold_folder
+from minillm.storage.manifest import MANIFEST, published_damage, sign
 from minillm.storage.metrics_log import MetricsLog, SilentLog
+from minillm.train.best_model import FOLDER as BEST
 from minillm.train.frozen_weights import BASES
 from minillm.train.model_cache import ModelCache
 from minillm.train.prepared import has_no_model, is_prepared
@@ -30,8 +33,9 @@ from minillm.train.progress import Progress
 from minillm.train.resume import check_resume
 from minillm.train.stage import StageBuilder
 from minillm.train.trainer import TrainingError
+from minillm.train.trainer_state import read_trainer_state
 
-MODEL_ONLY = shutil.ignore_patterns("state", "manifest.json")
+MODEL_ONLY = shutil.ignore_patterns("state", MANIFEST)
 
 
 def run(plan: RunPlan, *, resume: bool, console, cache: ModelCache | None = None) -> Path:
@@ -43,19 +47,27 @@ def run(plan: RunPlan, *, resume: bool, console, cache: ModelCache | None = None
     """
     output_dir = plan.output_dir
     if all(stage.config.engine.type == "torch" for stage in plan.stages):
-        return _run(plan, resume=resume, console=console, cache=cache or ModelCache())
-    collectives.join(output_dir)
-    cache = ModelCache()  # of this run alone: what is sharded over the ranks goes with their group
+        with hold_folder(output_dir, note=console.note):
+            return _run(plan, resume=resume, console=console, cache=cache or ModelCache())
+    group.join(output_dir)
+    with ExitStack() as held:  # by rank 0 for all
+        collectives.on_rank_0(lambda: held.enter_context(hold_folder(output_dir, note=console.note)))
+        return _run_together(plan, resume=resume, console=console)
+
+
+def _run_together(plan: RunPlan, *, resume: bool, console) -> Path:
+    """`_run` on the ranks of a group that has been joined, and is left at the end."""
+    output_dir, cache = plan.output_dir, ModelCache()  # of this run alone: what is sharded goes with the group
     try:
         final = _run(plan, resume=resume, console=console, cache=cache)
         cache.close()
-        collectives.leave()
+        group.leave()
         return final
     except TrainingError:
         raise
     except Exception as error:
-        message = collectives.lost_rank_behind(error)
-        collectives.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
+        message = group.lost_rank_behind(error)
+        group.record_failure(output_dir, f"{message or ''}\n{traceback.format_exc()}".lstrip())
         if message is None:
             raise
         raise TrainingError(message) from error
@@ -68,9 +80,9 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
     checkpoint = None if checkpoint is None else Path(checkpoint)
     progress, longer = None, False
     if checkpoint is not None:
-        saved = json.loads((checkpoint / "state" / "trainer.json").read_text())
-        progress = Progress(**saved["progress"])
-        longer = check_resume(plan, progress, saved["config"])
+        saved = read_trainer_state(checkpoint)
+        progress = saved.progress
+        longer = check_resume(plan, progress, saved.config)
         console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
     if collectives.rank() == 0:
         write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
@@ -114,13 +126,13 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
                 del trainer  # before the next stage loads its student
                 checkpoint = output_dir / f"checkpoint-{progress.step}"
             if len(plan.stages) > 1 or stage.name != "main":
-                _publish(checkpoint, output_dir / "stages" / stage.name)
+                _publish(checkpoint, output_dir / "stages" / stage.name, console.note)
             collectives.on_rank_0(lambda: str(write_report(output_dir)))
     final = output_dir / "final"
     if checkpoint is None:  # no stage took a step: the results are in stages/
         console.finish(output_dir)
         return output_dir / "stages"
-    _publish(checkpoint, final)
+    _publish(checkpoint, final, console.note)
     collectives.on_rank_0(lambda: _describe(output_dir, final))
     console.finish(output_dir)
     return final
@@ -129,19 +141,16 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
 def _prepare(output_dir: Path, resume: bool, console) -> str | None:
     """A folder without what a kill left; the checkpoint to go on from.
 
-    Raises UserError where the folder cannot be made, and where there is nothing to go on from but something to lose:
-    checkpoints of which none is whole, or models.
+    Raises UserError where there is nothing to go on from but something to lose: checkpoints of which none is whole, or
+    models.
     """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {output_dir} cannot be made: {error}; choose another one") from None
     for folder in (output_dir, output_dir / "stages", output_dir / BASES):
         clean(folder)
     if not resume:
         return None
     checkpoint = newest_whole(output_dir, console.note)
     if checkpoint is not None:
+        _tell_of_damage(output_dir, console.note)
         return str(checkpoint)
     left = [str(folder.relative_to(output_dir)) for folder in _models(output_dir)]
     damaged = list_checkpoints(output_dir)
@@ -159,6 +168,13 @@ def _models(output_dir: Path) -> list[Path]:
     """The models that stages have left."""
     folders = (output_dir / "final", *sorted(output_dir.glob("stages/*")))
     return [folder for folder in folders if folder.is_dir() and not has_no_model(folder)]
+
+
+def _tell_of_damage(output_dir: Path, note: Callable[[str], None]) -> None:
+    for folder in (output_dir / BEST, *_models(output_dir)):
+        damage = published_damage(folder)
+        if damage is not None:
+            note(f"{folder.relative_to(output_dir)} is not whole ({damage})")
 
 
 def _describe(output_dir: Path, final: Path) -> None:
@@ -207,16 +223,18 @@ def _take_back(plan: RunPlan, name: str) -> None:
         remove_folder(folder)
 
 
-def _publish(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint's model to `folder`, whole or not at all; what is there already stays."""
-    if collectives.on_rank_0(folder.exists):
+def _publish(checkpoint: Path, folder: Path, note: Callable[[str], None]) -> None:
+    """Copy a checkpoint's model to `folder`, whole or not at all, and sign it; a whole one that is there already stays."""
+    if collectives.on_rank_0(lambda: folder.exists() and published_damage(folder) is None):
         return
+    if folder.exists():
+        note(f"{folder.name} is written again, from {checkpoint.name}")
 
     def fill(partial: Path) -> None:
         if collectives.rank() == 0:
             shutil.copytree(checkpoint, partial, ignore=MODEL_ONLY, dirs_exist_ok=True)
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, sign=sign)
 
 
 @contextmanager

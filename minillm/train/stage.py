@@ -28,7 +28,7 @@ from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Rollouts, require_rollouts
 from minillm.storage.atomic import write_folder
-from minillm.storage.checkpoint import sign
+from minillm.storage.manifest import sign
 from minillm.storage.metrics_log import MetricsLog
 from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models

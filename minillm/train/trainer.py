@@ -1,11 +1,9 @@
 """The loop of one stage: collect, step through what was collected, evaluate, save; and how it goes on after a kill."""
 
-import json
 import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +25,11 @@ from minillm.rollout.rank_items import rank_items
 from minillm.storage.atomic import sync
 from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
+from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
 from minillm.train.best_model import BestModel
 from minillm.train.progress import Progress
+from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
 
 METHOD_STATE = "method.pt"  # in a checkpoint's state/: what the method keeps, alike on every rank
 
@@ -281,8 +281,7 @@ class StageTrainer:
                 torch.save(kept, state / METHOD_STATE)
                 sync(state / METHOD_STATE)
             config = self.config.model_dump(mode="json")
-            content = {"progress": asdict(progress), "config": config, "world_size": self.engine.world_size}
-            (state / "trainer.json").write_text(json.dumps(content, indent=1))
+            write_trainer_state(TrainerState(progress, config, self.engine.world_size), folder)
 
         with self.data.timing.of("saving"):
             write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
@@ -290,11 +289,13 @@ class StageTrainer:
     def load(self, folder: Path) -> None:
         """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
         state = folder / "state"
-        saved = json.loads((state / "trainer.json").read_text())
-        self.best.forget_another_measure(saved["config"], self.progress)
+        saved = read_trainer_state(folder)
+        self.best.forget_another_measure(saved.config, self.progress)
+        self.best.forget_damaged(self.progress)
         if (state / METHOD_STATE).exists():
-            self.method.load_state_dict(torch.load(state / METHOD_STATE, map_location="cpu", weights_only=True))
-        before = saved.get("world_size", 1)
+            with reading_state(state / METHOD_STATE):
+                self.method.load_state_dict(torch.load(state / METHOD_STATE, map_location="cpu", weights_only=True))
+        before = saved.world_size
         if before != self.engine.world_size:
             self.console.note(
                 f"{folder.name} was written by {before} ranks, and there are {self.engine.world_size}: the weights go on, "
@@ -303,9 +304,11 @@ class StageTrainer:
             return
         self.engine.load_state(state)
         for name, stream in self._streams().items():
-            stream.load_state_dict(self.progress.streams[name])
-        if self._buffer_path(state).exists():
-            self.items = RolloutBuffer.from_state(load_file(self._buffer_path(state)))
+            stream.load_state_dict(saved.position(name, folder))
+        buffer = self._buffer_path(state)
+        if buffer.exists():
+            with reading_state(buffer):
+                self.items = RolloutBuffer.from_state(load_file(buffer))
 
     @property
     def _passed(self) -> Stream | RankSlice:

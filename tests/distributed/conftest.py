@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine, without a launcher: what is killed and what stops is ours alone."""
+"""Ranks as processes of this machine, without a launcher, which would end the others where one is killed."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def start():
-    """A function that starts `python ARGUMENTS` on so many ranks."""
+    """A function that starts `python ARGUMENTS` on a number of ranks."""
 
     def start(ranks: int, *arguments: str) -> list[subprocess.Popen]:
         with socket.socket() as free:

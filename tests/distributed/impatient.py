@@ -3,8 +3,8 @@
 import sys
 
 from minillm.cli import main as cli
-from minillm.distributed import heartbeat as watch
+from minillm.distributed import heartbeat
 
 if __name__ == "__main__":
-    watch.SILENT_SECONDS = float(sys.argv[1])
+    heartbeat.SILENT_SECONDS = float(sys.argv[1])
     cli.program(["train", *sys.argv[2:]])

@@ -1,17 +1,18 @@
-"""What ranks say to each other, how long they wait for it, and what the others are told where one of them ends.
+"""Exchanges between two ranks, and what each raises where work done together fails on one of them.
 
 Run as a program it is one of the ranks: FOLDER.
 """
 
-import os
-import signal
+import errno
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
-from minillm.distributed import collectives
+from minillm import UserError
+from minillm.distributed import collectives, group
 from minillm.distributed.launcher import end
 from minillm.distributed.waiting_time import waited
 
@@ -29,9 +30,9 @@ def tensors(rank: int) -> dict[str, torch.Tensor]:
     }
 
 
-def exchange(folder: Path) -> None:
-    rank = collectives.rank()
+def exchange(rank: int) -> None:
     assert collectives.gather({"é": rank}) == [{"é": 0}, {"é": 1}]
+    assert collectives.anywhere(rank == 1) and not collectives.anywhere(False)
     assert collectives.total({"both": 1.0, f"of {rank}": 2.0}) == {"both": 2.0, "of 0": 2.0, "of 1": 2.0}
     for made in (tensors, lambda rank: EMPTY, lambda rank: {}, lambda rank: EMPTY if rank else tensors(1)):
         for other, found in enumerate(collectives.gather_tensors(made(rank))):
@@ -42,6 +43,48 @@ def exchange(folder: Path) -> None:
     sent = [torch.full((2 * rank + other,), 10 * rank + other, dtype=torch.uint8) for other in range(2)]
     for other, found in enumerate(collectives.exchange(sent)):
         assert found.tolist() == [10 * other + rank] * (2 * other + rank)
+    assert collectives.on_rank_0(lambda: {"rank": rank}) == {"rank": 0}
+    assert collectives.together(lambda: rank) == rank
+
+
+def slices(rank: int) -> None:
+    for count in (0, 1, 4, 5):  # none, fewer than the ranks, as many for each, one more for the first
+        mine = collectives.rank_slice(count)
+        assert all(collectives.owner(index) == rank for index in mine)
+        assert collectives.interleave(collectives.gather(list(mine))) == list(range(count))
+        even = collectives.even_rank_slice(count)
+        assert even[: len(mine)] == list(mine) and len(even) == (count + 1) // 2
+
+
+class StoppedError(UserError):
+    exit_status = 1
+
+
+def failures(rank: int) -> None:
+    """Rank 1 fails in every way, rank 0 in none."""
+
+    def caught(error: Exception) -> Exception:
+        def work():
+            if rank == 1:
+                raise error
+
+        with pytest.raises(type(error) if rank else Exception) as info:
+            collectives.together(work)
+        return info.value
+
+    for error, status in ((UserError("no such teacher"), 2), (StoppedError("step 3: loss nan"), 1)):
+        found = caught(error)
+        assert isinstance(found, UserError) and found.exit_status == status
+        assert str(found) == (str(error) if rank else f"rank 1: {error}")
+    found = caught(OSError(errno.ENOSPC, "no space left", "run"))
+    assert isinstance(found, OSError) and found.errno == errno.ENOSPC and found.filename == "run"
+    assert rank or found.strerror == "no space left (on rank 1)"
+    found = caught(KeyError("x"))
+    assert rank or (type(found) is RuntimeError and str(found) == "rank 1: KeyError: 'x'")
+
+
+def waits(rank: int) -> None:
+    collectives.barrier()
     before = waited()
     time.sleep(1.0 * rank)
     collectives.barrier()
@@ -50,33 +93,27 @@ def exchange(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    collectives.join(folder)
-    exchange(folder)
-    collectives.leave()
-    collectives.join(folder)  # another run
-    if collectives.rank() == 1:
-        error = ValueError("the disk is full")
-        assert collectives.lost_rank_behind(error) is None
-        print("mine", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        collectives.barrier()
-    except RuntimeError as error:
-        assert collectives.lost_rank_behind(error) is None  # it is explained: not lost, but ended by its own error
-        print(*error.__notes__, flush=True)
+    group.join(folder)
+    for check in (exchange, slices, failures, waits):
+        check(collectives.rank())
+    group.leave()
     end(0)
 
 
-def test_what_ranks_tell_each_other(tmp_path, start):
-    first, second = start(2, __file__, str(tmp_path))
-    outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
-    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL), outputs
-    waits = [float(output.split("waited ")[1].split()[0]) for output in outputs]
-    assert waits[0] > 0.8 and waits[1] < 0.5 * waits[0]
-    assert "mine" in outputs[1]
-    assert (
-        f"rank 1 (process {second.pid} on " in outputs[0] and "stopped with ValueError: the disk is full" in outputs[0]
+def test_two_ranks_exchange_and_fail_together(tmp_path, start, finish):
+    first, second = (
+        float(output.split("waited ")[1].split()[0]) for output in finish(start(2, __file__, str(tmp_path)))
     )
+    assert first > 0.8 and second < 0.5 * first
+
+
+def test_one_process_needs_no_group():
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    assert collectives.gather((1, None)) == [[1, None]], "as JSON would bring it over"
+    assert list(collectives.rank_slice(3)) == collectives.even_rank_slice(3) == [0, 1, 2]
+    assert collectives.interleave([["a", "b"]]) == ["a", "b"]
+    with pytest.raises(UserError, match="^no such teacher$"):
+        collectives.on_rank_0(lambda: (_ for _ in ()).throw(UserError("no such teacher")))
 
 
 if __name__ == "__main__":

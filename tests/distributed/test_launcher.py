@@ -1,4 +1,4 @@
-"""Which process of a run this is, as each launcher says it."""
+"""A process's place in its run, as each launcher says it in the environment."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The launchers that docs/cluster.md names, beside torchrun (test_two_hosts.py): what their processes do is one run."""
+"""Runs under the launchers of docs/cluster.md other than torchrun (test_two_hosts.py): their processes are one run."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ def test_deepspeed(recipe, port):
 
 
 def test_two_tasks_of_slurm(recipe, port):
-    """`srun` starts the command once a task; it says who is who, and MASTER_ADDR is the user's."""
+    """`srun` starts the command once per task and numbers the tasks; the user sets MASTER_ADDR."""
     step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     tasks = [
         subprocess.Popen(

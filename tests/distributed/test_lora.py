@@ -1,4 +1,4 @@
-"""Adapters on two ranks of ZeRO-3 against one process: the steps, and what rank 0 saves of weights in pieces."""
+"""Adapters on two ranks of ZeRO-3 against one process: the steps, and what rank 0 saves of sharded weights."""
 
 import importlib.util
 import json

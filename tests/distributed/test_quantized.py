@@ -1,4 +1,4 @@
-"""A teacher in 4 bits, whole on each rank beside a student in pieces: the steps are those of one process."""
+"""A teacher in 4 bits, replicated on each rank beside a sharded student: the steps are those of one process."""
 
 import importlib.util
 import json

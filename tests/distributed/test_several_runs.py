@@ -16,7 +16,7 @@ from minillm.train.stage import StageBuilder
 
 
 def live_bytes() -> int:
-    """Of all tensors that Python knows."""
+    """Memory of all tensors that Python knows."""
     gc.collect()
     tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
@@ -25,9 +25,9 @@ def live_bytes() -> int:
 def one_process(recipe: str, *folders: str) -> None:
     make_trainer = StageBuilder.trainer
 
-    def tell(shared, stage, *args, **options):
+    def tell(builder, stage, *args, **options):
         print("live", live_bytes(), flush=True)
-        return make_trainer(shared, stage, *args, **options)
+        return make_trainer(builder, stage, *args, **options)
 
     StageBuilder.trainer = tell
     for folder in folders:
@@ -44,7 +44,7 @@ def test_stages_and_runs_give_back_their_memory(tmp_path, small_run, start, fini
     document["eval"]["sets"] = {}
     taught = {"teacher": {"path": "stage:teacher"}, "method": {"name": "kd"}}
     document["stages"] = {
-        "teacher": {"student": {"config": {"hidden_size": 512}}},  # a megabyte and more a weight
+        "teacher": {"student": {"config": {"hidden_size": 512}}},  # more than a megabyte per weight
         "one": taught,
         "two": taught,
     }

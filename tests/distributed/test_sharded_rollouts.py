@@ -1,4 +1,4 @@
-"""Sampling and scoring with sharded models on two ranks: the answers of one process, and no rank that waits for ever.
+"""Sampling and scoring with sharded models on two ranks: the answers of one process, and no rank waits forever.
 
 Run as a program it is one of the ranks: HOW FOLDER.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm.distributed import collectives
+from minillm.distributed import collectives, group
 from minillm.distributed.launcher import end
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -26,14 +26,14 @@ SAMPLING = Sampling(max_new_tokens=10, alpha=0.4)
 
 
 def collect(models: Models, prompts: list[list[int]], sampling: Sampling, size: int = 4) -> dict[str, torch.Tensor]:
-    """What was sampled and measured in batches of a size, as flat tensors."""
+    """Samples and their scores, made in batches of `size`, as flat tensors."""
     keys = list(range(len(prompts)))
     answers = LocalRollouts(models).sample(prompts, sampling, keys=keys, seed=3, who="mixture", batch_size=size)
     return score(models, answers, keys=keys, batch_size=size).state()
 
 
 def tiny_models(tie: bool) -> Models:
-    """A student and a teacher of other widths, made alike in every process."""
+    """A student and a teacher of different widths, made alike in every process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     made = []
@@ -53,7 +53,7 @@ def rank(how: str, folder: Path) -> None:
     from minillm.engine.deepspeed import DeepSpeedEngine
 
     torch.set_num_threads(1)
-    collectives.join(folder)
+    group.join(folder)
     for tie in (False, True):
         models = tiny_models(tie)
         DeepSpeedEngine(models, TrainConfig(max_steps=1), DeepSpeedConfig(type="deepspeed", gather=how), total_steps=1)
@@ -63,7 +63,7 @@ def rank(how: str, folder: Path) -> None:
     models.eos_ids = tuple(range(64)) if collectives.rank() == 0 else ()
     lengths = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 50)["response_lengths"].tolist()
     assert lengths == [1, 8] * 100
-    collectives.leave()
+    group.leave()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

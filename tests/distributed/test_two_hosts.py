@@ -1,4 +1,4 @@
-"""Two hosts under torchrun: the steps of one process, and what is left says who was lost, be it a host or the cable.
+"""Two hosts under torchrun: the steps of one process; where a host or the cable is lost, the other host says so.
 
 The hosts are namespaces of the network, of process ids and of the hostname on one machine. Nothing of them has a name
 in the system: they are gone as soon as their first process is, and that one dies with ours.
@@ -53,7 +53,7 @@ class Host:
 
     @property
     def first_process(self) -> int:
-        """Its id outside."""
+        """The id of its first process outside the namespace."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         deadline = time.monotonic() + 10
         while not (found := children.read_text().split()):
@@ -73,7 +73,7 @@ class Host:
         subprocess.run([*enter, "ip", "link", "set", CABLE, "down"], check=True)
 
     def kill(self) -> None:
-        """SIGKILL for every process of it: the first one goes with the one that we see, and all others with the first."""
+        """SIGKILL every process of this host: the first goes with the one that we see, and all others go with the first."""
         self._process.kill()
         self._process.wait(10)
 
@@ -84,7 +84,7 @@ class Host:
             self._network = None
 
     def wait(self, timeout: float) -> int:
-        """Its command's exit status."""
+        """The exit status of its command."""
         return self._process.wait(timeout)
 
     def said(self) -> str:
@@ -101,7 +101,7 @@ def plug_in(first: Host, second: Host) -> None:
 
 
 def why_not() -> str | None:
-    """Why hosts cannot be made here; None where they can."""
+    """The reason for which hosts cannot be made here; None where they can."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         return f"no {', '.join(missing)} (Debian: iproute2, util-linux, hostname)"
@@ -172,7 +172,7 @@ def steps(folder: Path) -> list[dict]:
     return [line for line in lines if line["kind"] == "train"]
 
 
-def test_two_hosts_and_the_loss_of_one(recipe, start):
+def test_two_hosts_train_as_one_and_the_one_that_is_left_goes_on(recipe, start):
     one, unbroken, broken = (recipe.with_name(name) for name in ("one", "unbroken", "broken"))
     finish(start(recipe, unbroken))
     assert main(["train", str(recipe), f"output_dir={one}", "train.gradient_accumulation_steps=2"]) == 0

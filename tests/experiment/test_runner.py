@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from minillm.experiment import runner
 from minillm.experiment.experiment_file import load_experiment
 from minillm.experiment.experiment_report import write_experiment_report
 from minillm.storage.metrics_log import read_records
+from tests.runs import Silent, in_a_child
 
 
 def do(*arguments: str) -> int:
@@ -117,10 +119,25 @@ def test_a_finished_run_with_other_keys_is_not_taken_for_this_one(write, capsys)
 def test_two_processes_do_not_work_on_one_run(write, capsys):
     experiment = load_experiment(write())
     job = runner.plan_jobs(experiment, Path("out"), [1], ["warmup"])[0]
-    with runner.alone(job):
+
+    def second_process() -> None:
         assert do("three.yaml", "--arms", "warmup", "--seed", "1") == 1
-    assert "another process is at work" in capsys.readouterr().err
+        assert f"warmup, seed 1: {job.folder} is in use: process {os.getppid()} on" in capsys.readouterr().err
+
+    with runner.alone(job, Silent()):
+        assert in_a_child(second_process) == 0
     assert not (job.folder / "failure.txt").exists()
+
+
+def test_a_damaged_model_is_neither_started_from_nor_measured(write, capsys):
+    name = write()
+    assert do(name, "--arms", "sft", "--seeds", "1") == 0
+    weights = Path("out/seed-1/warmup/final/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert do(name, "--arms", "start,kd", "--seeds", "1") == 1
+    errors = capsys.readouterr().err
+    for arm in ("start", "kd"):
+        assert f"{arm}, seed 1: {weights.parent} is not whole (model.safetensors was altered)" in errors
 
 
 def test_processes_of_a_launcher_train_one_run_together(write, monkeypatch, capsys):

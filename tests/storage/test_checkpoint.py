@@ -1,11 +1,13 @@
-"""Whole or not there: damage is found, the one before is taken, nothing partial is left."""
+"""Checkpoints are whole or not there: damage is found, the one before is taken, nothing partial is left."""
 
 import json
+import os
 
 import pytest
 
 from minillm.storage.atomic import clean
-from minillm.storage.checkpoint import MANIFEST, find_damage, list_checkpoints, newest_whole, write_checkpoint
+from minillm.storage.checkpoint import list_checkpoints, newest_whole, write_checkpoint
+from minillm.storage.manifest import MANIFEST, find_damage, sign
 
 
 def fill(content: str):
@@ -45,6 +47,11 @@ def test_a_damaged_one_of_a_later_step_takes_the_place_of_none(run):
         (lambda folder: (folder / "state" / "trainer.json").unlink(), "trainer.json is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text("{}"), "does not give the size and SHA-256"),
+        (
+            lambda folder: ((folder / "state" / "trainer.json").unlink(), sign(folder)),
+            "does not name state/trainer.json",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_aloud(run, damage, words):
@@ -52,6 +59,32 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(run, damage, words):
     notes = []
     assert newest_whole(run, notes.append).name == "checkpoint-4"
     assert len(notes) == 1 and "checkpoint-10" in notes[0] and words in notes[0]
+
+
+def test_a_file_and_a_link_that_leads_nowhere_are_no_checkpoints_and_stay(run):
+    (run / "checkpoint-1").write_text("mine")
+    (run / "checkpoint-11").write_text("mine")
+    (run / "checkpoint-12").symlink_to("gone")
+    notes = []
+    assert newest_whole(run, notes.append).name == "checkpoint-10"
+    assert ["checkpoint-12 is not whole (manifest.json is missing)" in notes[0], "it is a file" in notes[1]] == [
+        True
+    ] * 2
+    write_checkpoint(run, 13, fill("13"), keep=1)
+    assert [step for step, _ in list_checkpoints(run)] == [1, 11, 12, 13]
+
+
+def test_a_checkpoint_that_is_a_link_counts_and_rotation_leaves_what_it_leads_to(run, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    for step in (4, 10):
+        (run / f"checkpoint-{step}").rename(disk / f"checkpoint-{step}")
+        (run / f"checkpoint-{step}").symlink_to(disk / f"checkpoint-{step}")
+    assert newest_whole(run, pytest.fail).name == "checkpoint-10"
+    write_checkpoint(run, 10, fill("ten"), keep=2)  # in the place of a link
+    write_checkpoint(run, 12, fill("12"), keep=1)
+    assert os.listdir(run) == ["checkpoint-12"]
+    assert (disk / "checkpoint-4" / "weights").read_text() == "4"
+    assert (disk / "checkpoint-10" / "weights").read_text() == "10"
 
 
 def test_no_whole_checkpoint_is_none(tmp_path):

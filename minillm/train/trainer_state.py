@@ -1,0 +1,62 @@
+"""state/trainer.json of a checkpoint: where the run stands, and under which configuration it came there."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from minillm import UserError
+from minillm.storage.checkpoint import TRAINER_STATE
+from minillm.storage.state_file import reading_state
+from minillm.train.progress import Position, Progress
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """The content of trainer.json."""
+
+    progress: Progress
+    config: dict[str, Any]  # of the stage
+    world_size: int  # of the run that wrote it
+
+    def position(self, stream: str, checkpoint: Path) -> Position:
+        """How far a stream was used. Raises UserError where the stage had no such stream."""
+        with reading_state(checkpoint / TRAINER_STATE):
+            return self.progress.streams[stream]
+
+
+def write_trainer_state(state: TrainerState, checkpoint: Path) -> None:
+    """Write it into a folder that has its state/ already."""
+    (checkpoint / TRAINER_STATE).write_text(json.dumps(asdict(state), indent=1))
+
+
+def read_trainer_state(checkpoint: Path) -> TrainerState:
+    """Read it back. Raises UserError, naming the file and the key, where it is not what a run writes."""
+    path = checkpoint / TRAINER_STATE
+    with reading_state(path):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise UserError("it is not a JSON object")
+        config, world_size = content["config"], content.get("world_size", 1)
+        for name in ("train", "eval"):
+            if not isinstance(config, dict) or not isinstance(config.get(name), dict):
+                raise UserError(f"config.{name} is not there")
+        if type(world_size) is not int or world_size < 1:
+            raise UserError(f"world_size is {world_size!r}, not a number of ranks")
+        return TrainerState(_read_progress(content["progress"]), config, world_size)
+
+
+def _read_progress(content: Any) -> Progress:
+    if not isinstance(content, dict):
+        raise UserError("progress is not a JSON object")
+    try:
+        progress = Progress(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("progress", *first["loc"])))
+        raise UserError(f"{where}: {first['msg']}") from None
+    if progress.stage_step > progress.step:
+        raise UserError(f"progress.stage_step is {progress.stage_step}, but progress.step only {progress.step}")
+    return progress
