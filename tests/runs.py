@@ -8,9 +8,6 @@ from pathlib import Path
 
 import torch
 
-from minillm.config.loader.run_plan import load_run
-from minillm.train.run import run
-
 
 class Silent:
     """A console that remembers its notes."""
@@ -26,6 +23,9 @@ class Silent:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> tuple[Path, Silent]:
+    from minillm.config.loader.run_plan import load_run
+    from minillm.train.run import run
+
     console = Silent()
     return run(load_run([recipe], list(overrides)), resume=resume, console=console), console
 
