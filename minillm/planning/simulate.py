@@ -19,6 +19,7 @@ from minillm.models.access import checkpoint_activations, forward_decoder, lm_he
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
 from minillm.models.loading import without_dropout
+from minillm.models.modes import sampling_mode
 from minillm.models.pruning import layers_of
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
@@ -26,7 +27,6 @@ from minillm.planning.quantized import quantize
 from minillm.planning.setting import Setting
 from minillm.planning.sizes import ModelSize, build, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, Term, Work
-from minillm.rollout.local.decoder import sampling_mode
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 

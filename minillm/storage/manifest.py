@@ -17,8 +17,8 @@ _known_whole: dict[Path, tuple[Stamp, ...]] = {}  # folders that this process ha
 
 
 def sign(folder: Path) -> None:
-    """Write the manifest of all files in the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Write the manifest of all files in the folder, in the place of one that it has."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     manifest = {str(path.relative_to(folder)): _fingerprint(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
