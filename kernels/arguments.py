@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,16 +35,9 @@ def prepare(
     teacher_hidden: Tensor | None,  # (..., H_t)
     teacher_head: LMHead | Tensor | None,
     labels: Tensor | None,  # (...)
+    options: Mapping[str, Any],  # all that an entry point declares
     *,
     fields: str | Iterable[str] | None,
-    beta: float,
-    alpha: float,
-    ignore_index: int,
-    temperature: float,
-    vocab_size: int | None,
-    kept: int | None,
-    backend: str,
-    chunk_bytes: int | None,
     names: tuple[str, str] = ("student_hidden", "student_head"),
 ) -> tuple[Problem, Tensors]:
     """Check everything and flatten. Raises ValueError naming the argument."""
@@ -66,24 +59,24 @@ def prepare(
                 f"teacher_hidden is on {teacher_hidden.device}, student_hidden on {student_hidden.device}; "
                 "move them to one device"
             )
-    size = check_vocab_size(student, teacher, vocab_size, names[1])
+    size = check_vocab_size(student, teacher, options["vocab_size"], names[1])
     fields = check_fields(fields, has_teacher=teacher is not None, has_labels=labels is not None)
     spec = RowSpec(
         fields=fields,
-        temperature=check_positive(temperature, "temperature"),
+        temperature=check_positive(options["temperature"], "temperature"),
         student_scale=check_positive(student.logit_scale, f"{names[1]}.logit_scale"),
         student_softcap=check_softcap(student, names[1]),
         teacher_scale=1.0 if teacher is None else check_positive(teacher.logit_scale, "teacher_head.logit_scale"),
         teacher_softcap=None if teacher is None else check_softcap(teacher, "teacher_head"),
-        beta=check_weight(beta, "beta"),
-        alpha=check_weight(alpha, "alpha"),
+        **{name: check_weight(options[name], name) for name in ("beta", "alpha") if name in options},
     )
     if not spec.needs("teacher"):
         teacher_hidden = teacher = None
+    kept = options["kept"]
     if labels is not None:
         labels = check_labels(labels, shape, student_hidden.device).reshape(-1).contiguous()
         vouched = kept is not None and labels.device.type != "cpu"  # then nothing looked at them
-        index, kept = keep_rows(labels, ignore_index, size, kept)
+        index, kept = keep_rows(labels, options["ignore_index"], size, kept)
     else:
         index, kept, vouched = None, shape.numel(), False
     if not spec.needs("labels"):
@@ -92,10 +85,10 @@ def prepare(
         labels = labels.clamp(0, size - 1)
     wide = torch.float64 in (student_hidden.dtype, None if teacher is None else teacher_hidden.dtype)
     logits = torch.float64 if wide else torch.float32
-    device = student_hidden.device
+    device, chunk_bytes = student_hidden.device, options["chunk_bytes"]
     if chunk_bytes is not None and not (is_int(chunk_bytes) and chunk_bytes > 0):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
-    backend = _backend(backend, device, logits, fields)
+    backend = _backend(options["backend"], device, logits, fields)
     if backend == "tiled":
         ids, chunk_bytes = min(size, TILE_IDS), chunk_bytes or TILE_BYTES
     else:

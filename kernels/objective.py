@@ -7,15 +7,17 @@ teacher GEMM in all, the least that exact gradients need without keeping logits.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.arguments import accumulation, prepare
-from minillm.kernels.compiling import outside_compiled_graphs
 from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
+from minillm.kernels.entry_point import entry_point
 from minillm.kernels.head import HeadGradients, LMHead
+from minillm.kernels.options import LossOptions
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import TokenStats
 
@@ -33,7 +35,7 @@ class Statistic:
         return self.factor * getattr(stats, self.field)
 
 
-@outside_compiled_graphs
+@entry_point
 def linear_objective(
     student_hidden: Tensor,  # (..., H_s), N tokens
     student_head: LMHead | Tensor,  # weight (V, H_s)
@@ -44,21 +46,13 @@ def linear_objective(
     *,
     inputs: Mapping[str, Tensor] | None = None,  # (...) or (N,) each
     fields: Iterable[str] | None = None,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    kept: int | None = None,
-    weight_grad: str | Tensor = "fp32",
-    backend: str = "auto",
-    chunk_bytes: int | None = None,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum over kept tokens of objective(stats, **inputs), and its metrics, summed likewise. Scalars, fp32
     (float64 for float64 inputs).
 
     The gradient with respect to the student's hidden states, weight and bias is computed here and scaled in the
-    backward pass; the teacher is a constant. Arguments that are not named below are those of linear_token_stats.
+    backward pass; the teacher is a constant.
 
     Args:
         teacher_hidden, teacher_head: None for both where no field needs them.
@@ -70,33 +64,18 @@ def linear_objective(
         inputs: constants of each token: advantages, weights, masks; any dtype, no gradient.
         fields: the statistics that the objective may read; None means the eight of TokenStats that the arguments
             allow. Naming them saves work.
-        weight_grad: with a tensor, the backward pass adds the weight's gradient to it, and the weight's own .grad
-            gets nothing.
 
     Raises:
         ValueError: as linear_token_stats; inputs that require grad or have another shape; an objective that returns
             anything but one loss a token, or depends on a foreign tensor that requires grad.
-        RuntimeError: on double backward.
+        TypeError, RuntimeError: as linear_token_stats.
     """
-    if backend == "tiled":
+    if options["backend"] == "tiled":
         raise ValueError("backend='tiled' does not offer linear_objective; use backend='triton' or 'auto'")
     problem, tensors = prepare(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        labels,
-        fields=fields,
-        beta=beta,
-        alpha=alpha,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        kept=kept,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=fields
     )
-    return objective_sum(problem, tensors, objective, inputs or {}, weight_grad)
+    return objective_sum(problem, tensors, objective, inputs or {}, options["weight_grad"])
 
 
 def objective_sum(

@@ -6,15 +6,17 @@ one).
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.arguments import accumulation, prepare
-from minillm.kernels.compiling import outside_compiled_graphs
 from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
+from minillm.kernels.entry_point import entry_point
 from minillm.kernels.head import LMHead
+from minillm.kernels.options import LossOptions
 from minillm.kernels.problem import Problem, Tensors
 
 
@@ -73,7 +75,7 @@ class TokenStats:
         return f"TokenStats({', '.join(f'{name}: {tuple(value.shape)}' for name, value in self.__dict__.items())})"
 
 
-@outside_compiled_graphs
+@entry_point
 def linear_token_stats(
     student_hidden: Tensor,  # (..., H_s), N tokens
     student_head: LMHead | Tensor,  # weight (V, H_s)
@@ -82,15 +84,7 @@ def linear_token_stats(
     labels: Tensor | None,  # (...) integers
     *,
     fields: Iterable[str] | None = None,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    kept: int | None = None,
-    weight_grad: str | Tensor = "fp32",
-    backend: str = "auto",
-    chunk_bytes: int | None = None,
+    **options: Unpack[LossOptions],
 ) -> TokenStats:
     """Statistics of every token, (...) each, fp32 (float64 for float64 inputs), in nats; no full logits anywhere.
 
@@ -101,36 +95,16 @@ def linear_token_stats(
     Args:
         fields: the statistics to compute; None means the eight of TokenStats, less those that need a teacher or
             labels that are None.
-        beta: jsd, m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1).
-        alpha: skew divergences (DistiLLM, arXiv 2402.03898, equations 4 and 5).
-        vocab_size: use the first ids alone, of both heads; then labels lie in [0, vocab_size).
-        kept: the number of labels that are not ignore_index, where the caller knows it: no host synchronisation.
-        weight_grad: the weight's gradient is summed over chunks in fp32, in bf16 (lossy; tiled: as fp32), or into a
-            tensor of the weight's shape, which is added to, while the weight's own .grad gets nothing.
-        backend: auto (triton for CUDA tensors, torch elsewhere), torch, triton, tiled. float64 goes to torch.
-        chunk_bytes: bytes of logits alive at a time.
 
     Raises:
         ValueError: shapes, dtypes, devices, vocabularies or labels that do not fit, a wrapped or sharded head.
-        RuntimeError: on double backward.
+        TypeError: an unknown argument.
+        RuntimeError: on double backward, and under the transforms of torch.func.
     """
     problem, tensors = prepare(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        labels,
-        fields=fields,
-        beta=beta,
-        alpha=alpha,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        kept=kept,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=fields
     )
-    return token_stats(problem, tensors, weight_grad)
+    return token_stats(problem, tensors, options["weight_grad"])
 
 
 def token_stats(problem: Problem, tensors: Tensors, weight_grad: str | Tensor) -> TokenStats:
