@@ -23,6 +23,7 @@ from minillm.kernels.argument_checks import (
 from minillm.kernels.chunks import TILE_BYTES, TILE_IDS, chunk_rows, keep_rows
 from minillm.kernels.divergences import RowSpec
 from minillm.kernels.head import LMHead
+from minillm.kernels.model_logits import HeadSpec, HeadTensors
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.share_sums import SHARED_FIELDS
 
@@ -106,26 +107,38 @@ def prepare(
             device=device,
             chunk_bytes=chunk_bytes,
         ),
-        student_compute=_compute_dtype(student_hidden),
-        teacher_compute=None if teacher is None else _compute_dtype(teacher_hidden),
+        student=(HeadSpec(_compute_dtype(student_hidden)),),
+        teacher=None if teacher is None else (HeadSpec(_compute_dtype(teacher_hidden)),),
         logits=logits,
         backend=backend,
     )
     tensors = Tensors(
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        student.weight,
-        student.bias,
-        None if teacher is None else _constant(teacher_hidden).reshape(-1, teacher_hidden.shape[-1]),
-        None if teacher is None else _constant(teacher.weight)[:size],
-        None if teacher is None or teacher.bias is None else _constant(teacher.bias)[:size],
-        None if labels is None else _constant(labels),
-        index,
+        student=(HeadTensors(_rows(student_hidden), student.weight, student.bias),),
+        teacher=None
+        if teacher is None
+        else (
+            HeadTensors(
+                _rows(_constant(teacher_hidden)),
+                _constant(teacher.weight)[:size],
+                None if teacher.bias is None else _constant(teacher.bias)[:size],
+            ),
+        ),
+        labels=None if labels is None else _constant(labels),
+        kept=index,
     )
     return problem, tensors
 
 
-def accumulation(weight_grad: Any, weight: Tensor, logits: torch.dtype) -> torch.dtype | Tensor:
-    """What `weight_grad` means for this weight. Raises ValueError naming it."""
+def _rows(hidden: Tensor) -> Tensor:  # (..., H) -> (N, H)
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def accumulation(weight_grad: Any, tensors: Tensors, logits: torch.dtype) -> tuple[torch.dtype | Tensor, ...]:
+    """What `weight_grad` means for the weight of every head of the student. Raises ValueError naming it."""
+    return tuple(_accumulation(weight_grad, head.weight, logits) for head in tensors.student)
+
+
+def _accumulation(weight_grad: Any, weight: Tensor, logits: torch.dtype) -> torch.dtype | Tensor:
     if isinstance(weight_grad, Tensor):
         if weight_grad.shape != weight.shape or weight_grad.device != weight.device:
             raise ValueError(

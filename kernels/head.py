@@ -4,7 +4,7 @@ Logits are fp32 whatever the inputs (float64 for float64): on CUDA the tensor co
 inputs; on a CPU the weight is converted a tile at a time, so that no full converted copy exists.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +107,10 @@ class HeadGradients:
     ):
         self.compute, self.logits, self.vocab_size = compute, logits, vocab_size
         self.weight_value = ready(weight[:vocab_size], compute, logits) if needs[0] else None
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        # A factor may still come, before which fp16 would lose its small numbers. bf16 has the range of fp32, and wide
+        # rows would take memory that grows with the tokens.
+        rows_dtype = logits if hidden.dtype == torch.float16 else hidden.dtype
+        self.hidden = torch.zeros(hidden.shape, dtype=rows_dtype, device=hidden.device) if needs[0] else None
         self._weight = self.bias = None
         self.into = isinstance(accumulation, Tensor)
         self._unwritten = needs[1] and not self.into  # the first chunk's product takes the place of zeros
@@ -166,10 +169,9 @@ class HeadGradients:
         tiles = _tiles(self.weight_value, self.compute, self.logits)
         return sum(torch.mm(dz[:, columns], tile) for columns, tile in tiles)
 
-    def results(self, like: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The gradients of hidden, weight and bias in the dtypes of `like`; None for what went into another tensor."""
-        weight = None if self.into else self.weight
-        return tuple(
-            None if gradient is None else gradient.to(of.dtype)
-            for gradient, of in zip((self.hidden, weight, self.bias), like, strict=True)
-        )
+
+def rounded(total: Tensor | None, factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """total * factor, rounded once; `factor` is a scalar there, None for 1."""
+    if total is None or factor is None:
+        return None if total is None else total.to(dtype)
+    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))

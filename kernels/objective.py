@@ -5,7 +5,7 @@ row's coefficients, the gradient with respect to the logits, and its two GEMMs. 
 teacher GEMM in all, the least that exact gradients need without keeping logits.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -16,7 +16,8 @@ from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
 from minillm.kernels.entry_point import entry_point
-from minillm.kernels.head import HeadGradients, LMHead
+from minillm.kernels.head import LMHead, rounded
+from minillm.kernels.model_logits import StudentGradients
 from minillm.kernels.options import LossOptions
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import TokenStats
@@ -86,17 +87,15 @@ def objective_sum(
     weight_grad: str | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """linear_objective on checked arguments, of a backend that offers it."""
-    into = accumulation(weight_grad, tensors.student_weight, problem.logits)
+    into = accumulation(weight_grad, tensors, problem.logits)
     inputs = {name: _check_input(name, value, problem, tensors) for name, value in inputs.items()}
-    graded = tensors.student_hidden, tensors.student_weight, tensors.student_bias
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in graded)
-    with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
-        sums = problem.gradients(tensors, needs, problem.logits if isinstance(into, Tensor) else into)
+    leaves = tensors.leaves
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
+    with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
+        sums = problem.gradients(tensors, needs, [problem.logits if isinstance(one, Tensor) else one for one in into])
         loss, metrics = _run(problem, tensors, objective, inputs, sums)
     if sums is not None:
-        loss = _Attach.apply(
-            loss, into if isinstance(into, Tensor) else None, *graded, sums.hidden, sums.weight, sums.bias
-        )
+        loss = _Attach.apply(loss, into, *leaves, *sums.totals)
     return loss, metrics
 
 
@@ -105,7 +104,7 @@ def _run(
     tensors: Tensors,
     objective: Objective,
     inputs: Mapping[str, Tensor],
-    sums: HeadGradients | None,
+    sums: StudentGradients | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     losses: list[Tensor] = []
     metrics: dict[str, list[Tensor]] = {}
@@ -126,13 +125,13 @@ def _run(
             known = {objective.field: objective.factor}
             statistics, dz = problem.rows.row_known_gradients(*logits, problem.spec, known, sums.dz_dtype)
             losses.append(objective.factor * statistics[objective.field])
-            sums.add(dz, chunk.hidden, chunk.rows)
+            sums.add(dz, chunk.student_logits, chunk.rows)
         else:
             dz = problem.rows.row_loss_gradients(*logits, problem.spec, evaluate, sums.dz_dtype)
             if dz is not None:
-                sums.add(dz, chunk.hidden, chunk.rows)
+                sums.add(dz, chunk.student_logits, chunk.rows)
     if not losses:  # no row is kept: the objective says which metrics there are
-        values = problem.empty_statistics(tensors.student_hidden.device)
+        values = problem.empty_statistics(tensors.device)
         here = {name: value[:0] for name, value in inputs.items()}
         losses.append(_evaluate(objective, values, here, metrics, graded=False, first=True)[0])
     return torch.cat(losses).sum(), {name: torch.cat(parts).sum() for name, parts in metrics.items()}
@@ -198,14 +197,13 @@ def _check_closure(loss: Tensor, leaves: list[Tensor]) -> None:
 
 
 def _check_input(name: str, value: Tensor, problem: Problem, tensors: Tensors) -> Tensor:
-    rows = tensors.student_hidden.shape[0]
-    if not isinstance(value, Tensor) or value.shape not in (problem.shape, (rows,)):
+    if not isinstance(value, Tensor) or value.shape not in (problem.shape, (tensors.rows,)):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"inputs[{name!r}] must have shape {tuple(problem.shape)}, one value a token; got {got}")
     if value.requires_grad:
         raise ValueError(f"inputs[{name!r}] requires grad, but inputs are constants here: detach it")
-    if value.device != tensors.student_hidden.device:
-        raise ValueError(f"inputs[{name!r}] is on {value.device}, student_hidden on {tensors.student_hidden.device}")
+    if value.device != tensors.device:
+        raise ValueError(f"inputs[{name!r}] is on {value.device}, student_hidden on {tensors.device}")
     return value.reshape(-1)
 
 
@@ -213,25 +211,23 @@ class _Attach(torch.autograd.Function):
     """A loss with gradients that are known already: the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, into: Tensor | None, *inputs_and_gradients: Tensor | None):
+    def forward(ctx, loss: Tensor, into: Sequence[torch.dtype | Tensor], *leaves_and_totals: Tensor | None):
         ctx.into = into
-        ctx.save_for_backward(*inputs_and_gradients)
+        ctx.save_for_backward(*leaves_and_totals)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-        inputs, gradients = saved[:3], saved[3:]
+        leaves, totals = saved[: len(saved) // 2], list(saved[len(saved) // 2 :])
         with torch.no_grad():
-            if ctx.into is not None and gradients[1] is not None:
-                ctx.into.addcmul_(gradients[1], grad_output)  # in fp32, not rounded to the weight's dtype
-                gradients = (gradients[0], None, gradients[2])
+            for index, into in enumerate(ctx.into):
+                weight = 3 * index + 1
+                if isinstance(into, Tensor) and totals[weight] is not None:
+                    into.addcmul_(totals[weight], grad_output)  # in fp32, not rounded to the weight's dtype
+                    totals[weight] = None
             scaled = [
-                None if gradient is None else _scaled(gradient, grad_output, of.dtype)
-                for gradient, of in zip(gradients, inputs, strict=True)
+                None if total is None else rounded(total, grad_output, leaf.dtype)
+                for total, leaf in zip(totals, leaves, strict=True)
             ]
-        return (None, None, *guard(scaled, inputs), None, None, None)
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+        return (None, None, *guard(scaled, leaves), *[None] * len(totals))

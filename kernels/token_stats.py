@@ -5,11 +5,12 @@ that every statistic takes any upstream gradient: four student GEMMs and two tea
 one).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Unpack
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.divergences import FIELDS
@@ -18,6 +19,7 @@ from minillm.kernels.entry_point import entry_point
 from minillm.kernels.head import LMHead
 from minillm.kernels.options import LossOptions
 from minillm.kernels.problem import Problem, Tensors
+from minillm.kernels.recomputed import compute_gradients, compute_statistics
 
 
 class TokenStats:
@@ -109,9 +111,10 @@ def linear_token_stats(
 
 def token_stats(problem: Problem, tensors: Tensors, weight_grad: str | Tensor) -> TokenStats:
     """linear_token_stats on checked arguments."""
-    into = accumulation(weight_grad, tensors.student_weight, problem.logits)
-    graded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors[:3])
-    values = _TokenStats.apply(problem, into, graded, *tensors)
+    into = accumulation(weight_grad, tensors, problem.logits)
+    graded = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in tensors.leaves)
+    flat, tree = tree_flatten(tensors)
+    values = _TokenStats.apply(problem, into, graded, tree, *flat)
     return TokenStats(
         {name: value.reshape(problem.shape) for name, value in zip(problem.spec.fields, values, strict=True)}
     )
@@ -119,12 +122,20 @@ def token_stats(problem: Problem, tensors: Tensors, weight_grad: str | Tensor) -
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: Problem, into: torch.dtype | Tensor, graded: bool, *flat: Tensor | None):
-        tensors = Tensors(*flat)
-        statistics = _statistics(problem, tensors, graded)
+    def forward(
+        ctx,
+        problem: Problem,
+        into: Sequence[torch.dtype | Tensor],
+        graded: bool,
+        tree: TreeSpec,
+        *flat: Tensor | None,
+    ):
+        tensors: Tensors = tree_unflatten(flat, tree)
+        with torch.autocast(tensors.device.type, enabled=False):
+            statistics = compute_statistics(problem, tensors, graded=graded)
         names = [name for name in statistics if not name.endswith("argmax")]
-        ctx.problem, ctx.into, ctx.names = problem, into, names
-        ctx.save_for_backward(*tensors, *(statistics[name] for name in names))
+        ctx.problem, ctx.into, ctx.names, ctx.tree = problem, into, names, tree
+        ctx.save_for_backward(*flat, *(statistics[name] for name in names))
         ctx.set_materialize_grads(False)
         fields = problem.spec.fields
         values = tuple(problem.spread(statistics[name], tensors.kept).clone() for name in fields)
@@ -137,96 +148,16 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor | None):
         problem: Problem = ctx.problem
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-        count = len(Tensors._fields)
-        tensors = Tensors(*saved[:count])
+        count = ctx.tree.num_leaves
+        tensors: Tensors = tree_unflatten(saved[:count], ctx.tree)
         statistics = dict(zip(ctx.names, saved[count:], strict=True))
         coefficients = {}
         for name, gradient in zip(problem.spec.fields, grad_outputs, strict=True):
             if gradient is not None and FIELDS[name].differentiable:
                 gradient = gradient.detach().to(problem.logits)
                 coefficients[name] = gradient if tensors.kept is None else gradient[tensors.kept]
-        needs = ctx.needs_input_grad[3:6]
-        with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
-            gradients = _gradients(problem, tensors, statistics, coefficients, needs, ctx.into)
-        return (None, None, None, *guard(gradients, tensors[:3]), None, None, None, None, None)
-
-
-def _gradients(
-    problem: Problem,
-    tensors: Tensors,
-    statistics: dict[str, Tensor],  # (K,) each
-    coefficients: dict[str, Tensor],  # (K,) each: d loss / d field
-    needs: tuple[bool, bool, bool],
-    into: torch.dtype | Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of student_hidden, student_weight and student_bias, in their dtypes."""
-    factor = None
-    if problem.student_compute == torch.float16 and coefficients and problem.kept:
-        # fp16 ends at 6e-8 and at 65,504: logits' gradients of a mean, or of a scaled loss, would not fit
-        factor = _power_of_two(coefficients)
-        coefficients = {name: value / factor for name, value in coefficients.items()}
-    if problem.backend == "tiled":
-        from minillm.kernels.tiles import tile_gradients
-
-        return tile_gradients(problem, tensors, statistics, coefficients, needs, into, factor)
-    return _chunk_gradients(problem, tensors, statistics, coefficients, needs, into, factor)
-
-
-def _chunk_gradients(
-    problem: Problem,
-    tensors: Tensors,
-    statistics: dict[str, Tensor],
-    coefficients: dict[str, Tensor],
-    needs: tuple[bool, bool, bool],
-    into: torch.dtype | Tensor,
-    factor: Tensor | None,  # (), of all gradients
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    later = factor is not None and isinstance(into, Tensor)  # what goes into the caller's tensor is multiplied first
-    sums = problem.gradients(tensors, needs, problem.logits if later else into)
-    if coefficients:
-        needs_teacher = any(FIELDS[name].teacher for name in coefficients)
-        for chunk in problem.chunks(tensors, sums=sums, teacher=needs_teacher):
-            dz = problem.rows.row_gradients(
-                chunk.student,
-                chunk.teacher,
-                chunk.labels,
-                {name: value[chunk.slice] for name, value in statistics.items()},
-                {name: value[chunk.slice] for name, value in coefficients.items()},
-                problem.spec,
-                sums.dz_dtype,
-            )
-            sums.add(dz, chunk.hidden, chunk.rows)
-        chunk = dz = None  # the logits' memory goes before the weight's gradient is cast
-    if factor is None:
-        return sums.results(tensors[:3])
-    if later and needs[1]:
-        into.addcmul_(sums.weight, factor)
-    hidden, weight, bias = (None if one is None else one.mul_(factor) for one in sums.results(tensors[:3]))
-    return hidden, None if later else weight, bias
-
-
-def _power_of_two(coefficients: dict[str, Tensor]) -> Tensor:
-    """At most the largest of them, and more than half of it; 1 where that is no positive number. A scalar there."""
-    largest = torch.stack([value.abs().amax() for value in coefficients.values()]).amax()
-    power = torch.exp2(torch.log2(largest).floor())
-    return torch.where(largest.isfinite() & (largest > 0), power, torch.ones_like(power))
-
-
-def _statistics(problem: Problem, tensors: Tensors, graded: bool) -> dict[str, Tensor]:
-    """Every statistic and what the gradient needs, (K,) each."""
-    with torch.autocast(tensors.student_hidden.device.type, enabled=False):
-        if problem.backend == "tiled" and problem.kept and graded:
-            from minillm.kernels.tiles import tile_statistics
-
-            return tile_statistics(problem, tensors)
-        if problem.backend == "tiled" and problem.kept:
-            from minillm.kernels.tiled_triton import tiled_stats
-
-            return tiled_stats(*problem.tiled_arguments(tensors), problem.spec)
-        parts = [
-            problem.rows.row_statistics(chunk.student, chunk.teacher, chunk.labels, problem.spec)
-            for chunk in problem.chunks(tensors)
-        ]
-    if not parts:
-        return problem.empty_statistics(tensors.student_hidden.device)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        leaves = tensors.leaves
+        needs = ctx.needs_input_grad[4 : 4 + len(leaves)]
+        with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
+            gradients = compute_gradients(problem, tensors, statistics, coefficients, needs, ctx.into)
+        return (None, None, None, None, *guard(gradients, leaves), *[None] * (count - len(leaves)))
