@@ -157,5 +157,13 @@ def check_weight(value: float, name: str) -> float:
     return float(value)
 
 
+def check_interpolation(value: float) -> float:
+    if not is_real(value) or not 0 <= value <= 1:
+        raise ValueError(
+            f"interpolation must lie between 0 (the student alone) and 1 (the teacher alone), got {value!r}"
+        )
+    return float(value)
+
+
 def under_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

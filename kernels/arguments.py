@@ -12,6 +12,7 @@ from minillm.kernels.argument_checks import (
     check_fields,
     check_head,
     check_hidden,
+    check_interpolation,
     check_labels,
     check_positive,
     check_softcap,
@@ -70,6 +71,7 @@ def prepare(
         teacher_scale=1.0 if teacher is None else check_positive(teacher.logit_scale, "teacher_head.logit_scale"),
         teacher_softcap=None if teacher is None else check_softcap(teacher, "teacher_head"),
         **{name: check_weight(options[name], name) for name in ("beta", "alpha") if name in options},
+        **{name: check_interpolation(options[name]) for name in ("interpolation",) if name in options},
     )
     if not spec.needs("teacher"):
         teacher_hidden = teacher = None

@@ -2,10 +2,11 @@
 
 A chunk at a time: logits of both models, statistics, the caller's loss on vectors, autograd on those vectors for each
 row's coefficients, the gradient with respect to the logits, and its two GEMMs. Three student GEMMs and one
-teacher GEMM in all, the least that exact gradients need without keeping logits.
+teacher GEMM in all, the least that exact gradients need without keeping logits. A coupled objective waits for the
+statistics of all tokens, and the logits are computed once more for their gradient.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -13,16 +14,15 @@ import torch
 from torch import Tensor
 
 from minillm.kernels.arguments import accumulation, prepare
-from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
 from minillm.kernels.entry_point import entry_point
 from minillm.kernels.head import LMHead, rounded
 from minillm.kernels.model_logits import StudentGradients
+from minillm.kernels.objective_values import Objective, ObjectiveValues
 from minillm.kernels.options import LossOptions
 from minillm.kernels.problem import Problem, Tensors
+from minillm.kernels.recompute import add_gradients, compute_statistics
 from minillm.kernels.token_stats import TokenStats
-
-Objective = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def linear_objective(
     *,
     inputs: Mapping[str, Tensor] | None = None,  # (...) or (N,) each
     fields: Iterable[str] | None = None,
+    coupled: bool = False,
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum over kept tokens of objective(stats, **inputs), and its metrics, summed likewise. Scalars, fp32
@@ -65,6 +66,11 @@ def linear_objective(
         inputs: constants of each token: advantages, weights, masks; any dtype, no gradient.
         fields: the statistics that the objective may read; None means the eight of TokenStats that the arguments
             allow. Naming them saves work.
+        coupled: whether the objective may couple tokens: sums over answers, pairs, groups. It is then called once, with
+            statistics and inputs of every token in the layout of the hidden states' leading dimensions (...), which are 0
+            (argmaxes -1) where a token is ignored. What it returns in that shape is summed over kept tokens; a loss
+            or metric of any other shape is summed as it is, and is 0 where no token is kept. Costs one product more of
+            the student, and of the teacher where the gradient reads it, unless a chunk holds all rows.
 
     Raises:
         ValueError: as linear_token_stats; inputs that require grad or have another shape; an objective that returns
@@ -76,7 +82,7 @@ def linear_objective(
     problem, tensors = prepare(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=fields
     )
-    return objective_sum(problem, tensors, objective, inputs or {}, options["weight_grad"])
+    return objective_sum(problem, tensors, objective, inputs or {}, options["weight_grad"], coupled=coupled)
 
 
 def objective_sum(
@@ -85,6 +91,8 @@ def objective_sum(
     objective: Objective,
     inputs: Mapping[str, Tensor],
     weight_grad: str | Tensor,
+    *,
+    coupled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """linear_objective on checked arguments, of a backend that offers it."""
     into = accumulation(weight_grad, tensors, problem.logits)
@@ -93,107 +101,79 @@ def objective_sum(
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
     with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
         sums = problem.gradients(tensors, needs, [problem.logits if isinstance(one, Tensor) else one for one in into])
-        loss, metrics = _run(problem, tensors, objective, inputs, sums)
+        values = ObjectiveValues(objective, graded=sums is not None)
+        (_all_at_once if coupled else _chunk_by_chunk)(problem, tensors, values, inputs, sums)
+        loss, metrics = values.result()
     if sums is not None:
         loss = _Attach.apply(loss, into, *leaves, *sums.totals)
     return loss, metrics
 
 
-def _run(
+def _chunk_by_chunk(
     problem: Problem,
     tensors: Tensors,
-    objective: Objective,
-    inputs: Mapping[str, Tensor],
+    values: ObjectiveValues,
+    inputs: Mapping[str, Tensor],  # (N,) each
     sums: StudentGradients | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    losses: list[Tensor] = []
-    metrics: dict[str, list[Tensor]] = {}
+) -> None:
     for chunk in problem.chunks(tensors, sums=sums):
         given = {name: value[chunk.rows] for name, value in inputs.items()}
 
-        def evaluate(rows: slice, values: dict[str, Tensor], given=given) -> dict[str, Tensor]:
-            here = {name: value[rows] for name, value in given.items()}
-            loss, coefficients = _evaluate(objective, values, here, metrics, graded=sums is not None, first=not losses)
-            losses.append(loss)
-            return coefficients
+        def differentiate(rows: slice, statistics: dict[str, Tensor], given=given) -> dict[str, Tensor]:
+            return values.rows(statistics, {name: value[rows] for name, value in given.items()})
 
         logits = chunk.student, chunk.teacher, chunk.labels
         if sums is None:
             statistics = problem.rows.row_statistics(*logits, problem.spec)
-            evaluate(slice(None), {name: statistics[name] for name in problem.spec.fields})
-        elif isinstance(objective, Statistic) and problem.backend == "triton":
-            known = {objective.field: objective.factor}
+            differentiate(slice(None), {name: statistics[name] for name in problem.spec.fields})
+        elif isinstance(values.objective, Statistic) and problem.backend == "triton":
+            statistic = values.objective
+            known = {statistic.field: statistic.factor}
             statistics, dz = problem.rows.row_known_gradients(*logits, problem.spec, known, sums.dz_dtype)
-            losses.append(objective.factor * statistics[objective.field])
+            values.losses.append(statistic.factor * statistics[statistic.field])
             sums.add(dz, chunk.student_logits, chunk.rows)
         else:
-            dz = problem.rows.row_loss_gradients(*logits, problem.spec, evaluate, sums.dz_dtype)
+            dz = problem.rows.row_loss_gradients(*logits, problem.spec, differentiate, sums.dz_dtype)
             if dz is not None:
                 sums.add(dz, chunk.student_logits, chunk.rows)
-    if not losses:  # no row is kept: the objective says which metrics there are
-        values = problem.empty_statistics(tensors.device)
-        here = {name: value[:0] for name, value in inputs.items()}
-        losses.append(_evaluate(objective, values, here, metrics, graded=False, first=True)[0])
-    return torch.cat(losses).sum(), {name: torch.cat(parts).sum() for name, parts in metrics.items()}
+    if not values.losses:  # no row is kept: the objective says which metrics there are
+        values.graded = False
+        values.rows(problem.empty_statistics(tensors.device), {name: value[:0] for name, value in inputs.items()})
 
 
-def _evaluate(
-    objective: Objective,
-    values: dict[str, Tensor],
-    inputs: dict[str, Tensor],
-    metrics: dict[str, list[Tensor]],
-    *,
-    graded: bool,
-    first: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each token, (C,), and its derivative with respect to each statistic that it depends on."""
-    size = next(iter(values.values())).shape
-    dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.float32)
-    with torch.set_grad_enabled(graded):
-        leaves = {
-            name: value.detach().requires_grad_(graded) for name, value in values.items() if FIELDS[name].differentiable
-        }
-        result = objective(TokenStats({**values, **leaves}), **inputs)
-        loss, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-        if not isinstance(loss, Tensor) or loss.shape != size or not loss.is_floating_point():
-            got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"objective must return the loss of each of the {size[0]} tokens of a chunk, a floating-point tensor "
-                f"of shape {tuple(size)}, or (loss, {{name: metric}}); got {got}"
-            )
-        coefficients = {}
-        if loss.requires_grad:
-            if first:
-                _check_closure(loss, list(leaves.values()))
-            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-            coefficients = {
-                name: gradient.to(dtype)
-                for name, gradient in zip(leaves, gradients, strict=True)
-                if gradient is not None
-            }
-    for name, metric in extra.items():
-        if not isinstance(metric, Tensor) or metric.shape != size:
-            got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
-            raise ValueError(f"objective: metric {name!r} must have shape {tuple(size)}, one value a token; got {got}")
-        metrics.setdefault(name, []).append(metric.detach().to(dtype))
-    return loss.detach().to(dtype), coefficients
+def _all_at_once(
+    problem: Problem,
+    tensors: Tensors,
+    values: ObjectiveValues,
+    inputs: Mapping[str, Tensor],  # (N,) each
+    sums: StudentGradients | None,
+) -> None:
+    """The objective between two passes over the logits; one, where a chunk holds all rows."""
+
+    def differentiate(statistics: dict[str, Tensor]) -> dict[str, Tensor]:  # (K,) each -> (K,) each
+        every = {name: problem.spread(statistics[name], tensors.kept) for name in problem.spec.fields}
+        given = {name: _zero_where_ignored(value, tensors.kept) for name, value in inputs.items()}
+        shaped = ({name: value.view(problem.shape) for name, value in rows.items()} for rows in (every, given))
+        found = {name: value.reshape(-1) for name, value in values.all_rows(*shaped, tensors.kept).items()}
+        return found if tensors.kept is None else {name: value[tensors.kept] for name, value in found.items()}
+
+    if sums is None or problem.kept > problem.chunk or not problem.kept:
+        statistics = compute_statistics(problem, tensors, graded=sums is not None)
+        coefficients = differentiate(statistics)
+        if sums is not None:
+            add_gradients(problem, tensors, statistics, coefficients, sums)
+        return
+    (chunk,) = problem.chunks(tensors, sums=sums)
+    logits = chunk.student, chunk.teacher, chunk.labels
+    statistics = problem.rows.row_statistics(*logits, problem.spec)
+    coefficients = differentiate(statistics)
+    if coefficients:
+        dz = problem.rows.row_gradients(*logits, statistics, coefficients, problem.spec, sums.dz_dtype)
+        sums.add(dz, chunk.student_logits, chunk.rows)
 
 
-def _check_closure(loss: Tensor, leaves: list[Tensor]) -> None:
-    """A tensor that the objective captured would silently get no gradient."""
-    known = {id(leaf) for leaf in leaves}
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in known:
-            raise ValueError(
-                "objective depends on a tensor that requires grad and is not one of the statistics (shape "
-                f"{tuple(node.variable.shape)}); it would get no gradient here: detach it"
-            )
-        stack.extend(parent for parent, _ in node.next_functions)
+def _zero_where_ignored(value: Tensor, kept: Tensor | None) -> Tensor:  # (N,), (K,) -> (N,)
+    return value if kept is None else torch.zeros_like(value).index_copy_(0, kept, value[kept])
 
 
 def _check_input(name: str, value: Tensor, problem: Problem, tensors: Tensors) -> Tensor:

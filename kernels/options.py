@@ -48,6 +48,14 @@ class LossOptions(HeadOptions, total=False):
 
     beta: Annotated[float, Option(0.5, "jsd: m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, equation 1)")]
     alpha: Annotated[float, Option(0.1, "skew divergences (DistiLLM, arXiv 2402.03898, equations 4 and 5)")]
+    interpolation: Annotated[
+        float,
+        Option(
+            0.4,
+            "interpolated_cross_entropy: the teacher's part t of the target softmax((1 - t) z_s + t z_t), 0 to 1 "
+            "(TAID, arXiv 2501.16937)",
+        ),
+    ]
 
 
 def declared(options: type) -> dict[str, tuple[Any, Option]]:

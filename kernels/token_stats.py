@@ -19,7 +19,7 @@ from minillm.kernels.entry_point import entry_point
 from minillm.kernels.head import LMHead
 from minillm.kernels.options import LossOptions
 from minillm.kernels.problem import Problem, Tensors
-from minillm.kernels.recomputed import compute_gradients, compute_statistics
+from minillm.kernels.recompute import compute_gradients, compute_statistics
 
 
 class TokenStats:
@@ -27,7 +27,7 @@ class TokenStats:
 
     student_logprob log q(y), teacher_logprob log p(y), reverse_kl KL(q || p), forward_kl KL(p || q),
     student_entropy, teacher_entropy, student_argmax, teacher_argmax (int64); where asked for by name also
-    jsd, skew_forward_kl, skew_reverse_kl, tvd. Reading what was not computed raises an AttributeError that says so.
+    jsd, skew_forward_kl, skew_reverse_kl, tvd, interpolated_cross_entropy. Reading what was not computed raises an AttributeError that says so.
     """
 
     student_logprob: Tensor
@@ -42,6 +42,7 @@ class TokenStats:
     skew_forward_kl: Tensor
     skew_reverse_kl: Tensor
     tvd: Tensor
+    interpolated_cross_entropy: Tensor
 
     def __init__(self, values: Mapping[str, Tensor]):
         self.__dict__.update(values)

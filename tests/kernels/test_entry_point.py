@@ -18,7 +18,7 @@ DEFAULTS = {  # which callers rely on
     "backend": "auto",
     "chunk_bytes": None,
 }
-PAIR_DEFAULTS = {**DEFAULTS, "beta": 0.5, "alpha": 0.1}
+PAIR_DEFAULTS = {**DEFAULTS, "beta": 0.5, "alpha": 0.1, "interpolation": 0.4}
 FUNCTIONS = {
     "linear_logprobs": DEFAULTS,
     "linear_cross_entropy": DEFAULTS,
