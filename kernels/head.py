@@ -23,6 +23,31 @@ class LMHead:
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    @staticmethod
+    def sum_of(*heads: "LMHead | LMHeadSum | Tensor") -> "LMHeadSum":
+        """The head whose logits are the sum of these heads' logits, each with its own bias, scale and softcap.
+
+        Its hidden states are a tuple, one tensor for each head, whose hidden sizes may differ:
+        linear_cross_entropy((h_a, h_b), LMHead.sum_of(a, b), labels). Gradients go to those hidden states, weights and
+        biases that require them, and cost nothing for the others. A head that is a sum itself counts as its parts.
+        """
+        if not heads:
+            raise ValueError("LMHead.sum_of needs at least one head")
+        return LMHeadSum(
+            tuple(part for head in heads for part in (head.heads if isinstance(head, LMHeadSum) else (head,)))
+        )
+
+
+@dataclass(frozen=True)
+class LMHeadSum:
+    """Heads whose logits are added up; `LMHead.sum_of` makes it."""
+
+    heads: tuple[LMHead | Tensor, ...]
+
+
+Head = LMHead | LMHeadSum | Tensor  # what the losses take as a head: a tensor is a weight
+Hidden = Tensor | tuple[Tensor, ...]  # and as its hidden states: a tuple for a sum of heads
+
 
 def _on_tensor_cores(dtype: torch.dtype, logits: torch.dtype, device: torch.device) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and logits == torch.float32
@@ -64,6 +89,25 @@ def project(
     if bias is not None:
         out.add_(bias.to(out.dtype))
     return out
+
+
+def add_projection(
+    hidden: Tensor,  # (C, H) in `compute`
+    weight: Tensor,  # (V, H), `ready`
+    bias: Tensor | None,  # (V,)
+    compute: torch.dtype,
+    out: Tensor,  # (C, V) fp32 or fp64, rows may be padded
+    scale: float,
+) -> None:
+    """out += scale * (hidden W^T + b), as `project` computes it."""
+    if _on_tensor_cores(compute, out.dtype, hidden.device):
+        torch.addmm(out, hidden, weight.t(), alpha=scale, out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for columns, tile in _tiles(weight, compute, out.dtype):
+            out[:, columns].addmm_(hidden, tile.t(), alpha=scale)
+    if bias is not None:
+        out.add_(bias.to(out.dtype), alpha=scale)
 
 
 def logits_gradient_dtype(compute: torch.dtype, logits: torch.dtype, device: torch.device) -> torch.dtype:

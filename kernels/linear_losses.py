@@ -7,9 +7,9 @@ from torch import Tensor
 from minillm.kernels.arguments import prepare
 from minillm.kernels.divergences import DIVERGENCES
 from minillm.kernels.entry_point import entry_point
-from minillm.kernels.head import LMHead
+from minillm.kernels.head import Head, Hidden
 from minillm.kernels.objective import Statistic, objective_sum
-from minillm.kernels.options import HeadOptions, LossOptions
+from minillm.kernels.options import HeadOptions, LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import token_stats
 
@@ -18,8 +18,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @entry_point
 def linear_logprobs(
-    hidden: Tensor,  # (..., H), N tokens
-    head: LMHead | Tensor,  # weight (V, H)
+    hidden: Hidden,  # (..., H), N tokens
+    head: Head,  # weight (V, H)
     labels: Tensor,  # (...) integers
     **options: Unpack[HeadOptions],
 ) -> Tensor:
@@ -33,8 +33,8 @@ def linear_logprobs(
 
 @entry_point
 def linear_cross_entropy(
-    hidden: Tensor,  # (..., H), N tokens
-    head: LMHead | Tensor,  # weight (V, H)
+    hidden: Hidden,  # (..., H), N tokens
+    head: Head,  # weight (V, H)
     labels: Tensor,  # (...) integers
     *,
     reduction: str = "mean",
@@ -52,10 +52,10 @@ def linear_cross_entropy(
 
 @entry_point
 def linear_divergence(
-    student_hidden: Tensor,  # (..., H_s), N tokens
-    student_head: LMHead | Tensor,  # weight (V, H_s)
-    teacher_hidden: Tensor,  # (..., H_t)
-    teacher_head: LMHead | Tensor,  # weight (V, H_t)
+    student_hidden: Hidden,  # (..., H_s), N tokens
+    student_head: Head,  # weight (V, H_s)
+    teacher_hidden: Hidden,  # (..., H_t)
+    teacher_head: Head,  # weight (V, H_t)
     *,
     divergence: str = "reverse_kl",
     labels: Tensor | None = None,  # (...) integers in the vocabulary, of which only the ignored ones matter
@@ -85,7 +85,7 @@ def linear_divergence(
     return _reduce(problem, tensors, divergence, 1.0, reduction, num_items, options["weight_grad"])
 
 
-def _one_model(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: HeadOptions) -> tuple[Problem, Tensors]:
+def _one_model(hidden: Hidden, head: Head, labels: Tensor, options: HeadOptions) -> tuple[Problem, Tensors]:
     return prepare(hidden, head, None, None, labels, options, fields=("student_logprob",), names=("hidden", "head"))
 
 
@@ -96,7 +96,7 @@ def _reduce(
     sign: float,
     reduction: str,
     num_items: int | Tensor | None,
-    weight_grad: str | Tensor,
+    weight_grad: WeightGrad,
 ) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -44,6 +44,13 @@ def _tanh(x):
 
 
 @triton.jit
+def softcap_slope(x):
+    """1 - tanh(x)^2 without cancellation; 0 at an infinite x."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def to_logits(raw, inner, outer, MODE: tl.constexpr):
     """softcap(scale * raw) / temperature; -inf stays -inf."""
     if MODE == SCALED:

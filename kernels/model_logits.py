@@ -7,13 +7,14 @@ row operations see a model without scale and softcap.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.chunks import logits_buffer
-from minillm.kernels.head import HeadGradients, project, ready
+from minillm.kernels.head import HeadGradients, add_projection, project, ready
 
 
 class HeadTensors(NamedTuple):
@@ -29,28 +30,54 @@ class HeadSpec:
     """How one head is multiplied out."""
 
     compute: torch.dtype  # of its GEMMs
+    scale: float = 1.0  # of a summand; of a single head the RowSpec has them
+    softcap: float | None = None
+    graded: bool = False  # whether a tensor of the summand requires grad
+
+    @property
+    def keeps_raw(self) -> bool:
+        """Whether the gradient reads the summand's raw logits."""
+        return self.softcap is not None and self.graded
+
+
+def buffers(specs: tuple[HeadSpec, ...]) -> int:
+    """How many (C, V) buffers of logits ModelLogits holds."""
+    first, *others = _order(specs)
+    passing = any(specs[index].softcap is not None and not specs[index].keeps_raw for index in others)
+    return 1 + sum(spec.keeps_raw for spec in specs) + passing
+
+
+def _order(specs: tuple[HeadSpec, ...]) -> list[int]:
+    """The order in which summands are added: the first may be capped where it stands."""
+    return sorted(range(len(specs)), key=lambda index: specs[index].softcap is None or specs[index].keeps_raw)
 
 
 class ModelLogits:
-    """Raw logits of one model, a chunk of rows after the other in the same memory."""
+    """Logits of one model, a chunk of rows after the other in the same memory: raw, or the sum over its heads."""
 
     def __init__(
         self,
         heads: tuple[HeadTensors, ...],
         specs: tuple[HeadSpec, ...],
-        sums: "StudentGradients | None",  # which may have weights ready already
+        weights: Sequence[Tensor | None],  # (V, H_i) each, where it is ready already
         *,
         chunk: int,
         vocab_size: int,
         dtype: torch.dtype,
+        operations: ModuleType,  # of the backend on rows
     ):
-        self.heads, self.specs = heads, specs
-        self.out = logits_buffer(chunk, vocab_size, dtype, heads[0].hidden.device)
+        self.heads, self.specs, self.operations = heads, specs, operations
+        device = heads[0].hidden.device
+
+        def buffer() -> Tensor:
+            return logits_buffer(chunk, vocab_size, dtype, device)
+
+        self.out = buffer()
+        self.raw = [buffer() if spec.keeps_raw else None for spec in specs]
+        self.passing = buffer() if buffers(specs) > 1 + sum(spec.keeps_raw for spec in specs) else None
         self.weights = [
-            ready(head.weight[:vocab_size], spec.compute, dtype) if value is None else value
-            for head, spec, value in zip(
-                heads, specs, [None] * len(heads) if sums is None else sums.weight_values, strict=True
-            )
+            ready(head.weight[:vocab_size], spec.compute, dtype) if weight is None else weight
+            for head, spec, weight in zip(heads, specs, weights, strict=True)
         ]
         self.biases = [None if head.bias is None else head.bias[:vocab_size] for head in heads]
         self.hidden: tuple[Tensor, ...] = ()  # (C, H_i) each: the chunk's, in the dtypes of the GEMMs
@@ -60,7 +87,37 @@ class ModelLogits:
         self.hidden = tuple(
             head.hidden[rows].to(spec.compute) for head, spec in zip(self.heads, self.specs, strict=True)
         )
-        return project(self.hidden[0], self.weights[0], self.biases[0], self.specs[0].compute, self.out[:size])
+        out = self.out[:size]
+        if len(self.heads) == 1:
+            return project(*self._operands(0), out)
+        for place, index in enumerate(_order(self.specs)):
+            self._add(index, out, size, first=place == 0)
+        return out
+
+    def _operands(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+        return self.hidden[index], self.weights[index], self.biases[index], self.specs[index].compute
+
+    def _add(self, index: int, out: Tensor, size: int, *, first: bool) -> None:
+        spec = self.specs[index]
+        if spec.softcap is not None:
+            raw = self.raw[index] if spec.keeps_raw else out if first else self.passing
+            raw = project(*self._operands(index), raw[:size])
+            self.operations.add_softcapped(out, raw, spec.scale, spec.softcap, first=first)
+        elif first:
+            project(*self._operands(index), out)
+            if spec.scale != 1.0:
+                out.mul_(spec.scale)
+        else:
+            add_projection(*self._operands(index), out, spec.scale)
+
+    def summand_gradient(self, index: int, dz: Tensor, *, last: bool) -> Tensor:  # (C, V) -> (C, V)
+        """d loss / d raw logits of a head from that of the logits of the last call; `last`: dz is of no further use."""
+        spec = self.specs[index]
+        if spec.softcap is not None:
+            return self.operations.softcap_gradient(dz, self.raw[index][: dz.shape[0]], spec.scale, spec.softcap)
+        if spec.scale != 1.0:
+            return dz.mul_(spec.scale) if last else dz * spec.scale
+        return dz
 
 
 class StudentGradients:
@@ -76,33 +133,54 @@ class StudentGradients:
         vocab_size: int,
         accumulation: Sequence[torch.dtype | Tensor],  # one for each head
     ):
-        self.heads = [
-            HeadGradients(
+        self.specs, self.logits = specs, logits
+        self.heads: list[HeadGradients | None] = []  # None for what is frozen
+        for index, (head, spec) in enumerate(zip(heads, specs, strict=True)):
+            mine = tuple(needs[3 * index : 3 * index + 3])
+            sums = HeadGradients(
                 *head,
-                needs=tuple(needs[3 * index : 3 * index + 3]),
+                needs=mine,
                 compute=spec.compute,
                 logits=logits,
                 vocab_size=vocab_size,
                 accumulation=accumulation[index],
             )
-            for index, (head, spec) in enumerate(zip(heads, specs, strict=True))
-        ]
+            self.heads.append(sums if any(mine) else None)
 
     @property
     def weight_values(self) -> list[Tensor | None]:
         """Every head's weight as `project` reads it, where it has been made ready."""
-        return [head.weight_value for head in self.heads]
+        return [None if head is None else head.weight_value for head in self.heads]
 
     @property
     def dz_dtype(self) -> torch.dtype:
         """The dtype in which `add` wants the gradient of the logits."""
-        return self.heads[0].dz_dtype
+        wanted = {head.dz_dtype for head in self.heads if head is not None}
+        changed = any(
+            head is not None and (spec.softcap is not None or spec.scale != 1.0)
+            for head, spec in zip(self.heads, self.specs, strict=True)
+        )
+        return self.logits if changed or len(wanted) > 1 else wanted.pop()
 
     def add(self, dz: Tensor, logits: ModelLogits, rows: Tensor | slice) -> None:  # (C, V) of dz_dtype, -, C of N rows
-        """Adds the gradient of the logits that `logits` gave last, those of `rows`."""
-        self.heads[0].add(dz, logits.hidden[0], rows)
+        """Adds the gradient of the logits that `logits` gave last, those of `rows`. May overwrite them and dz."""
+        graded = [index for index, head in enumerate(self.heads) if head is not None]
+        for index in graded:
+            head, mine = self.heads[index], dz
+            if len(self.heads) > 1:
+                mine = _cast(logits.summand_gradient(index, dz, last=index == graded[-1]), head.dz_dtype)
+            head.add(mine, logits.hidden[index], rows)
 
     @property
     def totals(self) -> tuple[Tensor | None, ...]:
         """The sums, three for each head; None where none is needed."""
-        return tuple(total for head in self.heads for total in (head.hidden, head.weight, head.bias))
+        return tuple(
+            total
+            for head in self.heads
+            for total in ((None, None, None) if head is None else (head.hidden, head.weight, head.bias))
+        )
+
+
+def _cast(dz: Tensor, dtype: torch.dtype) -> Tensor:  # (C, V)
+    """In rows as long as the products want them."""
+    return dz if dz.dtype == dtype else logits_buffer(*dz.shape, dtype, dz.device).copy_(dz)

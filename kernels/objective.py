@@ -16,10 +16,10 @@ from torch import Tensor
 from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.double_backward import guard
 from minillm.kernels.entry_point import entry_point
-from minillm.kernels.head import LMHead, rounded
+from minillm.kernels.head import Head, Hidden, rounded
 from minillm.kernels.model_logits import StudentGradients
 from minillm.kernels.objective_values import Objective, ObjectiveValues
-from minillm.kernels.options import LossOptions
+from minillm.kernels.options import LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.recompute import add_gradients, compute_statistics
 from minillm.kernels.token_stats import TokenStats
@@ -38,10 +38,10 @@ class Statistic:
 
 @entry_point
 def linear_objective(
-    student_hidden: Tensor,  # (..., H_s), N tokens
-    student_head: LMHead | Tensor,  # weight (V, H_s)
-    teacher_hidden: Tensor | None,  # (..., H_t)
-    teacher_head: LMHead | Tensor | None,  # weight (V, H_t)
+    student_hidden: Hidden,  # (..., H_s), N tokens
+    student_head: Head,  # weight (V, H_s)
+    teacher_hidden: Hidden | None,  # (..., H_t)
+    teacher_head: Head | None,  # weight (V, H_t)
     labels: Tensor | None,  # (...) integers
     objective: Objective,
     *,
@@ -90,7 +90,7 @@ def objective_sum(
     tensors: Tensors,
     objective: Objective,
     inputs: Mapping[str, Tensor],
-    weight_grad: str | Tensor,
+    weight_grad: WeightGrad,
     *,
     coupled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 from torch import Tensor
 
+WeightGrad = str | Tensor | tuple[str | Tensor, ...]
+
 
 class Option(NamedTuple):
     """What a declaration says of an option besides its type."""
@@ -29,11 +31,12 @@ class HeadOptions(TypedDict, total=False):
         Option(None, "the number of labels that are not ignore_index, if known: then the host waits for no device"),
     ]
     weight_grad: Annotated[
-        str | Tensor,
+        WeightGrad,
         Option(
             "fp32",
             "how the weight's gradient is summed over chunks: 'fp32', 'bf16' (lossy; tiled: as fp32), or into a "
-            "tensor of the weight's shape, which the backward pass adds to while the weight's own .grad gets nothing",
+            "tensor of the weight's shape, which the backward pass adds to while the weight's own .grad gets nothing; "
+            "for a sum of heads also a tuple, one for each",
         ),
     ]
     backend: Annotated[

@@ -77,7 +77,7 @@ class Problem:
         """Raw logits, chunk after chunk, in the same memory. `sums` may have the student's weights ready already."""
         if not self.kept:
             return
-        student_logits = self._logits(tensors.student, self.student, sums)
+        student_logits = self._logits(tensors.student, self.student, None if sums is None else sums.weight_values)
         teacher_logits = self._logits(tensors.teacher, self.teacher) if teacher and tensors.teacher else None
         for part in self.slices():
             rows = part if tensors.kept is None else tensors.kept[part]
@@ -92,9 +92,20 @@ class Problem:
             )
 
     def _logits(
-        self, heads: tuple[HeadTensors, ...], specs: tuple[HeadSpec, ...], sums: StudentGradients | None = None
+        self,
+        heads: tuple[HeadTensors, ...],
+        specs: tuple[HeadSpec, ...],
+        weights: Sequence[Tensor | None] | None = None,
     ) -> ModelLogits:
-        return ModelLogits(heads, specs, sums, chunk=self.chunk, vocab_size=self.vocab_size, dtype=self.logits)
+        return ModelLogits(
+            heads,
+            specs,
+            weights or [None] * len(heads),
+            chunk=self.chunk,
+            vocab_size=self.vocab_size,
+            dtype=self.logits,
+            operations=self.rows,
+        )
 
     def gradients(
         self, tensors: Tensors, needs: Sequence[bool], accumulation: Sequence[torch.dtype | Tensor]

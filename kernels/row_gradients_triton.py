@@ -14,6 +14,7 @@ from minillm.kernels.logits_triton import (
     load_logits,
     log_mixture,
     log_ratio,
+    softcap_slope,
     to_logits,
 )
 
@@ -139,9 +140,8 @@ def gradient_kernel(
                 dz -= times(c_target, tl.exp(interpolated(x_s, x_t, part_s, part_t) - log_i))
             if C_STUDENT_LOGPROB >= 0:
                 dz += tl.where(columns == label, c_logprob, 0.0)
-            if STUDENT_MODE == CAPPED:  # 1 - tanh(x)^2 without cancellation; 0 at -inf
-                e = tl.exp(-2.0 * tl.abs(raw * student_inner))
-                dz = tl.where(raw == NEG_INF, 0.0, dz * (4.0 * e / ((1.0 + e) * (1.0 + e))))
+            if STUDENT_MODE == CAPPED:
+                dz = tl.where(raw == NEG_INF, 0.0, dz * softcap_slope(raw * student_inner))
             dz = (dz * chain).to(gradient.dtype.element_ty)
             tl.debug_barrier()  # all of the block is read before any of it is overwritten
             if tail:

@@ -108,6 +108,39 @@ def logits_from_raw(raw: Tensor, scale: float, softcap: float | None, temperatur
     return z if temperature == 1.0 else z / temperature
 
 
+def add_softcapped(
+    total: Tensor,  # (C, V)
+    raw: Tensor,  # (C, V) raw logits of a head; `total` itself where that is to be capped in place
+    scale: float,
+    softcap: float,
+    *,
+    first: bool,
+) -> None:
+    """total += softcap(scale * raw), or with `first` total = it."""
+    for block in _blocks(raw):
+        z = logits_from_raw(raw[block], scale, softcap, 1.0)
+        total[block] = z if first else z.add_(total[block])
+
+
+def softcap_gradient(
+    dz: Tensor,  # (C, V) d loss / d softcap(scale * raw)
+    raw: Tensor,  # (C, V), overwritten
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """d loss / d raw, (C, V), in the memory of `raw`; 0 where that is -inf."""
+    for block in _blocks(raw):
+        slope = _softcap_slope(raw[block], scale / softcap).mul_(scale)
+        torch.mul(slope, dz[block], out=raw[block])
+    return raw
+
+
+def _softcap_slope(raw: Tensor, inner: float) -> Tensor:
+    """1 - tanh(inner * raw)^2 without cancellation; 0 at an infinite raw."""
+    e = (raw * (-2 * inner)).abs_().neg_().exp_()
+    return e.mul(4.0).div_(e.add_(1.0).square_())
+
+
 def _blocks(logits: Tensor) -> Iterator[slice]:
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     rows = max(1, budget // (logits.shape[1] * logits.element_size()))
@@ -259,8 +292,7 @@ def _block_gradients(
     c = coefficients if chain == 1.0 else {name: value * chain for name, value in coefficients.items()}
     slope = None
     if spec.student_softcap is not None:  # now: the gradient may take the memory of the logits
-        z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
-        slope = (z_s * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
+        slope = _softcap_slope(student, spec.student_scale / spec.student_softcap)
     # what is constant in a row: minus the mean of u under q
     constant = torch.zeros_like(rows.q[:, :1])
     bracket = None

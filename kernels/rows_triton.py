@@ -7,6 +7,7 @@ Launches the kernels of `row_statistics_triton` and `row_gradients_triton`, or o
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
 from minillm.kernels.divergences import FIELDS, RowSpec
@@ -14,9 +15,11 @@ from minillm.kernels.logits_triton import transform
 from minillm.kernels.row_both_triton import both_kernel
 from minillm.kernels.row_gradients_triton import gradient_kernel
 from minillm.kernels.row_statistics_triton import statistics_kernel
+from minillm.kernels.softcap_triton import add_softcapped_kernel, softcap_gradient_kernel
 
 STATISTICS_BLOCK, STATISTICS_WARPS = 1024, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
+SOFTCAP_BLOCK = 2048
 REGISTERS = 65536  # of a multiprocessor
 BOTH_BLOCK, BOTH_WARPS = 2048, 16  # fewer rows at a time, so that each is left more of the L2 cache
 
@@ -203,6 +206,47 @@ def row_known_gradients(
                 maxnreg=max(64, REGISTERS // (2 * 32 * BOTH_WARPS)),  # two programs fit on a multiprocessor
             )
     return {name: vectors[slots[name]] for name in spec.fields}, gradient
+
+
+def add_softcapped(
+    total: Tensor,  # (C, V) fp32; columns contiguous
+    raw: Tensor,  # (C, V) fp32 raw logits of a head; `total` itself where that is to be capped in place
+    scale: float,
+    softcap: float,
+    *,
+    first: bool,
+) -> None:
+    """total += softcap(scale * raw), or with `first` total = it."""
+    with torch.cuda.device_of(raw):
+        add_softcapped_kernel[_blocks(raw)](
+            total,
+            raw,
+            raw.shape[1],
+            total.stride(0),
+            raw.stride(0),
+            scale / softcap,
+            softcap,
+            FIRST=first,
+            BLOCK=SOFTCAP_BLOCK,
+        )
+
+
+def softcap_gradient(
+    dz: Tensor,  # (C, V) fp32: d loss / d softcap(scale * raw)
+    raw: Tensor,  # (C, V) fp32, overwritten
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """d loss / d raw, (C, V), in the memory of `raw`; 0 where that is -inf."""
+    with torch.cuda.device_of(raw):
+        softcap_gradient_kernel[_blocks(raw)](
+            dz, raw, raw.shape[1], dz.stride(0), raw.stride(0), scale / softcap, scale, BLOCK=SOFTCAP_BLOCK
+        )
+    return raw
+
+
+def _blocks(logits: Tensor) -> tuple[int, int]:
+    return logits.shape[0], triton.cdiv(logits.shape[1], SOFTCAP_BLOCK)
 
 
 def _in_place(student: Tensor, grad_dtype: torch.dtype) -> Tensor:

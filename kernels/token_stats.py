@@ -16,8 +16,8 @@ from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
 from minillm.kernels.entry_point import entry_point
-from minillm.kernels.head import LMHead
-from minillm.kernels.options import LossOptions
+from minillm.kernels.head import Head, Hidden
+from minillm.kernels.options import LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.recompute import compute_gradients, compute_statistics
 
@@ -80,10 +80,10 @@ class TokenStats:
 
 @entry_point
 def linear_token_stats(
-    student_hidden: Tensor,  # (..., H_s), N tokens
-    student_head: LMHead | Tensor,  # weight (V, H_s)
-    teacher_hidden: Tensor | None,  # (..., H_t)
-    teacher_head: LMHead | Tensor | None,  # weight (V, H_t)
+    student_hidden: Hidden,  # (..., H_s), N tokens
+    student_head: Head,  # weight (V, H_s)
+    teacher_hidden: Hidden | None,  # (..., H_t)
+    teacher_head: Head | None,  # weight (V, H_t)
     labels: Tensor | None,  # (...) integers
     *,
     fields: Iterable[str] | None = None,
@@ -110,7 +110,7 @@ def linear_token_stats(
     return token_stats(problem, tensors, options["weight_grad"])
 
 
-def token_stats(problem: Problem, tensors: Tensors, weight_grad: str | Tensor) -> TokenStats:
+def token_stats(problem: Problem, tensors: Tensors, weight_grad: WeightGrad) -> TokenStats:
     """linear_token_stats on checked arguments."""
     into = accumulation(weight_grad, tensors, problem.logits)
     graded = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in tensors.leaves)

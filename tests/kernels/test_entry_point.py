@@ -4,10 +4,9 @@ import inspect
 
 import pytest
 import torch
-from torch import Tensor
 
 from minillm import losses
-from minillm.kernels.options import HeadOptions, LossOptions, declared
+from minillm.kernels.options import HeadOptions, LossOptions, WeightGrad, declared
 
 DEFAULTS = {  # which callers rely on
     "ignore_index": -100,
@@ -41,7 +40,7 @@ def test_a_signature_has_every_option_with_its_default_and_type(name):
     for option, default in FUNCTIONS[name].items():
         assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
         assert parameters[option].default == default
-    assert parameters["temperature"].annotation is float and parameters["weight_grad"].annotation == str | Tensor
+    assert parameters["temperature"].annotation is float and parameters["weight_grad"].annotation == WeightGrad
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
