@@ -30,7 +30,7 @@ class Recorder:
 
 def compile_for_hopper(kernel, args: tuple, kwargs: dict):
     """The compiled kernel of one launch, specialised as Triton's launcher would."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     pointers = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64", "int32": "*i32"}
     signature, constants, attributes = {}, {}, {}

@@ -2,13 +2,13 @@
 
 import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.divergences import FIELDS
-from minillm.kernels.head import LMHead
+from minillm.kernels.head import LMHead, LMHeadSum
 
 TOKEN_STATS = (
     "student_logprob",
@@ -20,6 +20,62 @@ TOKEN_STATS = (
     "student_argmax",
     "teacher_argmax",
 )
+
+
+class Model(NamedTuple):
+    """A model's checked arguments: its head, or those whose logits it adds up."""
+
+    hidden: tuple[Tensor, ...]  # (..., H_i) each
+    heads: tuple[LMHead, ...]
+    names: tuple[str, ...]  # of the heads
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading dimensions."""
+        return self.hidden[0].shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden[0].device
+
+    @property
+    def wide(self) -> bool:
+        return any(hidden.dtype == torch.float64 for hidden in self.hidden)
+
+
+def check_model(hidden: Any, head: Any, name: str, head_name: str) -> Model:
+    """The model of a head or a sum of heads, with hidden states that fit."""
+    if not isinstance(head, LMHeadSum):
+        if isinstance(hidden, tuple):
+            raise ValueError(
+                f"{name} is a tuple, but {head_name} is one head; pass LMHead.sum_of(...) with a head for each of its "
+                f"{len(hidden)} hidden states, or one tensor"
+            )
+        head = check_head(head, head_name)
+        check_hidden(hidden, head, name, head_name)
+        return Model((hidden,), (head,), (head_name,))
+    count = len(head.heads)
+    if not isinstance(hidden, tuple | list) or len(hidden) != count:
+        got = f"{len(hidden)} of them" if isinstance(hidden, tuple | list) else f"a {type(hidden).__name__}"
+        raise ValueError(
+            f"{name} must be a tuple of {count} hidden states, one for each head of {head_name}, got {got}"
+        )
+    names = tuple(f"{head_name}.heads[{index}]" for index in range(count))
+    heads = tuple(check_head(part, part_name) for part, part_name in zip(head.heads, names, strict=True))
+    for index, (states, part, part_name) in enumerate(zip(hidden, heads, names, strict=True)):
+        check_hidden(states, part, f"{name}[{index}]", part_name)
+        check_same_tokens(states, hidden[0], f"{name}[{index}]", f"{name}[0]")
+    return Model(tuple(hidden), heads, names)
+
+
+def check_same_tokens(hidden: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    if hidden.shape[:-1] != other.shape[:-1]:
+        raise ValueError(
+            f"{name} has leading dimensions {tuple(hidden.shape[:-1])}, {other_name} {tuple(other.shape[:-1])}; row i of "
+            "both must be the same token"
+        )
+    if hidden.device != other.device:
+        raise ValueError(f"{name} is on {hidden.device}, {other_name} on {other.device}; move them to one device")
 
 
 def check_head(head: Any, name: str) -> LMHead:
@@ -83,10 +139,10 @@ def check_hidden(hidden: Any, head: LMHead, name: str, head_name: str) -> None:
             )
 
 
-def check_vocab_size(student: LMHead, teacher: LMHead | None, vocab_size: int | None, student_name: str) -> int:
-    sizes = {student_name: student.weight.shape[0]}
-    if teacher is not None:
-        sizes["teacher_head"] = teacher.weight.shape[0]
+def check_vocab_size(student: Model, teacher: Model | None, vocab_size: int | None) -> int:
+    sizes = {}
+    for model in (student,) if teacher is None else (student, teacher):
+        sizes |= {name: head.weight.shape[0] for name, head in zip(model.names, model.heads, strict=True)}
     if vocab_size is None:
         if len(set(sizes.values())) > 1:
             shared = min(sizes.values())
@@ -94,7 +150,7 @@ def check_vocab_size(student: LMHead, teacher: LMHead | None, vocab_size: int | 
                 f"{' and '.join(f'{name} has {size} rows' for name, size in sizes.items())}; if their first {shared} "
                 f"ids mean the same tokens (the rest is padding), pass vocab_size={shared}"
             )
-        return student.weight.shape[0]
+        return min(sizes.values())
     if not is_int(vocab_size) or not 1 <= vocab_size <= min(sizes.values()):
         raise ValueError(
             f"vocab_size={vocab_size!r} must be an integer between 1 and {min(sizes.values())}, the smaller head"
@@ -154,6 +210,14 @@ def check_softcap(head: LMHead, name: str) -> float | None:
 def check_weight(value: float, name: str) -> float:
     if not is_real(value) or not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}; the end points are the plain KLs")
+    return float(value)
+
+
+def check_interpolation(value: float) -> float:
+    if not is_real(value) or not 0 <= value <= 1:
+        raise ValueError(
+            f"interpolation must lie between 0 (the student alone) and 1 (the teacher alone), got {value!r}"
+        )
     return float(value)
 
 

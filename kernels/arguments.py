@@ -2,18 +2,20 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.argument_checks import (
+    Model,
     check_fields,
-    check_head,
-    check_hidden,
+    check_interpolation,
     check_labels,
+    check_model,
     check_positive,
+    check_same_tokens,
     check_softcap,
     check_vocab_size,
     check_weight,
@@ -22,7 +24,8 @@ from minillm.kernels.argument_checks import (
 )
 from minillm.kernels.chunks import TILE_BYTES, TILE_IDS, chunk_rows, keep_rows
 from minillm.kernels.divergences import RowSpec
-from minillm.kernels.head import LMHead
+from minillm.kernels.head import Head, Hidden
+from minillm.kernels.model_logits import HeadSpec, HeadTensors, buffers
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.share_sums import SHARED_FIELDS
 
@@ -30,72 +33,56 @@ BACKENDS = ("auto", "torch", "triton", "tiled")
 
 
 def prepare(
-    student_hidden: Tensor,  # (..., H_s)
-    student_head: LMHead | Tensor,
-    teacher_hidden: Tensor | None,  # (..., H_t)
-    teacher_head: LMHead | Tensor | None,
+    student_hidden: Hidden,  # (..., H_s)
+    student_head: Head,
+    teacher_hidden: Hidden | None,  # (..., H_t)
+    teacher_head: Head | None,
     labels: Tensor | None,  # (...)
+    options: Mapping[str, Any],  # all that an entry point declares
     *,
     fields: str | Iterable[str] | None,
-    beta: float,
-    alpha: float,
-    ignore_index: int,
-    temperature: float,
-    vocab_size: int | None,
-    kept: int | None,
-    backend: str,
-    chunk_bytes: int | None,
     names: tuple[str, str] = ("student_hidden", "student_head"),
 ) -> tuple[Problem, Tensors]:
     """Check everything and flatten. Raises ValueError naming the argument."""
-    student = check_head(student_head, names[1])
-    check_hidden(student_hidden, student, *names)
-    shape = student_hidden.shape[:-1]
+    student = check_model(student_hidden, student_head, *names)
+    shape, device = student.shape, student.device
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head go together: pass both, or None for both")
-    teacher = None if teacher_head is None else check_head(teacher_head, "teacher_head")
-    if teacher is not None:
-        check_hidden(teacher_hidden, teacher, "teacher_hidden", "teacher_head")
-        if teacher_hidden.shape[:-1] != shape:
-            raise ValueError(
-                f"teacher_hidden has leading dimensions {tuple(teacher_hidden.shape[:-1])}, student_hidden "
-                f"{tuple(shape)}; row i of both must be the same token"
-            )
-        if teacher_hidden.device != student_hidden.device:
-            raise ValueError(
-                f"teacher_hidden is on {teacher_hidden.device}, student_hidden on {student_hidden.device}; "
-                "move them to one device"
-            )
-    size = check_vocab_size(student, teacher, vocab_size, names[1])
+    teacher = None
+    if teacher_head is not None:
+        teacher = check_model(teacher_hidden, teacher_head, "teacher_hidden", "teacher_head")
+        check_same_tokens(teacher.hidden[0], student.hidden[0], "teacher_hidden", names[0])
+    size = check_vocab_size(student, teacher, options["vocab_size"])
     fields = check_fields(fields, has_teacher=teacher is not None, has_labels=labels is not None)
     spec = RowSpec(
         fields=fields,
-        temperature=check_positive(temperature, "temperature"),
-        student_scale=check_positive(student.logit_scale, f"{names[1]}.logit_scale"),
-        student_softcap=check_softcap(student, names[1]),
-        teacher_scale=1.0 if teacher is None else check_positive(teacher.logit_scale, "teacher_head.logit_scale"),
-        teacher_softcap=None if teacher is None else check_softcap(teacher, "teacher_head"),
-        beta=check_weight(beta, "beta"),
-        alpha=check_weight(alpha, "alpha"),
+        temperature=check_positive(options["temperature"], "temperature"),
+        **_transform("student", student),
+        **_transform("teacher", teacher),
+        **{name: check_weight(options[name], name) for name in ("beta", "alpha") if name in options},
+        **{name: check_interpolation(options[name]) for name in ("interpolation",) if name in options},
     )
     if not spec.needs("teacher"):
-        teacher_hidden = teacher = None
+        teacher = None
+    kept = options["kept"]
     if labels is not None:
-        labels = check_labels(labels, shape, student_hidden.device).reshape(-1).contiguous()
+        labels = check_labels(labels, shape, device).reshape(-1).contiguous()
         vouched = kept is not None and labels.device.type != "cpu"  # then nothing looked at them
-        index, kept = keep_rows(labels, ignore_index, size, kept)
+        index, kept = keep_rows(labels, options["ignore_index"], size, kept)
     else:
         index, kept, vouched = None, shape.numel(), False
     if not spec.needs("labels"):
         labels = None
     elif vouched:
         labels = labels.clamp(0, size - 1)
-    wide = torch.float64 in (student_hidden.dtype, None if teacher is None else teacher_hidden.dtype)
+    wide = student.wide or (teacher is not None and teacher.wide)
     logits = torch.float64 if wide else torch.float32
-    device = student_hidden.device
+    chunk_bytes = options["chunk_bytes"]
     if chunk_bytes is not None and not (is_int(chunk_bytes) and chunk_bytes > 0):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
-    backend = _backend(backend, device, logits, fields)
+    backend = _backend(options["backend"], device, logits, fields, summed=_summed(student) or _summed(teacher))
+    student_specs = _specs(student, graded=torch.is_grad_enabled())
+    teacher_specs = None if teacher is None else _specs(teacher, graded=False)
     if backend == "tiled":
         ids, chunk_bytes = min(size, TILE_IDS), chunk_bytes or TILE_BYTES
     else:
@@ -108,31 +95,94 @@ def prepare(
         chunk=chunk_rows(
             kept,
             ids,
-            models=1 if teacher is None else 2,
+            models=buffers(student_specs) + (0 if teacher is None else buffers(teacher_specs)),
             itemsize=logits.itemsize,
             device=device,
             chunk_bytes=chunk_bytes,
         ),
-        student_compute=_compute_dtype(student_hidden),
-        teacher_compute=None if teacher is None else _compute_dtype(teacher_hidden),
+        student=student_specs,
+        teacher=teacher_specs,
         logits=logits,
         backend=backend,
     )
     tensors = Tensors(
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        student.weight,
-        student.bias,
-        None if teacher is None else _constant(teacher_hidden).reshape(-1, teacher_hidden.shape[-1]),
-        None if teacher is None else _constant(teacher.weight)[:size],
-        None if teacher is None or teacher.bias is None else _constant(teacher.bias)[:size],
-        None if labels is None else _constant(labels),
-        index,
+        student=tuple(
+            HeadTensors(_rows(hidden), head.weight, head.bias)
+            for hidden, head in zip(student.hidden, student.heads, strict=True)
+        ),
+        teacher=None
+        if teacher is None
+        else tuple(
+            HeadTensors(
+                _rows(_constant(hidden)),
+                _constant(head.weight)[:size],
+                None if head.bias is None else _constant(head.bias)[:size],
+            )
+            for hidden, head in zip(teacher.hidden, teacher.heads, strict=True)
+        ),
+        labels=None if labels is None else _constant(labels),
+        kept=index,
     )
     return problem, tensors
 
 
-def accumulation(weight_grad: Any, weight: Tensor, logits: torch.dtype) -> torch.dtype | Tensor:
-    """What `weight_grad` means for this weight. Raises ValueError naming it."""
+def _rows(hidden: Tensor) -> Tensor:  # (..., H) -> (N, H)
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _summed(model: Model | None) -> bool:
+    return model is not None and len(model.heads) > 1
+
+
+def _scaling(model: Model) -> list[tuple[float, float | None]]:
+    """Scale and softcap of every head."""
+    return [
+        (check_positive(head.logit_scale, f"{name}.logit_scale"), check_softcap(head, name))
+        for head, name in zip(model.heads, model.names, strict=True)
+    ]
+
+
+def _transform(who: str, model: Model | None) -> dict[str, float | None]:
+    """The scale and softcap that the row operations apply: a single head's."""
+    if model is None or _summed(model):
+        return {}
+    ((scale, softcap),) = _scaling(model)
+    return {f"{who}_scale": scale, f"{who}_softcap": softcap}
+
+
+def _specs(model: Model, *, graded: bool) -> tuple[HeadSpec, ...]:
+    if not _summed(model):
+        return (HeadSpec(_compute_dtype(model.hidden[0])),)
+    return tuple(
+        HeadSpec(
+            _compute_dtype(hidden),
+            scale,
+            softcap,
+            graded=graded and any(t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)),
+        )
+        for hidden, head, (scale, softcap) in zip(model.hidden, model.heads, _scaling(model), strict=True)
+    )
+
+
+def accumulation(weight_grad: Any, tensors: Tensors, logits: torch.dtype) -> tuple[torch.dtype | Tensor, ...]:
+    """What `weight_grad` means for the weight of every head of the student. Raises ValueError naming it."""
+    heads = tensors.student
+    if isinstance(weight_grad, tuple | list):
+        if len(weight_grad) != len(heads) or len(heads) == 1:
+            raise ValueError(
+                f"weight_grad has {len(weight_grad)} entries, but the student's head is "
+                + (f"a sum of {len(heads)}" if len(heads) > 1 else "one: pass 'fp32', 'bf16' or a tensor to add into")
+            )
+        return tuple(_accumulation(one, head.weight, logits) for one, head in zip(weight_grad, heads, strict=True))
+    if isinstance(weight_grad, Tensor) and len(heads) > 1:
+        raise ValueError(
+            f"weight_grad is a tensor, but the student's head is a sum of {len(heads)}: pass a tuple with 'fp32', 'bf16' "
+            "or a tensor for each"
+        )
+    return tuple(_accumulation(weight_grad, head.weight, logits) for head in heads)
+
+
+def _accumulation(weight_grad: Any, weight: Tensor, logits: torch.dtype) -> torch.dtype | Tensor:
     if isinstance(weight_grad, Tensor):
         if weight_grad.shape != weight.shape or weight_grad.device != weight.device:
             raise ValueError(
@@ -161,7 +211,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _backend(backend: str, device: torch.device, logits: torch.dtype, fields: tuple[str, ...]) -> str:
+def _backend(backend: str, device: torch.device, logits: torch.dtype, fields: tuple[str, ...], *, summed: bool) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     installed = importlib.util.find_spec("triton") is not None
@@ -171,6 +221,8 @@ def _backend(backend: str, device: torch.device, logits: torch.dtype, fields: tu
         refused = [name for name in fields if name not in SHARED_FIELDS]
         if refused:
             raise ValueError(f"backend='tiled' does not offer {', '.join(refused)}; use backend='triton' or 'auto'")
+        if summed:
+            raise ValueError("backend='tiled' does not offer LMHead.sum_of; use backend='triton' or 'auto'")
     if backend == "torch" or logits == torch.float64:
         return "torch"
     if backend == "auto":

@@ -5,7 +5,11 @@ q = softmax(z_s), p = softmax(z_t), r_j = log(q_j / p_j), m the mixture of a div
 c_f on statistic f, and u_f = d f / d q,
 
     dZ_j = q_j * (sum_f c_f u_fj - sum_f c_f E_q[u_f])
-           + c_forward_kl * (q_j - p_j) + c_student_logprob * (1[j = y] - q_j)
+           + c_forward_kl * (q_j - p_j) + c_interpolated_cross_entropy * (q_j - p_t,j)
+           + c_student_logprob * (1[j = y] - q_j)
+
+with p_t = softmax((1 - t) z_s + t z_t), t the interpolation, a constant of which no derivative is taken. An id that
+either model bans has p_t = 0; at t = 1, p_t = p whatever the student bans, and at t = 0, p_t = q.
 
 Only r, q, p and their logarithms enter the table. Minus infinity (a banned or padded id) is folded into r once:
 r = 0 where both logits are -inf, r = -FAR where the student's alone is, r = +FAR where the teacher's alone is. As the
@@ -34,6 +38,7 @@ class RowSpec:
     teacher_softcap: float | None = None
     beta: float = 0.5  # jsd: m = beta p + (1 - beta) q
     alpha: float = 0.1  # skew_forward_kl: m = alpha p + (1 - alpha) q; skew_reverse_kl: m = (1 - alpha) p + alpha q
+    interpolation: float = 0.4  # t of interpolated_cross_entropy
 
     def needs(self, what: str) -> bool:
         """Whether any field needs the `teacher`, the `labels`, or a `second_pass`."""
@@ -49,6 +54,7 @@ class Rows:
     p: Tensor | None = None  # (B, V)
     log_p: Tensor | None = None  # (B, V), 0 where p is 0 because its logit is -inf
     r: Tensor | None = None  # (B, V), see the module
+    target: Tensor | None = None  # (B, V) p_t, the softmax of the interpolated logits
     student_banned: Tensor | None = None  # (B, V) bool: the student's logit is -inf; None where none is
     student_only: Tensor | None = None  # (B,) bool: some id has q > 0 and p = 0; None where no logit is -inf
     teacher_only: Tensor | None = None  # (B,) bool: some id has p > 0 and q = 0
@@ -89,6 +95,13 @@ def _student_entropy(rows: Rows, spec: RowSpec) -> Tensor:
 
 def _teacher_entropy(rows: Rows, spec: RowSpec) -> Tensor:
     return expectation(rows.p, rows.log_p).neg_()
+
+
+def _interpolated_cross_entropy(rows: Rows, spec: RowSpec) -> Tensor:
+    # below t = 1 the target has no id that the student bans
+    return _infinite(
+        expectation(rows.target, rows.log_q).neg_(), rows.teacher_only if spec.interpolation == 1 else None
+    )
 
 
 def _jsd(rows: Rows, spec: RowSpec) -> Tensor:
@@ -152,6 +165,8 @@ FIELDS: dict[str, Field] = {
     "teacher_entropy": Field(teacher=True, value=_teacher_entropy),
     "student_argmax": Field(),  # the lowest id with the largest logit
     "teacher_argmax": Field(teacher=True),
+    # -E_p_t[log q], the cross-entropy to the interpolated target (TAID, arXiv 2501.16937); q u = -p_t
+    "interpolated_cross_entropy": Field(teacher=True, differentiable=True, value=_interpolated_cross_entropy),
     # beta E_p[log p/m] + (1 - beta) E_q[log q/m]; u = (1 - beta) log q/m
     "jsd": Field(teacher=True, differentiable=True, value=_jsd, u=_jsd_u),
     # E_p[log p/m]; u = -(1 - alpha) p/m
@@ -161,4 +176,12 @@ FIELDS: dict[str, Field] = {
     # sum |p - q| / 2; u = sign(r) / 2
     "tvd": Field(teacher=True, differentiable=True, value=_tvd, u=_tvd_u),
 }
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "interpolated_cross_entropy",
+)

@@ -4,7 +4,7 @@ Logits are fp32 whatever the inputs (float64 for float64): on CUDA the tensor co
 inputs; on a CPU the weight is converted a tile at a time, so that no full converted copy exists.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,31 @@ class LMHead:
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @staticmethod
+    def sum_of(*heads: "LMHead | LMHeadSum | Tensor") -> "LMHeadSum":
+        """The head whose logits are the sum of these heads' logits, each with its own bias, scale and softcap.
+
+        Its hidden states are a tuple, one tensor for each head, whose hidden sizes may differ:
+        linear_cross_entropy((h_a, h_b), LMHead.sum_of(a, b), labels). Gradients go to those hidden states, weights and
+        biases that require them, and cost nothing for the others. A head that is a sum itself counts as its parts.
+        """
+        if not heads:
+            raise ValueError("LMHead.sum_of needs at least one head")
+        return LMHeadSum(
+            tuple(part for head in heads for part in (head.heads if isinstance(head, LMHeadSum) else (head,)))
+        )
+
+
+@dataclass(frozen=True)
+class LMHeadSum:
+    """Heads whose logits are added up; `LMHead.sum_of` makes it."""
+
+    heads: tuple[LMHead | Tensor, ...]
+
+
+Head = LMHead | LMHeadSum | Tensor  # what the losses take as a head: a tensor is a weight
+Hidden = Tensor | tuple[Tensor, ...]  # and as its hidden states: a tuple for a sum of heads
 
 
 def _on_tensor_cores(dtype: torch.dtype, logits: torch.dtype, device: torch.device) -> bool:
@@ -66,6 +91,25 @@ def project(
     return out
 
 
+def add_projection(
+    hidden: Tensor,  # (C, H) in `compute`
+    weight: Tensor,  # (V, H), `ready`
+    bias: Tensor | None,  # (V,)
+    compute: torch.dtype,
+    out: Tensor,  # (C, V) fp32 or fp64, rows may be padded
+    scale: float,
+) -> None:
+    """out += scale * (hidden W^T + b), as `project` computes it."""
+    if _on_tensor_cores(compute, out.dtype, hidden.device):
+        torch.addmm(out, hidden, weight.t(), alpha=scale, out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for columns, tile in _tiles(weight, compute, out.dtype):
+            out[:, columns].addmm_(hidden, tile.t(), alpha=scale)
+    if bias is not None:
+        out.add_(bias.to(out.dtype), alpha=scale)
+
+
 def logits_gradient_dtype(compute: torch.dtype, logits: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which the products that follow want the gradient of the logits."""
     return compute if _on_tensor_cores(compute, logits, device) else logits
@@ -107,7 +151,10 @@ class HeadGradients:
     ):
         self.compute, self.logits, self.vocab_size = compute, logits, vocab_size
         self.weight_value = ready(weight[:vocab_size], compute, logits) if needs[0] else None
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        # A factor may still come, before which fp16 would lose its small numbers. bf16 has the range of fp32, and wide
+        # rows would take memory that grows with the tokens.
+        rows_dtype = logits if hidden.dtype == torch.float16 else hidden.dtype
+        self.hidden = torch.zeros(hidden.shape, dtype=rows_dtype, device=hidden.device) if needs[0] else None
         self._weight = self.bias = None
         self.into = isinstance(accumulation, Tensor)
         self._unwritten = needs[1] and not self.into  # the first chunk's product takes the place of zeros
@@ -166,10 +213,9 @@ class HeadGradients:
         tiles = _tiles(self.weight_value, self.compute, self.logits)
         return sum(torch.mm(dz[:, columns], tile) for columns, tile in tiles)
 
-    def results(self, like: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The gradients of hidden, weight and bias in the dtypes of `like`; None for what went into another tensor."""
-        weight = None if self.into else self.weight
-        return tuple(
-            None if gradient is None else gradient.to(of.dtype)
-            for gradient, of in zip((self.hidden, weight, self.bias), like, strict=True)
-        )
+
+def rounded(total: Tensor | None, factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """total * factor, rounded once; `factor` is a scalar there, None for 1."""
+    if total is None or factor is None:
+        return None if total is None else total.to(dtype)
+    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))

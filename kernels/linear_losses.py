@@ -1,153 +1,92 @@
 """The losses that most callers want: selected log-probabilities, cross-entropy, and one divergence to a teacher."""
 
+from typing import Unpack
+
 from torch import Tensor
 
 from minillm.kernels.arguments import prepare
-from minillm.kernels.compiling import outside_compiled_graphs
 from minillm.kernels.divergences import DIVERGENCES
-from minillm.kernels.head import LMHead
+from minillm.kernels.entry_point import entry_point
+from minillm.kernels.head import Head, Hidden
 from minillm.kernels.objective import Statistic, objective_sum
+from minillm.kernels.options import HeadOptions, LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.token_stats import token_stats
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@outside_compiled_graphs
+@entry_point
 def linear_logprobs(
-    hidden: Tensor,  # (..., H), N tokens
-    head: LMHead | Tensor,  # weight (V, H)
+    hidden: Hidden,  # (..., H), N tokens
+    head: Head,  # weight (V, H)
     labels: Tensor,  # (...) integers
-    *,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    kept: int | None = None,
-    weight_grad: str | Tensor = "fp32",
-    backend: str = "auto",
-    chunk_bytes: int | None = None,
+    **options: Unpack[HeadOptions],
 ) -> Tensor:
     """log q(label) of every token, (...), fp32, in nats; 0 where ignored. Differentiable, for any upstream gradient.
 
-    Arguments and errors are those of linear_token_stats.
+    Raises what linear_token_stats raises.
     """
-    problem, tensors = _one_model(
-        hidden, head, labels, temperature, ignore_index, vocab_size, kept, backend, chunk_bytes
-    )
-    return token_stats(problem, tensors, weight_grad).student_logprob
+    problem, tensors = _one_model(hidden, head, labels, options)
+    return token_stats(problem, tensors, options["weight_grad"]).student_logprob
 
 
-@outside_compiled_graphs
+@entry_point
 def linear_cross_entropy(
-    hidden: Tensor,  # (..., H), N tokens
-    head: LMHead | Tensor,  # weight (V, H)
+    hidden: Hidden,  # (..., H), N tokens
+    head: Head,  # weight (V, H)
     labels: Tensor,  # (...) integers
     *,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    kept: int | None = None,
-    weight_grad: str | Tensor = "fp32",
-    backend: str = "auto",
-    chunk_bytes: int | None = None,
+    **options: Unpack[HeadOptions],
 ) -> Tensor:
     """- log q(label): its mean over tokens that are not ignored, its sum, or (...) with reduction="none".
 
     `num_items` replaces the divisor of the mean where a batch is split over ranks or micro-batches. With mean and sum
-    the gradient is computed in the forward pass (tiled: in the backward pass). Arguments and errors are otherwise those
-    of linear_token_stats.
+    the gradient is computed in the forward pass (tiled: in the backward pass). Raises what linear_token_stats raises.
     """
-    problem, tensors = _one_model(
-        hidden, head, labels, temperature, ignore_index, vocab_size, kept, backend, chunk_bytes
-    )
-    return _reduce(problem, tensors, "student_logprob", -1.0, reduction, num_items, weight_grad)
+    problem, tensors = _one_model(hidden, head, labels, options)
+    return _reduce(problem, tensors, "student_logprob", -1.0, reduction, num_items, options["weight_grad"])
 
 
-@outside_compiled_graphs
+@entry_point
 def linear_divergence(
-    student_hidden: Tensor,  # (..., H_s), N tokens
-    student_head: LMHead | Tensor,  # weight (V, H_s)
-    teacher_hidden: Tensor,  # (..., H_t)
-    teacher_head: LMHead | Tensor,  # weight (V, H_t)
+    student_hidden: Hidden,  # (..., H_s), N tokens
+    student_head: Head,  # weight (V, H_s)
+    teacher_hidden: Hidden,  # (..., H_t)
+    teacher_head: Head,  # weight (V, H_t)
     *,
     divergence: str = "reverse_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
     labels: Tensor | None = None,  # (...) integers in the vocabulary, of which only the ignored ones matter
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
-    kept: int | None = None,
-    weight_grad: str | Tensor = "fp32",
-    backend: str = "auto",
-    chunk_bytes: int | None = None,
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """A divergence of the student's q from the teacher's p over the whole vocabulary, in nats.
 
     `divergence`: forward_kl KL(p || q); reverse_kl KL(q || p); jsd, beta KL(p || m) + (1 - beta) KL(q || m) with
     m = beta p + (1 - beta) q (GKD, arXiv 2306.13649); skew_forward_kl KL(p || alpha p + (1 - alpha) q) and
-    skew_reverse_kl KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898); tvd, half the sum of |p - q|.
+    skew_reverse_kl KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898); tvd, half the sum of |p - q|;
+    interpolated_cross_entropy, of q under the constant target softmax((1 - t) z_s + t z_t), t the `interpolation` (TAID,
+    arXiv 2501.16937): the entropy of the target, not 0, where both models agree.
 
     `reduction`: mean over tokens that are not ignored (all without labels), sum, or none: (...), 0 where ignored.
     `num_items` replaces the divisor of the mean where a batch is split over ranks or micro-batches. With mean and sum
-    the gradient is computed in the forward pass (tiled: in the backward pass). Arguments and errors are otherwise those
-    of linear_token_stats.
+    the gradient is computed in the forward pass (tiled: in the backward pass). Raises what linear_token_stats raises.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if teacher_hidden is None or teacher_head is None:
         raise ValueError("teacher_hidden and teacher_head must be given: a divergence needs both models")
     problem, tensors = prepare(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        labels,
-        fields=(divergence,),
-        beta=beta,
-        alpha=alpha,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        kept=kept,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=(divergence,)
     )
-    return _reduce(problem, tensors, divergence, 1.0, reduction, num_items, weight_grad)
+    return _reduce(problem, tensors, divergence, 1.0, reduction, num_items, options["weight_grad"])
 
 
-def _one_model(
-    hidden: Tensor,
-    head: LMHead | Tensor,
-    labels: Tensor,
-    temperature: float,
-    ignore_index: int,
-    vocab_size: int | None,
-    kept: int | None,
-    backend: str,
-    chunk_bytes: int | None,
-) -> tuple[Problem, Tensors]:
-    return prepare(
-        hidden,
-        head,
-        None,
-        None,
-        labels,
-        fields=("student_logprob",),
-        beta=0.5,
-        alpha=0.1,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        kept=kept,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
-        names=("hidden", "head"),
-    )
+def _one_model(hidden: Hidden, head: Head, labels: Tensor, options: HeadOptions) -> tuple[Problem, Tensors]:
+    return prepare(hidden, head, None, None, labels, options, fields=("student_logprob",), names=("hidden", "head"))
 
 
 def _reduce(
@@ -157,7 +96,7 @@ def _reduce(
     sign: float,
     reduction: str,
     num_items: int | Tensor | None,
-    weight_grad: str | Tensor,
+    weight_grad: WeightGrad,
 ) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -44,6 +44,13 @@ def _tanh(x):
 
 
 @triton.jit
+def softcap_slope(x):
+    """1 - tanh(x)^2 without cancellation; 0 at an infinite x."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def to_logits(raw, inner, outer, MODE: tl.constexpr):
     """softcap(scale * raw) / temperature; -inf stays -inf."""
     if MODE == SCALED:
@@ -81,7 +88,17 @@ def log_ratio(z_s, z_t, r):
 
 
 @triton.jit
-def push(z, d, columns, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr):
+def interpolated(x_s, x_t, part_s, part_t):
+    """part_s x_s + part_t x_t, of which a part of 0 bans nothing."""
+    return tl.where(part_s == 0.0, 0.0, part_s * x_s) + tl.where(part_t == 0.0, 0.0, part_t * x_t)
+
+
+@triton.jit
+def push(
+    z, d, columns, m, s, sd, sx, best,
+    SUM_D: tl.constexpr, SUM_X: tl.constexpr, ARGMAX: tl.constexpr,
+    FROM_NOTHING: tl.constexpr = False,  # lanes may begin with ids of no weight, whose sums of d may overflow
+):  # fmt: skip
     """One block more in every lane: m the maximum of z, s = sum e, sd = sum e d, sx = sum e (z - m), e = exp(z - m)."""
     larger = z > m
     gap = z - m
@@ -94,7 +111,10 @@ def push(z, d, columns, m, s, sd, sx, best, SUM_D: tl.constexpr, SUM_X: tl.const
         sx = tl.where(shrink == 0.0, 0.0, (sx - s * down) * shrink) + e * x  # s * down may be infinite
     s = s * shrink + e
     if SUM_D:
-        sd = sd * shrink + e * d
+        sd = sd * shrink
+        if FROM_NOTHING:
+            sd = tl.where(shrink == 0.0, 0.0, sd)
+        sd += e * d
     if ARGMAX:
         best = tl.where(larger, columns, best)
     m = tl.where(larger, z, m)

@@ -2,24 +2,27 @@
 
 A chunk at a time: logits of both models, statistics, the caller's loss on vectors, autograd on those vectors for each
 row's coefficients, the gradient with respect to the logits, and its two GEMMs. Three student GEMMs and one
-teacher GEMM in all, the least that exact gradients need without keeping logits.
+teacher GEMM in all, the least that exact gradients need without keeping logits. A coupled objective waits for the
+statistics of all tokens, and the logits are computed once more for their gradient.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.arguments import accumulation, prepare
-from minillm.kernels.compiling import outside_compiled_graphs
-from minillm.kernels.divergences import FIELDS
 from minillm.kernels.double_backward import guard
-from minillm.kernels.head import HeadGradients, LMHead
+from minillm.kernels.entry_point import entry_point
+from minillm.kernels.head import Head, Hidden, rounded
+from minillm.kernels.model_logits import StudentGradients
+from minillm.kernels.objective_values import Objective, ObjectiveValues
+from minillm.kernels.options import LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
+from minillm.kernels.recompute import add_gradients, compute_statistics
 from minillm.kernels.token_stats import TokenStats
-
-Objective = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -33,32 +36,25 @@ class Statistic:
         return self.factor * getattr(stats, self.field)
 
 
-@outside_compiled_graphs
+@entry_point
 def linear_objective(
-    student_hidden: Tensor,  # (..., H_s), N tokens
-    student_head: LMHead | Tensor,  # weight (V, H_s)
-    teacher_hidden: Tensor | None,  # (..., H_t)
-    teacher_head: LMHead | Tensor | None,  # weight (V, H_t)
+    student_hidden: Hidden,  # (..., H_s), N tokens
+    student_head: Head,  # weight (V, H_s)
+    teacher_hidden: Hidden | None,  # (..., H_t)
+    teacher_head: Head | None,  # weight (V, H_t)
     labels: Tensor | None,  # (...) integers
     objective: Objective,
     *,
     inputs: Mapping[str, Tensor] | None = None,  # (...) or (N,) each
     fields: Iterable[str] | None = None,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    kept: int | None = None,
-    weight_grad: str | Tensor = "fp32",
-    backend: str = "auto",
-    chunk_bytes: int | None = None,
+    coupled: bool = False,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum over kept tokens of objective(stats, **inputs), and its metrics, summed likewise. Scalars, fp32
     (float64 for float64 inputs).
 
     The gradient with respect to the student's hidden states, weight and bias is computed here and scaled in the
-    backward pass; the teacher is a constant. Arguments that are not named below are those of linear_token_stats.
+    backward pass; the teacher is a constant.
 
     Args:
         teacher_hidden, teacher_head: None for both where no field needs them.
@@ -70,33 +66,23 @@ def linear_objective(
         inputs: constants of each token: advantages, weights, masks; any dtype, no gradient.
         fields: the statistics that the objective may read; None means the eight of TokenStats that the arguments
             allow. Naming them saves work.
-        weight_grad: with a tensor, the backward pass adds the weight's gradient to it, and the weight's own .grad
-            gets nothing.
+        coupled: whether the objective may couple tokens: sums over answers, pairs, groups. It is then called once, with
+            statistics and inputs of every token in the layout of the hidden states' leading dimensions (...), which are 0
+            (argmaxes -1) where a token is ignored. What it returns in that shape is summed over kept tokens; a loss
+            or metric of any other shape is summed as it is, and is 0 where no token is kept. Costs one product more of
+            the student, and of the teacher where the gradient reads it, unless a chunk holds all rows.
 
     Raises:
         ValueError: as linear_token_stats; inputs that require grad or have another shape; an objective that returns
             anything but one loss a token, or depends on a foreign tensor that requires grad.
-        RuntimeError: on double backward.
+        TypeError, RuntimeError: as linear_token_stats.
     """
-    if backend == "tiled":
+    if options["backend"] == "tiled":
         raise ValueError("backend='tiled' does not offer linear_objective; use backend='triton' or 'auto'")
     problem, tensors = prepare(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        labels,
-        fields=fields,
-        beta=beta,
-        alpha=alpha,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        kept=kept,
-        backend=backend,
-        chunk_bytes=chunk_bytes,
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=fields
     )
-    return objective_sum(problem, tensors, objective, inputs or {}, weight_grad)
+    return objective_sum(problem, tensors, objective, inputs or {}, options["weight_grad"], coupled=coupled)
 
 
 def objective_sum(
@@ -104,129 +90,100 @@ def objective_sum(
     tensors: Tensors,
     objective: Objective,
     inputs: Mapping[str, Tensor],
-    weight_grad: str | Tensor,
+    weight_grad: WeightGrad,
+    *,
+    coupled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """linear_objective on checked arguments, of a backend that offers it."""
-    into = accumulation(weight_grad, tensors.student_weight, problem.logits)
+    into = accumulation(weight_grad, tensors, problem.logits)
     inputs = {name: _check_input(name, value, problem, tensors) for name, value in inputs.items()}
-    graded = tensors.student_hidden, tensors.student_weight, tensors.student_bias
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in graded)
-    with torch.no_grad(), torch.autocast(tensors.student_hidden.device.type, enabled=False):
-        sums = problem.gradients(tensors, needs, problem.logits if isinstance(into, Tensor) else into)
-        loss, metrics = _run(problem, tensors, objective, inputs, sums)
+    leaves = tensors.leaves
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
+    with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
+        sums = problem.gradients(tensors, needs, [problem.logits if isinstance(one, Tensor) else one for one in into])
+        values = ObjectiveValues(objective, graded=sums is not None)
+        (_all_at_once if coupled else _chunk_by_chunk)(problem, tensors, values, inputs, sums)
+        loss, metrics = values.result()
     if sums is not None:
-        loss = _Attach.apply(
-            loss, into if isinstance(into, Tensor) else None, *graded, sums.hidden, sums.weight, sums.bias
-        )
+        loss = _Attach.apply(loss, into, *leaves, *sums.totals)
     return loss, metrics
 
 
-def _run(
+def _chunk_by_chunk(
     problem: Problem,
     tensors: Tensors,
-    objective: Objective,
-    inputs: Mapping[str, Tensor],
-    sums: HeadGradients | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    losses: list[Tensor] = []
-    metrics: dict[str, list[Tensor]] = {}
+    values: ObjectiveValues,
+    inputs: Mapping[str, Tensor],  # (N,) each
+    sums: StudentGradients | None,
+) -> None:
     for chunk in problem.chunks(tensors, sums=sums):
         given = {name: value[chunk.rows] for name, value in inputs.items()}
 
-        def evaluate(rows: slice, values: dict[str, Tensor], given=given) -> dict[str, Tensor]:
-            here = {name: value[rows] for name, value in given.items()}
-            loss, coefficients = _evaluate(objective, values, here, metrics, graded=sums is not None, first=not losses)
-            losses.append(loss)
-            return coefficients
+        def differentiate(rows: slice, statistics: dict[str, Tensor], given=given) -> dict[str, Tensor]:
+            return values.rows(statistics, {name: value[rows] for name, value in given.items()})
 
         logits = chunk.student, chunk.teacher, chunk.labels
         if sums is None:
             statistics = problem.rows.row_statistics(*logits, problem.spec)
-            evaluate(slice(None), {name: statistics[name] for name in problem.spec.fields})
-        elif isinstance(objective, Statistic) and problem.backend == "triton":
-            known = {objective.field: objective.factor}
+            differentiate(slice(None), {name: statistics[name] for name in problem.spec.fields})
+        elif isinstance(values.objective, Statistic) and problem.backend == "triton":
+            statistic = values.objective
+            known = {statistic.field: statistic.factor}
             statistics, dz = problem.rows.row_known_gradients(*logits, problem.spec, known, sums.dz_dtype)
-            losses.append(objective.factor * statistics[objective.field])
-            sums.add(dz, chunk.hidden, chunk.rows)
+            values.losses.append(statistic.factor * statistics[statistic.field])
+            sums.add(dz, chunk.student_logits, chunk.rows)
         else:
-            dz = problem.rows.row_loss_gradients(*logits, problem.spec, evaluate, sums.dz_dtype)
+            dz = problem.rows.row_loss_gradients(*logits, problem.spec, differentiate, sums.dz_dtype)
             if dz is not None:
-                sums.add(dz, chunk.hidden, chunk.rows)
-    if not losses:  # no row is kept: the objective says which metrics there are
-        values = problem.empty_statistics(tensors.student_hidden.device)
-        here = {name: value[:0] for name, value in inputs.items()}
-        losses.append(_evaluate(objective, values, here, metrics, graded=False, first=True)[0])
-    return torch.cat(losses).sum(), {name: torch.cat(parts).sum() for name, parts in metrics.items()}
+                sums.add(dz, chunk.student_logits, chunk.rows)
+    if not values.losses:  # no row is kept: the objective says which metrics there are
+        values.graded = False
+        values.rows(problem.empty_statistics(tensors.device), {name: value[:0] for name, value in inputs.items()})
 
 
-def _evaluate(
-    objective: Objective,
-    values: dict[str, Tensor],
-    inputs: dict[str, Tensor],
-    metrics: dict[str, list[Tensor]],
-    *,
-    graded: bool,
-    first: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each token, (C,), and its derivative with respect to each statistic that it depends on."""
-    size = next(iter(values.values())).shape
-    dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.float32)
-    with torch.set_grad_enabled(graded):
-        leaves = {
-            name: value.detach().requires_grad_(graded) for name, value in values.items() if FIELDS[name].differentiable
-        }
-        result = objective(TokenStats({**values, **leaves}), **inputs)
-        loss, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-        if not isinstance(loss, Tensor) or loss.shape != size or not loss.is_floating_point():
-            got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"objective must return the loss of each of the {size[0]} tokens of a chunk, a floating-point tensor "
-                f"of shape {tuple(size)}, or (loss, {{name: metric}}); got {got}"
-            )
-        coefficients = {}
-        if loss.requires_grad:
-            if first:
-                _check_closure(loss, list(leaves.values()))
-            gradients = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-            coefficients = {
-                name: gradient.to(dtype)
-                for name, gradient in zip(leaves, gradients, strict=True)
-                if gradient is not None
-            }
-    for name, metric in extra.items():
-        if not isinstance(metric, Tensor) or metric.shape != size:
-            got = tuple(metric.shape) if isinstance(metric, Tensor) else type(metric).__name__
-            raise ValueError(f"objective: metric {name!r} must have shape {tuple(size)}, one value a token; got {got}")
-        metrics.setdefault(name, []).append(metric.detach().to(dtype))
-    return loss.detach().to(dtype), coefficients
+def _all_at_once(
+    problem: Problem,
+    tensors: Tensors,
+    values: ObjectiveValues,
+    inputs: Mapping[str, Tensor],  # (N,) each
+    sums: StudentGradients | None,
+) -> None:
+    """The objective between two passes over the logits; one, where a chunk holds all rows."""
+
+    def differentiate(statistics: dict[str, Tensor]) -> dict[str, Tensor]:  # (K,) each -> (K,) each
+        every = {name: problem.spread(statistics[name], tensors.kept) for name in problem.spec.fields}
+        given = {name: _zero_where_ignored(value, tensors.kept) for name, value in inputs.items()}
+        shaped = ({name: value.view(problem.shape) for name, value in rows.items()} for rows in (every, given))
+        found = {name: value.reshape(-1) for name, value in values.all_rows(*shaped, tensors.kept).items()}
+        return found if tensors.kept is None else {name: value[tensors.kept] for name, value in found.items()}
+
+    if sums is None or problem.kept > problem.chunk or not problem.kept:
+        statistics = compute_statistics(problem, tensors, graded=sums is not None)
+        coefficients = differentiate(statistics)
+        if sums is not None:
+            add_gradients(problem, tensors, statistics, coefficients, sums)
+        return
+    (chunk,) = problem.chunks(tensors, sums=sums)
+    logits = chunk.student, chunk.teacher, chunk.labels
+    statistics = problem.rows.row_statistics(*logits, problem.spec)
+    coefficients = differentiate(statistics)
+    if coefficients:
+        dz = problem.rows.row_gradients(*logits, statistics, coefficients, problem.spec, sums.dz_dtype)
+        sums.add(dz, chunk.student_logits, chunk.rows)
 
 
-def _check_closure(loss: Tensor, leaves: list[Tensor]) -> None:
-    """A tensor that the objective captured would silently get no gradient."""
-    known = {id(leaf) for leaf in leaves}
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in known:
-            raise ValueError(
-                "objective depends on a tensor that requires grad and is not one of the statistics (shape "
-                f"{tuple(node.variable.shape)}); it would get no gradient here: detach it"
-            )
-        stack.extend(parent for parent, _ in node.next_functions)
+def _zero_where_ignored(value: Tensor, kept: Tensor | None) -> Tensor:  # (N,), (K,) -> (N,)
+    return value if kept is None else torch.zeros_like(value).index_copy_(0, kept, value[kept])
 
 
 def _check_input(name: str, value: Tensor, problem: Problem, tensors: Tensors) -> Tensor:
-    rows = tensors.student_hidden.shape[0]
-    if not isinstance(value, Tensor) or value.shape not in (problem.shape, (rows,)):
+    if not isinstance(value, Tensor) or value.shape not in (problem.shape, (tensors.rows,)):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"inputs[{name!r}] must have shape {tuple(problem.shape)}, one value a token; got {got}")
     if value.requires_grad:
         raise ValueError(f"inputs[{name!r}] requires grad, but inputs are constants here: detach it")
-    if value.device != tensors.student_hidden.device:
-        raise ValueError(f"inputs[{name!r}] is on {value.device}, student_hidden on {tensors.student_hidden.device}")
+    if value.device != tensors.device:
+        raise ValueError(f"inputs[{name!r}] is on {value.device}, student_hidden on {tensors.device}")
     return value.reshape(-1)
 
 
@@ -234,25 +191,23 @@ class _Attach(torch.autograd.Function):
     """A loss with gradients that are known already: the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, into: Tensor | None, *inputs_and_gradients: Tensor | None):
+    def forward(ctx, loss: Tensor, into: Sequence[torch.dtype | Tensor], *leaves_and_totals: Tensor | None):
         ctx.into = into
-        ctx.save_for_backward(*inputs_and_gradients)
+        ctx.save_for_backward(*leaves_and_totals)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-        inputs, gradients = saved[:3], saved[3:]
+        leaves, totals = saved[: len(saved) // 2], list(saved[len(saved) // 2 :])
         with torch.no_grad():
-            if ctx.into is not None and gradients[1] is not None:
-                ctx.into.addcmul_(gradients[1], grad_output)  # in fp32, not rounded to the weight's dtype
-                gradients = (gradients[0], None, gradients[2])
+            for index, into in enumerate(ctx.into):
+                weight = 3 * index + 1
+                if isinstance(into, Tensor) and totals[weight] is not None:
+                    into.addcmul_(totals[weight], grad_output)  # in fp32, not rounded to the weight's dtype
+                    totals[weight] = None
             scaled = [
-                None if gradient is None else _scaled(gradient, grad_output, of.dtype)
-                for gradient, of in zip(gradients, inputs, strict=True)
+                None if total is None else rounded(total, grad_output, leaf.dtype)
+                for total, leaf in zip(totals, leaves, strict=True)
             ]
-        return (None, None, *guard(scaled, inputs), None, None, None)
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+        return (None, None, *guard(scaled, leaves), *[None] * len(totals))

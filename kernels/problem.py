@@ -1,7 +1,7 @@
 """A checked call: what is computed, on which rows, and its logits chunk by chunk. `arguments.prepare` makes it."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -9,31 +9,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import RowSpec
-from minillm.kernels.head import HeadGradients, LMHead, project, ready
+from minillm.kernels.head import LMHead
+from minillm.kernels.model_logits import HeadSpec, HeadTensors, ModelLogits, StudentGradients
 
 
 class Tensors(NamedTuple):
-    """Every tensor of a call, flattened: what autograd saves."""
+    """Every tensor of a call, flattened over tokens: a tree, whose leaves autograd saves. The student's come first."""
 
-    student_hidden: Tensor  # (N, H_s)
-    student_weight: Tensor  # (V_s, H_s), uncut
-    student_bias: Tensor | None  # (V_s,)
-    teacher_hidden: Tensor | None  # (N, H_t)
-    teacher_weight: Tensor | None  # (V, H_t), cut
-    teacher_bias: Tensor | None  # (V,)
+    student: tuple[HeadTensors, ...]  # one head, or those whose logits are added up
+    teacher: tuple[HeadTensors, ...] | None  # constants
     labels: Tensor | None  # (N,) int64
     kept: Tensor | None  # (K,) int64 rows; None: all
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """What may require grad: hidden states, weight and bias of every head of the student."""
+        return tuple(tensor for head in self.student for tensor in head)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.student[0].hidden.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.student[0].hidden.device
 
 
 class Chunk(NamedTuple):
     slice: slice  # of the K kept rows
     rows: Tensor | slice  # of the N rows
-    hidden: Tensor  # (C, H_s)
     labels: Tensor | None  # (C,)
     student: Tensor  # (C, V) raw logits
     teacher: Tensor | None  # (C, V)
+    student_logits: ModelLogits  # where the student's come from
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,8 @@ class Problem:
     kept: int  # K
     vocab_size: int
     chunk: int  # rows whose logits are alive at a time: all V ids of them, or for tiled TILE_IDS
-    student_compute: torch.dtype  # of the student's GEMMs
-    teacher_compute: torch.dtype | None
+    student: tuple[HeadSpec, ...]
+    teacher: tuple[HeadSpec, ...] | None
     logits: torch.dtype
     backend: str  # torch | triton | tiled
 
@@ -57,54 +67,56 @@ class Problem:
         return importlib.import_module(f"minillm.kernels.{name}")
 
     def slices(self) -> Iterator[slice]:
+        """The kept rows of every chunk."""
         for start in range(0, self.kept, self.chunk):
             yield slice(start, min(start + self.chunk, self.kept))
 
-    def chunks(self, tensors: Tensors, *, sums: HeadGradients | None = None, teacher: bool = True) -> Iterator[Chunk]:
-        """Raw logits, chunk after chunk, in the same memory. `sums` may have the student's weight ready already."""
-        teacher = teacher and tensors.teacher_hidden is not None
-        if self.kept:
-            device = tensors.student_hidden.device
-            student_out = logits_buffer(self.chunk, self.vocab_size, self.logits, device)
-            teacher_out = logits_buffer(self.chunk, self.vocab_size, self.logits, device) if teacher else None
-        weight = None if sums is None else sums.weight_value
-        if weight is None:
-            weight = ready(tensors.student_weight[: self.vocab_size], self.student_compute, self.logits)
-        teacher_weight = ready(tensors.teacher_weight, self.teacher_compute, self.logits) if teacher else None
-        bias = None if tensors.student_bias is None else tensors.student_bias[: self.vocab_size]
+    def chunks(
+        self, tensors: Tensors, *, sums: StudentGradients | None = None, teacher: bool = True
+    ) -> Iterator[Chunk]:
+        """Raw logits, chunk after chunk, in the same memory. `sums` may have the student's weights ready already."""
+        if not self.kept:
+            return
+        student_logits = self._logits(tensors.student, self.student, None if sums is None else sums.weight_values)
+        teacher_logits = self._logits(tensors.teacher, self.teacher) if teacher and tensors.teacher else None
         for part in self.slices():
             rows = part if tensors.kept is None else tensors.kept[part]
             size = part.stop - part.start
-            hidden = tensors.student_hidden[rows].to(self.student_compute)
             yield Chunk(
                 slice=part,
                 rows=rows,
-                hidden=hidden,
                 labels=None if tensors.labels is None else tensors.labels[rows],
-                student=project(hidden, weight, bias, self.student_compute, student_out[:size]),
-                teacher=project(
-                    tensors.teacher_hidden[rows].to(self.teacher_compute),
-                    teacher_weight,
-                    tensors.teacher_bias,
-                    self.teacher_compute,
-                    teacher_out[:size],
-                )
-                if teacher
-                else None,
+                student=student_logits.of(rows, size),
+                teacher=None if teacher_logits is None else teacher_logits.of(rows, size),
+                student_logits=student_logits,
             )
 
+    def _logits(
+        self,
+        heads: tuple[HeadTensors, ...],
+        specs: tuple[HeadSpec, ...],
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> ModelLogits:
+        return ModelLogits(
+            heads,
+            specs,
+            weights or [None] * len(heads),
+            chunk=self.chunk,
+            vocab_size=self.vocab_size,
+            dtype=self.logits,
+            operations=self.rows,
+        )
+
     def gradients(
-        self, tensors: Tensors, needs: tuple[bool, bool, bool], accumulation: torch.dtype | Tensor
-    ) -> HeadGradients | None:
-        """Sums for the student's hidden states, weight and bias; None where nothing needs a gradient."""
+        self, tensors: Tensors, needs: Sequence[bool], accumulation: Sequence[torch.dtype | Tensor]
+    ) -> StudentGradients | None:
+        """Sums for the student's leaves; None where nothing needs a gradient."""
         if not any(needs):
             return None
-        return HeadGradients(
-            tensors.student_hidden,
-            tensors.student_weight,
-            tensors.student_bias,
+        return StudentGradients(
+            tensors.student,
+            self.student,
             needs=needs,
-            compute=self.student_compute,
             logits=self.logits,
             vocab_size=self.vocab_size,
             accumulation=accumulation,
@@ -124,15 +136,16 @@ class Problem:
             tensor = tensor if tensors.kept is None else tensor[tensors.kept]
             return tensor.to(dtype or tensor.dtype).contiguous()
 
-        def head(weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None) -> LMHead | None:
-            return None if weight is None else LMHead(weight.to(dtype), bias)
+        def model(heads: tuple[HeadTensors, ...] | None, specs: tuple[HeadSpec, ...] | None) -> tuple:
+            if heads is None:
+                return None, None
+            (head,), (spec,) = heads, specs
+            bias = None if head.bias is None else head.bias[: self.vocab_size]
+            return kept(head.hidden, spec.compute), LMHead(head.weight[: self.vocab_size].to(spec.compute), bias)
 
-        bias = None if tensors.student_bias is None else tensors.student_bias[: self.vocab_size]
         return (
-            kept(tensors.student_hidden, self.student_compute),
-            head(tensors.student_weight[: self.vocab_size], bias, self.student_compute),
-            kept(tensors.teacher_hidden, self.teacher_compute),
-            head(tensors.teacher_weight, tensors.teacher_bias, self.teacher_compute),
+            *model(tensors.student, self.student),
+            *model(tensors.teacher, self.teacher),
             kept(tensors.labels),
         )
 

@@ -36,6 +36,13 @@ def _terms(weights: Tensor, log_ratio: Tensor) -> Tensor:
     return torch.where(impossible, 0.0, weights * log_ratio.masked_fill(impossible, 0.0))
 
 
+def _interpolated(student: Tensor, teacher: Tensor, weight: float) -> Tensor:
+    """(1 - weight) z_s + weight z_t; a model of weight 0 bans nothing."""
+    if weight in (0, 1):
+        return teacher if weight else student
+    return (1 - weight) * student + weight * teacher
+
+
 def token_stats(
     student: Tensor,  # (N, V) logits z_s
     teacher: Tensor | None,  # (N, V) logits z_t
@@ -43,6 +50,7 @@ def token_stats(
     *,
     beta: float = 0.5,
     alpha: float = 0.1,
+    interpolation: float = 0.4,
 ) -> dict[str, Tensor]:
     """Every statistic of minillm.losses.TokenStats that the arguments allow, (N,) each, in nats."""
     rows = torch.arange(student.shape[0], device=student.device)
@@ -73,4 +81,6 @@ def token_stats(
     result["skew_forward_kl"] = _terms(p, log_p - mixture(alpha)).sum(-1)
     result["skew_reverse_kl"] = _terms(q, log_q - mixture(1 - alpha)).sum(-1)
     result["tvd"] = 0.5 * (p - q).abs().sum(-1)
+    target = _interpolated(student.detach(), teacher, interpolation).softmax(-1)
+    result["interpolated_cross_entropy"] = -_terms(target, log_q).sum(-1)
     return result

@@ -7,7 +7,16 @@ block is read before any of it is written.
 import triton
 import triton.language as tl
 
-from minillm.kernels.logits_triton import CAPPED, NEG_INF, load_logits, log_mixture, log_ratio, to_logits
+from minillm.kernels.logits_triton import (
+    CAPPED,
+    NEG_INF,
+    interpolated,
+    load_logits,
+    log_mixture,
+    log_ratio,
+    softcap_slope,
+    to_logits,
+)
 
 
 @triton.jit
@@ -25,16 +34,16 @@ def gradient_kernel(
     vectors,  # (slots, C) fp32: statistics and coefficients
     slot_stride,  # elements from a vector to the next
     V, student_stride, teacher_stride, gradient_stride,
-    student_inner, student_outer, teacher_inner, teacher_outer, chain, beta, alpha,
+    student_inner, student_outer, teacher_inner, teacher_outer, chain, beta, alpha, part_s, part_t,
     STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
     # the slot of each vector, -1 where there is none; C_x is d loss / d x
     STUDENT_MAX: tl.constexpr, STUDENT_LOG_SUM: tl.constexpr,
     TEACHER_MAX: tl.constexpr, TEACHER_LOG_SUM: tl.constexpr, REVERSE_KL: tl.constexpr, STUDENT_ENTROPY: tl.constexpr,
     MEAN_U_JSD: tl.constexpr, MEAN_U_SKEW_FORWARD_KL: tl.constexpr,
-    MEAN_U_SKEW_REVERSE_KL: tl.constexpr,
+    MEAN_U_SKEW_REVERSE_KL: tl.constexpr, INTERPOLATED_LOG_SUM: tl.constexpr,
     C_STUDENT_LOGPROB: tl.constexpr, C_REVERSE_KL: tl.constexpr, C_FORWARD_KL: tl.constexpr,
     C_STUDENT_ENTROPY: tl.constexpr, C_JSD: tl.constexpr, C_SKEW_FORWARD_KL: tl.constexpr,
-    C_SKEW_REVERSE_KL: tl.constexpr, C_TVD: tl.constexpr,
+    C_SKEW_REVERSE_KL: tl.constexpr, C_TVD: tl.constexpr, C_INTERPOLATED_CROSS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     TEACHER: tl.constexpr = TEACHER_MAX >= 0
@@ -74,6 +83,10 @@ def gradient_kernel(
     if C_SKEW_REVERSE_KL >= 0:
         c_skew_r = tl.load(vectors + C_SKEW_REVERSE_KL * slot_stride)
         constant -= times(c_skew_r, tl.load(vectors + MEAN_U_SKEW_REVERSE_KL * slot_stride))
+    if C_INTERPOLATED_CROSS_ENTROPY >= 0:
+        c_target = tl.load(vectors + C_INTERPOLATED_CROSS_ENTROPY * slot_stride)
+        log_i = tl.load(vectors + INTERPOLATED_LOG_SUM * slot_stride)
+        constant += c_target
     if C_TVD >= 0:
         # of the very signs used below: where q is almost 1, a mean that rounds otherwise would be off by 1
         c_tvd = tl.load(vectors + C_TVD * slot_stride)
@@ -123,11 +136,12 @@ def gradient_kernel(
             dz = tl.where(q == 0.0, 0.0, q * u)
             if C_FORWARD_KL >= 0:
                 dz -= times(c_forward, tl.exp(log_p))
+            if C_INTERPOLATED_CROSS_ENTROPY >= 0:
+                dz -= times(c_target, tl.exp(interpolated(x_s, x_t, part_s, part_t) - log_i))
             if C_STUDENT_LOGPROB >= 0:
                 dz += tl.where(columns == label, c_logprob, 0.0)
-            if STUDENT_MODE == CAPPED:  # 1 - tanh(x)^2 without cancellation; 0 at -inf
-                e = tl.exp(-2.0 * tl.abs(raw * student_inner))
-                dz = tl.where(raw == NEG_INF, 0.0, dz * (4.0 * e / ((1.0 + e) * (1.0 + e))))
+            if STUDENT_MODE == CAPPED:
+                dz = tl.where(raw == NEG_INF, 0.0, dz * softcap_slope(raw * student_inner))
             dz = (dz * chain).to(gradient.dtype.element_ty)
             tl.debug_barrier()  # all of the block is read before any of it is overwritten
             if tail:

@@ -4,14 +4,25 @@ With k_s, k_t the maxima of the row's first block, or where those lie far below 
 
     c = (lse_s - k_s) - (lse_t - k_t)        reverse_kl = E_q[d] - c        forward_kl = c - E_p[d]
 
-which keeps its digits whatever the logits' offset, and is exactly 0 for equal logits. Divergences from a mixture need
-normalised probabilities and read the row once more.
+which keeps its digits whatever the logits' offset, and is exactly 0 for equal logits. The interpolated target is a third
+softmax in the same pass, of z = (1 - t) (z_s - k_s) + t (z_t - k_t). Divergences from a mixture need normalised
+probabilities and read the row once more.
 """
 
 import triton
 import triton.language as tl
 
-from minillm.kernels.logits_triton import LOWEST, NEG_INF, load_logits, log_mixture, log_ratio, merge, push, to_logits
+from minillm.kernels.logits_triton import (
+    LOWEST,
+    NEG_INF,
+    interpolated,
+    load_logits,
+    log_mixture,
+    log_ratio,
+    merge,
+    push,
+    to_logits,
+)
 
 FAR_BELOW = tl.constexpr(64.0)  # differences from a reference that far away would lose six bits
 
@@ -26,6 +37,7 @@ def statistics_kernel(
     slot_stride,  # elements from a slot of `out` to the next
     V, student_stride, teacher_stride,
     student_inner, student_outer, teacher_inner, teacher_outer, beta, alpha,
+    part_s, part_t,  # 1 - t and t of the interpolated logits
     STUDENT_MODE: tl.constexpr, TEACHER_MODE: tl.constexpr,
     STUDENT_ARGMAX: tl.constexpr, TEACHER_ARGMAX: tl.constexpr,
     # the slot of each statistic in `out`, -1 where it is not wanted
@@ -37,10 +49,12 @@ def statistics_kernel(
     JSD: tl.constexpr, SKEW_FORWARD_KL: tl.constexpr, SKEW_REVERSE_KL: tl.constexpr, TVD: tl.constexpr,
     MEAN_U_JSD: tl.constexpr, MEAN_U_SKEW_FORWARD_KL: tl.constexpr,
     MEAN_U_SKEW_REVERSE_KL: tl.constexpr,
+    INTERPOLATED_CROSS_ENTROPY: tl.constexpr, INTERPOLATED_LOG_SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     TEACHER: tl.constexpr = TEACHER_MAX >= 0
     RATIO: tl.constexpr = REVERSE_KL >= 0 or FORWARD_KL >= 0
+    TARGET: tl.constexpr = INTERPOLATED_CROSS_ENTROPY >= 0
     SECOND: tl.constexpr = JSD >= 0 or SKEW_FORWARD_KL >= 0 or SKEW_REVERSE_KL >= 0 or TVD >= 0
     index = tl.program_id(0).to(tl.int64)
     student += index * student_stride
@@ -64,10 +78,11 @@ def statistics_kernel(
         best_t = tl.where(first == k_t, lanes, V - 1)
         k_t = tl.where(k_t == NEG_INF, 0.0, k_t)
     d, z_t = zeros, zeros
-    infinite = tl.zeros((BLOCK,), tl.int32)  # bit 0: the reverse KL is, bit 1: the forward KL is
+    m_i, i, i_d = zeros + LOWEST, zeros, zeros
+    infinite = tl.zeros((BLOCK,), tl.int32)  # bit 0: the reverse KL is, bit 1: the forward KL, 2: the cross-entropy
 
     stop = tl.full((), V, tl.int32)
-    for attempt in range(2 if RATIO else 1):
+    for attempt in range(2 if RATIO or TARGET else 1):
         # whole blocks, then what is left: a mask in the main loop would forbid wide loads
         for tail in tl.static_range(2):
             for start in range(whole if tail else 0, tl.minimum(stop, V if tail else whole), BLOCK):
@@ -86,7 +101,26 @@ def statistics_kernel(
                     m_t, t, t_d, t_x, best_t = push(
                         z_t, d, columns, m_t, t, t_d, t_x, best_t, FORWARD_KL >= 0, TEACHER_ENTROPY >= 0, TEACHER_ARGMAX
                     )
-        if RATIO:
+                if TARGET:
+                    x_s = z_s - k_s
+                    z_i = interpolated(x_s, z_t - k_t, part_s, part_t)
+                    m_i, i, i_d, _, _ = push(
+                        z_i,
+                        tl.where(z_s == NEG_INF, 0.0, x_s),
+                        columns,
+                        m_i,
+                        i,
+                        i_d,
+                        zeros,
+                        lanes,
+                        True,
+                        False,
+                        False,
+                        True,
+                    )
+                    forever = (part_s == 0.0) & (z_s == NEG_INF) & (z_t > NEG_INF)
+                    infinite |= tl.where(forever, 4, 0)
+        if RATIO or TARGET:
             # A first block far below the rest, masked by some finite number say, is nothing to measure d from: once
             # more, from the row's own maxima. The lanes' maxima and argmaxes stay; the sums begin again.
             top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
@@ -96,6 +130,8 @@ def statistics_kernel(
             k_t = tl.where(far & (top_t > LOWEST), top_t, k_t)
             s, s_d, s_x = tl.where(far, 0.0, s), tl.where(far, 0.0, s_d), tl.where(far, 0.0, s_x)
             t, t_d, t_x = tl.where(far, 0.0, t), tl.where(far, 0.0, t_d), tl.where(far, 0.0, t_x)
+            if TARGET:  # its maxima are measured from the references
+                m_i, i, i_d = tl.where(far, LOWEST, m_i), tl.where(far, 0.0, i), tl.where(far, 0.0, i_d)
 
     out += index
     slot_stride = slot_stride.to(tl.int64)
@@ -133,6 +169,13 @@ def statistics_kernel(
         if FORWARD_KL >= 0:
             forever = tl.where(tl.max(infinite & 2, 0) > 0, float("inf"), 0.0)
             tl.store(out + FORWARD_KL * slot_stride, c - t_d / t + forever)
+        if TARGET:
+            m_i, i, log_i, i_d, _, _ = merge(m_i, i, i_d, zeros, lanes, V, True, False, False)
+            forever = tl.where(tl.max(infinite & 4, 0) > 0, float("inf"), 0.0)
+            tl.store(out + INTERPOLATED_CROSS_ENTROPY * slot_stride, (m_s - k_s) + log_s - i_d / i + forever)
+            # of (1 - t) (z_s - m_s) + t (z_t - m_t), which the gradient can see
+            moved = interpolated(m_s - k_s, m_t - k_t, part_s, part_t)
+            tl.store(out + INTERPOLATED_LOG_SUM * slot_stride, (m_i - moved) + log_i)
 
     if SECOND:
         jsd, jsd_u, tvd = zeros, zeros, zeros

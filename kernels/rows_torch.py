@@ -63,7 +63,7 @@ def row_gradients(
         models = {"student": _Softmax.of(logits_from_raw(student[block], *_scaling(spec, "student")))}
         if teacher is not None:
             models["teacher"] = _Softmax.of(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
-        rows = _rows(**models, fields=set(chosen), slope=spec.student_softcap is not None)
+        rows = _rows(spec, **models, fields=set(chosen), values=False, slope=spec.student_softcap is not None)
         label = labels[block, None] if "student_logprob" in coefficients else None
         _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
     return gradient
@@ -108,6 +108,39 @@ def logits_from_raw(raw: Tensor, scale: float, softcap: float | None, temperatur
     return z if temperature == 1.0 else z / temperature
 
 
+def add_softcapped(
+    total: Tensor,  # (C, V)
+    raw: Tensor,  # (C, V) raw logits of a head; `total` itself where that is to be capped in place
+    scale: float,
+    softcap: float,
+    *,
+    first: bool,
+) -> None:
+    """total += softcap(scale * raw), or with `first` total = it."""
+    for block in _blocks(raw):
+        z = logits_from_raw(raw[block], scale, softcap, 1.0)
+        total[block] = z if first else z.add_(total[block])
+
+
+def softcap_gradient(
+    dz: Tensor,  # (C, V) d loss / d softcap(scale * raw)
+    raw: Tensor,  # (C, V), overwritten
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """d loss / d raw, (C, V), in the memory of `raw`; 0 where that is -inf."""
+    for block in _blocks(raw):
+        slope = _softcap_slope(raw[block], scale / softcap).mul_(scale)
+        torch.mul(slope, dz[block], out=raw[block])
+    return raw
+
+
+def _softcap_slope(raw: Tensor, inner: float) -> Tensor:
+    """1 - tanh(inner * raw)^2 without cancellation; 0 at an infinite raw."""
+    e = (raw * (-2 * inner)).abs_().neg_().exp_()
+    return e.mul(4.0).div_(e.add_(1.0).square_())
+
+
 def _blocks(logits: Tensor) -> Iterator[slice]:
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     rows = max(1, budget // (logits.shape[1] * logits.element_size()))
@@ -141,9 +174,9 @@ class _Softmax:
     def logprob(self, labels: Tensor) -> Tensor:  # (B, 1) int64 -> (B, 1)
         return (self.z.gather(1, labels) - self.largest).add_(self.top.log())
 
-    def log_probabilities(self, banned: Tensor | None) -> Tensor:  # (B, V), 0 where banned
+    def log_probabilities(self, banned: Tensor | None) -> Tensor:  # (B, V), 0 where banned, NaN where all are
         result = (self.z - self.largest).add_(self.top.log())
-        return result if banned is None else result.masked_fill_(banned, 0.0)
+        return result if banned is None else result.masked_fill_(banned & ~self.top.isnan(), 0.0)
 
 
 def _block_statistics(
@@ -162,7 +195,8 @@ def _block_statistics(
             result[f"{who}_argmax"] = model.z.argmax(1)
     rows = None
     if graded or any(FIELDS[name].value for name in spec.fields):
-        rows = _rows(**models, fields=set(spec.fields), slope=graded and spec.student_softcap is not None)
+        slope = graded and spec.student_softcap is not None
+        rows = _rows(spec, **models, fields=set(spec.fields), values=True, slope=slope)
         result |= {name: FIELDS[name].value(rows, spec) for name in spec.fields if FIELDS[name].value is not None}
     return {name: value.reshape(-1) for name, value in result.items()}, rows
 
@@ -171,17 +205,28 @@ def _scaling(spec: RowSpec, who: str) -> tuple[float, float | None, float]:
     return getattr(spec, f"{who}_scale"), getattr(spec, f"{who}_softcap"), spec.temperature
 
 
-def _rows(student: _Softmax, teacher: _Softmax | None = None, *, fields: set[str], slope: bool) -> Rows:
-    """What values and gradients of `fields` read; `slope`: and what the derivative of a softcap reads.
+def _rows(
+    spec: RowSpec,
+    student: _Softmax,
+    teacher: _Softmax | None = None,
+    *,
+    fields: set[str],
+    values: bool,
+    slope: bool,
+) -> Rows:
+    """What gradients of `fields` read; `values`: and their values; `slope`: and the derivative of a softcap.
 
     The logits stay as they are; the teacher's probabilities go where no field needs them.
     """
     second_pass = any(FIELDS[name].second_pass for name in fields)
+    interpolated = "interpolated_cross_entropy" in fields
     rows = Rows(q=student.probabilities())
+    if interpolated:
+        rows.target = _interpolated(student, teacher, spec.interpolation)
     if second_pass or fields & {"forward_kl", "teacher_entropy"}:
         rows.p = teacher.probabilities()
     sound = False  # known to hold no -inf
-    if second_pass or fields & {"reverse_kl", "forward_kl"}:
+    if second_pass or fields & {"reverse_kl", "forward_kl"} or (interpolated and values and spec.interpolation == 1):
         # differences from the largest first, and the two sums' ratio, not log-sum-exps: neither a large maximum nor a
         # large vocabulary must cost the log-ratio its last digits
         below = torch.sub(teacher.z, teacher.largest, out=teacher.softmax if rows.p is None else None)
@@ -190,13 +235,23 @@ def _rows(student: _Softmax, teacher: _Softmax | None = None, *, fields: set[str
         sound = rows.r.device.type == "cpu" and bool(rows.r.sum().isfinite())
         if not sound:
             _replace_infinite(rows, _banned(student.z), _banned(teacher.z))
-    elif "student_entropy" in fields or slope:
+    elif "student_entropy" in fields or (interpolated and values) or slope:
         rows.student_banned = _banned(student.z)
-    if "student_entropy" in fields:
+    if "student_entropy" in fields or (interpolated and values):
         rows.log_q = student.log_probabilities(rows.student_banned)
     if "teacher_entropy" in fields:
         rows.log_p = teacher.log_probabilities(None if sound else _banned(teacher.z))
     return rows
+
+
+def _interpolated(student: _Softmax, teacher: _Softmax, weight: float) -> Tensor:  # (B, V)
+    """The softmax of (1 - weight) z_s + weight z_t; a model of weight 0 bans nothing."""
+    if weight in (0, 1):
+        model = teacher if weight else student
+        z = model.z - model.largest
+    else:  # from the largest, which costs no digits where both models' logits are
+        z = (student.z - student.largest).mul_(1 - weight).add_((teacher.z - teacher.largest).mul_(weight))
+    return _Softmax.of(z).probabilities()
 
 
 def _banned(z: Tensor) -> Tensor | None:
@@ -237,12 +292,12 @@ def _block_gradients(
     c = coefficients if chain == 1.0 else {name: value * chain for name, value in coefficients.items()}
     slope = None
     if spec.student_softcap is not None:  # now: the gradient may take the memory of the logits
-        z_s = logits_from_raw(student, spec.student_scale, spec.student_softcap, spec.temperature)
-        slope = (z_s * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
+        slope = _softcap_slope(student, spec.student_scale / spec.student_softcap)
     # what is constant in a row: minus the mean of u under q
     constant = torch.zeros_like(rows.q[:, :1])
     bracket = None
-    for name in sorted(set(c) - {"forward_kl", "student_logprob"}, key=lambda name: not FIELDS[name].second_pass):
+    read_off = {"forward_kl", "interpolated_cross_entropy", "student_logprob"}
+    for name in sorted(set(c) - read_off, key=lambda name: not FIELDS[name].second_pass):
         if FIELDS[name].second_pass:
             u = FIELDS[name].u(rows, spec)
             # of this very u: where q is almost 1, a saved mean that differs in rounding would ruin tvd's signs
@@ -252,14 +307,16 @@ def _block_gradients(
         constant = constant - torch.where(c[name] == 0, 0.0, c[name] * mean)
         u = u.mul_(c[name])
         bracket = u if bracket is None else bracket.add_(u)
-    if "forward_kl" in c:
-        constant = constant + c["forward_kl"]
+    targets = {"forward_kl": rows.p, "interpolated_cross_entropy": rows.target}
+    targets = {name: target for name, target in targets.items() if name in c}
+    for name in targets:
+        constant = constant + c[name]
     if "student_logprob" in c:
         constant = constant - c["student_logprob"]
     dz = gradient if gradient.dtype == rows.q.dtype else rows.q
     torch.mul(rows.q, constant if bracket is None else bracket.add_(constant), out=dz)
-    if "forward_kl" in c:
-        dz.sub_(rows.p.mul_(c["forward_kl"]))
+    for name, target in targets.items():
+        dz.sub_(target.mul_(c[name]))
     if "student_logprob" in c:
         dz.scatter_add_(1, labels, c["student_logprob"])
     if slope is not None:

@@ -7,6 +7,7 @@ Launches the kernels of `row_statistics_triton` and `row_gradients_triton`, or o
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
 from minillm.kernels.divergences import FIELDS, RowSpec
@@ -14,9 +15,12 @@ from minillm.kernels.logits_triton import transform
 from minillm.kernels.row_both_triton import both_kernel
 from minillm.kernels.row_gradients_triton import gradient_kernel
 from minillm.kernels.row_statistics_triton import statistics_kernel
+from minillm.kernels.softcap_triton import add_softcapped_kernel, softcap_gradient_kernel
 
 STATISTICS_BLOCK, STATISTICS_WARPS = 1024, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
+SOFTCAP_BLOCK = 2048
+REGISTERS = 65536  # of a multiprocessor
 BOTH_BLOCK, BOTH_WARPS = 2048, 16  # fewer rows at a time, so that each is left more of the L2 cache
 
 SECOND_PASS = tuple(name for name, field in FIELDS.items() if field.second_pass)
@@ -25,11 +29,13 @@ STATISTIC_SLOTS = (
     *(*LOG_SUMS["student"], *LOG_SUMS["teacher"]),
     *(name for name in FIELDS if not name.endswith("argmax")),
     *(f"mean_u_{name}" for name in SECOND_PASS if name != "tvd"),
+    "interpolated_log_sum",
 )
 ROW_STATISTICS = (  # what the gradient reads, and the coefficient that asks for it
     ("reverse_kl", "reverse_kl"),
     ("student_entropy", "student_entropy"),
     *((f"mean_u_{name}", name) for name in SECOND_PASS if name != "tvd"),  # the gradient takes tvd's itself
+    ("interpolated_log_sum", "interpolated_cross_entropy"),
 )
 COEFFICIENT_SLOTS = tuple(f"c_{name}" for name, field in FIELDS.items() if field.differentiable)
 GRADIENT_SLOTS = (
@@ -48,7 +54,8 @@ def row_statistics(
     """The statistics `spec.fields`, each (C,) fp32 (argmaxes int64). The logits stay as they are.
 
     Besides, what `row_gradients` reads: `student_max` and `student_log_sum`, which add up to the log-sum-exp; the same of
-    the teacher where one is given; and `mean_u_F` = E_q[u_F] for every divergence F from a mixture.
+    the teacher where one is given; `mean_u_F` = E_q[u_F] for every divergence F from a mixture; and for the interpolated
+    target `interpolated_log_sum`, the log-sum-exp of its logits, those of both models less their maxima.
     """
     _check(student, teacher)
     C, V = student.shape
@@ -73,8 +80,7 @@ def row_statistics(
                 student.stride(0),
                 0 if teacher is None else teacher.stride(0),
                 **transform(spec),
-                beta=spec.beta,
-                alpha=spec.alpha,
+                **_weights(spec),
                 STUDENT_ARGMAX="student_argmax" in spec.fields,
                 TEACHER_ARGMAX="teacher_argmax" in spec.fields,
                 **{name.upper(): slots.get(name, -1) for name in STATISTIC_SLOTS},
@@ -87,6 +93,8 @@ def row_statistics(
 def _statistic_slots(spec: RowSpec, teacher: bool) -> dict[str, int]:
     names = {*LOG_SUMS["student"]} | {name for name in spec.fields if not name.endswith("argmax")}
     names |= {f"mean_u_{name}" for name in spec.fields if f"mean_u_{name}" in STATISTIC_SLOTS}
+    if "interpolated_cross_entropy" in spec.fields:
+        names.add("interpolated_log_sum")
     if teacher:
         names |= {*LOG_SUMS["teacher"]}
     return {name: slot for slot, name in enumerate(name for name in STATISTIC_SLOTS if name in names)}
@@ -195,8 +203,50 @@ def row_known_gradients(
                 **{name.upper(): slots.get(name, -1) for name in (*STATISTIC_SLOTS, *COEFFICIENT_SLOTS)},
                 BLOCK=BOTH_BLOCK,
                 num_warps=BOTH_WARPS,
+                maxnreg=max(64, REGISTERS // (2 * 32 * BOTH_WARPS)),  # two programs fit on a multiprocessor
             )
     return {name: vectors[slots[name]] for name in spec.fields}, gradient
+
+
+def add_softcapped(
+    total: Tensor,  # (C, V) fp32; columns contiguous
+    raw: Tensor,  # (C, V) fp32 raw logits of a head; `total` itself where that is to be capped in place
+    scale: float,
+    softcap: float,
+    *,
+    first: bool,
+) -> None:
+    """total += softcap(scale * raw), or with `first` total = it."""
+    with torch.cuda.device_of(raw):
+        add_softcapped_kernel[_blocks(raw)](
+            total,
+            raw,
+            raw.shape[1],
+            total.stride(0),
+            raw.stride(0),
+            scale / softcap,
+            softcap,
+            FIRST=first,
+            BLOCK=SOFTCAP_BLOCK,
+        )
+
+
+def softcap_gradient(
+    dz: Tensor,  # (C, V) fp32: d loss / d softcap(scale * raw)
+    raw: Tensor,  # (C, V) fp32, overwritten
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """d loss / d raw, (C, V), in the memory of `raw`; 0 where that is -inf."""
+    with torch.cuda.device_of(raw):
+        softcap_gradient_kernel[_blocks(raw)](
+            dz, raw, raw.shape[1], dz.stride(0), raw.stride(0), scale / softcap, scale, BLOCK=SOFTCAP_BLOCK
+        )
+    return raw
+
+
+def _blocks(logits: Tensor) -> tuple[int, int]:
+    return logits.shape[0], triton.cdiv(logits.shape[1], SOFTCAP_BLOCK)
 
 
 def _in_place(student: Tensor, grad_dtype: torch.dtype) -> Tensor:
@@ -208,20 +258,32 @@ def _gradient_arguments(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, gradient: Tensor, vectors: Tensor, spec: RowSpec
 ) -> dict[str, object]:
     """What both kernels that end in a gradient are called with."""
-    return transform(spec) | {
-        "student": student,
-        "teacher": teacher,
-        "labels": labels,
-        "gradient": gradient,
-        "vectors": vectors,
-        "slot_stride": vectors.stride(0),
-        "V": student.shape[1],
-        "student_stride": student.stride(0),
-        "teacher_stride": 0 if teacher is None else teacher.stride(0),
-        "gradient_stride": gradient.stride(0),
+    return (
+        transform(spec)
+        | _weights(spec)
+        | {
+            "student": student,
+            "teacher": teacher,
+            "labels": labels,
+            "gradient": gradient,
+            "vectors": vectors,
+            "slot_stride": vectors.stride(0),
+            "V": student.shape[1],
+            "student_stride": student.stride(0),
+            "teacher_stride": 0 if teacher is None else teacher.stride(0),
+            "gradient_stride": gradient.stride(0),
+            "chain": spec.student_scale / spec.temperature,
+        }
+    )
+
+
+def _weights(spec: RowSpec) -> dict[str, float]:
+    """The weights of mixtures, as the kernels take them."""
+    return {
         "beta": spec.beta,
         "alpha": spec.alpha,
-        "chain": spec.student_scale / spec.temperature,
+        "part_s": 1.0 - spec.interpolation,
+        "part_t": spec.interpolation,
     }
 
 

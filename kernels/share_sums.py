@@ -12,15 +12,15 @@ They are put together in float64 and give
 
 Ids that the model whose e it is bans are left out of its D; those that the other model alone bans make D infinite or
 NaN, which, where both S are sound, means that the divergence is infinite. Notation and conventions are those of
-`minillm.kernels.divergences`. What needs normalised probabilities, the divergences from a mixture, is not among them.
+`minillm.kernels.divergences`. What needs normalised probabilities, the divergences from a mixture, is not among them,
+nor is the interpolated target, which would take a third maximum and sums of its own.
 """
 
 import torch
 from torch import Tensor
 
-from minillm.kernels.divergences import FIELDS, RowSpec
+from minillm.kernels.divergences import RowSpec
 
-SHARED_FIELDS = frozenset(name for name, field in FIELDS.items() if not field.second_pass)
 SLOTS = ("m_s", "s_s", "x_s", "d_s", "y_s", "m_t", "s_t", "x_t", "d_t", "y_t")
 NEVER = 2**31 - 1  # the argmax of a share that has none
 NEEDS = {
@@ -31,6 +31,7 @@ NEEDS = {
     "reverse_kl": "d_s",
     "forward_kl": "d_t",
 }
+SHARED_FIELDS = frozenset((*NEEDS, "student_argmax", "teacher_argmax"))
 
 
 class ShareSums:

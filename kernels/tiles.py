@@ -12,7 +12,7 @@ Both passes make the same products, so that the logits are the same to the last 
 other roundings would cost the small gradients of peaked rows their digits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minillm.kernels.chunks import TILE_IDS, logits_buffer
 from minillm.kernels.divergences import FIELDS
-from minillm.kernels.head import add_product, logits_gradient_dtype, project
+from minillm.kernels.head import add_product, logits_gradient_dtype, project, rounded
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.rows_triton import gradient_vectors, gradients_from_vectors
 from minillm.kernels.share_sums import ShareSums
@@ -42,9 +42,9 @@ class Tile(NamedTuple):
 
 def tile_statistics(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
     """What `rows_torch.row_statistics` returns for the kept rows, (K,) each."""
-    teacher = tensors.teacher_hidden is not None
+    teacher = tensors.teacher is not None
     shares, width = -(-problem.vocab_size // TILE_IDS), min(TILE_IDS, problem.vocab_size)
-    device = tensors.student_hidden.device
+    device = tensors.device
     sums = ShareSums(problem.spec, teacher=teacher, shares=shares, rows=problem.kept, device=device)
     for tile in _tiles(problem, tensors, teacher=teacher):
         tile_sums(
@@ -65,21 +65,19 @@ def tile_gradients(
     tensors: Tensors,
     statistics: dict[str, Tensor],  # (K,) each: what tile_statistics returned
     coefficients: dict[str, Tensor],  # (K,) each: d loss / d field; absent means zero
-    needs: tuple[bool, bool, bool],  # of hidden, weight, bias
+    needs: Sequence[bool],  # of hidden, weight, bias
     into: torch.dtype | Tensor,  # a tensor (V, H_s) to add the weight's gradient to, which is then not returned
     factor: Tensor | None,  # (), of all gradients
 ) -> Gradients:
-    """d loss / d (student_hidden, student_weight, student_bias), each in the dtype of its tensor."""
-    hidden, _, bias = tensors[:3]
+    """d loss / d (hidden, weight, bias) of the student, each in the dtype of its tensor."""
+    ((hidden, _, bias),) = tensors.student
     # in a function of its own, so that a tile's logits are gone before the sums are rounded
     hidden_sum, weight_grad, bias_sum = _sums(problem, tensors, statistics, coefficients, needs, into, factor)
-    if factor is not None:
-        hidden_sum, bias_sum = (None if total is None else total.mul_(factor) for total in (hidden_sum, bias_sum))
-    hidden_grad = None if hidden_sum is None else hidden_sum.to(hidden.dtype)
+    hidden_grad = rounded(hidden_sum, factor, hidden.dtype)
     if hidden_grad is not None and tensors.kept is not None:
         every_row = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         hidden_grad = every_row.index_copy_(0, tensors.kept, hidden_grad)
-    return hidden_grad, weight_grad, None if bias_sum is None else bias_sum.to(bias.dtype)
+    return hidden_grad, weight_grad, None if bias is None else rounded(bias_sum, factor, bias.dtype)
 
 
 def _sums(
@@ -87,12 +85,12 @@ def _sums(
     tensors: Tensors,
     statistics: dict[str, Tensor],
     coefficients: dict[str, Tensor],
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
     into: torch.dtype | Tensor,
     factor: Tensor | None,
 ) -> Gradients:
     """Of kept hidden states (K, H_s) and bias (V,) in the dtype of the logits; of the weight in its own, times the factor."""
-    hidden, weight, bias = tensors[:3]
+    ((hidden, weight, bias),) = tensors.student
     device, dtype = hidden.device, problem.logits
     hidden_sum = torch.zeros(problem.kept, hidden.shape[1], dtype=dtype, device=device) if needs[0] else None
     bias_sum = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
@@ -137,26 +135,27 @@ def _sums(
 
 def _tiles(problem: Problem, tensors: Tensors, *, teacher: bool) -> Iterator[Tile]:
     """Raw logits, tile after tile in the same memory: all rows of some ids, then of the next."""
-    device = tensors.student_hidden.device
-    compute = logits_gradient_dtype(problem.student_compute, problem.logits, device)
+    device, (head,), (spec,) = tensors.device, tensors.student, problem.student
+    compute = logits_gradient_dtype(spec.compute, problem.logits, device)
 
     def kept(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or tensors.kept is None else tensor[tensors.kept]
 
-    student = kept(tensors.student_hidden).to(problem.student_compute).to(compute)
-    other = kept(tensors.teacher_hidden).to(problem.teacher_compute) if teacher else None
-    labels = kept(tensors.labels)
+    student, labels = kept(head.hidden).to(spec.compute).to(compute), kept(tensors.labels)
+    if teacher:
+        (other_head,), (other_spec,) = tensors.teacher, problem.teacher
+        other = kept(other_head.hidden).to(other_spec.compute)
     student_out, teacher_out = (
         logits_buffer(problem.chunk, min(TILE_IDS, problem.vocab_size), problem.logits, device) if wanted else None
         for wanted in (True, teacher)
     )
     for share, start in enumerate(range(0, problem.vocab_size, TILE_IDS)):
         ids = slice(start, min(start + TILE_IDS, problem.vocab_size))
-        weight = tensors.student_weight[ids].to(problem.student_compute).to(compute)
-        bias = None if tensors.student_bias is None else tensors.student_bias[ids]
+        weight = head.weight[ids].to(spec.compute).to(compute)
+        bias = None if head.bias is None else head.bias[ids]
         if teacher:
-            teacher_weight = tensors.teacher_weight[ids].to(problem.teacher_compute)
-            teacher_bias = None if tensors.teacher_bias is None else tensors.teacher_bias[ids]
+            teacher_weight = other_head.weight[ids].to(other_spec.compute)
+            teacher_bias = None if other_head.bias is None else other_head.bias[ids]
         for rows in problem.slices():
             shape = slice(rows.stop - rows.start), slice(ids.stop - ids.start)
             yield Tile(
@@ -166,7 +165,7 @@ def _tiles(problem: Problem, tensors: Tensors, *, teacher: bool) -> Iterator[Til
                 student_hidden=student[rows],
                 student_weight=weight,
                 student=project(student[rows], weight, bias, compute, student_out[shape]),
-                teacher=project(other[rows], teacher_weight, teacher_bias, problem.teacher_compute, teacher_out[shape])
+                teacher=project(other[rows], teacher_weight, teacher_bias, other_spec.compute, teacher_out[shape])
                 if teacher
                 else None,
                 labels=None if labels is None else labels[rows],

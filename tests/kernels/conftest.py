@@ -56,6 +56,7 @@ class Case:
     temperature: float = 1.0
     beta: float = 0.3
     alpha: float = 0.15
+    interpolation: float = 0.6
     vocab_size: int | None = None
 
     @property
@@ -75,6 +76,7 @@ class Case:
             "temperature": self.temperature,
             "beta": self.beta,
             "alpha": self.alpha,
+            "interpolation": self.interpolation,
             "vocab_size": self.vocab_size,
         }
 
@@ -174,7 +176,8 @@ def oracle(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     student = logits(case.student_hidden, case.student_weight, case.student_bias, case.student_options)
     teacher = logits(case.teacher_hidden, case.teacher_weight, case.teacher_bias, case.teacher_options)
     labels = case.labels.flatten()[kept]
-    return reference.token_stats(student, teacher, labels, beta=case.beta, alpha=case.alpha), case.leaves
+    weights = dict(beta=case.beta, alpha=case.alpha, interpolation=case.interpolation)
+    return reference.token_stats(student, teacher, labels, **weights), case.leaves
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -19,6 +19,7 @@ FIELDS = (
     "skew_forward_kl",
     "skew_reverse_kl",
     "tvd",
+    "interpolated_cross_entropy",
 )
 DIFFERENTIABLE = tuple(name for name in FIELDS if not name.startswith("teacher"))
 

@@ -8,15 +8,18 @@ from minillm.losses import linear_divergence, linear_objective, linear_token_sta
 
 
 def losses(case):
-    """Both kinds of gradient: computed in the forward pass, and recomputed."""
+    """Every way to a gradient: in the forward pass from one or two passes over the logits, and in the backward pass."""
     return {
         "objective": lambda: linear_objective(*case.arguments, lambda stats: stats.jsd, fields=("jsd",))[0],
+        "coupled": lambda: linear_objective(
+            *case.arguments, lambda stats: stats.jsd, fields=("jsd",), coupled=True, chunk_bytes=3000
+        )[0],
         "token_stats": lambda: linear_token_stats(*case.arguments, fields=("jsd",)).jsd.sum(),
         "mean": lambda: linear_divergence(*case.arguments[:4], labels=case.labels, divergence="jsd"),
     }
 
 
-KINDS = ["objective", "token_stats", "mean"]
+KINDS = ["objective", "coupled", "token_stats", "mean"]
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
@@ -108,7 +111,7 @@ def test_micro_batches_add_up_to_the_batch(kit):
             torch.testing.assert_close(leaf.grad, gradient)
 
 
-@pytest.mark.parametrize("kind", ["objective", "token_stats"])
+@pytest.mark.parametrize("kind", ["objective", "coupled", "token_stats"])
 @pytest.mark.parametrize("weight_grad", ["bf16", "tensor"])
 def test_where_the_weight_gradient_goes(kind, weight_grad, kit):
     case = kit.make_case(dtype=torch.bfloat16, bias=True, vocab_size=100)
@@ -132,12 +135,14 @@ def test_where_the_weight_gradient_goes(kind, weight_grad, kit):
 
 def losses_with(case, kind, **options):
     options |= {"fields": ("reverse_kl",), "vocab_size": case.vocab_size}
-    if kind == "objective":
+    if kind == "coupled":
+        options |= {"coupled": True, "chunk_bytes": 3000}
+    if kind in ("objective", "coupled"):
         return linear_objective(*case.arguments, lambda stats: stats.reverse_kl, **options)[0]
     return linear_token_stats(*case.arguments, **options).reverse_kl.sum()
 
 
-@pytest.mark.parametrize("kind", ["objective", "token_stats"])
+@pytest.mark.parametrize("kind", ["objective", "coupled", "token_stats"])
 def test_under_autocast_as_a_linear_layer_would(kind, kit):
     """bf16 operands, fp32 logits, gradients in the dtypes of the inputs."""
     case = kit.make_case(rows=20, bias=True)
@@ -184,7 +189,7 @@ def test_inside_a_compiled_model(kind, kit):
         torch.testing.assert_close(plain, compiled)
 
 
-@pytest.mark.parametrize("kind", ["objective", "token_stats"])
+@pytest.mark.parametrize("kind", ["objective", "coupled", "token_stats"])
 def test_a_teacher_from_inference_mode(kind, kit):
     case = kit.make_case(rows=12)
     with torch.inference_mode():

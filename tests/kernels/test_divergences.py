@@ -7,13 +7,19 @@ import torch
 
 from minillm.kernels.divergences import DIVERGENCES, FIELDS, Rows, RowSpec, expectation, log_mixture
 
-SPEC = RowSpec(tuple(FIELDS), beta=0.3, alpha=0.2)
+SPEC = RowSpec(tuple(FIELDS), beta=0.3, alpha=0.2, interpolation=0.6)
 
 
-def definition(name, p, q):
-    """sum_j l(p_j, q_j), with q not necessarily normalised."""
+def interpolated(p, q):
+    """softmax((1 - t) z_s + t z_t), which no constant of either row of logits changes."""
+    weights = [b ** (1 - SPEC.interpolation) * a**SPEC.interpolation for a, b in zip(p, q, strict=True)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def definition(name, p, q, target):
+    """sum_j l(p_j, q_j), with q not necessarily normalised; the target is a constant."""
     total = 0.0
-    for a, b in zip(p, q, strict=True):
+    for a, b, c in zip(p, q, target, strict=True):
         if name == "forward_kl":
             total += a * math.log(a / b)
         elif name == "reverse_kl":
@@ -27,6 +33,8 @@ def definition(name, p, q):
             total += a * math.log(a / (SPEC.alpha * a + (1 - SPEC.alpha) * b))
         elif name == "skew_reverse_kl":
             total += b * math.log(b / ((1 - SPEC.alpha) * a + SPEC.alpha * b))
+        elif name == "interpolated_cross_entropy":
+            total -= c * math.log(b)
         elif name == "tvd":
             total += 0.5 * abs(a - b)
     return total
@@ -36,23 +44,32 @@ def definition(name, p, q):
 def rows():
     generator = torch.Generator().manual_seed(3)
     log_q, log_p = torch.randn(2, 4, 7, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
-    return Rows(q=log_q.exp(), log_q=log_q, p=log_p.exp(), log_p=log_p, r=log_q - log_p)
+    p, q = log_p.exp(), log_q.exp()
+    target = [interpolated(*row) for row in zip(p.tolist(), q.tolist(), strict=True)]
+    target = torch.tensor(target, dtype=torch.float64)
+    return Rows(q=q, log_q=log_q, p=p, log_p=log_p, r=log_q - log_p, target=target)
 
 
 @pytest.mark.parametrize("name", [*DIVERGENCES, "student_entropy"])
 def test_value_and_derivative(name, rows):
     values = FIELDS[name].value(rows, SPEC)
     # where the table has no u of its own, the module says what it is
-    u = {"reverse_kl": rows.r, "student_entropy": -rows.log_q, "forward_kl": -rows.p / rows.q}.get(name)
+    u = {
+        "reverse_kl": rows.r,
+        "student_entropy": -rows.log_q,
+        "forward_kl": -rows.p / rows.q,
+        "interpolated_cross_entropy": -rows.target / rows.q,
+    }.get(name)
     u = FIELDS[name].u(rows, SPEC) if u is None else u
     for row in range(4):
         p, q = rows.p[row].tolist(), rows.q[row].tolist()
-        assert values[row].item() == pytest.approx(definition(name, p, q), rel=1e-12)
+        target = interpolated(p, q)
+        assert values[row].item() == pytest.approx(definition(name, p, q, target), rel=1e-12)
         numeric = []
         for j in range(7):
             step = 1e-6 * q[j]
             up, down = ([*q[:j], q[j] + sign * step, *q[j + 1 :]] for sign in (1, -1))
-            numeric.append((definition(name, p, up) - definition(name, p, down)) / (2 * step))
+            numeric.append((definition(name, p, up, target) - definition(name, p, down, target)) / (2 * step))
         shift = [a - b for a, b in zip(numeric, u[row].tolist(), strict=True)]
         # u is meant up to a constant, which the softmax projects out
         assert max(shift) - min(shift) < 1e-7

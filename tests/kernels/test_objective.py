@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.losses import linear_cross_entropy, linear_divergence, linear_objective, linear_token_stats
+from tests.kernels.gemms import CountGemms
 
 FIELDS = ("student_logprob", "reverse_kl")
 
@@ -103,25 +103,6 @@ def test_metrics_keep_their_names_without_rows(kit):
     case = kit.make_case(ignored=1.0)
     _, metrics = linear_objective(*case.arguments, policy, inputs=policy_inputs(case), fields=FIELDS)
     assert {name: value.item() for name, value in metrics.items()} == {"ratio": 0.0, "clipped": 0.0}
-
-
-class CountGemms(TorchDispatchMode):
-    """Multiply-adds in units of rows x vocabulary, apart for each hidden size."""
-
-    def __init__(self):
-        super().__init__()
-        self.products = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        if name.rstrip("_") in ("mm", "addmm"):
-            a, b = [value for value in arguments if isinstance(value, torch.Tensor) and value.dim() == 2][-2:]
-            size = a.shape[0] * a.shape[1] * b.shape[1]
-            hidden = min(a.shape[0] * a.shape[1], a.shape[1] * b.shape[1])
-            self.products.setdefault(hidden, 0)
-            self.products[hidden] += size
-            self.total = getattr(self, "total", 0) + size
-        return function(*arguments, **(options or {}))
 
 
 @pytest.mark.parametrize(

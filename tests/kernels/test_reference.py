@@ -12,7 +12,7 @@ from minillm.kernels import reference
 def test_two_ids_by_hand():
     q, p = (0.75, 0.25), (0.4, 0.6)
     student, teacher = torch.tensor([q, p], dtype=torch.float64).log().unsqueeze(1)
-    found = reference.token_stats(student, teacher, torch.tensor([1]), beta=0.3, alpha=0.1)
+    found = reference.token_stats(student, teacher, torch.tensor([1]), beta=0.3, alpha=0.1, interpolation=0.25)
 
     def kl(a, b):
         return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
@@ -20,6 +20,8 @@ def test_two_ids_by_hand():
     def mix(weight):
         return tuple(weight * x + (1 - weight) * y for x, y in zip(p, q, strict=True))
 
+    geometric = [b**0.75 * a**0.25 for a, b in zip(p, q, strict=True)]
+    geometric = [weight / sum(geometric) for weight in geometric]
     expected = {
         "student_logprob": math.log(0.25),
         "teacher_logprob": math.log(0.6),
@@ -33,6 +35,7 @@ def test_two_ids_by_hand():
         "skew_forward_kl": kl(p, mix(0.1)),
         "skew_reverse_kl": kl(q, mix(0.9)),
         "tvd": 0.35,
+        "interpolated_cross_entropy": -sum(a * math.log(b) for a, b in zip(geometric, q, strict=True)),
     }
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -71,7 +74,8 @@ def test_ids_that_do_not_exist_pass_no_gradient():
     student = torch.tensor([[0.3, -0.2, -math.inf, 0.9]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[0.1, 0.4, -math.inf, -0.5]], dtype=torch.float64)
     kept = [0, 1, 3]
-    for name in ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "student_entropy"):
+    names = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "student_entropy")
+    for name in (*names, "interpolated_cross_entropy"):
         (found,) = torch.autograd.grad(reference.token_stats(student, teacher, None)[name].sum(), student)
         without = student.detach()[:, kept].requires_grad_()
         (expected,) = torch.autograd.grad(reference.token_stats(without, teacher[:, kept], None)[name].sum(), without)

@@ -73,7 +73,8 @@ def test_one_statistic_may_go_without_a_gradient(kit):
 
 
 def test_gradcheck(kit):
-    """In float64, every field, against torch's own finite differences."""
+    """In float64, every field, against torch's own finite differences. A constant target is none to these."""
+    names = [name for name in kit.differentiable if name != "interpolated_cross_entropy"]
     case = kit.make_case(rows=3, vocab=7, hidden=3, teacher_hidden=2, dtype=torch.float64, bias=True, ignored=0.0)
     case = case.with_(student_options={"softcap": 4.0, "logit_scale": 0.7}, temperature=1.3)
     case.labels[1] = -100
@@ -81,9 +82,7 @@ def test_gradcheck(kit):
 
     def run(hidden, weight, bias):
         head = LMHead(weight, bias, **case.student_options)
-        stats = linear_token_stats(
-            hidden, head, *case.arguments[2:], fields=kit.differentiable, chunk_bytes=200, **case.options
-        )
-        return tuple(getattr(stats, name) for name in kit.differentiable)
+        stats = linear_token_stats(hidden, head, *case.arguments[2:], fields=names, chunk_bytes=200, **case.options)
+        return tuple(getattr(stats, name) for name in names)
 
     assert torch.autograd.gradcheck(run, tuple(case.leaves.values()))

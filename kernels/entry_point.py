@@ -1,0 +1,66 @@
+"""What makes a function one of the door's: its options as declared, and the transforms of torch that it does not take."""
+
+import difflib
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import TypeVar, get_args
+
+import torch
+
+from minillm.kernels.compiling import outside_compiled_graphs
+from minillm.kernels.options import Option, declared
+
+F = TypeVar("F", bound=Callable)
+
+
+def entry_point(function: F) -> F:
+    """`function(..., **options: Unpack[...])` with the declared options in its signature, docstring and calls.
+
+    The function gets every option, given or not; an unknown keyword is a TypeError that names the nearest. Calls stand
+    between the graphs of torch.compile, and raise a RuntimeError under the transforms of torch.func.
+    """
+    own = inspect.signature(function)
+    *parameters, options = own.parameters.values()
+    options = declared(get_args(options.annotation)[0])
+    defaults = {name: option.default for name, (_, option) in options.items()}
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hint)
+        for name, (hint, option) in options.items()
+    ]
+    names = [parameter.name for parameter in parameters]
+
+    @functools.wraps(function)
+    def entry(*args, **given):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise TypeError(f"{function.__name__}() has no argument {unknown[0]!r}; {_suggestion(unknown[0], names)}")
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{function.__name__} does not support torch.func.grad, vmap and their kind; call it on plain tensors, "
+                "with all rows in the leading dimensions, and take its gradient by backward() or torch.autograd.grad"
+            )
+        return function(*args, **{**defaults, **given})
+
+    entry = outside_compiled_graphs(entry)
+    entry.__signature__ = own.replace(parameters=parameters)
+    if function.__doc__:  # none under python -OO
+        entry.__doc__ = _documented(function.__doc__, {name: option for name, (_, option) in options.items()})
+    return entry
+
+
+def _suggestion(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1) or [known for known in names if known.startswith(name)]
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+
+
+def _documented(text: str, options: dict[str, Option]) -> str:
+    """The docstring with a section on its options, before what it says of errors."""
+    lines = ["Options:"]
+    for name, option in options.items():
+        entry = f"{name}: {option.meaning}. Default: {option.default!r}."
+        lines += textwrap.wrap(entry, 110, initial_indent="    ", subsequent_indent="        ")
+    section = textwrap.indent("\n".join(lines), "    ")
+    body, raises, errors = text.rstrip().partition("\n\n    Raises:")
+    return f"{body}\n\n{section}{raises}{errors}\n    "
