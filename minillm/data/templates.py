@@ -6,8 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from minillm.config.analysis_keys import LabelKeys
 from minillm.config.data import InstructionKeys
 from minillm.data.sources import DataError
-
-Message = dict[str, str]
+from minillm.models.tokenizers import Message, apply_chat_template
 
 _PREAMBLE = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
@@ -45,7 +44,7 @@ def render(
             last = messages[-1]
             messages = [*messages[:-1], {**last, "content": f"{last['content']}\n\n{context}"}]
         try:
-            return tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True)
+            return apply_chat_template(tokenizer, [*system, *messages], add_generation_prompt=True)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in [*system, *messages])
             raise DataError(f"{where}: the tokenizer's chat template refuses the roles {roles}: {error}") from None

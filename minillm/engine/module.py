@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minillm.losses import LMHead, linear_objective
 from minillm.methods.protocol import HiddenLoss, Term
-from minillm.models.access import forward_decoder, lm_head, rows_of
+from minillm.models.access import forward_batch, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.routers import balance_loss
 from minillm.teachers.teacher import HiddenRows, TeacherRows
@@ -39,9 +39,7 @@ class TermLoss(nn.Module):
         asked = {"output_hidden_states": True} if term.hidden is not None else {}
         if term.auxiliary:
             asked["output_router_logits"] = True
-        output = forward_decoder(
-            model, batch.input_ids, batch.attention_mask, batch.position_ids, use_cache=False, **batch.extras, **asked
-        )
+        output = forward_batch(model, batch, **asked)
         # gradients are taken in the forward pass, so that the teacher's head is not read again after it
         with self._teacher_side(term.teacher) as (said, teacher_head):
             loss, metrics = linear_objective(

@@ -1,4 +1,8 @@
-"""Hidden states and head of any causal language model of transformers, without its [tokens, vocabulary] logits."""
+"""Hidden states and head of any language model of transformers, without its [tokens, vocabulary] logits."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -8,11 +12,17 @@ from minillm import UserError
 from minillm.kernels.reference import logits as head_logits
 from minillm.losses import LMHead
 from minillm.models.batch import TokenBatch
+from minillm.models.families import (
+    banned_id,
+    decoder,
+    own_positions,
+    require_sight,
+    sees_pictures,
+    text_config,
+    token_kinds,
+)
 
-
-def decoder(model: PreTrainedModel):
-    """The model below the language-model head."""
-    return getattr(model, model.base_model_prefix)
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def last_hidden(
@@ -20,22 +30,62 @@ def last_hidden(
     input_ids: Tensor,  # (B, L) int64
     attention_mask: Tensor,  # (B, L)
     position_ids: Tensor | None = None,  # (B, L)
-    **extras: Tensor,
 ) -> Tensor:  # (B, L, H)
-    """What the head is applied to, at every position."""
-    output = forward_decoder(model, input_ids, attention_mask, position_ids, use_cache=False, **extras)
-    return output.last_hidden_state
+    """What the head is applied to, at every position of a text."""
+    return forward_decoder(model, input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
 
 
 def row_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:  # (N, H)
     """The last hidden states at the rows of a batch that is on the model's device."""
-    hidden = last_hidden(model, batch.input_ids, batch.attention_mask, batch.position_ids, **batch.extras)
-    return rows_of(hidden, batch)
+    return rows_of(forward_batch(model, batch).last_hidden_state, batch)
 
 
 def rows_of(hidden: Tensor, batch: TokenBatch) -> Tensor:  # (B, L, H) -> (N, H)
     """Hidden states at the rows of a batch."""
     return hidden.flatten(0, 1).index_select(0, batch.rows)
+
+
+def forward_batch(model: PreTrainedModel, batch: TokenBatch, **options):
+    """One forward pass below the head over prompts with their answers and what the prompts show, without a cache."""
+    output, _ = forward_shown(
+        model,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.position_ids,
+        batch.extras,
+        prompt=batch.prompt_mask() if sees_pictures(model) else None,
+        use_cache=False,
+        **options,
+    )
+    return output
+
+
+def forward_shown(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # (B, L) int64
+    attention_mask: Tensor,  # (B, L)
+    position_ids: Tensor,  # (B, L)
+    extras: Mapping[str, Tensor],  # of the whole batch, as TokenBatch has them
+    *,
+    prompt: Tensor | None = None,  # (B, L) bool, which tokens are the prompt's; None where that is not known
+    **options,
+) -> tuple:
+    """One forward pass below the head over texts that may show pictures.
+
+    Returns the output, and what to add to the number of a token that follows, (B, 1) int64: None where that is nothing.
+    Raises UserError where the model does not take what the prompts show.
+    """
+    require_sight(model, extras)
+    shown = {name: one.to(model.dtype) if one.is_floating_point() else one for name, one in extras.items()}
+    inputs = shown | token_kinds(model, input_ids, prompt)
+    numbered = own_positions(model, input_ids, attention_mask, inputs)
+    positions, shift = (position_ids, None) if numbered is None else numbered
+    try:
+        return forward_decoder(model, input_ids, attention_mask, positions, **inputs, **options), shift
+    except ValueError as error:
+        if not extras:
+            raise
+        raise UserError(f"{type(model).__name__} cannot read the pictures of a batch: {error}") from error
 
 
 def forward_decoder(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids, **options):
@@ -52,12 +102,25 @@ def checkpoint_activations(model: PreTrainedModel, **options) -> None:
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The head with what the architecture does to its logits: Gemma's softcap, Cohere's scale, Granite's divisor.
+    """The head with what the architecture does to its logits: Gemma's softcap, Cohere's scale, Granite's divisor; and
+    without the token that stands for a picture, where minillm.models.families.answer_beside_pictures says so.
 
     Raises UserError for a head that is not a plain linear layer (a LoRA-wrapped one would be ignored silently).
     """
+    head, banned = _plain_head(model), banned_id(model)
+    if banned is None or banned >= len(head.weight):
+        return head
+    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
+    ban = torch.zeros(len(bias), dtype=torch.bool, device=bias.device)
+    ban[banned] = True
+    return replace(head, bias=bias.masked_fill(ban, -torch.inf))
+
+
+def _plain_head(model: PreTrainedModel) -> LMHead:
     head = model.get_output_embeddings()
-    config = model.config.get_text_config()
+    config = text_config(model.config)
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no LM head; choose a model that answers in text")
     if hasattr(head, "base_layer"):
         raise UserError("the LM head is wrapped by an adapter, which a fused loss cannot see; leave lm_head out of it")
     scale = getattr(config, "logit_scale", None)
@@ -76,13 +139,13 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 
 @torch.no_grad()
 def head_error(model: PreTrainedModel) -> float:
-    """How far `lm_head` on `last_hidden` is from the logits of the model itself: the largest difference, as a share of
-    the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits that
-    `lm_head` does not know."""
-    ids = torch.arange(8, device=model.device)[None] % lm_head(model).weight.shape[0]
+    """How far the head of `lm_head` on `last_hidden` is from the logits of the model itself: the largest difference, as a
+    share of the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits
+    that `lm_head` does not know."""
+    head = _plain_head(model)
+    ids = torch.arange(8, device=model.device)[None] % len(head.weight)
     mask = torch.ones_like(ids)
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-    head = lm_head(model)
     ours = head_logits(
         last_hidden(model, ids, mask), head.weight, head.bias, logit_scale=head.logit_scale, softcap=head.softcap
     ).float()

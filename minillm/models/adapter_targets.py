@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minillm import UserError
 from minillm.config.lora import HEAD_REFUSED, TABLE_REFUSED
-from minillm.models.access import decoder
+from minillm.models.families import text_model
 
 KEY = "student.lora.target_modules"
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight lies the other way
@@ -19,12 +19,13 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
 
     Args:
         model: without adapters.
-        asked: "all-linear" for every linear layer below the LM head, or ends of names: `q_proj`, `mlp.c_proj`.
+        asked: "all-linear" for every linear layer below the LM head, or ends of names: `q_proj`, `mlp.c_proj`. Of a
+            model of images and text they are those of its language model.
 
     Raises UserError, which starts with the key, for a name that is none of the model's, that is of no linear layer, or
     that is of the LM head or of embeddings.
     """
-    below = {id(module) for module in decoder(model).modules()}
+    below = {id(module) for module in text_model(model).modules()}
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
     linear = [
@@ -43,6 +44,12 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
             raise UserError(f"{KEY}: {TABLE_REFUSED.format(ending)}")
         if not found:
             raise UserError(f"{KEY}: {type(model).__name__} has no module {ending}; {_nearest(ending, linear)}")
+        found = {name: module for name, module in found.items() if id(module) in below}
+        if not found:
+            raise UserError(
+                f"{KEY}: {ending} is outside of the language model of {type(model).__name__}, and adapters go into that "
+                f"alone; {_nearest(ending, linear)}"
+            )
         wrong = sorted(found.keys() - set(linear))
         if wrong:
             inside = [name for name in linear if name.startswith(f"{wrong[0]}.")]

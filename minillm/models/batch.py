@@ -14,7 +14,8 @@ class TokenSequence:
     """A prompt and the response whose tokens are predicted after it.
 
     `extras` are what else the model's forward pass takes for this sequence, by the names of its arguments: pixel values,
-    image sizes. Each has a leading dimension, along which those of a batch are joined.
+    image sizes. Each has a leading dimension, along which those of a batch are joined; where they differ in another
+    dimension, which is the number of parts or the size of pictures, the smaller ones are padded with zeros at the end.
     """
 
     prompt: list[int]
@@ -53,6 +54,13 @@ class TokenBatch:
         """Per-sequence views of a per-row tensor."""
         return list(vector.split(self.lengths))
 
+    def prompt_mask(self) -> Tensor:  # (B, L) bool
+        """Which tokens are the prompts'."""
+        width = self.input_ids.shape[1]
+        prompts = self.attention_mask.sum(1)  # with the fed part of the answers
+        fed = torch.tensor([max(length - 1, 0) for length in self.lengths], device=prompts.device)
+        return torch.arange(width, device=prompts.device) < (prompts - fed)[:, None]
+
 
 def collate(sequences: Iterable[TokenSequence], pad_id: int) -> TokenBatch:
     """Right-pad prompt + response and mark the positions that predict the response.
@@ -90,4 +98,17 @@ def join_extras(extras: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     for one in extras:
         for name, tensor in one.items():
             parts.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return {name: _cat_padded(tensors) for name, tensors in parts.items()}
+
+
+def _cat_padded(tensors: list[Tensor]) -> Tensor:  # (any, ...) each
+    sizes = [max(of_one) for of_one in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    if all(list(tensor.shape[1:]) == sizes for tensor in tensors):
+        return torch.cat(tensors)
+    joined = tensors[0].new_zeros((sum(map(len, tensors)), *sizes))
+    first = 0
+    for tensor in tensors:
+        inside = tuple(slice(size) for size in tensor.shape[1:])
+        joined[(slice(first, first + len(tensor)), *inside)] = tensor
+        first += len(tensor)
+    return joined

@@ -6,14 +6,24 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from minillm import UserError
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import expand, is_hub_name
 from minillm.models.adapters import add_adapters
+from minillm.models.families import auto_class, opens_pictures
+from minillm.models.folders import check_folder, check_size, require_all_weights
 from minillm.models.locations import hub_arguments, reading
+from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.quantization import check_quantized, quantization_options
 from minillm.models.tokenizers import load_tokenizer
@@ -67,7 +77,7 @@ def load_student(
     else:
         model = _load(start, output_dir, hollow)
     if start.init == "prune":
-        model = prune_layers(model, config.layers)
+        model = prune_layers(model, config.layers, hollow=hollow)
     model = without_dropout(model).to(device).requires_grad_(True)
     if config.lora is None:
         return model
@@ -96,9 +106,11 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-    for name, value in model.config.to_dict().items():
-        if ("dropout" in name or name.endswith(("pdrop", "layerdrop"))) and isinstance(value, float):
-            setattr(model.config, name, 0.0)
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    for config in configs.values():
+        for name, value in config.to_dict().items():
+            if ("dropout" in name or name.endswith(("pdrop", "layerdrop"))) and isinstance(value, float):
+                setattr(config, name, 0.0)
     return model
 
 
@@ -115,15 +127,23 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dic
         "trust_remote_code": config.trust_remote_code,
     }
     if "gguf_file" in place:  # small on disk, and what it holds is only known once it is read
-        return _from_gguf(where, {**place, **options})
+        return _from_gguf(config.path, where, {**place, **options})
+    if isinstance(where, Path):
+        check_folder(where)
     architecture = AutoConfig.from_pretrained(where, **place, trust_remote_code=config.trust_remote_code)
     if getattr(architecture, "quantization_config", None) is not None:
         raise UserError(
             f"{config.path}: its weights are quantised already (quantization_config in its config.json). Give the model with "
             "whole weights; teacher.quantization makes a teacher's small as it is read"
         )
+    if isinstance(where, Path):
+        check_size(where, architecture, trust_remote_code=config.trust_remote_code)
     if not hollow:
-        return AutoModelForCausalLM.from_pretrained(where, **place, **options, **quantization)
+        opened, found = auto_class(architecture).from_pretrained(
+            where, **place, **options, **quantization, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        require_all_weights(config.path, opened, found)
+        return opened
     model = _hollow(architecture, **options).eval()
     try:
         model.generation_config = GenerationConfig.from_pretrained(where, **place)
@@ -134,16 +154,17 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dic
 
 def _hollow(architecture: PreTrainedConfig, **options) -> PreTrainedModel:
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(architecture, **options)
+        model = auto_class(architecture).from_config(architecture, **options)
     model.tie_weights()
     _hollow_models.add(model)
     return model
 
 
-def _from_gguf(folder: Path, options: dict) -> PreTrainedModel:
+def _from_gguf(path: str, folder: Path, options: dict) -> PreTrainedModel:
     """A plain model of the dequantised weights: what transformers returns still calls itself quantised and refuses to
     be saved."""
-    loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded, found = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
+    require_all_weights(path, loaded, found)
     config = copy.deepcopy(loaded.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
@@ -170,23 +191,16 @@ def _from_gguf(folder: Path, options: dict) -> PreTrainedModel:
 def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> PreTrainedModel:
     """Random weights keyed by `seed`, of the architecture at `path` or of `config` alone.
 
-    Vocabulary, EOS and padding are the tokenizer's unless `config` says them; with a `path` and no tokenizer of its own
-    they stay as they are there.
+    Vocabulary, EOS, padding and what stands for a picture are the tokenizer's unless `config` says them; with a `path`
+    and no tokenizer of its own they stay as they are there.
     """
     keys = dict(config.config or {})
-    if config.path is None or config.tokenizer is not None:
-        tokenizer = load_tokenizer(config, output_dir)
-        keys = {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **keys,
-        }
     if config.path is not None:
         where, place = hub_arguments(config.path, output_dir, config.revision)
-        architecture = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
-        architecture = changed_architecture(architecture, keys)
+        with reading(config.path):
+            if isinstance(where, Path) and where.is_dir():
+                check_folder(where)
+            architecture = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
     elif "model_type" in keys:
         try:
             architecture = AutoConfig.for_model(**keys)
@@ -196,16 +210,51 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
             ) from None
     else:
         raise UserError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
+    if config.path is None or config.tokenizer is not None:
+        keys = _tokenizer_keys(architecture, load_tokenizer(config, output_dir), keys)
+    architecture = changed_architecture(architecture, keys)
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     if hollow:
         return _hollow(architecture, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(architecture, **options)
+        return auto_class(architecture).from_config(architecture, **options)
+
+
+def _tokenizer_keys(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, keys: dict) -> dict:
+    """`keys` and, where they do not say it, what the tokenizer says of the architecture."""
+    said = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if not opens_pictures(architecture):
+        return {**said, **keys}
+    processor = processor_of(tokenizer)
+    if processor is None:
+        raise UserError(
+            f"student: a {architecture.model_type} reads pictures, and its tokenizer has no processor for them; name a "
+            "student.tokenizer whose folder has one (processor_config.json)"
+        )
+    said = {"text_config": {**said, **keys.get("text_config", {})}}
+    return {"image_token_id": min(placeholder_ids(processor)), **keys, **said}
 
 
 def changed_architecture(architecture: PreTrainedConfig, keys: dict) -> PreTrainedConfig:
-    """The architecture with other values; with another number of layers its lists of an entry a layer are made anew."""
+    """The architecture with other values; with another number of layers its lists of an entry a layer are made anew.
+
+    A group of values, such as text_config, changes those of its part of the architecture.
+    """
+    for name, part in keys.items():
+        inner = getattr(architecture, name, None)
+        if isinstance(part, dict) and isinstance(inner, PreTrainedConfig):
+            setattr(architecture, name, changed_architecture(inner, part))
+    keys = {
+        name: value
+        for name, value in keys.items()
+        if not isinstance(getattr(architecture, name, None), PreTrainedConfig)
+    }
     count, lists = layer_count(architecture), layer_lists(architecture)
     architecture.update(keys)
     if layer_count(architecture) == count:

@@ -1,9 +1,11 @@
 """Where a model's path leads: a folder, a hub name, a .gguf file, a file of an installed package, an earlier stage."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from minillm import UserError
@@ -45,13 +47,29 @@ def reading(text: str | None) -> Iterator[None]:
         raise UserError(
             f"{text}: a .safetensors file in it cannot be read ({error}); it is cut off or damaged"
         ) from None
+    except UserError:
+        raise
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{text}: a .bin file in it holds no weights ({_first_line(error)})") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, LookupError) as error:  # a file of another shape than it should be
+        raise UserError(
+            f"{text}: transformers cannot read it ({type(error).__name__}: {_first_line(error)}); a file in it is damaged, or "
+            "not what its name says"
+        ) from error
     except ValueError as error:  # a model type that transformers does not know, code that it may not run
         raise UserError(f"{text}: {error}") from error
     except OSError as error:
         if text is None or Path(expand(text)).exists() or text.startswith((STAGE, PACKAGE)):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{text}: no folder here (from {Path.cwd()}), and as a hub name: {reason}") from error
+        raise UserError(
+            f"{text}: no folder here (from {Path.cwd()}), and as a hub name: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> tuple[Path | str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors, tokenizer, generation configuration, chat template.
+"""Hugging Face folders: safetensors, tokenizer or processor, generation configuration, chat template.
 
 Always plain whole models: adapters are merged into a copy of the weights, and lie beside in a folder of their own.
 """
@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from minillm import UserError
 from minillm.distributed import collectives
 from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_adapter
+from minillm.models.processors import processor_of
 from minillm.models.sharded import gathered_state, is_sharded, name_accelerator
 from minillm.models.tokenizers import end_ids
 from minillm.storage.atomic import write_folder
@@ -58,7 +59,7 @@ def _write(
         model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, **ids)
     name_accelerator()
     model.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
+    (processor_of(tokenizer) or tokenizer).save_pretrained(folder)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers: a model's own, another one by name, or the built-in byte tokenizer that needs no file."""
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders
@@ -16,8 +17,11 @@ from transformers import (
 )
 
 from minillm.config.models import ModelConfig
+from minillm.models.families import text_config
 from minillm.models.locations import hub_arguments, reading
+from minillm.models.processors import load_processor, processor_of, tokenizer_with
 
+Message = dict[str, Any]  # role, and content: a text, or a list of parts of type text and image
 EOS = "<|end|>"
 BYTE_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
@@ -42,7 +46,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that `config.tokenizer` names (`byte`, a folder, a hub name), or the one of the model's path.
 
-    One without an end of text takes what its chat template closes an answer with, or what the model ends with.
+    One without an end of text takes what its chat template closes an answer with, or what the model ends with. Where a
+    processor for pictures lies beside it, minillm.models.processors.processor_of gives that.
     """
     if config.tokenizer == "byte":
         return byte_tokenizer()
@@ -51,7 +56,9 @@ def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizer
     else:
         where, options = hub_arguments(config.path, output_dir, config.revision)
     with reading(config.tokenizer or config.path):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
+        options["trust_remote_code"] = config.trust_remote_code
+        processor = None if "gguf_file" in options else load_processor(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options) if processor is None else tokenizer_with(processor)
     if tokenizer.eos_token_id is None:
         ends = [end_of_turn(tokenizer), *_ends_of_model(config, output_dir)]
         known = [end for end in ends if end is not None and end < len(tokenizer)]
@@ -71,8 +78,33 @@ def _ends_of_model(config: ModelConfig, output_dir: Path) -> list[int | None]:
                 ends = GenerationConfig.from_pretrained(where, **options).eos_token_id
             except OSError:  # there is none
                 architecture = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **options)
-                ends = architecture.get_text_config().eos_token_id
+                ends = text_config(architecture).eos_token_id
     return ends if isinstance(ends, list) else [ends]
+
+
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
+    """The text of a conversation. Raises jinja2.TemplateError where the template refuses it, or loses the last message.
+
+    Templates of models of images and text want contents as lists of parts, and most others as texts.
+    """
+    if processor_of(tokenizer) is None:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    said = [text.strip() for text in message_texts(messages[-1])]
+    for form in ([_in_parts(message) for message in messages], messages):
+        text = tokenizer.apply_chat_template(form, tokenize=False, **options)
+        if all(part in text for part in said):
+            return text
+    raise TemplateError("it leaves out what the last message says")
+
+
+def message_texts(message: Message) -> list[str]:
+    """What a message says, without its pictures."""
+    return [part["text"] for part in _in_parts(message)["content"] if part["type"] == "text"]
+
+
+def _in_parts(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -85,7 +117,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "0123456789"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = apply_chat_template(tokenizer, messages)
     except TemplateError:
         return None
     _, found, closing = text.rpartition(answer)
@@ -101,7 +133,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 
     Ids beyond the vocabulary (defaults of an architecture that was built smaller) are left out.
     """
-    vocab_size = model.config.get_text_config().vocab_size
+    vocab_size = text_config(model.config).vocab_size
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = listed if isinstance(listed, list) else [listed]
     ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *listed]

@@ -17,7 +17,7 @@ from minillm.config.models import ModelConfig, StudentConfig
 from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
 from minillm.models.loading import changed_architecture
 from minillm.models.locations import hub_arguments
-from minillm.models.pruning import COUNTS, chosen_layers, layer_count, layer_lists
+from minillm.models.pruning import pruned_architecture
 from minillm.models.tokenizers import load_tokenizer
 
 
@@ -35,7 +35,7 @@ class Architectures:
             return self._random(config)
         architecture = self._read(config)
         if config.init == "prune":
-            architecture = _pruned(architecture, config.layers)
+            architecture = pruned_architecture(architecture, config.layers)
         return architecture
 
     def teacher(self, stage: Stage) -> PreTrainedConfig | None:
@@ -84,10 +84,3 @@ def architecture_folders(files: Sequence[Path]) -> list[Path]:
     above = [folder for file in files for folder in file.resolve().parents]
     folders = [folder / "architectures" for folder in [*above, Path.cwd() / "configs"]]
     return [Path(os.path.relpath(folder)) for folder in dict.fromkeys(folders) if folder.is_dir()]
-
-
-def _pruned(architecture: PreTrainedConfig, layers: int | Sequence[int]) -> PreTrainedConfig:
-    keep = chosen_layers(layers, layer_count(architecture))
-    keys = {key: [entries[index] for index in keep] for key, entries in layer_lists(architecture).items()}
-    keys |= {key: len(keep) for key in COUNTS if key in architecture.to_dict()}
-    return type(architecture).from_dict({**architecture.to_dict(), **keys})

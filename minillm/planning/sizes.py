@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from minillm.models.access import lm_head
+from minillm.models.families import auto_class
 from minillm.models.pruning import layers_of
 
 
@@ -31,7 +32,7 @@ class ModelSize:
 def count_parameters(architecture: PreTrainedConfig) -> int:
     """Weights of a model of this architecture, tied ones once; nothing is allocated."""
     with FakeTensorMode():
-        return weight_count(AutoModelForCausalLM.from_config(architecture))
+        return weight_count(auto_class(architecture).from_config(architecture))
 
 
 def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
@@ -39,7 +40,7 @@ def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
     # the flash packages need a GPU; sdpa, like them, keeps no scores
     attention = "eager" if attention == "eager" else "sdpa"
     architecture = copy.deepcopy(architecture)  # a model writes its dtype into the one it has
-    return AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return auto_class(architecture).from_config(architecture, dtype=getattr(torch, dtype), attn_implementation=attention)
 
 
 def weight_count(module: nn.Module) -> int:

@@ -1,7 +1,6 @@
 """One model in the decode loop: its key-value cache, its forward pass, and the logits of the last position."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from transformers.cache_utils import Cache
 from minillm import UserError
 from minillm.kernels.head import project, ready
 from minillm.kernels.rows_torch import logits_from_raw
-from minillm.models.access import forward_decoder, lm_head
+from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_head
+from minillm.models.families import text_config
 from minillm.rollout.local.distribution import padded_size
 
 
@@ -27,6 +27,7 @@ class Decoder:
         head = lm_head(model)
         self.weight, self.bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
         self.logit_scale, self.softcap = head.logit_scale, head.softcap
+        self._shift: Tensor | None = None  # (B, 1) int64, added to positions after the prompts
         self._logits: Tensor | None = None
 
     def forward(
@@ -35,17 +36,24 @@ class Decoder:
         # (B, tokens so far) int64, 0 on the padding at the left; or (B, 1, new tokens, keys), added to the scores
         attention_mask: Tensor,
         position_ids: Tensor,  # (B, new tokens) int64
-        extras: Mapping[str, Tensor] = MappingProxyType({}),  # what else the forward pass takes, such as pixel values
+        extras: Mapping[str, Tensor] = NOTHING,  # what prompts show, with the prompts alone
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""
-        output = forward_decoder(
-            self.model, input_ids, attention_mask, position_ids, past_key_values=self.cache, use_cache=True, **extras
-        )
+        cached = {"past_key_values": self.cache, "use_cache": True}
+        if extras or input_ids.shape[1] > 1:  # the prompts
+            prompt = attention_mask.bool()
+            output, self._shift = forward_shown(
+                self.model, input_ids, attention_mask, position_ids, extras, prompt=prompt, **cached
+            )
+        else:
+            positions = position_ids if self._shift is None else position_ids + self._shift
+            output = forward_decoder(self.model, input_ids, attention_mask, positions, **cached)
         return self._project(output.last_hidden_state[:, -1])
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
         """Drop the other rows of the batch."""
         self.cache.reorder_cache(rows)
+        self._shift = None if self._shift is None else self._shift[rows]
         self._logits = None
 
     def _project(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded)
@@ -62,7 +70,7 @@ class Decoder:
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
     """Raises UserError where a table of learned positions ends before the longest sequence does."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     limit = getattr(config, "max_position_embeddings", None)
     rotates = getattr(config, "rope_parameters", None) is not None
     if limit is not None and not rotates and longest > limit:
