@@ -51,7 +51,7 @@ class TermLoss(nn.Module):
                 term.objective,
                 inputs=term.inputs,
                 fields=term.fields,
-                **({"coupled": True} if term.coupled else {}),
+                coupled=term.coupled,
                 vocab_size=self.vocab_size,
                 kept=len(batch.labels),  # known without asking the device
                 backend=self.backend,
