@@ -10,6 +10,7 @@ from minillm.config.keys import FolderPath, Strict
 from minillm.config.method import Method, MethodConfig
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.rollout import RolloutConfig
+from minillm.config.shape import Group
 from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, TrainConfig
 
 
@@ -31,6 +32,8 @@ class StageConfig(Strict):
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 
+
+STAGE_SHAPE = Group(StageConfig)
 
 # What all stages of a file share, so that a stage cannot say it for itself.
 OF_THE_RUN = ("output_dir", "log.report_to")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minillm.config.loader.document import Node
-from minillm.config.loader.messages import Finding
+from minillm.config.errors import Finding
 from minillm.config.paths import STAGE
 from minillm.config.shape import KeyPath
+from minillm.config.tree import Node
 
 # As the families call them: GPT-2 and others have names of their own.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

@@ -8,8 +8,7 @@ from pathlib import Path
 from minillm import UserError
 from minillm.config.checks.facts import Facts, Found
 from minillm.config.keys import Place
-from minillm.config.loader.messages import nearest
-from minillm.config.loader.validation import STAGE as STAGE_SHAPE
+from minillm.config.nearest import nearest
 from minillm.config.paths import (
     BYTE_TOKENIZER,
     PACKAGE,
@@ -19,6 +18,7 @@ from minillm.config.paths import (
     package_file,
     unset_variables,
 )
+from minillm.config.root import STAGE_SHAPE
 from minillm.config.shape import places
 
 

@@ -22,8 +22,8 @@ from minillm.config.checks.model_checks import (
 from minillm.config.checks.place_checks import places_exist, stage_problem
 from minillm.config.checks.rollout_checks import cuda_graphs_usable, neutral_sampling, one_temperature, whole_batches
 from minillm.config.data import DataConfig
+from minillm.config.errors import Finding
 from minillm.config.evaluation import EvalConfig
-from minillm.config.loader.messages import Finding
 from minillm.config.method import Method
 from minillm.config.models import TeacherConfig
 from minillm.config.shape import KeyPath, walk

@@ -3,9 +3,10 @@
 import difflib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from minillm.config.errors import Finding
+from minillm.config.nearest import nearest
 from minillm.config.shape import Choice, Group, KeyPath, Leaf, Shape, all_keys, child_value, group_of, walk
 
 _BOUNDS = {
@@ -15,16 +16,6 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
 }
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, at a path in the keys of a stage."""
-
-    path: KeyPath
-    message: str
-    kind: Literal["missing", "unknown", "value"] = "value"
-    instead: KeyPath | None = None  # of an unknown key: the one that was probably meant
 
 
 def explain(error: dict[str, Any], path: KeyPath, shape: Shape | None, root: Group, data: Any) -> Finding:
@@ -77,17 +68,6 @@ def show(value: Any) -> str:
     is_plain = isinstance(value, str | float)
     text = repr(value) if is_plain else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def nearest(name: str, keys: Iterable[str]) -> str | None:
-    """The key that was probably meant: misspelt, a part of it, or its initials."""
-    keys = list(keys)
-    close = difflib.get_close_matches(name.lower(), keys, 1, 0.6)
-    if close:
-        return close[0]
-    parts = [key for key in keys if len(name) > 3 and name.lower() in key]
-    initials = [key for key in keys if "_" in key and "".join(word[:1] for word in key.split("_")) == name.lower()]
-    return min([*parts, *initials], key=len, default=None)
 
 
 def _unknown(path: KeyPath, root: Group, data: Any) -> Finding:

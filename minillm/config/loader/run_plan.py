@@ -10,18 +10,18 @@ from typing import Any
 
 from minillm.config.checks.facts import Facts
 from minillm.config.checks.stage_checks import check_stage
-from minillm.config.errors import ConfigErrors, Problem
+from minillm.config.errors import ConfigErrors, Finding, Problem
 from minillm.config.evaluation import EvalConfig
-from minillm.config.loader.document import Node
-from minillm.config.loader.messages import Finding, nearest
 from minillm.config.loader.stages import load_document, stage_trees
-from minillm.config.loader.validation import STAGE, usable_groups, validate_stage
+from minillm.config.loader.validation import usable_groups, validate_stage
 from minillm.config.models import TeacherConfig
+from minillm.config.nearest import nearest
 from minillm.config.paths import expand
 from minillm.config.rollout import RolloutConfig
-from minillm.config.root import StageConfig
+from minillm.config.root import STAGE_SHAPE, StageConfig
 from minillm.config.shape import places, walk
 from minillm.config.training import DeepSpeedEngine, TorchEngine
+from minillm.config.tree import Node
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def checked_evaluation(
         before: the stages before it, of which models are there.
         whole: nothing of the tree is missing because a file could not be read.
     """
-    others = set(STAGE.keys()) - {field.name for field in fields(EvaluationPlan)}
+    others = set(STAGE_SHAPE.keys()) - {field.name for field in fields(EvaluationPlan)}
     draft = _Draft.of(Node({key: node for key, node in tree.value.items() if key not in others}, tree.origin))
     findings = [one for one in draft.findings if one.path[0] not in others and one.path != ("output_dir",)]
     typed = {key: group for key, group in usable_groups(draft.data, findings).items() if key not in others}
@@ -154,8 +154,8 @@ class _Draft:
     def of(cls, tree: Node) -> "_Draft":
         data = tree.plain()
         config, findings = validate_stage(data)
-        for path, _, text in list(places(STAGE, data)):
-            _, group = walk(STAGE, data, path[:-1])
+        for path, _, text in list(places(STAGE_SHAPE, data)):
+            _, group = walk(STAGE_SHAPE, data, path[:-1])
             group[path[-1]] = expand(text)
         return cls(tree, data, config, findings)
 
@@ -164,7 +164,7 @@ class _Draft:
         node, depth = self.tree.closest(finding.path)
         origin, message = node.origin, finding.message
         if finding.kind == "unknown" and origin.path == finding.path:  # at the top of a file
-            if nearest(finding.path[0], [*STAGE.keys(), "stages"]) == "stages":
+            if nearest(finding.path[0], [*STAGE_SHAPE.keys(), "stages"]) == "stages":
                 message = "unknown key (did you mean stages?)"
         path = (*origin.path, *finding.path[depth:])
         return origin.problem(message, path)

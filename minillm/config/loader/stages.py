@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config.errors import Problem
-from minillm.config.loader.document import COMMAND_LINE, Node, Origin, merge, read_file, read_override, wrap
-from minillm.config.loader.messages import nearest
-from minillm.config.loader.validation import STAGE
-from minillm.config.root import OF_THE_RUN
+from minillm.config.loader.document import merge, read_file, read_override
+from minillm.config.nearest import nearest
+from minillm.config.root import OF_THE_RUN, STAGE_SHAPE
 from minillm.config.shape import child_value
+from minillm.config.tree import COMMAND_LINE, Node, Origin, wrap
 
 MAIN = "main"  # the stage of a file without stages
 
@@ -41,7 +41,7 @@ def load_document(
 
 
 def _merge_documents(under: Node, over: Node) -> Node:
-    merged = merge(_without_stages(under), _without_stages(over), STAGE)
+    merged = merge(_without_stages(under), _without_stages(over), STAGE_SHAPE)
     below, above = under.value.get("stages"), over.value.get("stages")
     stages = below if above is None else above
     if below is not None and above is not None and isinstance(below.value, dict) and isinstance(above.value, dict):
@@ -50,7 +50,7 @@ def _merge_documents(under: Node, over: Node) -> Node:
             if above.value[name].value is None:  # taken away, as everything that is null above
                 del names[name]
             else:
-                names[name] = merge(below.value[name], above.value[name], STAGE)
+                names[name] = merge(below.value[name], above.value[name], STAGE_SHAPE)
         stages = Node(names, below.origin)
     return merged if stages is None else Node({**merged.value, "stages": stages}, merged.origin)
 
@@ -98,5 +98,5 @@ def stage_trees(document: Node, problems: list[Problem]) -> dict[str, Node]:
             if depth == key.count(".") + 1:
                 problems.append(node.origin.problem("belongs to the whole run: move it to the top of the file"))
         own = Node({key: node for key, node in own.value.items() if key not in ("stages", *OF_THE_RUN)}, own.origin)
-        trees[name] = merge(shared, own, STAGE)
+        trees[name] = merge(shared, own, STAGE_SHAPE)
     return trees

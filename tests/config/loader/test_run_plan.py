@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillm.config.errors import ConfigErrors
-from minillm.config.loader.document import dump
 from minillm.config.loader.run_plan import load_evaluation, load_run, resolved
+from minillm.config.loader.yaml_text import dump
 from minillm.config.root import StageConfig
 from minillm.config.shape import Group, all_keys
 
