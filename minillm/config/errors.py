@@ -13,7 +13,7 @@ class Finding:
 
     path: KeyPath
     message: str
-    kind: Literal["missing", "unknown", "value"] = "value"
+    kind: Literal["missing", "unknown", "value", "idle"] = "value"  # idle: a key that does nothing in this stage
     instead: KeyPath | None = None  # for an unknown key, the one that was probably meant
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from minillm.config.keys import FilesPath, Strict, default_type
+from minillm.config.models import TeacherConfig
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -22,6 +23,7 @@ class ScheduleKeys:
     takes: tuple[str, ...] = ()  # of lr_scheduler_kwargs
     needs_one_of: tuple[str, ...] = ()
     counts_steps: bool = True  # the curve depends on how many steps there will be
+    warms_up: bool = True  # it takes warmup_steps
 
 
 SCHEDULES: dict[str, ScheduleKeys] = {
@@ -31,7 +33,7 @@ SCHEDULES: dict[str, ScheduleKeys] = {
         takes=("num_cycles", "min_lr", "min_lr_rate"), needs_one_of=("min_lr", "min_lr_rate")
     ),
     "polynomial": ScheduleKeys(takes=("lr_end", "power")),
-    "constant": ScheduleKeys(counts_steps=False),
+    "constant": ScheduleKeys(counts_steps=False, warms_up=False),
     "constant_with_warmup": ScheduleKeys(counts_steps=False),
     "inverse_sqrt": ScheduleKeys(takes=("timescale",), counts_steps=False),
     "warmup_stable_decay": ScheduleKeys(
@@ -127,3 +129,14 @@ class LogConfig(Strict):
 
     steps: Positive = Field(1, description="A line of metrics every so many steps")
     report_to: list[Literal["tensorboard"]] = Field(["tensorboard"], description="[] for metrics.jsonl alone")
+
+
+def shards_student(engine: TorchEngine | DeepSpeedEngine) -> bool:
+    """Whether each rank will hold only a shard of every weight of the student."""
+    return engine.type == "deepspeed" and engine.stage == 3
+
+
+def shards_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | None) -> bool:
+    """Whether each rank will hold only a shard of every weight of the teacher. A quantised one is never sharded."""
+    never = teacher is None or teacher.quantization is not None
+    return shards_student(engine) and not engine.replicate_teacher and not never

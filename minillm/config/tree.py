@@ -1,6 +1,6 @@
 """A configuration as a tree whose every value remembers where it was written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,14 @@ class Node:
         """The node at `path`, None where there is none."""
         node, depth = self.closest(path)
         return node if depth == len(path) else None
+
+    def leaves(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, "Node"]]:
+        """(path, node) of every value that is no group, and of every empty group. `path` is that of this node."""
+        if isinstance(self.value, dict) and self.value:
+            for key, node in self.value.items():
+                yield from node.leaves((*path, key))
+        else:
+            yield path, self
 
 
 def dotted(path: KeyPath) -> str:

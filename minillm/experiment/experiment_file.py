@@ -17,7 +17,8 @@ from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.evaluation import EvalConfig
 from minillm.config.keys import Place
 from minillm.config.loader.document import merge, read_file, read_override
-from minillm.config.loader.run_plan import Stage, checked_evaluation, checked_stages, raise_problems
+from minillm.config.loader.evaluation_plan import checked_evaluation
+from minillm.config.loader.run_plan import Stage, checked_stages, raise_problems
 from minillm.config.loader.stages import stage_trees
 from minillm.config.loader.validation import validate_group
 from minillm.config.paths import expand
@@ -225,7 +226,7 @@ def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -
                 "say these in base, or name a model here"
             )
     jobs = [*config.shared, *(arm for arm, keys in config.arms.items() if not isinstance(keys, str))]
-    facts = Facts("", {}, {}, [], dict.fromkeys(jobs), tuple(jobs))
+    facts = Facts("", {}, {}, [], {job: Facts.unread(job) for job in jobs}, tuple(jobs))
     for arm, text in config.arms.items():
         if isinstance(text, str) and text != STUDENT:
             problem = place_problem(Place("model"), expand(text), facts)

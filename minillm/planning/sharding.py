@@ -10,7 +10,7 @@ from typing import Any
 from minillm import UserError
 from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.root import StageConfig
-from minillm.config.sharded_models import shards_teacher
+from minillm.config.training import shards_teacher
 from minillm.planning.sizes import ModelSize
 
 # DeepSpeed's defaults, in elements

@@ -8,7 +8,7 @@ import torch
 
 from minillm.config.loader.run_plan import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.config.sharded_models import shards_student, shards_teacher
+from minillm.config.training import shards_student, shards_teacher
 from minillm.data.corpus import load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.data.stream import RankSlice, Stream

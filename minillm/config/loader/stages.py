@@ -41,7 +41,7 @@ def load_document(
 
 
 def _merge_documents(under: Node, over: Node) -> Node:
-    merged = merge(_without_stages(under), _without_stages(over), STAGE_SHAPE)
+    merged = merge(shared_tree(under), shared_tree(over), STAGE_SHAPE)
     below, above = under.value.get("stages"), over.value.get("stages")
     stages = below if above is None else above
     if below is not None and above is not None and isinstance(below.value, dict) and isinstance(above.value, dict):
@@ -55,7 +55,8 @@ def _merge_documents(under: Node, over: Node) -> Node:
     return merged if stages is None else Node({**merged.value, "stages": stages}, merged.origin)
 
 
-def _without_stages(node: Node) -> Node:
+def shared_tree(node: Node) -> Node:
+    """The keys of a document that all its stages share: those beside `stages`."""
     return Node({key: item for key, item in node.value.items() if key != "stages"}, node.origin)
 
 
@@ -76,7 +77,7 @@ def _known_stages(document: Node, written: Node, problems: list[Problem]) -> Nod
 
 def stage_trees(document: Node, problems: list[Problem]) -> dict[str, Node]:
     """Each stage's own keys merged over what the stages share, in order; what is no stage is a problem and left out."""
-    stages, shared = document.value.get("stages"), _without_stages(document)
+    stages, shared = document.value.get("stages"), shared_tree(document)
     if stages is None or stages.value == {}:
         return {MAIN: shared}
     if not isinstance(stages.value, dict):

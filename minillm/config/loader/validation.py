@@ -9,9 +9,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from minillm.config.errors import Finding
-from minillm.config.loader.messages import expected, explain
+from minillm.config.loader.messages import explain
 from minillm.config.root import STAGE_SHAPE, StageConfig
 from minillm.config.shape import Choice, Group, KeyPath, Leaf, Shape, child_shape, child_value, describe, walk
+from minillm.config.wording import expected
 
 
 def _adapter(field: FieldInfo) -> TypeAdapter:

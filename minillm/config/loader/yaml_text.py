@@ -119,7 +119,13 @@ class _TreeBuilder:
         if node.tag == f"{_TAG}merge":
             return node.value
         try:
-            return self.loader.construct_object(node)
+            value = self.loader.construct_object(node)
+            if isinstance(value, str):
+                value.encode()
+            return value
+        except UnicodeEncodeError:
+            self._wrong(origin, f"{node.value!r} holds half a character, which is no text")
+            return None
         except (ValueError, KeyError):  # !!int three, or a number of thousands of digits
             text = repr(node.value) if len(node.value) <= 80 else f"{node.value[:77]!r}..."
             self._wrong(origin, f"{text} cannot be read as {node.tag.replace(_TAG, '!!')}")
