@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig
 
 from minillm.cli.main import main
-from minillm.config.loader.run_plan import load_evaluation, load_run
+from minillm.config.loader.evaluation_plan import load_evaluation
+from minillm.config.loader.run_plan import load_run
 from minillm.data.labels import load_labels
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.planning.architectures import known_architecture

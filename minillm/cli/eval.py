@@ -7,9 +7,9 @@ from typing import Any
 
 from minillm import UserError
 from minillm.config.errors import ConfigErrors, Problem
-from minillm.config.loader.document import COMMAND_LINE
-from minillm.config.loader.run_plan import EvaluationPlan, load_evaluation
+from minillm.config.loader.evaluation_plan import EvaluationPlan, load_evaluation
 from minillm.config.paths import expand
+from minillm.config.tree import COMMAND_LINE
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl

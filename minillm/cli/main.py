@@ -89,8 +89,8 @@ def _nothing_trained(output_dir: Path) -> bool:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from minillm.config.loader.document import dump
     from minillm.config.loader.run_plan import load_run, resolved
+    from minillm.config.loader.yaml_text import dump
 
     print(dump(resolved(load_run(*split(arguments.words)))), end="")
     return 0

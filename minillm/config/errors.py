@@ -1,13 +1,25 @@
-"""What is wrong with a configuration, said to the person who wrote it: file, line, dotted path, what to do."""
+"""Everything that is wrong with a configuration, for the person who wrote it: file, line, key, and what to do."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from minillm import UserError
+from minillm.config.shape import KeyPath
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, at a path in the keys of a stage."""
+
+    path: KeyPath
+    message: str
+    kind: Literal["missing", "unknown", "value", "idle"] = "value"  # idle: a key that does nothing in this stage
+    instead: KeyPath | None = None  # for an unknown key, the one that was probably meant
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """One thing that is wrong, at the place where it was written."""
 
     file: str  # as it was named on the command line; "command line" for an override
     line: int | None  # counted from 1
@@ -20,7 +32,7 @@ class Problem:
 
 
 class ConfigErrors(UserError):
-    """Every problem of a configuration at once; nothing was loaded or written."""
+    """Every problem of a configuration at once. Nothing was loaded or written."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from minillm.config.analysis_keys import ExposureBias, Labels
 from minillm.config.data import Prompts
-from minillm.config.keys import Strict
+from minillm.config.keys import Seed, Strict
 
 Metric = Literal[
     "rouge_l", "exact_match", "reverse_kl_nats", "sequence_reverse_kl_nats", "forward_kl_nats", "loss_nats"
@@ -20,7 +20,7 @@ class EvalConfig(Strict):
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="Evaluate every so many steps as well")
     sets: dict[str, Prompts] = Field({}, description="Named held-out prompts")
     metric: Metric = Field("rouge_l", description="What the best checkpoint is chosen by, as the mean over the sets")
-    seeds: list[int] = Field([10], min_length=1, description="One set of sampled answers a seed; mean and deviation")
+    seeds: list[Seed] = Field([10], min_length=1, description="One set of sampled answers a seed; mean and deviation")
     batch_size: Annotated[int, Field(ge=1)] = Field(
         16, description="Answers decoded and scored side by side on a device"
     )

@@ -1,20 +1,20 @@
-"""What every group of the configuration shares: strict, frozen, typed; and what kind of place a text names."""
+"""Everything that the groups of the configuration share: strict, frozen, typed keys, and texts that name a place."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Strict(BaseModel):
-    """A group of keys. Unknown keys are errors, no type is bent into another, values never change after loading."""
+    """A group of keys. Unknown keys are errors, no type is bent into another, and values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Marks a text that names a place. `$VAR` and `~` in it are expanded where it is used; what it names is checked.
+    """Marks a text that names a place. `$VAR` and `~` in it are expanded where it is used, and the place is checked.
 
     model: a folder, a .gguf file, a hub name, package:NAME/FILE or stage:NAME. tokenizer: the same, or `byte`.
     dataset: a folder or a hub name. files: a local file, a glob, or stage:NAME, the files that a stage without steps left. folder: a local folder, made where it is missing.
@@ -29,9 +29,12 @@ DatasetPath = Annotated[str, Place("dataset")]
 FilesPath = Annotated[str, Place("files")]
 FolderPath = Annotated[str, Place("folder")]
 
+LARGEST_SEED = 2**63 - 1  # every generator of random numbers that is seeded takes 63 bits
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+
 
 def default_type(name: str) -> BeforeValidator:
-    """In a union discriminated by `type`: what a group is that does not say its type."""
+    """For a union discriminated by `type`: a group that does not give its type has this one."""
 
     def add(value: Any) -> Any:
         return {"type": name, **value} if isinstance(value, dict) else value

@@ -1,9 +1,10 @@
 """`method`: what is minimised. A class a method; design and formulas are in minillm/methods/NAME.py."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 
 from minillm.config.keys import Strict
 from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
@@ -49,6 +50,34 @@ class MethodConfig(Strict):
     def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         """What is wrong between the method's own keys: (key, message, the other keys that it comes from)."""
         return iter(())
+
+    def idle_keys(self) -> Iterator[tuple[str, str, str]]:
+        """Keys that another key leaves without effect: (key, message, that other key)."""
+        return iter(())
+
+    def unset_value(self, key: str) -> Any:
+        """The value that a key has where nobody gives one."""
+        return type(self).model_fields[key].default
+
+    def value_without(self, need: str) -> Any:
+        """The value of the key behind a need (Needs.because) at which the method no longer has it.
+
+        Tried are the bounds and the choices of the key; None where none of them does away with the need.
+        """
+        key = self.needs().because[need]
+        for value in _extremes(type(self).model_fields[key]):
+            if not getattr(self.model_copy(update={key: value}).needs(), need):
+                return value
+        return None
+
+
+def _extremes(field: FieldInfo) -> Iterator[Any]:
+    for bound in ("ge", "le"):
+        yield from (getattr(mark, bound) for mark in field.metadata if hasattr(mark, bound))
+    if field.annotation is bool:
+        yield from (False, True)
+    if get_origin(field.annotation) is Literal:
+        yield from get_args(field.annotation)
 
 
 class MiniLLM(MethodConfig):
@@ -117,6 +146,21 @@ class MiniLLM(MethodConfig):
             because={"corpus": "lm_coef"},
         )
 
+    def unset_value(self, key: str) -> Any:
+        return PRESETS[self.preset].get(key, super().unset_value(key))
+
+    def idle_keys(self) -> Iterator[tuple[str, str, str]]:
+        if self.lm_coef == 0:
+            yield "pt_kd_ratio", "has no effect: with lm_coef 0 there is no pre-training loss", "lm_coef"
+        if not self.single_step:
+            yield "single_step_weighted", "has no effect: with single_step false there is no such term", "single_step"
+        if self.cliprange is None:
+            yield "importance_weight_in_clip", "has no effect: with cliprange null nothing is clipped", "cliprange"
+        if self.alpha == 0:
+            own = "has no effect: with alpha 0 the student samples alone, and every importance weight is 1"
+            for key in ("importance_weight", "importance_weight_in_clip", "single_step_weighted"):
+                yield key, own, "alpha"
+
 
 class SFT(MethodConfig):
     """Supervised fine-tuning on the references."""
@@ -144,12 +188,14 @@ class KD(MethodConfig):
         term = TermNeeds("distillation", ("references",), teacher=self.ce_ratio < 1)
         return Needs((term,), references=True, teacher=True)
 
-    def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    def idle_keys(self) -> Iterator[tuple[str, str, str]]:
         for key, having in (("beta", ("jsd",)), ("skew", ("skew_forward_kl", "skew_reverse_kl"))):
-            changed = getattr(self, key) != type(self).model_fields[key].default
-            if changed and self.divergence not in having:
+            if self.divergence not in having:
                 message = f"has no effect on divergence {self.divergence}; it is for {' and '.join(having)}"
-                yield key, message, ("divergence",)
+                yield key, message, "divergence"
+        if self.ce_ratio == 1:
+            for key in ("divergence", "beta", "skew"):
+                yield key, "has no effect: with ce_ratio 1 the loss is the cross-entropy alone", "ce_ratio"
 
 
 class SeqKD(MethodConfig):

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from minillm.config.keys import ModelPath, Strict, TokenizerPath
 from minillm.config.lora import LoraConfig
+from minillm.config.needs import ABILITIES, Ability
 
 AttnImplementation = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
@@ -41,6 +42,11 @@ class TeacherConfig(ModelConfig):
         description="Keep the linear layers below the head in 8 bits (LLM.int8) or in 4 (NormalFloat, scales quantised "
         "too) through bitsandbytes; whole on every rank",
     )
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What this source can do beyond giving rows to the losses: everything, since its weights are here."""
+        return frozenset(ABILITIES)
 
 
 class StudentConfig(ModelConfig):

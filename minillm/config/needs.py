@@ -1,7 +1,7 @@
-"""What a method needs, declared by its configuration class as a function of its keys.
+"""What a method needs, as its configuration class declares it from its keys.
 
-Checks, planning, stage building, evaluation, report and card read these declarations; none of them knows a method by
-its name.
+Checks, planning, stages, evaluation, report and model card read these declarations. None of them knows a method by its
+name.
 """
 
 from dataclasses import dataclass, field
@@ -9,14 +9,24 @@ from typing import Literal
 
 Sampler = Literal["student", "teacher", "mixture"]
 Rows = Literal["answers", "references", "pairs", "corpus"]
+Ability = Literal["sample", "hidden", "layers", "train", "evaluate"]
+
+# What a teacher may be able to do beyond giving rows to the losses, as in "a teacher that can ...".
+ABILITIES: dict[Ability, str] = {
+    "sample": "answer prompts",
+    "hidden": "give its last hidden states",
+    "layers": "give hidden states of inner layers",
+    "train": "be trained",
+    "evaluate": "be evaluated itself",
+}
 
 
 @dataclass(frozen=True)
 class TermNeeds:
-    """One term of a method's loss: which texts its rows stand in, and whether it reads the teacher there."""
+    """One term of a method's loss: the texts that its rows come from, and whether it reads the teacher there."""
 
     name: str
-    rows: tuple[Rows, ...]  # several where steps differ; the longest counts
+    rows: tuple[Rows, ...]  # more than one where steps differ; the longest texts count
     teacher: bool = False
 
 
@@ -24,7 +34,8 @@ class TermNeeds:
 class Needs:
     """Everything that a stage must know of its method before the method exists.
 
-    `because` names the key of `method` that a need comes from, by the need's field: changing it does away with the need.
+    `because` names, for a field of this class, the key of `method` that the need comes from. Changing that key does away
+    with the need.
     """
 
     terms: tuple[TermNeeds, ...]  # empty where the stage takes no step
@@ -33,7 +44,7 @@ class Needs:
     references: bool = False  # prompts come with an answer to imitate
     pairs: bool = False  # prompts come with a chosen and a rejected answer
     corpus: bool = False  # plain text in blocks
-    images: bool = False  # prompts show pictures
+    images: bool = False  # prompts show images
     # sampling
     samples: tuple[Sampler, ...] = ()  # who answers prompts while the stage runs, one after the other
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk
@@ -43,19 +54,24 @@ class Needs:
     temperature_key: str = "rollout.temperature"  # the key that sets the temperature of the answers
     # models
     teacher: bool = False
-    teacher_abilities: frozenset[str] = frozenset()  # beyond rows for a loss: minillm.teachers.teacher.Ability
+    teacher_abilities: frozenset[Ability] = frozenset()
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes
     because: dict[str, str] = field(default_factory=dict)
 
     @property
     def takes_steps(self) -> bool:
-        """Whether the stage trains anything: one without terms leaves a result of another kind."""
+        """Whether the stage trains anything. A stage without terms leaves a result of another kind than a model."""
         return bool(self.terms)
 
     @property
     def teacher_reads(self) -> bool:
         """Whether the teacher runs over texts of the stage, its own answers included."""
-        return any(term.teacher for term in self.terms) or {"teacher", "mixture"} & set(self.samples) != set()
+        return any(term.teacher for term in self.terms) or self.teacher_answers
+
+    @property
+    def teacher_answers(self) -> bool:
+        """Whether the teacher samples, alone or in a mixture."""
+        return not {"teacher", "mixture"}.isdisjoint(self.samples)
 
 
 class UndeclaredNeeds(TypeError):

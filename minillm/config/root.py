@@ -1,15 +1,16 @@
 """The whole configuration of one stage. A file holds one, or what its stages share and the `stages` themselves."""
 
-from typing import Annotated, get_args
+from typing import get_args
 
 from pydantic import Field
 
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
-from minillm.config.keys import FolderPath, Strict
+from minillm.config.keys import FolderPath, Seed, Strict
 from minillm.config.method import Method, MethodConfig
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.rollout import RolloutConfig
+from minillm.config.shape import Group
 from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, TrainConfig
 
 
@@ -17,9 +18,7 @@ class StageConfig(Strict):
     """One training run: the student it starts from, the method, and everything around it."""
 
     output_dir: FolderPath = Field(description="Where everything that the run writes goes")
-    seed: Annotated[int, Field(ge=0)] = Field(
-        0, description="Of the order of the data, of sampling and of fresh weights"
-    )
+    seed: Seed = Field(0, description="Of the order of the data, of sampling and of fresh weights")
     student: StudentConfig
     teacher: TeacherConfig | None = None
     data: DataConfig = DataConfig()
@@ -31,6 +30,8 @@ class StageConfig(Strict):
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 
+
+STAGE_SHAPE = Group(StageConfig)
 
 # What all stages of a file share, so that a stage cannot say it for itself.
 OF_THE_RUN = ("output_dir", "log.report_to")

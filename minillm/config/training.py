@@ -23,6 +23,7 @@ class ScheduleKeys:
     takes: tuple[str, ...] = ()  # of lr_scheduler_kwargs
     needs_one_of: tuple[str, ...] = ()
     counts_steps: bool = True  # the curve depends on how many steps there will be
+    warms_up: bool = True  # it takes warmup_steps
 
 
 SCHEDULES: dict[str, ScheduleKeys] = {
@@ -32,7 +33,7 @@ SCHEDULES: dict[str, ScheduleKeys] = {
         takes=("num_cycles", "min_lr", "min_lr_rate"), needs_one_of=("min_lr", "min_lr_rate")
     ),
     "polynomial": ScheduleKeys(takes=("lr_end", "power")),
-    "constant": ScheduleKeys(counts_steps=False),
+    "constant": ScheduleKeys(counts_steps=False, warms_up=False),
     "constant_with_warmup": ScheduleKeys(counts_steps=False),
     "inverse_sqrt": ScheduleKeys(takes=("timescale",), counts_steps=False),
     "warmup_stable_decay": ScheduleKeys(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from minillm.config.keys import FolderPath, Strict
+from minillm.config.keys import FolderPath, Seed, Strict
 
 Relation = Literal["below", "above", "at_most", "at_least"]
 
@@ -32,7 +32,7 @@ class ExperimentConfig(Strict):
     title: str = Field(description="The heading of its report")
     description: str = Field("", description="What is compared and how, and what was tried before; Markdown")
     output_dir: FolderPath = Field(description="Where every run and the report go; --output overrides it")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="Every arm is trained with each of them")
+    seeds: list[Seed] = Field(min_length=1, description="Every arm is trained with each of them")
     base: dict[str, Any] = Field(description="The keys that all runs have, as in a run's configuration")
     shared: dict[str, dict[str, Any] | None] = Field(
         {}, description="Stages trained once a seed, which arms start from as student.path: stage:NAME"

@@ -16,12 +16,15 @@ from minillm.config.checks.place_checks import place_problem
 from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.evaluation import EvalConfig
 from minillm.config.keys import Place
-from minillm.config.loader.document import COMMAND_LINE, Node, Origin, merge, read_file, read_override, wrap
-from minillm.config.loader.run_plan import Stage, checked_evaluation, checked_stages, raise_problems
+from minillm.config.loader.document import merge, read_file, read_override
+from minillm.config.loader.evaluation_plan import checked_evaluation
+from minillm.config.loader.run_plan import Stage, checked_stages, raise_problems
 from minillm.config.loader.stages import stage_trees
-from minillm.config.loader.validation import STAGE, validate_group
+from minillm.config.loader.validation import validate_group
 from minillm.config.paths import expand
+from minillm.config.root import STAGE_SHAPE
 from minillm.config.shape import Group
+from minillm.config.tree import COMMAND_LINE, Node, Origin, wrap
 from minillm.experiment.config import ExperimentConfig
 from minillm.experiment.measures import known_measures
 
@@ -150,10 +153,10 @@ def _merge(under: Node, over: Node) -> Node:
         elif key in ("shared", "arms") and isinstance(before.value, dict) and isinstance(node.value, dict):
             entries = dict(before.value)
             for name, entry in node.value.items():
-                entries[name] = merge(entries[name], entry, STAGE) if name in entries else entry
+                entries[name] = merge(entries[name], entry, STAGE_SHAPE) if name in entries else entry
             merged[key] = Node(entries, before.origin)
         else:
-            shape = {"base": STAGE, "evaluation": STAGE.child("eval")}.get(key)
+            shape = {"base": STAGE_SHAPE, "evaluation": STAGE_SHAPE.child("eval")}.get(key)
             merged[key] = merge(before, node, shape)
     return Node(merged, under.origin)
 
@@ -223,7 +226,7 @@ def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -
                 "say these in base, or name a model here"
             )
     jobs = [*config.shared, *(arm for arm, keys in config.arms.items() if not isinstance(keys, str))]
-    facts = Facts("", {}, {}, [], dict.fromkeys(jobs), tuple(jobs))
+    facts = Facts("", {}, {}, [], {job: Facts.unread(job) for job in jobs}, tuple(jobs))
     for arm, text in config.arms.items():
         if isinstance(text, str) and text != STUDENT:
             problem = place_problem(Place("model"), expand(text), facts)

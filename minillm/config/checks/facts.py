@@ -1,24 +1,24 @@
-"""What the checks know of a stage: its keys, and the sizes of its models where a local config.json tells them."""
+"""The facts that checks look at: the keys of a stage, and the sizes of its models where a local config.json has them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minillm.config.loader.document import Node
-from minillm.config.loader.messages import Finding
+from minillm.config.errors import Finding
 from minillm.config.paths import STAGE
 from minillm.config.shape import KeyPath
+from minillm.config.tree import Node
 
-# As the families call them: GPT-2 and others have names of their own.
+# The names that families give to these sizes.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One stage as far as it could be read."""
+    """One stage, as far as it could be read."""
 
     name: str
     data: dict[str, Any]  # its keys, plain, with paths expanded
@@ -28,25 +28,60 @@ class Facts:
     all_stages: tuple[str, ...]
     tree: Node | None = None  # the same keys with where each was written
 
+    @classmethod
+    def unread(cls, name: str) -> "Facts":
+        """A stage of which nothing but its name is looked at."""
+        return cls(name, {}, {}, [], {}, ())
+
     def together(self, first: str, second: str) -> bool:
-        """Whether two keys that were written stand side by side, for this stage alone."""
-        if self.tree is None:
+        """Whether two keys were written side by side, in a place that no other stage inherits from."""
+        nodes = [self.tree and self.tree.at(tuple(key.split("."))) for key in (first, second)]
+        if None in nodes:
             return False
-        found = [self.tree.closest(tuple(key.split("."))) for key in (first, second)]
-        if any(depth != key.count(".") + 1 for (_, depth), key in zip(found, (first, second), strict=True)):
-            return False
-        places = {(node.origin.file, node.origin.path[:-1]) for node, _ in found}
-        of_all = len(self.all_stages) > 1 and any(path[:1] != ("stages",) for _, path in places)
-        return len(places) == 1 and not of_all
+        shared = len(self.all_stages) > 1 and any(node.origin.path[:1] != ("stages",) for node in nodes)
+        return beside(*nodes) and not shared
+
+
+def beside(one: Node, other: Node) -> bool:
+    """Whether two values were written in the same group of the same file."""
+    return (one.origin.file, one.origin.path[:-1]) == (other.origin.file, other.origin.path[:-1])
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a check found: the key it is said at, and the other keys that it comes from."""
+    """What a check found: the key that it is said at, and the other keys that it comes from."""
 
     key: str | KeyPath
     message: str
     reads: tuple[str | KeyPath, ...] = ()
+
+    @property
+    def path(self) -> KeyPath:
+        return as_path(self.key)
+
+
+@dataclass(frozen=True)
+class Idle(Found):
+    """A key, or a group, that does nothing in this stage because of the first key of `reads`.
+
+    Files may be shared between methods, so that most such keys are fine. What is not: a key of the command line, and
+    one that stands beside the very key that takes its effect away.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.reads:
+            raise ValueError(f"{self.key}: an idle key names the key that takes its effect away")
+
+
+def as_path(key: str | KeyPath) -> KeyPath:
+    """A key as a path: "train.max_steps" is ("train", "max_steps"); a path stays."""
+    return tuple(key.split(".")) if isinstance(key, str) else key
+
+
+def sets_of(data: Mapping[str, Any], group: str, key: str) -> Iterator[KeyPath]:
+    """The paths of freely named entries such as eval.sets.NAME."""
+    entries = (data.get(group) or {}).get(key) if isinstance(data.get(group), Mapping) else None
+    yield from ((group, key, name) for name in entries or ())
 
 
 @dataclass(frozen=True)
@@ -60,22 +95,24 @@ class Architecture:
 def architecture_of(facts: Facts, who: Literal["student", "teacher"], *, pruned: bool = True) -> Architecture:
     """Read from the config.json of a local folder, of an earlier stage's model, or from the keys of a random student.
 
-    With `pruned` false a student that is to be pruned counts as it is before.
+    With `pruned` false, a student that is to be pruned counts as it is before.
     """
-    keys = _model_keys(facts, who, pruned)
+    keys = architecture_keys(facts, who, pruned=pruned)
     return Architecture(_first(keys, _CONTEXT), _first(keys, _LAYERS))
 
 
-def _model_keys(facts: Facts, who: str, pruned: bool) -> dict[str, Any]:
+def architecture_keys(facts: Facts, who: str, *, pruned: bool = True) -> dict[str, Any]:
+    """The keys of a model's config.json, as far as they are known; those of the text model where it has several."""
     group = facts.groups.get(who)
     if group is None:
         return {}
     path = group.path or ""
     if path.startswith(STAGE):
         source = facts.earlier.get(path.removeprefix(STAGE))
-        keys = {} if source is None else _model_keys(source, "student", True)
+        keys = {} if source is None else architecture_keys(source, "student")
     else:
-        keys = _read(Path(path) / "config.json") if path else {}
+        keys = read_config_json(Path(path)) if path else {}
+        keys = keys["text_config"] if isinstance(keys.get("text_config"), dict) else keys
     if who == "student" and group.init == "random":
         keys = {**keys, **(group.config or {})}
     if who == "student" and pruned and group.init == "prune" and group.layers is not None:
@@ -84,13 +121,13 @@ def _model_keys(facts: Facts, who: str, pruned: bool) -> dict[str, Any]:
     return keys
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder; {} where there is none that can be read."""
     try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    text_model = keys.get("text_config") if isinstance(keys, dict) else None
-    return text_model if isinstance(text_model, dict) else keys if isinstance(keys, dict) else {}
+    return keys if isinstance(keys, dict) else {}
 
 
 def _first(keys: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

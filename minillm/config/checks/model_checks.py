@@ -1,15 +1,14 @@
 """What a student or teacher needs beyond its path: the keys of its `init`, layers that exist, installed packages."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
-from importlib import metadata
+from pathlib import Path
 
-from minillm.config.checks.facts import Facts, Found, architecture_of
-from minillm.config.deepspeed_file import read_deepspeed_file
+from minillm.config.checks.facts import Facts, Found, Idle, architecture_of
+from minillm.config.checks.packages import is_installed, missing_packages
 from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES
 from minillm.config.models import OF_INIT, StudentConfig, TeacherConfig
-from minillm.config.training import Engine
+from minillm.config.paths import is_hub_name
 
 # attn_implementation -> (distribution, how to get it)
 _FLASH = {
@@ -20,6 +19,9 @@ _FLASH = {
     "flash_attention_3": ("flash-attn-3", "it is built from the folder hopper/ of the flash-attention sources"),
     "flash_attention_4": ("flash-attn-4", "pip install flash-attn-4"),
 }
+
+# A tokenizer in one of these files is read by sentencepiece, where no tokenizer.json lies beside it.
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
@@ -69,10 +71,10 @@ def pruned_layers(facts: Facts, student: StudentConfig) -> Iterator[Found]:
 
 
 def adapters(facts: Facts, student: StudentConfig) -> Iterator[Found]:
-    """What trains them is installed, and they are not asked for where no loss would see them."""
+    """The package that trains them is installed, and they are not asked for where no loss would see them."""
     if student.lora is None:
         return
-    if not _has("peft"):
+    if not is_installed("peft"):
         yield Found("student.lora", "needs peft, which is not installed: pip install -e '.[lora]' in minillm's folder")
     names = student.lora.target_modules
     for place, name in enumerate([] if isinstance(names, str) else names):
@@ -83,109 +85,43 @@ def adapters(facts: Facts, student: StudentConfig) -> Iterator[Found]:
 
 
 def installed(facts: Facts) -> Iterator[Found]:
-    """The optional packages that the models' keys ask for."""
+    """The optional packages that the models' keys and files ask for."""
     for who in ("student", "teacher"):
         model = facts.groups.get(who)
         if model is None:
             continue
         distribution, how = _FLASH.get(model.attn_implementation, (None, ""))
-        if distribution is not None and not _has(distribution):
+        if distribution is not None and not is_installed(distribution):
             message = f"{model.attn_implementation} needs {distribution}, which is not installed: {how}"
             yield Found(f"{who}.attn_implementation", message)
-        missing = [name for name in ("gguf", "accelerate") if not _has(name)]
+        missing = missing_packages("gguf", "accelerate")
         if (model.path or "").endswith(".gguf") and missing:
             message = f"a .gguf file needs {' and '.join(missing)}: pip install -e '.[gguf]' in minillm's folder"
             yield Found(f"{who}.path", message)
+        key = "path" if model.tokenizer is None else "tokenizer"
+        folder = Path(getattr(model, key) or "")
+        vocabulary = next((name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
+        if vocabulary is not None and not (folder / "tokenizer.json").is_file() and not is_installed("sentencepiece"):
+            message = f"{folder / vocabulary} needs sentencepiece, which is not installed: pip install sentencepiece"
+            yield Found(f"{who}.{key}", message)
 
 
 def quantized(facts: Facts, teacher: TeacherConfig | None) -> Iterator[Found]:
-    """What quantises it is installed, and it is a folder of weights that are not quantised yet."""
+    """The packages that quantise a teacher are installed, and its weights are not quantised yet."""
     if teacher is None or teacher.quantization is None:
         return
-    missing = [name for name in ("bitsandbytes", "accelerate") if not _has(name)]
+    missing = missing_packages("bitsandbytes", "accelerate")
     if missing:
         message = f"needs {' and '.join(missing)}, not installed: pip install -e '.[quantization]' in minillm's folder"
         yield Found("teacher.quantization", message)
-    engine = facts.groups.get("engine")
-    if engine is not None and engine.type == "deepspeed" and engine.replicate_teacher:
-        message = "has no effect: a quantised teacher is whole on every rank anyway"
-        yield Found("engine.replicate_teacher", message, ("teacher.quantization",))
     if teacher.path.endswith(".gguf"):
-        message = "a .gguf file is read into whole weights; quantise a folder or a hub name, or leave this out"
+        message = "a .gguf file is read into plain weights; quantise a folder or a hub name, or leave this out"
         yield Found("teacher.quantization", message, ("teacher.path",))
 
 
-def deepspeed_usable(facts: Facts, engine: Engine) -> Iterator[Found]:
-    """DeepSpeed is there, and its own file says nothing else than the YAML."""
-    if engine.type != "deepspeed":
-        return
-    if not _has("deepspeed"):
-        message = "deepspeed needs the package of that name: pip install -e '.[deepspeed]' in minillm's folder"
-        yield Found("engine.type", message)
-    if engine.offload_param and engine.stage != 3:
-        message = f"stage {engine.stage} leaves the weights whole on every rank; only stage 3 can keep them in the host"
-        yield Found("engine.offload_param", message, ("engine.stage",))
-    if engine.gather == "layers" and engine.stage != 3:
-        message = f"stage {engine.stage} leaves the weights whole on every rank, so that nothing is gathered"
-        yield Found("engine.gather", message, ("engine.stage",))
-    if engine.replicate_teacher and engine.stage != 3:
-        message = f"stage {engine.stage} has the teacher whole on every rank as it is"
-        yield Found("engine.replicate_teacher", message, ("engine.stage",))
-    try:
-        given = read_deepspeed_file(facts.data["engine"].get("config"))
-    except ValueError as problem:
-        yield Found("engine.config", str(problem))
-        return
-    train = facts.groups.get("train")
-    zero = given.get("zero_optimization", {})
-    says = {
-        "engine.stage": ("zero_optimization.stage", zero.get("stage"), engine.stage),
-        "engine.offload_optimizer": (
-            "zero_optimization.offload_optimizer.device",
-            None if "offload_optimizer" not in zero else zero["offload_optimizer"].get("device") not in (None, "none"),
-            engine.offload_optimizer,
-        ),
-        "engine.offload_param": (
-            "zero_optimization.offload_param.device",
-            None if "offload_param" not in zero else zero["offload_param"].get("device") not in (None, "none"),
-            engine.offload_param,
-        ),
-    }
-    if train is not None:
-        says |= {
-            "train.per_device_train_batch_size": (
-                "train_micro_batch_size_per_gpu",
-                given.get("train_micro_batch_size_per_gpu"),
-                train.per_device_train_batch_size,
-            ),
-            "train.gradient_accumulation_steps": (
-                "gradient_accumulation_steps",
-                given.get("gradient_accumulation_steps"),
-                train.gradient_accumulation_steps,
-            ),
-            "train.max_grad_norm": ("gradient_clipping", given.get("gradient_clipping"), train.max_grad_norm or 0.0),
-            "train.bf16": ("bf16.enabled", given.get("bf16", {}).get("enabled"), train.bf16),
-        }
-    for key, (name, theirs, ours) in says.items():
-        if theirs not in (None, "auto", ours):
-            yield Found(
-                "engine.config",
-                f"its {name} is {json.dumps(theirs)}, but {key} is {json.dumps(ours)}; leave it out there or say auto",
-                (key,),
-            )
-    for name in ("optimizer", "scheduler", "fp16", "train_batch_size"):
-        if given.get(name, "auto") != "auto":
-            yield Found("engine.config", f"its {name} has no effect here: `train` says that; leave it out there")
-    for part in ("offload_optimizer", "offload_param"):
-        device = zero.get(part, {}).get("device")
-        if getattr(engine, part) and device not in (None, "none", "cpu"):
-            message = f"its zero_optimization.{part}.device is {json.dumps(device)}; minillm offloads to the host"
-            yield Found("engine.config", message)
-
-
-def _has(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def revisions(facts: Facts) -> Iterator[Found]:
+    """Revisions are for hub names."""
+    for who in ("student", "teacher"):
+        model = facts.groups.get(who)
+        if model is not None and not is_hub_name(model.path or ""):
+            yield Idle(f"{who}.revision", "has no effect: it is for hub names, and path is none", (f"{who}.path",))

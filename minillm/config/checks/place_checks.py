@@ -1,15 +1,15 @@
-"""Whether what a path names is there: files, folders, hub names, files of packages, models of earlier stages."""
+"""Whether the places that paths name exist: files, folders, hub names, files of packages, results of earlier stages."""
 
 import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from minillm import UserError
 from minillm.config.checks.facts import Facts, Found
 from minillm.config.keys import Place
-from minillm.config.loader.messages import nearest
-from minillm.config.loader.validation import STAGE as STAGE_SHAPE
+from minillm.config.nearest import nearest
 from minillm.config.paths import (
     BYTE_TOKENIZER,
     PACKAGE,
@@ -19,31 +19,43 @@ from minillm.config.paths import (
     package_file,
     unset_variables,
 )
+from minillm.config.root import STAGE_SHAPE
 from minillm.config.shape import places
+from minillm.config.wording import show
+
+NAME_MAX = 255  # bytes of one name, on all common file systems
+PATH_MAX = 4096 - 256  # bytes of a path on Linux, with room for what a run writes below it
 
 
 def places_exist(facts: Facts) -> Iterator[Found]:
-    """Every path of the stage."""
+    """Every path of the stage leads somewhere."""
     for path, place, text in places(STAGE_SHAPE, facts.data):
-        problem = place_problem(place, text, facts)
+        if path[0] == "data" and text.startswith(STAGE):
+            problem = stage_problem(text, facts, leaves="data")
+        else:
+            problem = place_problem(place, text, facts)
         if problem is not None:
             yield Found(path, problem)
 
 
 def place_problem(place: Place, text: str, facts: Facts) -> str | None:
-    """What is wrong with an expanded path, None where it is fine. Hub names are not looked up."""
+    """What is wrong with an expanded path, None where it is right. Hub names are not looked up."""
     unset = unset_variables(text)
     if unset:
         return f"the environment variable {unset[0]} is not set"
+    if "\0" in text:
+        return f"{show(text)} holds the character NUL, which no path may"
     if place.kind == "folder":
-        return f"{text} is a file, not a folder" if os.path.isfile(text) else None
-    if text.startswith(STAGE) and place.kind != "dataset":
-        return stage_problem(text, facts)
+        return _folder_problem(text)
+    if text.startswith(STAGE) and place.kind == "files":
+        return stage_problem(text, facts, leaves="data")
     if place.kind == "files":
         if os.path.isdir(text):
             return f"{text} is a folder; name a file in it, or a pattern such as {Path(text) / '*'}"
         return None if matching_files(text) else _not_there(text, "no file matches" if "*" in text else "no such file")
     if place.kind in ("model", "tokenizer"):
+        if text.startswith(STAGE):
+            return stage_problem(text, facts, leaves="model")
         if text.startswith(PACKAGE):
             return _package_problem(text)
         if place.kind == "tokenizer" and text == BYTE_TOKENIZER:
@@ -59,23 +71,49 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
     return None
 
 
-def stage_problem(text: str, facts: Facts) -> str | None:
-    """What is wrong with stage:NAME: only a stage that runs before this one has left anything."""
+def _folder_problem(text: str) -> str | None:
+    """What is wrong with a folder that is to be written to, and made where it is missing."""
+    if not text:
+        return "must not be empty; . is the current folder"
+    odd = [character for character in text if not character.isprintable()]
+    if odd:
+        return f"{show(text)} holds {odd[0]!r}, which commands and reports could not name; choose another name"
+    longest = max(Path(text).parts, key=lambda part: len(part.encode()))
+    if len(longest.encode()) > NAME_MAX:
+        return f"{show(longest)} has {len(longest.encode())} bytes; file systems take names of at most {NAME_MAX}"
+    whole = len(os.path.abspath(text).encode())
+    if whole > PATH_MAX:
+        return f"the whole path has {whole} bytes, which leaves no room for the names of files below it"
+    above = next(folder for folder in (Path(text), *Path(os.path.abspath(text)).parents) if os.path.lexists(folder))
+    if not above.is_dir():
+        return f"{above} is a file, not a folder"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"{above} may not be written to"
+    return None
+
+
+def stage_problem(text: str, facts: Facts, *, leaves: Literal["model", "data"] | None = None) -> str | None:
+    """What is wrong with stage:NAME, None where it is right: only a stage that runs before this one has left anything.
+
+    `leaves` says what is to be taken from it: a model, from a stage that trains; data, from one that takes no step.
+    """
     name, earlier = text.removeprefix(STAGE), list(facts.earlier)
     if name in earlier:
-        return None
+        method = facts.earlier[name].groups.get("method")
+        if method is None or leaves is None or method.needs().takes_steps == (leaves == "model"):
+            return None
+        return (
+            f"stage {name!r} ({method.name}) leaves {'data and no model' if leaves == 'model' else 'a model, no data'}"
+        )
     if name == facts.name:
         return f"stage {name!r} is this one; a stage takes from those before it"
     if name in facts.all_stages:
         return f"stage {name!r} runs after this one; stages run in the order in which they are written"
     near = nearest(name, earlier)
-    hint = (
-        f"did you mean {near}?"
-        if near
-        else f"before this one: {', '.join(earlier)}"
-        if earlier
-        else "this is the first"
-    )
+    if near:
+        hint = f"did you mean {near}?"
+    else:
+        hint = f"before this one: {', '.join(earlier)}" if earlier else "this is the first"
     return f"there is no stage {name!r} ({hint})"
 
 
@@ -88,7 +126,7 @@ def _package_problem(text: str) -> str | None:
 
 
 def _not_there(text: str, what: str) -> str:
-    """The message, with the nearest name in the last folder of the path that is there."""
+    """The message for a path that leads nowhere, with the nearest name in the last of its folders that exists."""
     path = Path(text)
     present = next((folder for folder in path.parents if folder.is_dir()), None)
     where = "" if path.is_absolute() else f" (from the current folder, {Path.cwd()})"

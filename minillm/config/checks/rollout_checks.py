@@ -2,32 +2,35 @@
 
 from collections.abc import Iterator
 
-from minillm.config.checks.facts import Facts, Found
+from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.method import Method
 from minillm.config.rollout import RolloutConfig
 from minillm.config.training import Engine, TrainConfig
 from minillm.distributed.launcher import launched_size
 
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the values that leave a model's distribution as it is
+
 
 def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
-    """minillm samples from the models' own distributions."""
-    if method.name != "minillm":
+    """A method that weighs samples by the models' own distributions samples from these."""
+    if not method.needs().neutral_sampling:
         return
-    for key, neutral in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
+    for key, neutral in NEUTRAL.items():
         value = getattr(rollout, key)
         if value != neutral:
             yield Found(
                 f"rollout.{key}",
-                f"must be {neutral:g} for minillm, not {value:g}: its gradient weighs every sampled token by q/p~, the "
-                "models' own distributions, and is wrong for samples from any other",
+                f"must be {neutral:g} for method {method.name}, not {value:g}: its gradient weighs every sampled token by "
+                "the models' own distributions (q/p~), and is wrong for samples from any other",
                 ("method.name",),
             )
 
 
 def one_temperature(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
-    """The temperature of seqkd's answers is a key of the method."""
-    if method.name == "seqkd" and rollout.temperature != 1.0:
-        message = "has no effect on seqkd: the temperature of the teacher's answers is method.temperature"
+    """The temperature of the answers is set by one key."""
+    needs = method.needs()
+    if needs.samples and needs.temperature_key != "rollout.temperature" and rollout.temperature != 1.0:
+        message = f"has no effect on method {method.name}: the temperature of its answers is {needs.temperature_key}"
         yield Found("rollout.temperature", message, ("method.name",))
 
 
@@ -36,7 +39,7 @@ def whole_batches(facts: Facts, rollout: RolloutConfig, train: TrainConfig, meth
     ranks = launched_size()
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
     of_ranks = f" x {ranks} ranks" if ranks > 1 else ""
-    if method.name == "minillm" and rollout.buffer_size % step:
+    if method.needs().buffered and rollout.buffer_size % step:
         yield Found(
             "rollout.buffer_size",
             f"{rollout.buffer_size} answers do not divide into steps of {step} (per_device_train_batch_size "
@@ -51,8 +54,21 @@ def _multiples_around(number: int, step: int) -> str:
     return f"{below} and {below + step}" if below else str(step)
 
 
+def sampling_keys_used(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
+    """Keys of `rollout` are for a method that samples, and those of the buffer for one that has a buffer."""
+    needs = method.needs()
+    if not needs.samples:
+        for key in ("buffer_size", "batch_size", "max_new_tokens", *NEUTRAL):
+            yield Idle(f"rollout.{key}", f"has no effect: method {method.name} samples no answers", ("method.name",))
+    elif not needs.buffered:
+        yield Idle("rollout.buffer_size", f"has no effect: method {method.name} keeps no buffer", ("method.name",))
+
+
 def cuda_graphs_usable(facts: Facts, rollout: RolloutConfig, engine: Engine) -> Iterator[Found]:
-    """CUDA graphs are asked for where there can be any. Whether `device: auto` finds a GPU is known when the run starts."""
+    """CUDA graphs are asked for where there can be any.
+
+    Whether `device: auto` finds a GPU is only known when the run starts.
+    """
     if not rollout.cuda_graphs:
         return
     if engine.type != "torch":

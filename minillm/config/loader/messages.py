@@ -1,12 +1,13 @@
 """What pydantic found, in the words of someone who writes YAML; and which key was probably meant."""
 
 import difflib
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from minillm.config.errors import Finding
+from minillm.config.nearest import nearest
 from minillm.config.shape import Choice, Group, KeyPath, Leaf, Shape, all_keys, child_value, group_of, walk
+from minillm.config.wording import expected, show
 
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
@@ -15,16 +16,6 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
 }
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, at a path in the keys of a stage."""
-
-    path: KeyPath
-    message: str
-    kind: Literal["missing", "unknown", "value"] = "value"
-    instead: KeyPath | None = None  # of an unknown key: the one that was probably meant
 
 
 def explain(error: dict[str, Any], path: KeyPath, shape: Shape | None, root: Group, data: Any) -> Finding:
@@ -50,7 +41,8 @@ def explain(error: dict[str, Any], path: KeyPath, shape: Shape | None, root: Gro
         return Finding(path, _not_one_of(given, shape.names() if isinstance(shape, Leaf) else []))
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return Finding(path, f"must be {words} {context[key]:g}, not {show(given)}")
+        bound = context[key]
+        return Finding(path, f"must be {words} {bound if isinstance(bound, int) else f'{bound:g}'}, not {show(given)}")
     if kind == "finite_number":
         return Finding(path, f"must be finite, not {show(given)}")
     if kind == "too_short":
@@ -58,36 +50,6 @@ def explain(error: dict[str, Any], path: KeyPath, shape: Shape | None, root: Gro
     if kind == "string_pattern_mismatch":
         return Finding(path, f"{show(given)} is not what goes here: {_description(path, root, data)}")
     return Finding(path, expected(_TYPES.get(kind.partition("_")[0], "keys and values"), given))
-
-
-def expected(what: str, given: Any) -> str:
-    """Something of another type than what was expected, with the usual reason where there is one."""
-    if what == "keys and values" and given is None:
-        return "expected keys and values, not nothing; leave the group out to have its defaults"
-    hint = ""
-    if what == "text" and isinstance(given, int | float):
-        hint = "; put it in quotes"
-    elif what in ("a number", "a whole number") and isinstance(given, str) and _is_number(given):
-        hint = " in quotes; leave the quotes out"
-    return f"expected {what}, not {show(given)}{hint}"
-
-
-def show(value: Any) -> str:
-    """A value as the message has it, not too long."""
-    is_plain = isinstance(value, str | float)
-    text = repr(value) if is_plain else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def nearest(name: str, keys: Iterable[str]) -> str | None:
-    """The key that was probably meant: misspelt, a part of it, or its initials."""
-    keys = list(keys)
-    close = difflib.get_close_matches(name.lower(), keys, 1, 0.6)
-    if close:
-        return close[0]
-    parts = [key for key in keys if len(name) > 3 and name.lower() in key]
-    initials = [key for key in keys if "_" in key and "".join(word[:1] for word in key.split("_")) == name.lower()]
-    return min([*parts, *initials], key=len, default=None)
 
 
 def _unknown(path: KeyPath, root: Group, data: Any) -> Finding:
@@ -142,11 +104,3 @@ def _not_one_of(given: Any, names: list[str]) -> str:
         return f"there is no {show(given)} here, only {names[0]}"
     near = nearest(given, names) if isinstance(given, str) else None
     return f"{show(given)} is not {_one_of(names)}" + (f" (did you mean {near}?)" if near else "")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

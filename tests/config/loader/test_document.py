@@ -1,12 +1,10 @@
-"""YAML with line numbers, duplicate keys, numbers as people write them, and merging."""
+"""Files and overrides as trees, and which of two values wins where they are merged."""
 
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
-from minillm.config.loader.document import COMMAND_LINE, Origin, dotted, dump, merge, read_file, read_override, wrap
-from minillm.config.loader.validation import STAGE
+from minillm.config.loader.document import merge, read_file, read_override
+from minillm.config.root import STAGE_SHAPE
+from minillm.config.tree import COMMAND_LINE, Origin, wrap
 
 
 def read(tmp_path, text):
@@ -14,84 +12,6 @@ def read(tmp_path, text):
     path.write_text(text)
     problems = []
     return read_file(path, problems), problems
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("5.0e-6", 5e-6),
-        ("1E3", 1000.0),
-        (".5", 0.5),
-        ("-2", -2),
-        ("1_000", 1000),
-        ("0x10", 16),
-        ("010", "010"),
-        ("1:30", "1:30"),
-        ("yes", "yes"),
-        ("on", "on"),
-        ("true", True),
-        ("2024-01-01", "2024-01-01"),
-        ("~", None),
-        ("", None),
-        ('"8"', "8"),
-        ("[1, 1e-4, a]", [1, 1e-4, "a"]),
-    ],
-)
-def test_values_in_files_and_overrides(tmp_path, text, value):
-    node, problems = read(tmp_path, f"key: {text}\n")
-    assert not problems
-    assert node.plain() == {"key": value}
-    assert type(node.plain()["key"]) is type(value)
-    override = read_override(f"a.key={text}", problems)
-    assert not problems
-    assert override.plain() == {"a": {"key": value}}
-    assert type(override.plain()["a"]["key"]) is type(value)
-
-
-def test_lines_are_those_of_the_keys(tmp_path):
-    node, _ = read(tmp_path, "a: 1\n\n# words\nb:\n  c:\n    - x\n    - y: 2\n")
-    assert node.closest(("b",))[0].origin.line == 4
-    assert node.closest(("b", "c"))[0].origin.line == 5
-    assert node.closest(("b", "c", 1, "y"))[0].origin.line == 7
-    assert node.closest(("b", "nothing", "here")) == (node.value["b"], 1)
-
-
-def test_a_key_that_stands_twice_is_an_error_at_every_level(tmp_path):
-    node, problems = read(tmp_path, "a: 1\nb: {c: 1, c: 2}\na: 2\n")
-    assert [(problem.line, problem.path) for problem in problems] == [(2, "b.c"), (3, "a")]
-    assert "line 1" in problems[1].message
-    assert node.plain() == {"a": 1, "b": {"c": 1}}
-
-
-def test_anchors_and_merge_keys(tmp_path):
-    node, problems = read(tmp_path, "base: &base {a: 1, b: 2}\nmore: {<<: *base, b: 3}\n")
-    assert not problems
-    assert node.plain()["more"] == {"a": 1, "b": 3}
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "words"),
-    [
-        ("a: [1\n", 2, "not valid YAML"),
-        ("a:\n\tb: 1\n", 2, "tabs"),
-        ("a: b: c\n", 1, "not valid YAML"),
-        ("a: 1\n---\nb: 2\n", 2, "another document"),
-        ("- a\n", None, "keys and values"),
-        ("x: 1\na: !!python/object/apply:os.getcwd []\n", 2, "!!python/object/apply:os.getcwd"),
-        ("a: !thing 3\n", 1, "!thing"),
-        ("a: !!int three\n", 1, "three"),
-        ("a: !!bool three\n", 1, "three"),
-        ("a: &a {b: *a}\n", 1, "contains itself"),
-        ("a: &a {<<: &b {<<: *a}}\n", 1, "takes a group"),
-        ("? [1, 2]\n: 3\n", 1, "plain text"),
-    ],
-)
-def test_what_is_no_configuration_says_where_and_why(tmp_path, text, line, words):
-    _, problems = read(tmp_path, text)
-    assert problems[0].line == line
-    assert words in problems[0].message
-    assert "\n" not in str(problems[0])
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -122,7 +42,7 @@ def test_an_override_that_is_not_yaml_is_text_unless_it_began_as_a_list():
 
 
 def merged(under, over):
-    return merge(wrap(under, Origin("under")), wrap(over, Origin("over")), STAGE).plain()
+    return merge(wrap(under, Origin("under")), wrap(over, Origin("over")), STAGE_SHAPE).plain()
 
 
 def test_groups_merge_key_by_key_and_lists_are_replaced():
@@ -167,32 +87,7 @@ def test_null_takes_a_group_or_an_entry_of_one_away():
 
 def test_merged_values_remember_where_they_were_written():
     tree = merge(
-        wrap({"train": {"a": 1, "b": 2}}, Origin("under", 3)), wrap({"train": {"b": 4}}, Origin("over", 9)), STAGE
+        wrap({"train": {"a": 1, "b": 2}}, Origin("under", 3)), wrap({"train": {"b": 4}}, Origin("over", 9)), STAGE_SHAPE
     )
     assert tree.closest(("train", "a"))[0].origin == Origin("under", 3, ("train", "a"))
     assert tree.closest(("train", "b"))[0].origin == Origin("over", 9, ("train", "b"))
-
-
-def test_dotted():
-    assert dotted(("student", "layers", 0)) == "student.layers[0]"
-    assert dotted(()) == ""
-
-
-texts = st.text(alphabet="ab01:#-'\"\n\t é~.e{}[],&*!|>%@`?=<")
-scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), texts)
-awkward = st.sampled_from(["1e-4", "yes", "no", "on", "~", "null", "010", "1:30", "0x1F", "1_0", "=", "<<", "*a", "#"])
-documents = st.dictionaries(
-    st.text(min_size=1, alphabet="abcdefgh_"),
-    st.recursive(scalars | awkward, lambda inner: st.lists(inner, max_size=3), max_leaves=6),
-)
-
-
-@given(documents)
-def test_what_is_dumped_reads_back_here_and_elsewhere(tmp_path_factory, document):
-    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
-    path.write_text(dump(document), encoding="utf-8")
-    problems = []
-    node = read_file(path, problems)
-    assert not problems
-    assert node.plain() == document
-    assert yaml.safe_load(dump(document)) == document

@@ -1,4 +1,4 @@
-"""Files and overrides to typed stages; every problem at once, with file and line; and nothing heavy imported."""
+"""Files and overrides to typed stages, or every problem at once with file and line; and nothing heavy imported."""
 
 import subprocess
 import sys
@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillm.config.errors import ConfigErrors
-from minillm.config.loader.document import dump
-from minillm.config.loader.run_plan import load_evaluation, load_run, resolved
+from minillm.config.loader.evaluation_plan import load_evaluation
+from minillm.config.loader.run_plan import load_run, resolved
+from minillm.config.loader.yaml_text import dump
 from minillm.config.root import StageConfig
 from minillm.config.shape import Group, all_keys
 
@@ -226,26 +227,6 @@ def test_any_document_loads_or_is_explained(recipe, document, overrides, valid_b
             load(files, written)
         except ConfigErrors as errors:
             assert all(problem.message for problem in errors.problems)
-
-
-def test_evaluation_takes_its_groups_and_ignores_the_others(recipe):
-    file = recipe.write("teacher: {path: models/big}\neval: {sets: {a: {path: data/train.jsonl}}}\n")
-    plan = load_evaluation([file], ["eval.seeds=[1, 2]", "seed=5"])
-    assert (plan.teacher.path, list(plan.eval.sets), plan.eval.seeds, plan.seed) == ("models/big", ["a"], [1, 2], 5)
-    whole = recipe.write(EXAMPLE + "  last: {eval: {max_new_tokens: 9}, teacher: {path: stage:warmup}}\n", "whole.yaml")
-    plan = load_evaluation([whole])
-    assert (plan.eval.max_new_tokens, plan.teacher.path, plan.output_dir) == (9, "stage:warmup", Path("runs/stories"))
-
-
-def test_evaluation_names_what_is_wrong_with_what_it_needs(recipe):
-    file = recipe.write("teacher: {pth: x}\nevl: 3\neval: {sets: {a: {path: gone.jsonl}}}\ntrain: {lr: 3}\n")
-    with pytest.raises(ConfigErrors) as caught:
-        load_evaluation([file])
-    assert [problem.path for problem in caught.value.problems] == ["teacher.pth", "evl", "eval.sets.a.path"]
-    with pytest.raises(ConfigErrors, match="eval.sets: missing"):
-        load_evaluation([recipe.write(recipe.document)])
-    with pytest.raises(ConfigErrors, match="stages.a"):
-        load_evaluation([recipe.write("stages: {a: 3}\n")])
 
 
 def test_loading_imports_nothing_heavy(recipe):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.config.loader.validation import STAGE, usable_groups, validate_stage
+from minillm.config.loader.validation import usable_groups, validate_stage
+from minillm.config.root import STAGE_SHAPE
 from minillm.config.shape import all_keys
 
 VALID = {
@@ -169,7 +170,7 @@ JARGON = re.compile(r"\b(Input|pydantic|union|tag|discriminator|validation|Extra
 
 
 @settings(max_examples=300)
-@given(st.dictionaries(st.sampled_from(sorted(set(all_keys(STAGE)))), values, max_size=5))
+@given(st.dictionaries(st.sampled_from(sorted(set(all_keys(STAGE_SHAPE)))), values, max_size=5))
 def test_any_nonsense_is_explained_without_jargon(changes):
     data = copy.deepcopy(VALID)
     for path, value in changes.items():

@@ -1,0 +1,185 @@
+"""Whether models are causal language models, and whether the architecture in `student.config` can be built.
+
+An architecture is built as transformers builds it, on the meta device, which holds no weights. That imports torch and
+transformers, so that it is done only where `student.config` is given.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from minillm.config.checks.facts import Facts, Found, read_config_json
+from minillm.config.models import StudentConfig
+from minillm.config.wording import expected, show
+
+# The names that families give to numbers of layers, heads, tokens and features.
+SIZES = frozenset(
+    "hidden_size n_embd d_model intermediate_size n_inner ffn_dim head_dim vocab_size num_hidden_layers n_layer n_layers "
+    "num_layers num_attention_heads n_head n_heads num_key_value_heads max_position_embeddings n_positions".split()
+)
+LARGEST = 2**31 - 1
+MOST_LAYERS = 200  # of which a model is built in a moment
+# Ends of class names in `architectures` of models that predict no next token.
+_OTHER_TASKS = (
+    "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification",
+    "ForObjectDetection", "ForSemanticSegmentation", "ForCTC", "ForPreTraining",
+)  # fmt: skip
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_KIND = ("student", "config", "model_type")
+_WANTED = "student and teacher must be causal language models (llama, gpt2, qwen2, ...)"
+
+
+def causal_models(facts: Facts) -> Iterator[Found]:
+    """The models of local folders predict the next token from those before it."""
+    for who in ("student", "teacher"):
+        model = facts.groups.get(who)
+        if model is None or not model.path:
+            continue
+        keys = read_config_json(Path(model.path))
+        names = keys.get("architectures")
+        names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        kind = f"{names[0]}, " if names else ""
+        if keys.get("is_encoder_decoder") is True:
+            yield Found(f"{who}.path", f"{model.path} is {kind}an encoder-decoder; {_WANTED}")
+        elif names and all(name.endswith(_OTHER_TASKS) for name in names):
+            yield Found(f"{who}.path", f"{model.path} is {kind}which predicts no next token; {_WANTED}")
+
+
+def fresh_architecture(facts: Facts, student: StudentConfig) -> Iterator[Found]:
+    """The keys of `student.config` are an architecture that can be built."""
+    keys = _all_keys(student)
+    if keys is None:
+        return
+    wrong = [key for key in student.config if key in SIZES and not _is_size(student.config[key])]
+    for key in wrong:
+        message = f"must be from 1 to {LARGEST:,}, not {show(student.config[key])}"
+        yield Found(("student", "config", key), message)
+    if not wrong:
+        yield from _build(keys, student.config)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value may be a size; other types than whole numbers are left to transformers, which knows what it takes."""
+    return not isinstance(value, int) or isinstance(value, bool) or 1 <= value <= LARGEST
+
+
+def _all_keys(student: StudentConfig) -> dict[str, Any] | None:
+    """The keys of the whole architecture, with those of a local `path`; None where they are not all known here."""
+    if student.init != "random" or student.config is None or student.trust_remote_code:
+        return None
+    if student.path is None:
+        return student.config if "model_type" in student.config else None
+    keys = read_config_json(Path(student.path))
+    if not isinstance(keys.get("model_type"), str):
+        return None
+    counts = {keys.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")} - {None}
+    # lists of one entry per layer are made anew with another number of layers
+    per_layer = [key for key, value in keys.items() if isinstance(value, list) and len(value) in counts]
+    return {**{key: value for key, value in keys.items() if key not in per_layer}, **student.config}
+
+
+def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = keys["model_type"]
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(kind), CONFIG_MAPPING, 1, 0.6)
+        hint = f"did you mean {close[0]}?" if close else "llama, gpt2, qwen2, ..."
+        yield Found(_KIND, f"transformers knows no {show(kind)} ({hint})")
+        return
+    family = CONFIG_MAPPING[kind]
+    misspelt = list(_misspelt(own, family))
+    if misspelt:
+        yield from misspelt
+        return
+    try:
+        with _quiet():
+            architecture = family(**{key: value for key, value in keys.items() if key != "model_type"})
+    except StrictDataclassError as error:
+        yield _of_field(str(error), own) or Found("student.config", f"no {kind} model has these keys: {_cause(error)}")
+        return
+    except Exception as error:  # whatever a family's own code makes of a value that it did not expect
+        yield Found("student.config", f"no {kind} model has these keys: {_cause(error)}")
+        return
+    refused = _not_causal(kind, architecture)
+    if refused is not None:
+        yield Found(_KIND, refused)
+        return
+    if (architecture.get_text_config().num_hidden_layers or 0) > MOST_LAYERS:
+        return
+    try:
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture)
+            model(torch.zeros(1, 2, dtype=torch.long))
+    except NotImplementedError:  # an operation that the meta device does not have says nothing of the keys
+        return
+    except Exception as error:
+        if "meta" not in str(error):
+            yield Found("student.config", f"no {kind} model can be built of these keys: {_cause(error)}")
+
+
+def _not_causal(kind: str, architecture: Any) -> str | None:
+    """The message for a family that does not predict the next token from those before it, None for one that does."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if architecture.is_encoder_decoder:
+        return f"{kind} is an encoder-decoder; {_WANTED}"
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"{kind} predicts no next token; {_WANTED}"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(architecture, "is_decoder", False):
+        return f"{kind} reads a text in both directions unless its is_decoder is true; {_WANTED}"
+    return None
+
+
+def _misspelt(own: Mapping[str, Any], family: type) -> Iterator[Found]:
+    """Keys that the family nearly has: transformers keeps every key, and uses those that it knows."""
+    known = {field.name for field in fields(family)} | set(family.attribute_map)
+    for key in own:
+        close = difflib.get_close_matches(key, known, 1, 0.85)
+        if key not in known and close:
+            message = f"{family.model_type} models have no such key (did you mean {close[0]}?)"
+            yield Found(("student", "config", key), message)
+
+
+def _of_field(text: str, own: Mapping[str, Any]) -> Found | None:
+    """The finding of a value of another type than its family takes, None where the error is of another kind."""
+    found = re.search(r"Field '(\w+)' expected (\w+)", text)
+    if found is not None:
+        types = [found[2]]
+    else:
+        found = re.search(r"Field '(\w+)' with value .* doesn't match any type in (.*?)\)", text)
+        types = [] if found is None else re.findall(r"<class '(\w+)'>", found[2])
+    if not types or found[1] not in own:
+        return None
+    words = " or ".join(_TYPES.get(name, name) for name in types)
+    return Found(("student", "config", found[1]), expected(words, own[found[1]]))
+
+
+def _cause(error: Exception) -> str:
+    """The cause of an error in one line, without the name of the validator that transformers puts above it."""
+    lines = str(error).strip().splitlines() or [""]
+    text = re.sub(r"^\w+Error: ", "", lines[-1].strip())
+    return text if isinstance(error, ValueError | RuntimeError) or len(lines) > 1 else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning about ids beyond a vocabulary: those of the tokenizer come later."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

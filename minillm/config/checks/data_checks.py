@@ -1,0 +1,34 @@
+"""What must hold between the keys of each source of data."""
+
+from collections.abc import Iterator
+
+from minillm.config.checks.facts import Facts, Found, Idle
+from minillm.config.data import DataConfig
+from minillm.config.evaluation import EvalConfig
+from minillm.config.method import Method
+
+
+def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
+    """The keys of the training prompts."""
+    if data.prompts is not None:
+        yield from _system_message(("data", "prompts"), data.prompts.template)
+
+
+def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
+    """The keys of all held-out prompts and questions."""
+    for group in ("sets", "calibration"):
+        for name, source in getattr(eval, group).items():
+            yield from _system_message(("eval", group, name), source.template)
+
+
+def _system_message(path: tuple[str, ...], template: str) -> Iterator[Found]:
+    if template != "chat":
+        message = f"has no effect on template {template}; it is for chat"
+        yield Idle((*path, "system"), message, ((*path, "template"),))
+
+
+def corpus_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """Plain text is for a method that reads some."""
+    if data.corpus is not None and not method.needs().corpus:
+        message = f"has no effect: method {method.name} reads no plain text with these keys"
+        yield Idle("data.corpus", message, ("method.name",))

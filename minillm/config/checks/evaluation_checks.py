@@ -1,0 +1,43 @@
+"""What must hold between the keys of `eval`, and of `eval` and the teacher."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+from minillm.config.checks.facts import Facts, Found, Idle
+from minillm.config.evaluation import EvalConfig
+from minillm.config.models import TeacherConfig
+from minillm.config.training import TrainConfig
+
+
+def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherConfig | None) -> Iterator[Found]:
+    """What is asked for can be measured."""
+    why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
+    if eval.sets and "_kl_" in eval.metric and why is not None:
+        yield Found("eval.metric", f"{eval.metric} is a distance to the teacher, and {why}", ("eval.teacher",))
+    if eval.exposure_bias is not None and why is not None:
+        yield Found("eval.exposure_bias", f"is measured against the teacher, and {why}", ("eval.teacher",))
+    if any(low >= high for low, high in pairwise(eval.length_buckets)):
+        yield Found("eval.length_buckets", f"must rise from one to the next, not {eval.length_buckets}")
+    repeated = [str(seed) for seed, count in Counter(eval.seeds).items() if count > 1]
+    if repeated:
+        yield Found("eval.seeds", f"names {', '.join(repeated)} more than once, which would measure the same twice")
+
+
+def evaluation_keys_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
+    """Keys of `eval` are for an evaluation that takes place, and those of sampling for one that samples."""
+    if not eval.sets and not eval.calibration:
+        for key in EvalConfig.model_fields:
+            if key not in ("sets", "calibration"):
+                yield Idle(f"eval.{key}", "has no effect without eval.sets: nothing is evaluated", ("eval.sets",))
+    elif eval.temperature == 0:
+        for key in ("top_k", "top_p"):
+            message = "has no effect: at temperature 0 every token is the likeliest one"
+            yield Idle(f"eval.{key}", message, ("eval.temperature",))
+
+
+def measured_after_training(facts: Facts, eval: EvalConfig, train: TrainConfig) -> Iterator[Found]:
+    """Analyses that take too long for the evaluations of a run are asked for where they are made."""
+    for key in ("exposure_bias", "calibration"):
+        message = "has no effect on training: it is measured by `minillm eval` and `minillm experiment`"
+        yield Idle(f"eval.{key}", message, ("eval",))

@@ -1,0 +1,71 @@
+"""What a method needs, as its configuration class declares it, is there: data, a teacher, and what it asks of both."""
+
+from collections.abc import Iterator
+
+from minillm.config.checks.facts import Facts, Found, Idle
+from minillm.config.data import DataConfig
+from minillm.config.method import Method
+from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.needs import ABILITIES
+
+# The needs that are data -> what the method does with them.
+MATERIAL = {
+    "prompts": "trains on prompts",
+    "pairs": "trains on pairs of a chosen and a rejected answer",
+    "corpus": "reads plain text",
+    "images": "trains on prompts that show images",
+}
+
+
+def material(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """All data that the method needs is given."""
+    for need, does in MATERIAL.items():
+        if not getattr(method.needs(), need):
+            continue
+        if need not in DataConfig.model_fields:
+            yield Found("method.name", f"method {method.name} {does}, which no key of `data` gives")
+        elif getattr(data, need) is None:
+            why, reads = _why(method, need)
+            yield Found(f"data.{need}", f"missing: method {method.name} {does}{why}", reads)
+
+
+def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) -> Iterator[Found]:
+    """There is a teacher where the method needs one, and it can do what the method asks of it."""
+    needs = method.needs()
+    if teacher is None:
+        if needs.teacher:
+            why, reads = _why(method, "teacher")
+            yield Found("teacher", f"missing: method {method.name} needs one{why}", reads)
+        return
+    for ability in sorted(needs.teacher_abilities - teacher.abilities):
+        what = ABILITIES.get(ability, ability)
+        message = f"method {method.name} needs a teacher that can {what}, which this one cannot"
+        yield Found("teacher", message, ("method.name",))
+
+
+def _why(method: Method, need: str) -> tuple[str, tuple[str, ...]]:
+    """(words, keys) for a need that comes from one of the method's keys: which, and the value that does away with it."""
+    key = method.needs().because.get(need)
+    if key is None:
+        return "", ()
+    without = method.value_without(need)
+    instead = "" if without is None else f"; give it here, or set method.{key} to {_show(without)}"
+    return f" while method.{key} is {_show(getattr(method, key))}{instead}", (f"method.{key}",)
+
+
+def adapters_trained(facts: Facts, student: StudentConfig, method: Method) -> Iterator[Found]:
+    """Adapters are asked for only where the student is trained."""
+    if student.lora is not None and "student" not in method.needs().trains:
+        yield Idle("student.lora", f"has no effect: method {method.name} does not train the student", ("method.name",))
+
+
+def own_keys(facts: Facts, method: Method) -> Iterator[Found]:
+    """The method's keys go together, by its own rules."""
+    for key, message, others in method.findings():
+        yield Found(f"method.{key}", message, tuple(f"method.{other}" for other in others))
+    for key, message, because in method.idle_keys():
+        yield Idle(f"method.{key}", message, (f"method.{because}",))
+
+
+def _show(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value).lower()

@@ -1,0 +1,44 @@
+"""What must hold between the keys of `train`: training ends, and its schedule has what it takes."""
+
+from collections.abc import Iterator
+
+from minillm.config.checks.facts import Facts, Found, Idle
+from minillm.config.checks.place_checks import stage_problem
+from minillm.config.training import SCHEDULES, TrainConfig
+
+LIMITS = ("train.max_steps", "train.num_train_epochs", "train.max_seconds", "train.max_student_tokens")
+
+
+def length_of_training(facts: Facts, train: TrainConfig) -> Iterator[Found]:
+    """Training ends, where the stage trains at all."""
+    method = facts.groups.get("method")
+    if method is not None and not method.needs().takes_steps:
+        return
+    name = train.lr_scheduler_type
+    if train.max_steps is None and train.num_train_epochs is None:
+        if train.max_seconds is None and train.max_student_tokens is None:
+            message = "missing: how long to train; or num_train_epochs, max_seconds or max_student_tokens"
+            yield Found("train.max_steps", message, LIMITS)
+        elif SCHEDULES[name].counts_steps:
+            message = f"{name} must know how many steps there will be: give max_steps or num_train_epochs as well"
+            yield Found("train.lr_scheduler_type", message, LIMITS)
+    if isinstance(train.max_seconds, str):
+        problem = stage_problem(train.max_seconds, facts)
+        if problem is not None:
+            yield Found("train.max_seconds", problem)
+
+
+def schedule_arguments(facts: Facts, train: TrainConfig) -> Iterator[Found]:
+    """The schedule has its arguments, and no others."""
+    schedule, name = SCHEDULES[train.lr_scheduler_type], train.lr_scheduler_type
+    for key in train.lr_scheduler_kwargs:
+        if key not in schedule.takes:
+            known = f"; it takes {', '.join(schedule.takes)}" if schedule.takes else "; it takes none"
+            path = ("train", "lr_scheduler_kwargs", key)
+            yield Found(path, f"no argument of {name}{known}", ("train.lr_scheduler_type",))
+    if schedule.needs_one_of and not set(schedule.needs_one_of) & set(train.lr_scheduler_kwargs):
+        needed = " or ".join(schedule.needs_one_of)
+        yield Found("train.lr_scheduler_kwargs", f"missing: {name} needs {needed}", ("train.lr_scheduler_type",))
+    if not schedule.warms_up:
+        message = f"has no effect on the schedule {name}; {name}_with_warmup has a warm-up"
+        yield Idle("train.warmup_steps", message, ("train.lr_scheduler_type",))

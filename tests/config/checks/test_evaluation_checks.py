@@ -1,0 +1,39 @@
+"""What is asked of an evaluation can be measured, and is measured."""
+
+
+def test_the_metric_must_be_measurable(recipe):
+    sets = {"a": {"path": "data/train.jsonl"}}
+    without = {"teacher": ..., "method": {"name": "sft"}}
+    for metric in ("reverse_kl_nats", "sequence_reverse_kl_nats", "forward_kl_nats"):
+        assert recipe.problems(eval={"sets": sets, "metric": metric}) == {}
+        found = recipe.problems(eval={"sets": sets, "metric": metric}, **without)
+        assert "there is no teacher" in found["eval.metric"]
+        found = recipe.problems(eval={"sets": sets, "metric": metric, "teacher": False})
+        assert "eval.teacher is false" in found["eval.metric"]
+        assert recipe.problems(eval={"metric": metric}, **without) == {}  # nothing is evaluated
+    assert recipe.problems(eval={"sets": sets, "metric": "loss_nats"}, **without) == {}
+
+
+def test_a_seed_is_named_once(recipe):
+    assert "names 3 more than once" in recipe.problems(eval={"seeds": [3, 4, 3]})["eval.seeds"]
+
+
+def test_nothing_is_set_for_an_evaluation_that_does_not_take_place(recipe):
+    assert "without eval.sets" in recipe.problems("eval.steps=5")["eval.steps"]
+    sets = {"a": {"path": "data/train.jsonl"}}
+    assert recipe.problems("eval.steps=5", eval={"sets": sets}) == {}
+    assert recipe.problems("eval.sets=null", eval={"sets": sets, "steps": 5}) == {}  # to do without, for once
+
+
+def test_greedy_answers_have_no_use_for_nucleus_or_top_k(recipe):
+    greedy = {"sets": {"a": {"path": "data/train.jsonl"}}, "temperature": 0.0}
+    assert set(recipe.problems(eval={**greedy, "top_k": 5, "top_p": 0.9})) == {"eval.top_k", "eval.top_p"}
+    assert recipe.problems(eval={**greedy, "no_repeat_ngram_size": 3}) == {}
+
+
+def test_long_analyses_are_not_asked_of_training_on_the_command_line(recipe):
+    evaluation = {"sets": {"a": {"path": "data/train.jsonl"}}, "exposure_bias": {"samples": 2}}
+    assert recipe.problems(eval=evaluation) == {}  # the same file is for `minillm eval`
+    assert (
+        "minillm eval" in recipe.problems("eval.exposure_bias.samples=3", eval=evaluation)["eval.exposure_bias.samples"]
+    )

@@ -1,0 +1,164 @@
+"""What a method declares that it needs is there, whatever the method is called."""
+
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+from pydantic import Field
+
+from minillm.config.method import MethodConfig
+from minillm.config.models import TeacherConfig
+from minillm.config.needs import Needs, TermNeeds
+
+
+@pytest.mark.parametrize("name", ["minillm", "kd", "seqkd", "gkd"])
+def test_methods_that_need_a_teacher(recipe, name):
+    assert recipe.problems(teacher=..., method={"name": name}) == {"teacher": f"missing: method {name} needs one"}
+    assert recipe.problems(teacher=None, method={"name": "sft"}) == {}
+
+
+@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd"])
+def test_every_method_needs_prompts(recipe, name):
+    found = recipe.problems(method={"name": name}, data={"corpus": {"path": "data/*.txt"}})
+    assert found == {"data.prompts": f"missing: method {name} trains on prompts"}
+
+
+def test_the_pretraining_loss_needs_a_corpus(recipe):
+    assert "lm_coef is 1" in recipe.problems(data__corpus=...)["data.corpus"]
+    assert recipe.problems(data__corpus=..., method={"name": "minillm", "lm_coef": 0}) == {}
+    assert recipe.problems(data__corpus=..., method={"name": "kd"}) == {}
+
+
+def test_parameters_of_a_divergence_that_has_them(recipe):
+    found = recipe.problems(method={"name": "kd", "divergence": "tvd", "beta": 0.2, "skew": 0.3})
+    assert set(found) == {"method.beta", "method.skew"}
+    assert recipe.problems(method={"name": "kd", "divergence": "jsd", "beta": 0.2}) == {}
+    assert recipe.problems(method={"name": "kd", "divergence": "skew_reverse_kl", "skew": 0.2}) == {}
+
+
+def test_keys_that_another_key_of_the_method_leaves_without_effect(recipe):
+    for method, key in (
+        ({"lm_coef": 0, "pt_kd_ratio": 0.5}, "pt_kd_ratio"),
+        ({"single_step": False, "single_step_weighted": False}, "single_step_weighted"),
+        ({"cliprange": None, "importance_weight_in_clip": False}, "importance_weight_in_clip"),
+        ({"alpha": 0, "importance_weight": "sequence"}, "importance_weight"),
+    ):
+        found = recipe.problems(method={"name": "minillm", **method})
+        assert set(found) == {f"method.{key}"} and "has no effect" in found[f"method.{key}"]
+    assert (
+        "cross-entropy alone"
+        in recipe.problems("method.ce_ratio=1", "method.divergence=jsd", method={"name": "kd"})["method.divergence"]
+    )
+
+
+class Preference(MethodConfig):
+    """A method of another package, with needs that none of minillm's methods has."""
+
+    name: Literal["preference"]
+    weight: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.5, description="Of the corpus")
+    margin: float = Field(0.0, description="Only with a weight")
+    summary: ClassVar[str] = "preferences"
+
+    def needs(self) -> Needs:
+        return Needs(
+            (TermNeeds("preference", ("pairs",), teacher=True),),
+            prompts=False,
+            pairs=self.weight < 0.9,
+            images=self.weight == 0.1,
+            corpus=self.weight > 0,
+            samples=("teacher",),
+            buffered=True,
+            neutral_sampling=True,
+            teacher=self.weight < 1,
+            teacher_abilities=frozenset({"layers"}),
+            because={"corpus": "weight", "teacher": "weight"},
+        )
+
+    def findings(self):
+        if self.margin < 0:
+            yield "margin", "must not be negative", ("weight",)
+
+    def idle_keys(self):
+        if self.weight == 0:
+            yield "margin", "has no effect: weight is 0", "weight"
+
+
+@pytest.fixture
+def preference(recipe, registered):
+    registered(Preference)
+
+    def problems(*overrides, weight=0.95, **changes):
+        method = {"name": "preference", "weight": weight, **changes.pop("method", {})}
+        return recipe.problems(*overrides, method=method, **changes)
+
+    return problems
+
+
+def test_a_registered_method_is_checked_by_its_needs_alone(preference):
+    assert preference() == {}
+    assert preference(data={"corpus": {"path": "data/*.txt"}}) == {}  # it needs no prompts
+    assert preference(data__corpus=...)["data.corpus"] == (
+        "missing: method preference reads plain text while method.weight is 0.95; give it here, or set method.weight to 0"
+    )
+    assert preference(teacher=...)["teacher"] == (
+        "missing: method preference needs one while method.weight is 0.95; give it here, or set method.weight to 1"
+    )
+    assert "for method preference" in preference(rollout={"top_k": 3})["rollout.top_k"]
+    assert "do not divide" in preference(rollout={"buffer_size": 3})["rollout.buffer_size"]
+    assert preference(method={"margin": -1.0})["method.margin"] == "must not be negative"
+    assert preference(weight=0.0, method={"margin": 1.0})["method.margin"] == "has no effect: weight is 0"
+
+
+def test_data_for_which_there_is_no_key_is_said_at_the_name_of_the_method(preference, monkeypatch):
+    from minillm.config.data import DataConfig
+
+    without = {name: field for name, field in DataConfig.model_fields.items() if name not in ("pairs", "images")}
+    monkeypatch.setattr(DataConfig, "__pydantic_fields__", without)
+    assert preference(weight=0.5)["method.name"] == (
+        "method preference trains on pairs of a chosen and a rejected answer, which no key of `data` gives"
+    )
+
+
+def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):
+    monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"sample"}))
+    assert preference()["teacher"] == (
+        "method preference needs a teacher that can give hidden states of inner layers, which this one cannot"
+    )
+
+
+def test_the_teacher_reads_what_it_answers(preference, recipe):
+    recipe.model("models/small", max_position_embeddings=300)
+    found = preference(teacher__path="models/small", rollout={"max_new_tokens": 100})
+    assert "the 300 that the teacher models/small can read" in found["rollout.max_new_tokens"]
+
+
+def test_adapters_are_for_a_student_that_is_trained(recipe, registered):
+    pytest.importorskip("peft")
+
+    class Selection(MethodConfig):
+        """A stage without steps, which chooses documents."""
+
+        name: Literal["selection"]
+        summary: ClassVar[str] = "selection"
+
+        def needs(self) -> Needs:
+            return Needs((), prompts=False, corpus=True, teacher=True, trains=())
+
+    registered(Selection)
+    selection = {"name": "selection"}
+    assert recipe.problems(method=selection, train={}) == {}  # nothing is trained, so that nothing says when it ends
+    found = recipe.problems("student.lora={r: 8, alpha: 32}", method=selection)
+    assert set(found) == {"student.lora.r", "student.lora.alpha"}
+    assert "400 tokens are more than the 300" in recipe_with_long_blocks(recipe, selection)["data.corpus.block_size"]
+
+    # the data that it leaves is for later stages, and no model
+    stages = {"choose": {"method": selection}, "train": {"data": {"corpus": {"path": "stage:choose"}}}}
+    assert recipe.problems(stages=stages) == {}
+    stages["train"]["student"] = {"path": "stage:choose"}
+    assert "leaves data and no model" in recipe.problems(stages=stages)["stages.train.student.path"]
+    stages = {"train": {}, "again": {"data": {"corpus": {"path": "stage:train"}}}}
+    assert "leaves a model, no data" in recipe.problems(stages=stages)["stages.again.data.corpus.path"]
+
+
+def recipe_with_long_blocks(recipe, method):
+    recipe.model("models/small", max_position_embeddings=300)
+    return recipe.problems(method=method, teacher__path="models/small", data__corpus__block_size=400)

@@ -1,0 +1,53 @@
+"""Training ends, and its schedule has what it takes and no more."""
+
+import inspect
+
+import pytest
+import transformers
+
+from minillm.config.training import SCHEDULES
+
+
+def test_training_must_end(recipe):
+    assert "how long to train" in recipe.problems(train={})["train.max_steps"]
+    for limit in ({"num_train_epochs": 0.5}, {"max_seconds": 60}, {"max_student_tokens": 1000}):
+        assert recipe.problems(train=limit) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "wrong"),
+    [
+        ("cosine", {}, {}),
+        ("cosine", {"num_cycles": 1}, {}),
+        ("cosine", {"min_lr": 1e-6}, {"train.lr_scheduler_kwargs.min_lr": "it takes num_cycles"}),
+        ("constant", {"power": 1}, {"train.lr_scheduler_kwargs.power": "it takes none"}),
+        ("cosine_with_min_lr", {}, {"train.lr_scheduler_kwargs": "needs min_lr or min_lr_rate"}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, {}),
+        ("warmup_stable_decay", {}, {"train.lr_scheduler_kwargs": "needs num_decay_steps"}),
+        ("warmup_stable_decay", {"num_decay_steps": 4}, {}),
+    ],
+)
+def test_arguments_of_schedules(recipe, kind, arguments, wrong):
+    found = recipe.problems(train__lr_scheduler_type=kind, train__lr_scheduler_kwargs=arguments)
+    assert set(found) == set(wrong)
+    for path, words in wrong.items():
+        assert words in found[path]
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_that_count_steps_must_know_them(recipe, kind):
+    arguments = {key: 1 for key in SCHEDULES[kind].needs_one_of[:1]}
+    train = {"max_seconds": 60, "lr_scheduler_type": kind, "lr_scheduler_kwargs": arguments}
+    assert bool(recipe.problems(train=train)) == SCHEDULES[kind].counts_steps
+    assert recipe.problems(train=train | {"max_steps": 10}) == {}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_table_of_schedules_is_what_transformers_has(kind):
+    function = transformers.optimization.TYPE_TO_SCHEDULER_FUNCTION[transformers.SchedulerType(kind)]
+    parameters = inspect.signature(function).parameters
+    own = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    numbers = {name for name, one in parameters.items() if name not in own and not isinstance(one.default, str)}
+    assert numbers == set(SCHEDULES[kind].takes)
+    assert ("num_training_steps" in parameters) == SCHEDULES[kind].counts_steps
+    assert ("num_warmup_steps" in parameters) == SCHEDULES[kind].warms_up
