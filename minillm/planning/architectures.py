@@ -51,16 +51,28 @@ class Architectures:
             return changed_architecture(self._read(config), keys)
         if "vocab_size" not in keys:
             raise UserError("student.config has no vocab_size; without loading the tokenizer `plan` needs it")
-        return AutoConfig.for_model(**keys)
+        try:
+            return AutoConfig.for_model(**keys)
+        except ValueError:
+            raise UserError(
+                f"student.config.model_type: transformers knows no {keys.get('model_type')!r} (llama, gpt2, qwen2, ...)"
+            ) from None
 
     def _read(self, config: ModelConfig) -> PreTrainedConfig:
         path = expand(config.path)
         if path.startswith(STAGE):
             return self.student(self._stages[path.removeprefix(STAGE)])
         if is_hub_name(path):
-            return AutoConfig.from_pretrained(known_architecture(path, self._folders, config.revision))
-        where, place = hub_arguments(config.path, Path("."))
-        return AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
+            where, place = known_architecture(path, self._folders, config.revision), {}
+        else:
+            where, place = hub_arguments(config.path, Path("."))
+        try:
+            return AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
+        except (ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            if "trust_remote_code" in str(error):
+                reason = "its architecture is Python code of its own, which runs only where trust_remote_code is true"
+            raise UserError(f"{config.path} cannot be planned: {reason}") from error
 
 
 def known_architecture(name: str, folders: Sequence[Path], revision: str | None = None) -> Path:

@@ -64,8 +64,8 @@ def _gathered(phase: str, simulation: Simulation, work: Work, sharding: Sharding
         if teacher is not None and any(term.teacher for term in work.terms) and sharding.gathers("teacher"):
             total += teacher.head * teacher.itemsize  # all that the update reads of it
         return total
-    parts = {"rollout": (work.decoding,), "scoring": (work.scoring,), "evaluation": work.evaluation}[phase]
-    return max(_gathered_for(part, simulation, sharding) for part in parts)
+    passes = {"rollout": work.decodings, "scoring": work.scorings, "evaluation": work.evaluation}[phase]
+    return max(_gathered_for(one, simulation, sharding) for one in passes)
 
 
 def _gathered_for(forward: Decoding | Forward, simulation: Simulation, sharding: Sharding) -> int:
@@ -83,6 +83,6 @@ def _teacher_rows(simulation: Simulation, work: Work, world_size: int) -> tuple[
     if simulation.teacher is None:
         return 0, {False: 0, True: 0}
     row = simulation.teacher.hidden_size * simulation.teacher.itemsize
-    answers = 0 if not work.buffered else work.buffered * work.decoding.answer
+    tokens = 0 if not work.buffered else work.buffered * max(decoding.answer for decoding in work.decodings)
     waiting = {flag: work.waiting_rows(from_buffer=flag) * row for flag in (False, True)}
-    return answers * row // world_size + answers * VECTOR_BYTES, waiting
+    return tokens * row // world_size + tokens * VECTOR_BYTES, waiting

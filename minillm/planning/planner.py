@@ -1,11 +1,13 @@
 """From a configuration to its plan: every stage simulated, sharded, fitted to a GPU, and what to change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
+from minillm.config.needs import Needs
 from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
@@ -13,7 +15,7 @@ from minillm.planning.setting import Setting
 from minillm.planning.sharding import Sharding, sharding_of
 from minillm.planning.simulate import PHASES, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
-from minillm.planning.work import Work, work_of
+from minillm.planning.work import NothingToPlan, Work, work_of
 
 WORLD_SIZES = tuple(2**power for power in range(11))
 
@@ -29,8 +31,9 @@ class StagePlan:
     simulation: Simulation
     memory: list[PhaseMemory]
     activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
-    speed: Speed
-    memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; ValueError where the buffer does not divide
+    speed: Speed | None  # None where the stage takes no step
+    memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; UserError where the buffer does not divide
+    not_counted: tuple[str, ...]  # what the method needs beside what the plan holds
 
     @property
     def peak(self) -> PhaseMemory:
@@ -41,7 +44,7 @@ class StagePlan:
         for size in WORLD_SIZES if self.sharding.stage else (1,):
             try:
                 phases = self.memory_on(size)
-            except ValueError:
+            except UserError:
                 continue
             if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
                 return size
@@ -55,6 +58,7 @@ class PlannedRun:
     gpu: Gpu
     world_size: int
     stages: list[StagePlan]
+    unplanned: dict[str, str]  # stage -> why there is nothing to plan in it
 
     @property
     def peak_bytes(self) -> int:
@@ -66,24 +70,34 @@ class PlannedRun:
 
 
 def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> PlannedRun:
-    """Plan every stage. Raises UserError for an unknown GPU or architecture, and for what one process cannot do."""
+    """Plan every stage.
+
+    Raises UserError for an unknown GPU or architecture, for what one process cannot do, and where no stage has anything
+    to plan.
+    """
     device = find_gpu(gpu)
     architectures = Architectures(plan)
-    return PlannedRun(
-        device, world_size, [_plan_stage(stage, architectures, device, world_size) for stage in plan.stages]
-    )
+    stages, unplanned = [], {}
+    for stage in plan.stages:
+        try:
+            stages.append(_plan_stage(stage, architectures, device, world_size))
+        except NothingToPlan as reason:
+            unplanned[stage.name] = str(reason)
+    if not stages:
+        raise UserError("\n".join(f"stage {name!r}: {reason}" for name, reason in unplanned.items()))
+    return PlannedRun(device, world_size, stages, unplanned)
 
 
 def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world_size: int) -> float | None:
     """The most that one rank of a stage would allocate on such a device; None where its models are not known here."""
     architectures = Architectures(plan)
+    setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
     try:
         student, teacher = architectures.student(stage), architectures.teacher(stage)
         work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
-    except ValueError:
+        simulation = simulate(setting, work.moment, student, teacher, device)
+    except UserError:
         return None
-    setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
-    simulation = simulate(setting, work.moment, student, teacher, device)
     return max(phase.device_bytes for phase in memory_of(simulation, work, sharding, device)) / 2**30
 
 
@@ -116,6 +130,17 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         simulation=simulation,
         memory=memory(world_size),
         activations=activations,
-        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked),
+        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked)
+        if work.terms
+        else None,
         memory_on=memory,
+        not_counted=tuple(_not_counted(config.method.needs())),
     )
+
+
+def _not_counted(needs: Needs) -> Iterator[str]:
+    beside = [name for name in needs.trains if name != "student"]
+    if beside:
+        yield f"what the method trains beside the student: {', '.join(beside)}"
+    if needs.images:
+        yield "the pictures that prompts show, and the model that reads them"

@@ -12,25 +12,41 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from transformers import PreTrainedConfig
 
+from minillm import UserError
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
 from minillm.models.loading import without_dropout
+<<<<<<< HEAD
 from minillm.models.modes import sampling_mode
 from minillm.models.pruning import layers_of
+=======
+>>>>>>> plan-report
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
 from minillm.planning.quantized import quantize
 from minillm.planning.setting import Setting
+<<<<<<< HEAD
 from minillm.planning.sizes import ModelSize, build, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, Term, Work
+=======
+from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
+from minillm.planning.work import Decoding, Forward, TermShape, Work
+from minillm.rollout.local.decoder import sampling_mode
+>>>>>>> plan-report
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
 PHASES = ("rollout", "scoring", "update", "evaluation")
+VALUES_NEEDED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 FEW = 3  # layers: the first, the last, and one between two others
 
 
@@ -57,12 +73,22 @@ def simulate(
     *,
     phases: tuple[str, ...] = PHASES,
 ) -> Simulation:
-    """Run the phases on fake tensors; what was run before in this process is remembered."""
+    """Run the phases on fake tensors; what was run before in this process is remembered.
+
+    Raises UserError for an architecture that cannot be built or run without values.
+    """
     texts = [None if one is None else one.to_json_string() for one in (student, teacher)]
     key = (repr(setting), work, *texts, device.type, phases)
     if key not in _DONE:
-        with FakeTensorMode(), Ledger() as ledger:
-            _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger).run(phases)
+        try:
+            with FakeTensorMode(), Ledger() as ledger:
+                _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger).run(phases)
+        except VALUES_NEEDED as error:
+            types = sorted({one.model_type for one in (student, teacher) if one is not None})
+            raise UserError(
+                f"no plan for {' and '.join(types)}: the architecture's code asks for values ({error}), and a plan has "
+                "nothing but shapes"
+            ) from error
     return _DONE[key]
 
 
@@ -72,6 +98,8 @@ class _Simulator:
         with ledger.part("student weights"):
             model = build(student, setting.student_dtype, setting.student_attention)
             self.student = without_dropout(model).train()
+            if not work.terms:  # nothing is trained
+                self.student.requires_grad_(False)
             if setting.lora is not None:
                 add_adapters(self.student, setting.lora, seed=0)
             if setting.master_weights:  # DeepSpeed casts adapters like every other weight
@@ -102,16 +130,15 @@ class _Simulator:
                 states += [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
         with self._gradients() if self.setting.gradients_stay else nullcontext():
             ledger.take()
-            if work.decoding is not None and "rollout" in wanted:
-                self._rollout(work.decoding)
-                phases["rollout"] = ledger.take()
-            if work.scoring is not None and "scoring" in wanted:
-                self._score(work.scoring, "scoring")
-                phases["scoring"] = ledger.take()
-            if work.evaluation and "evaluation" in wanted:
-                self._evaluate(work.evaluation)
-                phases["evaluation"] = ledger.take()
-        if "update" in wanted:
+            for phase, passes in (
+                ("rollout", work.decodings),
+                ("scoring", work.scorings),
+                ("evaluation", work.evaluation),
+            ):
+                if passes and phase in wanted:
+                    self._run_without_gradient(passes, phase)
+                    phases[phase] = ledger.take()
+        if work.terms and "update" in wanted:
             self._update()
             phases["update"] = ledger.take()
         del states
@@ -171,7 +198,7 @@ class _Simulator:
         """
         left_out, whole = {}, []
         for name in names:
-            parent, attribute, layers = layers_of(self.models[name])
+            parent, attribute, layers = decoder_layers(self.models[name])
             alike = len(set(getattr(self.models[name].config, "layer_types", None) or [None])) == 1
             alike = alike and len({weight_count(layer) for layer in layers}) == 1 and len(layers) > FEW
             left_out[name] = len(layers) - FEW if alike else 0
@@ -204,12 +231,12 @@ class _Simulator:
         forward_decoder(self.models[name], ids, mask, positions, past_key_values=cache, use_cache=True)
         self.ledger.relabel(_stored(cache), f"{name} KV cache")
 
-    def _evaluate(self, parts: tuple[Decoding | Forward, ...]) -> None:
-        for part in parts:
-            if isinstance(part, Decoding):
-                self._rollout(part)
+    def _run_without_gradient(self, passes: tuple[Decoding | Forward, ...], phase: str) -> None:
+        for one in passes:
+            if isinstance(one, Decoding):
+                self._rollout(one)
             else:
-                self._score(part, "evaluation")
+                self._score(one, phase)
 
     def _score(self, forward: Forward, phase: str) -> None:
         models = [self.models[name] for name in forward.models]
@@ -222,7 +249,8 @@ class _Simulator:
                     self.ledger.relabel(hidden, "teacher hidden states")
             if forward.statistics:
                 shape = LossShape(forward.rows, self.vocab_size, len(models), self.device)
-                self.losses[phase] = shape
+                known = self.losses.get(phase, shape)  # of several the largest
+                self.losses[phase] = max(known, shape, key=lambda one: one.rows)
                 with self.ledger.part("loss buffers"):
                     statistics_twin(hidden[0], shape)
 
@@ -243,7 +271,7 @@ class _Simulator:
         for parameter in self.trained:
             parameter.grad = None
 
-    def _term(self, term: Term) -> None:
+    def _term(self, term: TermShape) -> None:
         shape = LossShape(term.rows, self.vocab_size, 2 if term.teacher else 1, self.device)
         self.losses[term.name] = shape
         bf16 = self.setting.autocast

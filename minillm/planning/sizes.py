@@ -6,11 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+<<<<<<< HEAD
 from transformers import PreTrainedConfig, PreTrainedModel
+=======
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+>>>>>>> plan-report
 
+from minillm import UserError
 from minillm.models.access import lm_head
 from minillm.models.families import auto_class
 from minillm.models.pruning import layers_of
+from minillm.planning.experts import IMPLEMENTATION, idle_weights
 
 
 @dataclass(frozen=True)
@@ -27,22 +34,58 @@ class ModelSize:
     hidden_size: int
     kv_bytes_per_token: int  # of one sequence, all layers
     trained: int  # weights that receive a gradient
+    idle: int = 0  # weights that a token does not meet: of other experts, of what reads pictures
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
     """Weights of a model of this architecture, tied ones once; nothing is allocated."""
     with FakeTensorMode():
+<<<<<<< HEAD
         return weight_count(auto_class(architecture).from_config(architecture))
+=======
+        return weight_count(build(architecture, "bfloat16", "eager"))
+>>>>>>> plan-report
 
 
 def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
-    """The model with random weights, with no memory behind them in a FakeTensorMode. The architecture stays as it is."""
+    """The model in a FakeTensorMode: weights with no memory behind them. The architecture stays as it is.
+
+    Raises UserError for what transformers does not build from it.
+    """
     # the flash packages need a GPU; sdpa, like them, keeps no scores
     attention = "eager" if attention == "eager" else "sdpa"
     architecture = copy.deepcopy(architecture)  # a model writes its dtype into the one it has
+<<<<<<< HEAD
     return auto_class(architecture).from_config(
         architecture, dtype=getattr(torch, dtype), attn_implementation=attention
     )
+=======
+    # a class of elsewhere has been loaded because the configuration allows it
+    elsewhere = not type(architecture).__module__.startswith("transformers.")
+    try:
+        with no_init_weights():  # some initialisers read values, and fake tensors have none
+            model = AutoModelForCausalLM.from_config(
+                architecture,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                experts_implementation=IMPLEMENTATION,
+                trust_remote_code=elsewhere,
+            )
+    except (ValueError, ImportError, OSError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        hint = "; attn_implementation: eager is what it has" if "attention implementation" in reason else ""
+        raise UserError(f"a model of type {architecture.model_type} cannot be planned: {reason}{hint}") from error
+    model.tie_weights()
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
+    """As models.pruning.layers_of, of the language model in a model that reads pictures too."""
+    try:
+        return layers_of(model.get_decoder())
+    except UserError:
+        raise UserError(f"{type(model).__name__} cannot be planned: its decoder is not one list of layers") from None
+>>>>>>> plan-report
 
 
 def weight_count(module: nn.Module) -> int:
@@ -56,7 +99,7 @@ def _elements(parameter: nn.Parameter) -> int:
 
 def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
     """`kv_bytes`: of a token of one sequence, all layers."""
-    counts = [weight_count(layer) for layer in layers_of(model)[2]]
+    counts = [weight_count(layer) for layer in decoder_layers(model)[2]]
     head = lm_head(model).weight
     tables = {
         id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
@@ -73,4 +116,10 @@ def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
         hidden_size=head.shape[1],
         kv_bytes_per_token=kv_bytes,
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        idle=idle_weights(model) + _beside_the_decoder(model),
     )
+
+
+def _beside_the_decoder(model: PreTrainedModel) -> int:
+    parts = nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
+    return weight_count(model) - weight_count(parts)

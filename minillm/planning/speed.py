@@ -7,12 +7,13 @@ whichever is slower, its FLOPs or reading weights and caches once a token.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minillm.planning.gpus import BANDWIDTH_SHARE, LINK_SHARE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import ModelSize, Simulation
-from minillm.planning.work import Work
+from minillm.planning.work import Decoding, Work
 
 TERA, GIGA = 1e12, 1e9
 ADAM_TRAFFIC = 7  # reads and writes a weight, in words: weight 2, gradient 1, moments 4
@@ -20,7 +21,7 @@ ADAM_TRAFFIC = 7  # reads and writes a weight, in words: weight 2, gradient 1, m
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one optimiser step on one rank, with its share of the collection that it uses."""
+    """Of one optimiser step on one rank, with its part of the collection that it uses."""
 
     rollout_flops: float
     scoring_flops: float
@@ -43,39 +44,46 @@ def speed_of(
 ) -> Speed:
     """Estimates for the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
-    share = 1.0 / work.steps_per_collection if work.buffered else 1.0
-    by_model = {"rollout": Counter(), "scoring": Counter()}  # phase -> model -> FLOPs
-    if work.decoding is not None and work.decoding.total:
-        decoding = work.decoding
-        width = decoding.prompt + decoding.answer - 1
-        for name in decoding.models:
-            tokens = decoding.total * width
-            heads = decoding.total * decoding.answer * 2 * sizes[name].head
-            by_model["rollout"][name] += share * (forward_flops(sizes[name], tokens, width / 2) + heads)
-    if work.scoring is not None:
-        scoring = work.scoring
+    used = 1.0 / work.steps_per_collection if work.buffered else 1.0  # by this step, of a collection
+    decoded = [(one, _decoding_flops(one, sizes, used)) for one in work.decodings if one.total]
+    scored = Counter()  # model -> FLOPs
+    for scoring in work.scorings:
         for name in scoring.models:
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
             body = forward_flops(sizes[name], scoring.total * scoring.length, scoring.length)
-            by_model["scoring"][name] += share * (body + rows * 2 * sizes[name].head)
+            scored[name] += used * (body + rows * 2 * sizes[name].head)
     for term in work.judged_in_the_step:
         tokens = work.micro_batches * term.batch * term.length
-        by_model["scoring"]["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
-    flops = {phase: sum(models.values()) for phase, models in by_model.items()}
-    flops["update"] = _update_flops(simulation, work, checkpointing)
+        scored["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
+    rollout_flops = sum(sum(models.values()) for _, models in decoded)
+    update_flops = _update_flops(simulation, work, checkpointing)
     seconds = None
     if gpu.bf16_tflops is not None:
         # train.bf16 is for the update: answers are sampled and scored in the dtype of the weights
         rates = {name: _flops_per_s(gpu, bf16=size is not None and size.itemsize == 2) for name, size in sizes.items()}
+
+        def calculating(flops: Mapping[str, float]) -> float:
+            return sum(amount / rates[name] for name, amount in flops.items())
+
+        update = update_flops / _flops_per_s(gpu, bf16=bf16 or simulation.student.itemsize == 2)
         seconds = {
-            phase: sum(amount / rates[name] for name, amount in models.items()) for phase, models in by_model.items()
+            "rollout": sum(
+                max(calculating(models), used * _reading_seconds(one, sizes, gpu)) for one, models in decoded
+            ),
+            "scoring": calculating(scored),
+            "update": update + _optimizer_seconds(simulation.student, sharding, gpu),
+            "communication": _communication_seconds(sizes, work, sharding, gpu, used),
         }
-        seconds["update"] = flops["update"] / _flops_per_s(gpu, bf16=bf16 or simulation.student.itemsize == 2)
-        seconds["update"] += _optimizer_seconds(simulation.student, sharding, gpu)
-        if work.decoding is not None and work.decoding.total:
-            seconds["rollout"] = max(seconds["rollout"], share * _reading_seconds(sizes, work, gpu))
-        seconds["communication"] = _communication_seconds(sizes, work, sharding, gpu, share)
-    return Speed(flops["rollout"], flops["scoring"], flops["update"], seconds)
+    return Speed(rollout_flops, sum(scored.values()), update_flops, seconds)
+
+
+def _decoding_flops(decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float) -> dict[str, float]:
+    width = decoding.prompt + decoding.answer - 1
+    tokens, predictions = decoding.total * width, decoding.total * decoding.answer
+    return {
+        name: used * (forward_flops(sizes[name], tokens, width / 2) + predictions * 2 * sizes[name].head)
+        for name in decoding.models
+    }
 
 
 def _flops_per_s(gpu: Gpu, *, bf16: bool) -> float:
@@ -84,7 +92,7 @@ def _flops_per_s(gpu: Gpu, *, bf16: bool) -> float:
 
 def forward_flops(size: ModelSize, tokens: float, context: float) -> float:
     """Below the head: matrices, and attention over `context` tokens."""
-    matrices = size.parameters - size.embeddings - size.head
+    matrices = size.parameters - size.idle - size.embeddings - size.head
     return tokens * (2.0 * matrices + 4.0 * context * size.hidden_size * size.layers)
 
 
@@ -107,9 +115,8 @@ def _optimizer_seconds(student: ModelSize, sharding: Sharding, gpu: Gpu) -> floa
     return words * 4 / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_SHARE)
 
 
-def _reading_seconds(sizes: dict[str, ModelSize | None], work: Work, gpu: Gpu) -> float:
+def _reading_seconds(decoding: Decoding, sizes: Mapping[str, ModelSize | None], gpu: Gpu) -> float:
     """Weights and half-full caches are read once a token."""
-    decoding = work.decoding
     batches = -(-decoding.total // decoding.batch)
     total = 0.0
     for name in decoding.models:
@@ -121,7 +128,7 @@ def _reading_seconds(sizes: dict[str, ModelSize | None], work: Work, gpu: Gpu) -
 
 
 def _communication_seconds(
-    sizes: dict[str, ModelSize | None], work: Work, sharding: Sharding, gpu: Gpu, share: float
+    sizes: Mapping[str, ModelSize | None], work: Work, sharding: Sharding, gpu: Gpu, used: float
 ) -> float:
     """Gathers and reductions that nothing hides: a sharded model's weights once a pass, or once for a collection."""
     if sharding.world_size == 1:
@@ -135,14 +142,15 @@ def _communication_seconds(
         heads = work.micro_batches * sum(term.teacher for term in work.terms)
         moved += teacher.head * teacher.itemsize * heads
         moved += teacher.parameters * teacher.itemsize * work.micro_batches * len(work.judged_in_the_step)
-    for collection in (work.decoding, work.scoring):
-        if collection is None or not collection.total:
+    for collection in (*work.decodings, *work.scorings):
+        decodes = isinstance(collection, Decoding)
+        passes = -(-collection.total // collection.batch) * (collection.answer if decodes else 1)
+        if not passes:
             continue
-        passes = -(-collection.total // collection.batch) * (collection.answer if collection is work.decoding else 1)
         if collection.reads_heads and not sharding.by_layers:
             passes = 1
         for name in collection.models:
             if sharding.is_sharded(name):
-                moved += share * passes * sizes[name].parameters * sizes[name].itemsize
+                moved += used * passes * sizes[name].parameters * sizes[name].itemsize
     remote = (sharding.world_size - 1) / sharding.world_size
     return moved * remote / (gpu.link_gb_per_s * GIGA * LINK_SHARE)

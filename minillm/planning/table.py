@@ -12,6 +12,7 @@ from minillm.planning import gpus
 from minillm.planning.advice import Change
 from minillm.planning.ledger import PARTS
 from minillm.planning.planner import PlannedRun, StagePlan
+from minillm.planning.speed import Speed
 
 GIB = 2**30
 
@@ -24,6 +25,7 @@ def render(run: PlannedRun, advice: list[Change]) -> RenderableType:
         where = f"{run.gpu.name}, on each of {run.world_size} ranks" if run.world_size > 1 else run.gpu.name
         heading = Text(f"memory in GiB on {where}, at each phase's worst moment")
         parts += [Text(title, style="bold"), _models(stage), heading, _memory(stage), *_notes(stage, run.gpu)]
+    parts += [Text(f"stage {name} is not in the plan: {reason}") for name, reason in run.unplanned.items()]
     parts.append(_verdict(run))
     parts += [Text(f"  {place}. {change}") for place, change in enumerate(advice, 1)]
     if advice and not advice[-1].fits:
@@ -41,6 +43,7 @@ def as_data(run: PlannedRun, advice: list[Change]) -> dict[str, Any]:
         "peak_bytes": run.peak_bytes,
         "fits": run.fits,
         "stages": {stage.name: _stage_data(stage, run.gpu) for stage in run.stages},
+        **({"unplanned": run.unplanned} if run.unplanned else {}),
         "advice": [
             {"changes": change.overrides, "peak_bytes": change.peak_bytes, "fits": change.fits} for change in advice
         ],
@@ -83,7 +86,9 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "activations_bytes": {
             "without_checkpointing": stage.activations(False),
             "with_checkpointing": stage.activations(True),
-        },
+        }
+        if stage.work.terms
+        else None,
         "loss_bytes": {
             name: {
                 "rows": shape.rows,
@@ -93,13 +98,15 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
             }
             for name, shape in simulation.losses.items()
         },
-        "flops_per_step": {
+        "flops_per_step": speed
+        and {
             "rollout": speed.rollout_flops,
             "scoring": speed.scoring_flops,
             "update": speed.update_flops,
         },
-        "estimated_seconds_per_step": speed.seconds,
+        "estimated_seconds_per_step": speed and speed.seconds,
         "smallest_world_size": stage.smallest_world_size(gpu),
+        **({"not_counted": list(stage.not_counted)} if stage.not_counted else {}),
     }
 
 
@@ -140,17 +147,28 @@ def _memory(stage: StagePlan) -> Table:
 
 
 def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
-    yield Text(
-        f"activations of the update: {_gib(stage.activations(False))} GiB without gradient_checkpointing, "
-        f"{_gib(stage.activations(True))} GiB with it"
-    )
+    if stage.work.terms:
+        yield Text(
+            f"activations of the update: {_gib(stage.activations(False))} GiB without gradient_checkpointing, "
+            f"{_gib(stage.activations(True))} GiB with it"
+        )
     for name, shape in stage.simulation.losses.items():
         full = shape.full_logits_bytes(gradient=name not in ("scoring", "evaluation"))
         yield Text(
             f"loss `{name}`: {shape.rows:,} rows in chunks of {shape.chunk:,}, logits {_gib(shape.logits_bytes)} GiB; "
             f"full logits would take {_gib(full)} GiB"
         )
-    speed = stage.speed
+    yield from _time(stage.speed)
+    smallest = stage.smallest_world_size(gpu)
+    yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
+    for what in stage.not_counted:
+        yield Text(f"not counted: {what}")
+
+
+def _time(speed: Speed | None) -> Iterator[Text]:
+    if speed is None:
+        yield Text("time: not estimated, because the stage takes no step")
+        return
     yield Text(
         f"FLOPs of a step and rank: {speed.flops / 1e12:,.1f} T (rollout {speed.rollout_flops / 1e12:,.1f}, "
         f"scoring {speed.scoring_flops / 1e12:,.1f}, update {speed.update_flops / 1e12:,.1f})"
@@ -160,8 +178,6 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     else:
         each = ", ".join(f"{name} {value:.2f}" for name, value in speed.seconds.items() if value)
         yield Text(f"estimated time of a step: {sum(speed.seconds.values()):.2f} s ({each})")
-    smallest = stage.smallest_world_size(gpu)
-    yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
 
 
 def _verdict(run: PlannedRun) -> Text:

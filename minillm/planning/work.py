@@ -1,14 +1,26 @@
-"""What a stage does in one step, as sizes: batches, lengths and the models that take part, by phase.
+"""The work of one step as sizes: batches, lengths and the models that take part, from what the method declares.
 
-Every prompt and every answer counts at its longest: a plan is for the worst batch.
+Every prompt and every answer counts at its longest: a plan is for the worst batch. What one method's prompts need beyond
+that, such as two answers each, follows from the texts its terms stand in.
 """
 
 from dataclasses import dataclass, replace
 
 from minillm import UserError
 from minillm.config.data import PlainPrompts, Prompts
+from minillm.config.needs import Needs, Rows, Sampler
 from minillm.config.root import StageConfig
 from minillm.rollout.local.static_loop import static_room
+
+SAMPLING_MODELS: dict[Sampler, tuple[str, ...]] = {
+    "student": ("student",),
+    "teacher": ("teacher",),
+    "mixture": ("student", "teacher"),
+}
+
+
+class NothingToPlan(UserError):
+    """A stage in which no model runs over any text that is known beforehand."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +63,24 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class Term:
-    """A summand of the loss of one micro-batch."""
+class TermShape:
+    """One summand of the loss of a micro-batch."""
 
     name: str
-    batch: int
-    length: int
-    rows: int
-    teacher: bool  # reads the teacher's logits
+    batch: int  # sequences
+    length: int  # tokens fed
+    rows: int  # of all sequences, predictions that count
+    teacher: bool  # reads the teacher's rows
     from_buffer: bool  # its teacher's hidden states come from the rollout buffer, which lies on the CPU
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step on one rank, with its share of the collection before it."""
+    """One step on one rank, with its part of the collection before it."""
 
-    decoding: Decoding | None
-    scoring: Forward | None
-    terms: tuple[Term, ...]
+    decodings: tuple[Decoding, ...]  # one after the other: every sampler answers every prompt of a collection
+    scorings: tuple[Forward, ...]  # of a collection where it is buffered, else of every step
+    terms: tuple[TermShape, ...]  # empty where the stage takes no step
     micro_batches: int
     steps_per_collection: int
     buffered: int  # answers kept with the teacher's hidden states, of all ranks
@@ -79,16 +91,16 @@ class Work:
         """The same but for how many times it is repeated: what memory on a device depends on."""
         return replace(
             self,
-            decoding=None if self.decoding is None else replace(self.decoding, total=0),
-            scoring=None if self.scoring is None else replace(self.scoring, total=0),
+            decodings=tuple(replace(one, total=0) for one in self.decodings),
+            scorings=tuple(replace(one, total=0) for one in self.scorings),
             micro_batches=min(self.micro_batches, 2),
             steps_per_collection=1,
             buffered=0,
         )
 
     @property
-    def judged_in_the_step(self) -> tuple[Term, ...]:
-        """Terms beside a buffer's whose teacher runs anew in every step, which `scoring` does not count."""
+    def judged_in_the_step(self) -> tuple[TermShape, ...]:
+        """Terms beside a buffer's whose teacher runs anew in every step, which `scorings` does not count."""
         return tuple(term for term in self.terms if self.buffered and term.teacher and not term.from_buffer)
 
     def waiting_rows(self, *, from_buffer: bool) -> int:
@@ -97,54 +109,107 @@ class Work:
         return self.micro_batches * sum(term.rows for term in terms)
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What one item of a step is read as, at its longest."""
+
+    sequences: int
+    length: int  # tokens fed
+    rows: int  # of one sequence, predictions that count
+
+    def forward(self, models: tuple[str, ...], items: int, *, statistics: bool, total: int) -> Forward:
+        batch = items * self.sequences
+        return Forward(models, batch, self.length, batch * self.rows, statistics, total * self.sequences)
+
+
 def work_of(config: StageConfig, world_size: int) -> Work:
-    """The sizes of a stage. Raises UserError where there are no prompts, or no whole number of steps in a buffer."""
-    method, train, rollout, prompts = config.method, config.train, config.rollout, config.data.prompts
-    if prompts is None:
-        raise UserError("data.prompts is missing, so no length is known")
-    prompt = _prompt_length(prompts)
+    """The sizes of a stage.
+
+    Raises UserError where a length is not known, or a buffer holds no whole number of steps, and NothingToPlan where
+    the stage takes no step and declares no texts.
+    """
+    needs, train, rollout = config.method.needs(), config.train, config.rollout
     micro, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    name = method.name
-    sampled = name in ("minillm", "seqkd") or name == "gkd" and method.on_policy > 0
-    answer = max(
-        rollout.max_new_tokens if sampled else 0,
-        prompts.max_response_length if name in ("sft", "kd") or name == "gkd" and method.on_policy < 1 else 0,
-    )
-    length, rows = prompt + answer - 1, answer
-    decoding = scoring = None
-    buffered = 0
-    steps = 1
-    if name == "minillm":
-        if rollout.buffer_size % (micro * accumulation * world_size):
+    step = micro * accumulation
+    prompts = 0 if needs.written_once else step  # answered for a step; written once, before the first
+    if needs.buffered:
+        if rollout.buffer_size % (step * world_size):
             raise UserError(
                 f"rollout.buffer_size {rollout.buffer_size} does not divide into steps of {micro} x {accumulation} on "
                 f"{world_size} ranks"
             )
-        buffered = rollout.buffer_size
-        mine = buffered // world_size
-        batch = min(rollout.batch_size, mine)
-        who = ("student", "teacher") if method.alpha > 0 else ("student",)
-        who = ("teacher",) if method.alpha == 1 else who
-        decoding = Decoding(who, batch, prompt, rollout.max_new_tokens, mine, rollout.cuda_graphs)
-        scoring = Forward(("teacher", "student"), batch, length, batch * rows, True, mine)
-        steps = mine * method.ppo_epochs // (micro * accumulation)
-    elif sampled:
-        step = micro * accumulation
-        # seqkd: every prompt once, before the first step
-        who, mine = ("teacher", 0) if name == "seqkd" else ("student", step)
-        batch = min(rollout.batch_size, mine or rollout.batch_size)
-        decoding = Decoding((who,), batch, prompt, rollout.max_new_tokens, mine, rollout.cuda_graphs)
-    share = {"kd": lambda: 1 - method.ce_ratio, "seqkd": lambda: method.kd_ratio, "gkd": lambda: 1.0}
-    teacher = name == "minillm" or share.get(name, lambda: 0.0)() > 0
-    if teacher and name != "minillm":
-        scoring = Forward(("teacher",), micro, length, micro * rows, False, micro * accumulation)
-    terms = [
-        Term("policy" if name == "minillm" else "distillation", micro, length, micro * rows, teacher, name == "minillm")
-    ]
-    if name == "minillm" and method.lm_coef > 0 and config.data.corpus is not None:
+        prompts = rollout.buffer_size // world_size
+    side_by_side = min(rollout.batch_size, prompts or rollout.batch_size)
+    return Work(
+        decodings=tuple(
+            Decoding(
+                SAMPLING_MODELS[sampler],
+                side_by_side,
+                _prompt_length(_prompts(config)),
+                rollout.max_new_tokens,
+                prompts,
+                rollout.cuda_graphs,
+            )
+            for sampler in needs.samples
+        ),
+        scorings=_scorings(config, needs, side_by_side, prompts),
+        terms=_terms(config, needs),
+        micro_batches=accumulation,
+        steps_per_collection=prompts * needs.inner_epochs // step if needs.buffered else 1,
+        buffered=rollout.buffer_size * len(needs.samples) if needs.buffered else 0,
+        evaluation=_evaluation(config),
+    )
+
+
+def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
+    micro, terms = config.train.per_device_train_batch_size, []
+    for term in needs.terms:
+        text = _longest(term.rows, config)
+        batch = micro * text.sequences
+        from_buffer = needs.buffered and "answers" in term.rows
+        terms.append(TermShape(term.name, batch, text.length, batch * text.rows, term.teacher, from_buffer))
+    return tuple(terms)
+
+
+def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int) -> tuple[Forward, ...]:
+    """Forward passes without a gradient: over a buffer, over what the terms' teacher reads, or a step-less stage's own."""
+    micro, judges = config.train.per_device_train_batch_size, ("teacher", "student") if needs.teacher else ("student",)
+    step = micro * config.train.gradient_accumulation_steps
+    if needs.buffered:
+        answers = _text("answers", config)
+        return (answers.forward(judges, side_by_side, statistics=True, total=prompts * len(needs.samples)),)
+    if needs.takes_steps:
+        read = [_longest(term.rows, config) for term in needs.terms if term.teacher]
+        return tuple(text.forward(("teacher",), micro, statistics=False, total=step) for text in read)
+    declared: dict[Rows, bool] = {"answers": bool(needs.samples), "references": needs.references, "pairs": needs.pairs,
+                                  "corpus": needs.corpus}  # fmt: skip
+    read = [_text(kind, config) for kind, there in declared.items() if there]
+    if not read:
+        raise NothingToPlan(
+            f"method {config.method.name} takes no step and declares neither answers nor texts that a model reads"
+        )
+    return tuple(text.forward(judges, micro, statistics=True, total=step) for text in read)
+
+
+def _longest(kinds: tuple[Rows, ...], config: StageConfig) -> _Text:
+    return max((_text(kind, config) for kind in kinds), key=lambda text: text.sequences * text.length)
+
+
+def _text(kind: Rows, config: StageConfig) -> _Text:
+    if kind == "corpus":
+        if config.data.corpus is None:
+            raise UserError("data.corpus is missing, so the length of its blocks is not known")
         fed = config.data.corpus.block_size - 1
-        terms.append(Term("pretraining", micro, fed, micro * fed, method.pt_kd_ratio > 0, False))
-    return Work(decoding, scoring, tuple(terms), accumulation, steps, buffered, _evaluation(config))
+        return _Text(1, fed, fed)
+    prompts = _prompts(config)
+    answer = config.rollout.max_new_tokens if kind == "answers" else prompts.max_response_length
+    return _Text(2 if kind == "pairs" else 1, _prompt_length(prompts) + answer - 1, answer)
+
+
+def _prompts(config: StageConfig) -> Prompts:
+    if config.data.prompts is None:
+        raise UserError("data.prompts is missing, so the length of a prompt is not known")
+    return config.data.prompts
 
 
 def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:

@@ -43,7 +43,7 @@ def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
     few, many = (stage.simulation.phases["rollout"].most("activations") for stage in (plain, graphs))
     assert many > few  # a step's memory stays beside that of the next prompts
     methods = ({"name": "gkd"}, {"name": "seqkd"})
-    assert all(planned(recipe(method=method), key, gpu="A100-80GB").work.decoding.cuda_graphs for method in methods)
+    assert all(planned(recipe(method=method), key, gpu="A100-80GB").work.decodings[0].cuda_graphs for method in methods)
 
 
 def test_the_buffer_is_counted_where_it_lies(recipe):
@@ -83,7 +83,7 @@ def test_by_layers_only_the_heads_are_whole(recipe):
 
 
 def test_advice_gathers_by_layers_where_whole_models_do_not_fit(recipe, monkeypatch):
-    from minillm.planning import plan as module
+    from minillm.planning import planner as module
 
     sizes = {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 1}
     zero = recipe().parent / "ds.json"  # models this small would live whole at once
@@ -110,7 +110,7 @@ def test_supervised_teachers_are_gathered_layer_by_layer(recipe):
 def test_every_rank_keeps_the_whole_buffer(recipe):
     one, two = (planned(recipe(), *SHARDED, gpu="A100-80GB", world_size=size) for size in (1, 2))
     assert one.work.buffered == two.work.buffered == 8
-    assert (one.work.decoding.total, two.work.decoding.total) == (8, 4)
+    assert tuple(plan.work.decodings[0].total for plan in (one, two)) == (8, 4)
 
 
 def test_what_is_planned_twice_is_simulated_once(recipe, monkeypatch):
@@ -148,7 +148,7 @@ def test_checkpointing_and_smaller_parts_need_less(recipe):
 
 
 def test_advice_lowers_the_peak_until_it_fits(recipe, monkeypatch):
-    from minillm.planning import plan as module
+    from minillm.planning import planner as module
 
     # a device that holds what is asked for only with less alive at a time
     path = recipe(method={"name": "sft"}, teacher=None)

@@ -9,7 +9,7 @@ from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import Simulation
 from minillm.planning.sizes import ModelSize
 from minillm.planning.speed import forward_flops, speed_of
-from minillm.planning.work import Decoding, Forward, Term, Work
+from minillm.planning.work import Decoding, Forward, TermShape, Work
 
 # 1,000 weights: 100 in the head, 100 in a token table, 800 in two layers of 400
 STUDENT = ModelSize(
@@ -29,8 +29,8 @@ def speed(work, *, sharding=None, checkpointing=False, bf16=True, student=STUDEN
 
 
 def work(**parts):
-    term = Term("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=bool(parts.get("buffered")))
-    return Work(**{"decoding": None, "scoring": None, "terms": (term,), "micro_batches": 3,
+    term = TermShape("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=bool(parts.get("buffered")))
+    return Work(**{"decodings": (), "scorings": (), "terms": (term,), "micro_batches": 3,
                    "steps_per_collection": 1, "buffered": 0, **parts})  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_frozen_weights_below_adapters_cost_a_pass_and_a_head_product_less(check
 def test_a_collection_is_shared_by_the_steps_that_use_it():
     decoding = Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8)
     scoring = Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8)
-    found = speed(work(decoding=decoding, scoring=scoring, steps_per_collection=4, buffered=8))
+    found = speed(work(decodings=(decoding,), scorings=(scoring,), steps_per_collection=4, buffered=8))
     tokens = 8 * LENGTH
     heads = 8 * ANSWER * 2 * (100 + 200)
     matrices, widths = 2 * 800 + 2 * (5000 - 200), 10 * 2 + 20 * 4
@@ -69,14 +69,14 @@ def test_a_collection_is_shared_by_the_steps_that_use_it():
 
 def test_supervised_scoring_has_no_head_and_is_not_shared():
     scoring = Forward(("teacher",), MICRO, LENGTH, ROWS, False, total=6)
-    assert speed(work(scoring=scoring)).scoring_flops == 6 * LENGTH * (2 * 4800 + 4 * LENGTH * 20 * 4)
+    assert speed(work(scorings=(scoring,))).scoring_flops == 6 * LENGTH * (2 * 4800 + 4 * LENGTH * 20 * 4)
 
 
 def test_a_term_beside_the_buffer_has_its_teacher_run_in_every_step():
     """The pre-training loss with pt_kd_ratio."""
     scoring = Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8)
-    alone = work(scoring=scoring, steps_per_collection=4, buffered=8)
-    pretraining = Term("pretraining", MICRO, 20, MICRO * 20, teacher=True, from_buffer=False)
+    alone = work(scorings=(scoring,), steps_per_collection=4, buffered=8)
+    pretraining = TermShape("pretraining", MICRO, 20, MICRO * 20, teacher=True, from_buffer=False)
     both = replace(alone, terms=(*alone.terms, pretraining))
     more = 3 * MICRO * 20 * (2 * 4800 + 4 * 20 * 20 * 4)
     assert speed(both).scoring_flops - speed(alone).scoring_flops == more
@@ -89,8 +89,8 @@ def test_a_term_beside_the_buffer_has_its_teacher_run_in_every_step():
 def test_decoding_takes_what_reading_takes_where_that_is_longer():
     decoding = Decoding(("student",), 4, PROMPT, ANSWER, total=8)
     read = (1000 - 100) * 2 + 4 * (PROMPT + ANSWER / 2) * 80  # bytes for a token of a batch
-    seconds = speed(work(decoding=decoding)).seconds
-    by_flops = speed(work(decoding=decoding)).rollout_flops / (1e6 * MFU)
+    seconds = speed(work(decodings=(decoding,))).seconds
+    by_flops = speed(work(decodings=(decoding,))).rollout_flops / (1e6 * MFU)
     by_reading = 2 * ANSWER * read / (1e6 * BANDWIDTH_SHARE)
     assert seconds["rollout"] == pytest.approx(max(by_flops, by_reading)) and by_reading > 0
 
@@ -109,7 +109,7 @@ def test_fp32_weights_run_at_the_rate_of_fp32():
     optimizer = 1000 * 7 * 4 / (1e6 * BANDWIDTH_SHARE)
     slow, fast = (speed(work(), student=wide, bf16=bf16).seconds["update"] - optimizer for bf16 in (False, True))
     assert slow == pytest.approx(2 * fast)
-    scoring = work(scoring=Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8))
+    scoring = work(scorings=(Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),))
     body, heads = 8 * LENGTH * (2 * 800 + 4 * LENGTH * 10 * 2), 8 * ANSWER * 2 * 100
     for bf16 in (False, True):  # which is for the update alone
         slow, fast = (speed(scoring, student=size, bf16=bf16).seconds["scoring"] for size in (wide, STUDENT))
@@ -119,14 +119,14 @@ def test_fp32_weights_run_at_the_rate_of_fp32():
 def test_what_travels_between_two_ranks():
     scoring = Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8)
     decoding = Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8)
-    both = work(decoding=decoding, scoring=scoring, steps_per_collection=4, buffered=8)
+    both = work(decodings=(decoding,), scorings=(scoring,), steps_per_collection=4, buffered=8)
     sharded = Sharding(world_size=2, stage=3, teacher="sharded")
     student, teacher = 1000 * 2, 5000 * 2
     gradients, passes, heads = 2 * student, 2 * student * 3, 3 * 200 * 2
     collected = 2 * (student + teacher) / 4  # sampled and scored, once each, for four steps
     moved = (gradients + passes + heads + collected) / 2
     assert speed(both, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
-    supervised = work(scoring=Forward(("teacher",), MICRO, LENGTH, ROWS, False, total=6))
+    supervised = work(scorings=(Forward(("teacher",), MICRO, LENGTH, ROWS, False, total=6),))
     moved = (gradients + passes + heads + 3 * teacher) / 2  # layer by layer, in each of three passes
     assert speed(supervised, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
     assert speed(both).seconds["communication"] == 0

@@ -1,0 +1,127 @@
+"""A stage's sizes from what its method declares, against counts by hand."""
+
+import pytest
+
+from minillm import UserError
+from minillm.config.loader.run_plan import load_run
+from minillm.planning.work import Decoding, Forward, NothingToPlan, TermShape, work_of
+from tests.planning.elsewhere import Elsewhere, Sieve
+from tests.planning.small import ANSWER, PROMPT
+
+MICRO, BLOCK = 4, 17
+LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
+
+
+@pytest.fixture
+def work(recipe):
+    """The work of the small configuration with another method, on one rank."""
+
+    def make(method, *overrides, ranks=1):
+        named = isinstance(method, dict)
+        path = recipe(method=method) if named else recipe()
+        (stage,) = load_run([path], overrides).stages
+        return work_of(stage.config if named else stage.config.model_copy(update={"method": method}), ranks)
+
+    return make
+
+
+def elsewhere(**keys):
+    return Elsewhere(name="elsewhere", **keys)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "corpus.txt").write_text("plain text")
+    return f"data.corpus={{path: {tmp_path / 'corpus.txt'}, block_size: {BLOCK}}}"
+
+
+@pytest.mark.parametrize(("alpha", "models"), [(0.0, ("student",)), (0.5, ("student", "teacher")), (1.0, ("teacher",))])
+def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, alpha, models):
+    """Eight answers, four side by side, in steps of four, twice over."""
+    found = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha})
+    assert found.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8),)
+    assert found.scorings == (Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),)
+    assert found.terms == (TermShape("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=True),)
+    assert (found.buffered, found.steps_per_collection) == (8, 4)
+
+
+def test_a_rank_samples_and_scores_its_slice_of_the_buffer(work):
+    found = work({"name": "minillm", "lm_coef": 0.0}, "engine.type=deepspeed", ranks=2)
+    assert found.decodings[0].total == found.scorings[0].total == 4
+    assert (found.buffered, found.steps_per_collection) == (8, 2)
+
+
+def test_the_pretraining_term_is_of_blocks_whose_teacher_runs_in_the_step(work, corpus):
+    found = work({"name": "minillm", "pt_kd_ratio": 0.5}, corpus)
+    policy, pretraining = found.terms
+    fed = BLOCK - 1
+    assert pretraining == TermShape("pretraining", MICRO, fed, MICRO * fed, teacher=True, from_buffer=False)
+    assert found.judged_in_the_step == (pretraining,) and len(found.scorings) == 1
+
+
+@pytest.mark.parametrize(("answer", "reference", "longest"), [(5, 9, 9), (9, 5, 9)])
+def test_steps_of_different_texts_count_at_the_longer_one(work, answer, reference, longest):
+    """gkd's, of the student's answers and of references."""
+    lengths = (f"rollout.max_new_tokens={answer}", f"data.prompts.max_response_length={reference}")
+    found = work({"name": "gkd"}, *lengths)
+    (term,) = found.terms
+    assert (term.length, term.rows) == (PROMPT + longest - 1, MICRO * longest)
+    assert found.decodings == (Decoding(("student",), 4, PROMPT, answer, total=MICRO),)
+
+
+def test_answers_written_before_the_first_step_cost_a_step_nothing(work):
+    plain, judged = (work({"name": "seqkd", "kd_ratio": ratio}) for ratio in (0.0, 0.5))
+    assert plain.decodings == judged.decodings == (Decoding(("teacher",), 4, PROMPT, ANSWER, total=0),)
+    assert plain.scorings == ()
+    assert judged.scorings == (Forward(("teacher",), MICRO, LENGTH, ROWS, False, total=MICRO),)
+
+
+def test_a_teacher_that_no_term_reads_does_not_run(work):
+    assert work({"name": "kd", "ce_ratio": 1.0}).scorings == ()
+    assert work({"name": "kd", "ce_ratio": 0.5}).scorings != ()
+
+
+def test_every_sampler_answers_every_prompt_of_a_step(work):
+    found = work(elsewhere(samplers=["student", "teacher"]), "train.gradient_accumulation_steps=3")
+    assert [(one.models, one.total, one.batch) for one in found.decodings] == [
+        (("student",), 12, 4),
+        (("teacher",), 12, 4),
+    ]
+    assert found.steps_per_collection == 1 and found.buffered == 0
+
+
+def test_a_buffer_keeps_the_answers_of_all_samplers(work):
+    found = work(elsewhere(samplers=["student", "teacher"], buffered=True, judged=True))
+    assert [one.total for one in found.decodings] == [8, 8]
+    assert found.scorings == (Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=16),)
+    assert (found.buffered, found.steps_per_collection) == (16, 4)
+
+
+def test_a_pair_is_two_sequences_of_every_item(work):
+    found = work(elsewhere(rows=["pairs"], judged=True))
+    assert found.terms == (TermShape("imitation", 2 * MICRO, LENGTH, 2 * ROWS, teacher=True, from_buffer=False),)
+    assert found.scorings == (Forward(("teacher",), 2 * MICRO, LENGTH, 2 * ROWS, False, total=2 * MICRO),)
+
+
+def test_a_method_of_plain_text_needs_no_prompts(work, corpus):
+    found = work(elsewhere(rows=["corpus"]), corpus, "data.prompts=null", "method={name: minillm, lm_coef: 0}")
+    assert found.terms == (TermShape("imitation", MICRO, BLOCK - 1, MICRO * (BLOCK - 1), False, False),)
+
+
+def test_what_gives_the_length_is_missed_by_name(work):
+    with pytest.raises(UserError, match="data.corpus is missing"):
+        work(elsewhere(rows=["corpus"]))
+
+
+def test_a_stage_without_steps_reads_with_both_models(work, corpus):
+    found = work(Sieve(name="sieve"), corpus)
+    fed = BLOCK - 1
+    assert found.terms == () and found.decodings == ()
+    assert found.scorings == (Forward(("teacher", "student"), MICRO, fed, MICRO * fed, True, total=MICRO),)
+    with pytest.raises(NothingToPlan, match="method sieve takes no step and declares neither answers nor texts"):
+        work(Sieve(name="sieve", corpus=False))
+
+
+def test_a_buffer_of_no_whole_number_of_steps_is_refused(work):
+    with pytest.raises(UserError, match="rollout.buffer_size 8 does not divide into steps of 4 x 1 on 3 ranks"):
+        work({"name": "minillm", "lm_coef": 0.0}, "engine.type=deepspeed", ranks=3)
