@@ -25,23 +25,13 @@ from minillm.models.access import checkpoint_activations, forward_decoder, lm_he
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
 from minillm.models.loading import without_dropout
-<<<<<<< HEAD
 from minillm.models.modes import sampling_mode
-from minillm.models.pruning import layers_of
-=======
->>>>>>> plan-report
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
 from minillm.planning.quantized import quantize
 from minillm.planning.setting import Setting
-<<<<<<< HEAD
-from minillm.planning.sizes import ModelSize, build, size_of, weight_count
-from minillm.planning.work import Decoding, Forward, Term, Work
-=======
 from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
-from minillm.rollout.local.decoder import sampling_mode
->>>>>>> plan-report
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-<<<<<<< HEAD
 from transformers import PreTrainedConfig, PreTrainedModel
-=======
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
->>>>>>> plan-report
 
 from minillm import UserError
 from minillm.models.access import lm_head
@@ -40,11 +36,7 @@ class ModelSize:
 def count_parameters(architecture: PreTrainedConfig) -> int:
     """Weights of a model of this architecture, tied ones once; nothing is allocated."""
     with FakeTensorMode():
-<<<<<<< HEAD
-        return weight_count(auto_class(architecture).from_config(architecture))
-=======
         return weight_count(build(architecture, "bfloat16", "eager"))
->>>>>>> plan-report
 
 
 def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
@@ -55,16 +47,11 @@ def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
     # the flash packages need a GPU; sdpa, like them, keeps no scores
     attention = "eager" if attention == "eager" else "sdpa"
     architecture = copy.deepcopy(architecture)  # a model writes its dtype into the one it has
-<<<<<<< HEAD
-    return auto_class(architecture).from_config(
-        architecture, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
-=======
     # a class of elsewhere has been loaded because the configuration allows it
     elsewhere = not type(architecture).__module__.startswith("transformers.")
     try:
         with no_init_weights():  # some initialisers read values, and fake tensors have none
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(architecture).from_config(
                 architecture,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
@@ -85,7 +72,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleLis
         return layers_of(model.get_decoder())
     except UserError:
         raise UserError(f"{type(model).__name__} cannot be planned: its decoder is not one list of layers") from None
->>>>>>> plan-report
 
 
 def weight_count(module: nn.Module) -> int:
