@@ -1,8 +1,9 @@
 """The whole configuration of one stage. A file holds one, or what its stages share and the `stages` themselves."""
 
-from typing import get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
@@ -55,3 +56,18 @@ def register_method(config_class: type[MethodConfig]) -> None:
 def _name_of(config_class: type[MethodConfig]) -> str:
     (name,) = get_args(config_class.model_fields["name"].annotation)
     return name
+
+
+def described_method(settings: Mapping[str, Any]) -> tuple[str, bool]:
+    """The summary of a method for people, and whether it has a teacher, from the keys that a run wrote.
+
+    A method that is not known here is called by its name, and a teacher of its stage is believed to be used.
+    """
+    name = str(settings.get("name", ""))
+    for config_class in get_args(StageConfig.model_fields["method"].annotation):
+        if _name_of(config_class) == name:
+            try:
+                return config_class.summary, config_class.model_validate(settings).needs().teacher
+            except ValidationError:  # keys of another version
+                return config_class.summary, True
+    return name, True

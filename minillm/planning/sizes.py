@@ -67,9 +67,9 @@ def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """As models.pruning.layers_of, of the language model in a model that reads pictures too."""
+    """As models.pruning.layers_of, with an error that says what cannot be done."""
     try:
-        return layers_of(model.get_decoder())
+        return layers_of(model)
     except UserError:
         raise UserError(f"{type(model).__name__} cannot be planned: its decoder is not one list of layers") from None
 

@@ -8,6 +8,7 @@ import yaml
 from minillm import UserError
 from minillm.config.lora import words as lora_words
 from minillm.config.paths import expand, is_hub_name
+from minillm.config.root import described_method
 from minillm.data.templates import alpaca
 from minillm.reporting.evaluation_tables import evaluation_section
 from minillm.reporting.markdown import duration
@@ -24,14 +25,6 @@ CITATION = """\
 }"""
 
 QUESTION = "What is a list in Python?"
-
-METHODS = {
-    "minillm": "MiniLLM: policy gradient of the sequence-level reverse KL on the student's own samples",
-    "sft": "supervised fine-tuning on reference answers",
-    "kd": "word-level distillation on reference answers",
-    "seqkd": "sequence-level distillation: training on the teacher's answers",
-    "gkd": "generalised knowledge distillation",
-}
 
 
 def write_model_card(output_dir: Path, folder: Path) -> Path:
@@ -108,11 +101,11 @@ def _origin(first: StageFiles) -> str:
 
 def _step(stage: StageFiles) -> str:
     settings = stage.settings
-    method = settings.get("method", {}).get("name", "")
-    words = f"**{stage.name}**: {METHODS.get(method, method)}"
+    summary, taught = described_method(settings.get("method", {}))
+    words = f"**{stage.name}**: {summary}"
     if stage.lora:
         words += f", through {lora_words(**stage.lora)}, merged into the weights"
-    if settings.get("teacher") and method != "sft":
+    if settings.get("teacher") and taught:
         bits = settings["teacher"].get("quantization")
         words += f", with {_named(settings['teacher'].get('path'))}{f' in {bits}' if bits else ''} as the teacher"
     prompts = settings.get("data", {}).get("prompts") or {}

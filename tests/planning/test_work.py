@@ -16,11 +16,15 @@ LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
 def work(recipe):
     """The work of the small configuration with another method, on one rank."""
 
-    def make(method, *overrides, ranks=1):
+    def make(method, *overrides, ranks=1, prompts=True):
         named = isinstance(method, dict)
-        path = recipe(method=method) if named else recipe()
-        (stage,) = load_run([path], overrides).stages
-        return work_of(stage.config if named else stage.config.model_copy(update={"method": method}), ranks)
+        # plain text must have a use in what is loaded, whatever takes its place
+        base = {"name": "minillm" if any(one.startswith("data.corpus") for one in overrides) else "sft"}
+        (stage,) = load_run([recipe(method=method if named else base)], overrides).stages
+        changed = {} if named else {"method": method}
+        if not prompts:
+            changed["data"] = stage.config.data.model_copy(update={"prompts": None})
+        return work_of(stage.config.model_copy(update=changed), ranks)
 
     return make
 
@@ -104,11 +108,13 @@ def test_a_pair_is_two_sequences_of_every_item(work):
 
 
 def test_a_method_of_plain_text_needs_no_prompts(work, corpus):
-    found = work(elsewhere(rows=["corpus"]), corpus, "data.prompts=null", "method={name: minillm, lm_coef: 0}")
+    found = work(elsewhere(rows=["corpus"]), corpus, prompts=False)
     assert found.terms == (TermShape("imitation", MICRO, BLOCK - 1, MICRO * (BLOCK - 1), False, False),)
 
 
 def test_what_gives_the_length_is_missed_by_name(work):
+    with pytest.raises(UserError, match="data.prompts is missing"):
+        work(elsewhere(), prompts=False)
     with pytest.raises(UserError, match="data.corpus is missing"):
         work(elsewhere(rows=["corpus"]))
 
