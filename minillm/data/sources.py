@@ -75,6 +75,12 @@ def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False)
             dataset = load_dataset(place, name, split=split, streaming=streaming)
         except ValueError as error:  # a split or a configuration that it has not
             raise DataError(f"{path} ({split}): {_first_line(error)}") from None
+        except OSError as error:  # no such dataset, or no way to the hub
+            if folder.exists() or error.errno is not None:
+                raise
+            raise DataError(
+                f"{path}: no folder here (from {Path.cwd()}), and as a hub name: {_first_line(error)}"
+            ) from None
         except DatasetGenerationError as error:
             reason = _first_line(error.__cause__ or error)
             raise DataError(

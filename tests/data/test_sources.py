@@ -1,5 +1,6 @@
 """Records from every kind of file, and errors that say where."""
 
+import errno
 import gzip
 from pathlib import Path
 
@@ -99,6 +100,26 @@ def test_a_folder_of_plain_files_is_a_dataset_too(jsonl, tmp_path, monkeypatch):
         list(read_hf("$PLACE/set", None, "dev"))
     with pytest.raises(DataError, match=r"\$PLACE/set \(train\): .*other"):
         list(read_hf("$PLACE/set", "other", "train"))
+
+
+def test_a_dataset_that_the_hub_does_not_have_is_named(monkeypatch):
+    def unreachable(*arguments, **options):  # as datasets says it where there is no network
+        raise ConnectionError("Couldn't reach 'no-such/set' on the Hub (OfflineModeIsEnabled)\nmore")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(
+        DataError, match="no-such/set: no folder here .*, and as a hub name: Couldn't reach '.*IsEnabled.$"
+    ):
+        next(read_hf("no-such/set", None, "train"))
+
+
+def test_a_full_disk_is_no_missing_dataset(monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.load_dataset", full)
+    with pytest.raises(OSError, match="No space left"):
+        next(read_hf("some/set", None, "train"))
 
 
 def test_texts(jsonl, tmp_path):
