@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from minillm.models.saving import save_model
+from minillm import UserError
+from minillm.models.saving import read_modules, save_model, write_modules
 from minillm.models.tokenizers import byte_tokenizer
 
 
@@ -62,3 +64,38 @@ def test_generation_settings_that_contradict_each_other_do_not_stop_a_save(build
     model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
     save_model(model, byte_tokenizer(), tmp_path / "model")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == 257
+
+
+def projector(seed: int, width: int = 5) -> nn.Module:
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
+    module[0].bias.requires_grad_(False)
+    module[1].running_mean += torch.randn(width)
+    return module
+
+
+def test_modules_come_back_with_what_training_changes(tmp_path):
+    """Weights and buffers, but nothing that is frozen: that is made anew by the configuration."""
+    ours, theirs = projector(1), projector(2)
+    write_modules({"projector": ours}, tmp_path)
+    assert [path.name for path in (tmp_path / "modules").iterdir()] == ["projector.safetensors"]
+    frozen = theirs[0].bias.clone()
+    read_modules({"projector": theirs}, tmp_path)
+    assert torch.equal(theirs[0].weight, ours[0].weight) and torch.equal(theirs[1].running_mean, ours[1].running_mean)
+    assert torch.equal(theirs[0].bias, frozen) and not torch.equal(frozen, ours[0].bias)
+
+
+def test_modules_that_are_not_there_or_of_another_shape_are_refused(tmp_path):
+    with pytest.raises(UserError, match="projector.safetensors is missing: projector was trained beside the student"):
+        read_modules({"projector": projector(1)}, tmp_path)
+    write_modules({"projector": projector(1)}, tmp_path)
+    with pytest.raises(UserError, match="projector.safetensors holds weights of another projector"):
+        read_modules({"projector": projector(1, width=6)}, tmp_path)
+    with pytest.raises(UserError, match="holds weights of another projector"):
+        read_modules({"projector": projector(1).requires_grad_(False)}, tmp_path)
+
+
+def test_no_modules_leave_nothing(tmp_path):
+    write_modules({}, tmp_path)
+    read_modules({}, tmp_path)
+    assert not list(tmp_path.iterdir())
