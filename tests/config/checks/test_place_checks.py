@@ -84,8 +84,8 @@ def test_packages_that_are_not_installed_say_what_to_install(recipe):
     [
         ("", "must not be empty"),
         ("runs/a\0b", "holds the character NUL"),
-        ("runs/a\nb", r"holds '\\n'"),
-        ("runs/a\x1b[2Jb", r"holds '\\x1b'"),
+        ("runs/a\nb", r"holds '\n'"),
+        ("runs/a\x1b[2Jb", r"holds '\x1b'"),
         ("runs/" + "x" * 300, "has 300 bytes; file systems take names of at most 255"),
         ("runs/" + "ü" * 150, "has 300 bytes"),
         ("/".join(["x" * 200] * 20), "the whole path has"),
