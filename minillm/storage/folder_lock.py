@@ -28,7 +28,7 @@ class FolderInUseError(UserError):
 
 @contextmanager
 def hold_folder(folder: Path, *, note: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock on a folder, which is made where it is not there. A process may hold a folder that it holds already.
+    """Hold the lock on a folder, made where it is not there. A process may hold a folder that it holds already.
 
     `note` is told where the disk has no locks, so that nothing keeps a second process out. Raises FolderInUseError,
     saying by whom and since when, before anything in the folder is touched; UserError where it cannot be written to.
