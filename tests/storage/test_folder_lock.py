@@ -63,7 +63,8 @@ def test_the_lock_ends_with_its_process_however_that_ends(other, tmp_path):
 def test_a_folder_that_was_given_back_can_be_held_again(tmp_path):
     for _ in range(2):
         with hold(tmp_path / "deep" / "run"):
-            assert (tmp_path / "deep" / "run" / LOCK).is_file()
+            assert str(os.getpid()) in (tmp_path / "deep" / "run" / LOCK).read_text()
+        assert (tmp_path / "deep" / "run" / LOCK).read_text() == ""
     with pytest.raises(KeyError), hold(tmp_path / "run"):
         raise KeyError
     with hold(tmp_path / "run"):

@@ -91,14 +91,14 @@ def test_a_second_run_in_the_same_folder_stops_before_it_touches_anything(two_st
 
 def test_a_run_that_was_killed_before_its_first_step_leaves_a_folder_to_begin_in(two_stages, tmp_path):
     def killed() -> None:
-        from minillm.engine.torch import TorchEngine
+        from minillm.train.trainer import StageTrainer
 
-        TorchEngine.step = lambda self, micro_batches: os.kill(os.getpid(), 9)
-        train(two_stages, "eval.sets={}")
+        StageTrainer.run = lambda self, **options: os.kill(os.getpid(), 9)
+        train(two_stages)
 
     assert os.WTERMSIG(in_a_child(killed)) == 9
-    assert (tmp_path / "run" / LOCK).exists()
-    assert main(["train", str(two_stages), "eval.sets={}"]) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} > {LOCK, "config.yaml"}
+    assert main(["train", str(two_stages)]) == 0
 
 
 def test_every_published_model_carries_its_checksums(two_stages, tmp_path):
