@@ -40,7 +40,9 @@ def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
     # the flash packages need a GPU; sdpa, like them, keeps no scores
     attention = "eager" if attention == "eager" else "sdpa"
     architecture = copy.deepcopy(architecture)  # a model writes its dtype into the one it has
-    return auto_class(architecture).from_config(architecture, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return auto_class(architecture).from_config(
+        architecture, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
 
 
 def weight_count(module: nn.Module) -> int:
