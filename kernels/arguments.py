@@ -26,6 +26,7 @@ from minillm.kernels.head import LMHead
 from minillm.kernels.model_logits import HeadSpec, HeadTensors
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.share_sums import SHARED_FIELDS
+from minillm.kernels.sparse_teacher import OUTCOME_BUFFERS, RowChecks, SparseRows, TopK, check_sayable, check_top_k
 
 BACKENDS = ("auto", "torch", "triton", "tiled")
 
@@ -33,8 +34,8 @@ BACKENDS = ("auto", "torch", "triton", "tiled")
 def prepare(
     student_hidden: Tensor,  # (..., H_s)
     student_head: LMHead | Tensor,
-    teacher_hidden: Tensor | None,  # (..., H_t)
-    teacher_head: LMHead | Tensor | None,
+    teacher_hidden: Tensor | TopK | None,  # (..., H_t)
+    teacher_head: LMHead | Tensor | None,  # None with a TopK
     labels: Tensor | None,  # (...)
     options: Mapping[str, Any],  # all that an entry point declares
     *,
@@ -45,6 +46,12 @@ def prepare(
     student = check_head(student_head, names[1])
     check_hidden(student_hidden, student, *names)
     shape = student_hidden.shape[:-1]
+    top_k = teacher_hidden if isinstance(teacher_hidden, TopK) else None
+    if top_k is not None:
+        size = check_vocab_size(student, None, options["vocab_size"], names[1])
+        check_top_k(top_k, teacher_head, shape, student_hidden.device, size, options["temperature"])
+        fields = check_sayable(fields, has_labels=labels is not None)
+        teacher_hidden = None
     if (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head go together: pass both, or None for both")
     teacher = None if teacher_head is None else check_head(teacher_head, "teacher_head")
@@ -61,7 +68,7 @@ def prepare(
                 "move them to one device"
             )
     size = check_vocab_size(student, teacher, options["vocab_size"], names[1])
-    fields = check_fields(fields, has_teacher=teacher is not None, has_labels=labels is not None)
+    fields = check_fields(fields, has_teacher=teacher is not None or top_k is not None, has_labels=labels is not None)
     spec = RowSpec(
         fields=fields,
         temperature=check_positive(options["temperature"], "temperature"),
@@ -72,14 +79,23 @@ def prepare(
         **{name: check_weight(options[name], name) for name in ("beta", "alpha") if name in options},
     )
     if not spec.needs("teacher"):
-        teacher_hidden = teacher = None
+        teacher_hidden = teacher = top_k = None
     kept = options["kept"]
+    vouched = kept is not None and student_hidden.device.type != "cpu"  # then nothing looks at labels and ids
     if labels is not None:
         labels = check_labels(labels, shape, student_hidden.device).reshape(-1).contiguous()
-        vouched = kept is not None and labels.device.type != "cpu"  # then nothing looked at them
-        index, kept = keep_rows(labels, options["ignore_index"], size, kept)
+    sparse = checks = None
+    if top_k is not None:
+        sparse = SparseRows(_rows(_constant(top_k.ids)), _rows(_constant(top_k.logprobs)))
+        checks = RowChecks(sparse, size, labels if "teacher_logprob" in fields else None)
+    if labels is not None:
+        index, kept = keep_rows(labels, options["ignore_index"], size, kept, checks)
     else:
-        index, kept, vouched = None, shape.numel(), False
+        index, kept = None, shape.numel()
+        if checks is not None and not vouched:
+            checks.report(torch.stack(checks.counts(None)).tolist(), kept)
+    if sparse is not None and vouched:
+        sparse = sparse._replace(ids=sparse.ids.clamp(0, size - 1))
     if not spec.needs("labels"):
         labels = None
     elif vouched:
@@ -89,11 +105,13 @@ def prepare(
     device, chunk_bytes = student_hidden.device, options["chunk_bytes"]
     if chunk_bytes is not None and not (is_int(chunk_bytes) and chunk_bytes > 0):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
+    if options["backend"] == "tiled" and sparse is not None:
+        raise ValueError("backend='tiled' does not offer a TopK as teacher_hidden; use backend='triton' or 'auto'")
     backend = _backend(options["backend"], device, logits, fields)
     if backend == "tiled":
         ids, chunk_bytes = min(size, TILE_IDS), chunk_bytes or TILE_BYTES
     else:
-        ids = size
+        ids = size if sparse is None else size + OUTCOME_BUFFERS * (sparse.ids.shape[1] + 1)
     problem = Problem(
         spec=spec,
         shape=shape,
@@ -111,10 +129,11 @@ def prepare(
         teacher=None if teacher is None else (HeadSpec(_compute_dtype(teacher_hidden)),),
         logits=logits,
         backend=backend,
+        sparse_teacher=sparse is not None,
     )
     tensors = Tensors(
         student=(HeadTensors(_rows(student_hidden), student.weight, student.bias),),
-        teacher=None
+        teacher=sparse
         if teacher is None
         else (
             HeadTensors(

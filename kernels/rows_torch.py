@@ -36,7 +36,7 @@ def row_statistics(
             spec,
             graded=False,
         )[0]
-        for block in _blocks(student)
+        for block in row_blocks(student)
     ]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -57,12 +57,12 @@ def row_gradients(
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     if not any(FIELDS[name].teacher for name in coefficients):
         teacher = None
-    for block in _blocks(student):
+    for block in row_blocks(student):
         here = {name: value[block, None] for name, value in statistics.items()}
         chosen = {name: value[block, None] for name, value in coefficients.items()}
-        models = {"student": _Softmax.of(logits_from_raw(student[block], *_scaling(spec, "student")))}
+        models = {"student": Softmax.of(logits_from_raw(student[block], *_scaling(spec, "student")))}
         if teacher is not None:
-            models["teacher"] = _Softmax.of(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
+            models["teacher"] = Softmax.of(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
         rows = _rows(**models, fields=set(chosen), slope=spec.student_softcap is not None)
         label = labels[block, None] if "student_logprob" in coefficients else None
         _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
@@ -84,7 +84,7 @@ def row_loss_gradients(
     """
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     found = False
-    for block in _blocks(student):
+    for block in row_blocks(student):
         label = None if labels is None else labels[block, None]
         statistics, rows = _block_statistics(
             student[block], None if teacher is None else teacher[block], label, spec, graded=True
@@ -108,7 +108,7 @@ def logits_from_raw(raw: Tensor, scale: float, softcap: float | None, temperatur
     return z if temperature == 1.0 else z / temperature
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def row_blocks(logits: Tensor) -> Iterator[slice]:
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     rows = max(1, budget // (logits.shape[1] * logits.element_size()))
     for start in range(0, logits.shape[0], rows):
@@ -116,7 +116,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 @dataclass
-class _Softmax:
+class Softmax:
     """A model's rows: logits z, their largest, and softmax(z), but for a factor close to 1 that its sum gives away.
 
     Torch's softmax goes over a row once for all of it, where the exponential alone takes longer than that; but it adds
@@ -130,7 +130,7 @@ class _Softmax:
     top: Tensor  # (B, 1), the largest probability: one over sum exp(z - largest)
 
     @classmethod
-    def of(cls, z: Tensor) -> "_Softmax":  # (B, V)
+    def of(cls, z: Tensor) -> "Softmax":  # (B, V)
         softmax = torch.softmax(z, 1)
         total = softmax.sum(1, keepdim=True)
         return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total)
@@ -150,9 +150,9 @@ def _block_statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, *, graded: bool
 ) -> tuple[dict[str, Tensor], Rows | None]:
     """The statistics, and the distributions that they and, where `graded`, the gradient are made of."""
-    models = {"student": _Softmax.of(logits_from_raw(student, *_scaling(spec, "student")))}
+    models = {"student": Softmax.of(logits_from_raw(student, *_scaling(spec, "student")))}
     if teacher is not None:
-        models["teacher"] = _Softmax.of(logits_from_raw(teacher, *_scaling(spec, "teacher")))
+        models["teacher"] = Softmax.of(logits_from_raw(teacher, *_scaling(spec, "teacher")))
     result = {}
     for who, model in models.items():
         result |= {f"{who}_max": model.largest, f"{who}_log_sum": -model.top.log()}
@@ -171,7 +171,7 @@ def _scaling(spec: RowSpec, who: str) -> tuple[float, float | None, float]:
     return getattr(spec, f"{who}_scale"), getattr(spec, f"{who}_softcap"), spec.temperature
 
 
-def _rows(student: _Softmax, teacher: _Softmax | None = None, *, fields: set[str], slope: bool) -> Rows:
+def _rows(student: Softmax, teacher: Softmax | None = None, *, fields: set[str], slope: bool) -> Rows:
     """What values and gradients of `fields` read; `slope`: and what the derivative of a softcap reads.
 
     The logits stay as they are; the teacher's probabilities go where no field needs them.
