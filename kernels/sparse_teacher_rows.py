@@ -16,6 +16,7 @@ The logits of the k ids are taken out first, -inf in their places: then the tail
 read and overwritten in whole rows.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -171,9 +172,9 @@ class OutcomeRows:
             dz = dz - logprob[:, None] * q
         if entropy is not None:
             entropy = entropy * q[:, -1]
-            through = entropy * statistics["tail_entropy"]
-            dz = dz - through[:, None] * q
-            dz[:, -1] += through
+            through = (entropy * statistics["tail_entropy"])[:, None]
+            ids = -through * q[:, :-1]
+            dz = dz + torch.cat((ids, -ids.sum(1, keepdim=True)), 1)
         tail = dz[:, -1]
         label = None
         if logprob is not None:  # before the logits' memory is overwritten
@@ -197,10 +198,14 @@ class OutcomeRows:
         coefficients = {name: value for name, value in coefficients.items() if name != "student_logprob"}
         if not coefficients:
             return torch.zeros_like(z)
+        large = (z[:, -1] - statistics["student_max"]) - statistics["student_log_sum"] > math.log(0.5)
         if "student_entropy" in coefficients:
             statistics = statistics | {"student_entropy": statistics["outcome_entropy"]}
         theirs = _teacher_outcomes(rows, statistics)
-        return self.dense.row_gradients(z, theirs, None, statistics, coefficients, _outcome_spec(spec), z.dtype)
+        dz = self.dense.row_gradients(z, theirs, None, statistics, coefficients, _outcome_spec(spec), z.dtype)
+        # a row adds up to 0: of a tail that is nearly all of it, u - E_q[u] is a difference without digits
+        dz[:, -1] = torch.where(large, -dz[:, :-1].sum(1), dz[:, -1])
+        return dz
 
 
 def _outcome_spec(spec: RowSpec) -> RowSpec:

@@ -43,9 +43,8 @@ def tail_kernel(
             columns = start + lanes
             z = load_logits(student, columns, V, inner, outer, MODE, tail)
             m, s, s_d, s_x, best = push(z, zeros, columns, m, s, s_d, s_x, best, False, ENTROPY, ARGMAX)
-    m, s, _, _, s_x, best = merge(m, s, s_d, s_x, best, V, False, ENTROPY, ARGMAX)
+    m, s, log_s, _, s_x, best = merge(m, s, s_d, s_x, best, V, False, ENTROPY, ARGMAX)
     nothing = s == 0.0
-    log_s = tl.log(s)
 
     out += index
     slot_stride = slot_stride.to(tl.int64)
