@@ -135,8 +135,6 @@ def test_an_id_banned_in_the_student_alone(softcap, backend, kit):
     assert not any(value.isnan().any() for value in gradient.values())
 
 
-
-
 @pytest.mark.parametrize("softcap", [None, 8.0])
 def test_ids_of_the_tail_that_the_student_bans_do_not_exist(softcap, backend, kit):
     case = banned(kit, [5, 6], student_options={"softcap": softcap})
@@ -199,9 +197,7 @@ def test_a_zero_coefficient_silences_an_infinite_row(backend, kit):
     def objective(stats):
         return torch.where(stats.forward_kl.isfinite(), stats.forward_kl, 0.0) + stats.student_entropy
 
-    loss, _ = linear_objective(
-        *case.arguments, objective, fields=("forward_kl", "student_entropy"), backend=backend
-    )
+    loss, _ = linear_objective(*case.arguments, objective, fields=("forward_kl", "student_entropy"), backend=backend)
     weights = {"student_entropy": torch.ones(4, device=kit.device)}
     assert kit.relative_error(gradients(loss, case)["hidden"], _finite_difference(case, weights)) < 1e-4
 

@@ -37,6 +37,12 @@ class SparseCase:
     def arguments(self) -> tuple:
         return (*self.case.arguments[:2], self.top_k, None, self.case.labels)
 
+    def with_(self, **changes) -> "SparseCase":
+        return SparseCase(self.case.with_(**changes), self.top_k)
+
+    def doubled(self) -> "SparseCase":
+        return SparseCase(self.case.doubled(), self.top_k)
+
     def flat(self) -> tuple[Tensor, Tensor]:
         """ids and logprobs of the kept rows, (K, k)."""
         return tuple(one.reshape(-1, one.shape[-1])[self.kept] for one in (self.top_k.ids, self.top_k.logprobs))
@@ -74,7 +80,7 @@ def sparse(case, k: int, *, ids: torch.dtype = torch.int64, logprobs: torch.dtyp
 
 def oracle(case: SparseCase, **options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every statistic of the kept rows, (K,) float64 with a graph to the leaves, which come second, by name."""
-    double = case.case.doubled()
+    double = case.doubled()
     ids, logprobs = case.flat()
     found = reference.top_k_token_stats(
         logits(double, "student")[case.kept],
