@@ -13,6 +13,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from minillm.kernels.argument_checks import check_inputs
 from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.double_backward import guard
 from minillm.kernels.entry_point import entry_point
@@ -79,10 +80,13 @@ def linear_objective(
     """
     if options["backend"] == "tiled":
         raise ValueError("backend='tiled' does not offer linear_objective; use backend='triton' or 'auto'")
+    if not callable(objective):
+        raise ValueError(f"objective must be a function of TokenStats, got a {type(objective).__name__}")
+    inputs = check_inputs(inputs)
     problem, tensors = prepare(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=fields
     )
-    return objective_sum(problem, tensors, objective, inputs or {}, options["weight_grad"], coupled=coupled)
+    return objective_sum(problem, tensors, objective, inputs, options["weight_grad"], coupled=coupled)
 
 
 def objective_sum(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from minillm.losses import linear_divergence, linear_objective
+from minillm.losses import linear_cross_entropy, linear_divergence, linear_objective
 from tests.kernels.contract import (
     DIFFERENTIABLE,
     FIELDS,
@@ -181,6 +181,32 @@ def test_leading_dimensions_are_kept(backend, kit):
     weights = coefficients(case)
     loss = objective_of(case, backend, {name: weight.view(2, 3, 2) for name, weight in weights.items()})
     assert_close(gradients(loss, case), expected_gradients(case, weights, kit)[1], GRADIENT, kit)
+
+
+@pytest.mark.parametrize("label", [5, -100])
+def test_one_token_without_leading_dimensions(label, engine, kit):
+    """Statistics, losses and gradients have the shapes of one token, and its values."""
+    case = kit.make_case(rows=1, bias=True, ignored=0.0)
+    case.labels[0] = label
+    one = case.with_(
+        student_hidden=case.student_hidden.detach()[0].requires_grad_(),
+        teacher_hidden=case.teacher_hidden[0],
+        labels=case.labels[0],
+    )
+    with torch.no_grad():
+        scored = stats_of(one, engine)
+    stats, row = stats_of(one, engine), stats_of(case, engine)
+    for name in row.fields:
+        assert getattr(stats, name).shape == getattr(scored, name).shape == ()
+        assert torch.equal(getattr(stats, name), getattr(row, name)[0]), name
+        torch.testing.assert_close(getattr(scored, name), getattr(stats, name))
+    losses = [stats.reverse_kl - stats.student_logprob]
+    losses.append(linear_divergence(*one.arguments[:4], labels=one.labels, backend=engine))
+    losses.append(linear_cross_entropy(*one.arguments[:2], one.labels, reduction="none", backend=engine))
+    for loss in losses:
+        assert loss.shape == ()
+        found = gradients(loss, one)
+        assert found["hidden"].shape == (16,) and (found["hidden"].abs().sum() > 0) == (label >= 0)
 
 
 def test_strided_inputs(backend, kit):
