@@ -51,13 +51,14 @@ def test_every_statistic_matches_float64(options, backend, kit):
 
 
 def loss_by(entry, case, backend, weights, **options):
-    if entry == "objective":
-        return objective_of(case, backend, weights, **options)
+    if entry != "token_stats":
+        return objective_of(case, backend, weights, coupled=entry == "coupled", **options)
     stats = stats_of(case, backend, fields=tuple(weights), **options)
     return sum((weight * getattr(stats, name).flatten()).sum() for name, weight in weights.items())
 
 
 ENTRIES = ["objective", "token_stats"]
+ALL_ENTRIES = [*ENTRIES, "coupled"]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -72,7 +73,7 @@ def test_each_gradient_matches_float64(name, options, entry, backend, kit):
     assert_close(gradients(loss, case), expected, GRADIENT, kit)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", ALL_ENTRIES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_gradient_of_all_statistics_at_once(options, entry, backend, kit):
     case = kit.make_case(**OPTIONS[options])
@@ -83,7 +84,7 @@ def test_the_gradient_of_all_statistics_at_once(options, entry, backend, kit):
     assert_close(gradients(loss, case), expected, GRADIENT, kit)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", ALL_ENTRIES)
 def test_bfloat16_inputs_keep_float32_logits(entry, backend, kit):
     """The teacher is close: bf16 logits would put tens of per cent of error into this reverse KL and its gradient."""
     case = kit.make_case(rows=20, dtype=torch.bfloat16, bias=True, noise=0.05)
@@ -107,7 +108,7 @@ def test_bfloat16_inputs_keep_float32_logits(entry, backend, kit):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 # a row with q = 1 - 1e-7, where the sign of a log-ratio of 1e-8 decides tvd's gradient
-@example(rows=24, vocab=4, hidden=1, teacher_hidden=9, ignored=0.0, chunk_bytes=9000, bias=True, seed=1)
+@example(rows=24, vocab=4, hidden=1, teacher_hidden=9, ignored=0.0, chunk_bytes=9000, bias=True, coupled=False, seed=1)
 @given(
     rows=st.integers(0, 24),
     vocab=st.integers(1, 90),
@@ -116,14 +117,15 @@ def test_bfloat16_inputs_keep_float32_logits(entry, backend, kit):
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
     chunk_bytes=st.integers(2000, 40_000),
     bias=st.booleans(),
+    coupled=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(backend, kit, rows, vocab, hidden, teacher_hidden, ignored, chunk_bytes, bias, seed):
+def test_any_shape(backend, kit, rows, vocab, hidden, teacher_hidden, ignored, chunk_bytes, bias, coupled, seed):
     case = kit.make_case(
         rows=rows, vocab=vocab, hidden=hidden, teacher_hidden=teacher_hidden, ignored=ignored, bias=bias, seed=seed
     )
     weights = coefficients(case)
-    loss = objective_of(case, backend, weights, chunk_bytes=chunk_bytes)
+    loss = objective_of(case, backend, weights, chunk_bytes=chunk_bytes, coupled=coupled)
     loss64, expected = expected_gradients(case, weights, kit)
     torch.testing.assert_close(loss.double(), loss64, rtol=1e-4, atol=1e-4)
     for name, value in gradients(loss, case).items():
