@@ -22,7 +22,7 @@ def tail_statistics(
     """As `sparse_teacher_rows.Tail` says."""
     parts = []
     for block in row_blocks(student):
-        tail = _softmax(student[block], spec)
+        tail = Softmax.of(_logits(student[block], spec))
         empty = tail.largest == -torch.inf
         part = {"tail_max": tail.largest, "tail_log_sum": torch.where(empty, -torch.inf, -tail.top.log())}
         if entropy:
@@ -44,36 +44,36 @@ def tail_gradients(
 ) -> Tensor:
     """As `sparse_teacher_rows.Tail` says."""
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
-    whole = whole[:, None] * (spec.student_scale / spec.temperature)
-    if entropy is not None:
-        entropy = entropy[:, None] * (spec.student_scale / spec.temperature)
+    chain = spec.student_scale / spec.temperature
+    empty = (statistics["tail_log_sum"] == -torch.inf)[:, None]
+    some_empty = student.device.type != "cpu" or bool(empty.any())
+    whole, entropy = chain * whole[:, None], None if entropy is None else chain * entropy[:, None]
     for block in row_blocks(student):
-        tail = _softmax(student[block], spec)
-        empty = tail.largest == -torch.inf
+        z = _logits(student[block], spec)
+        t = torch.softmax(z, 1)
+        if some_empty:  # a softmax of nothing is NaN
+            t.masked_fill_(empty[block], 0.0)
+        total = t.sum(1, keepdim=True).masked_fill_(empty[block], 1.0)  # not quite 1: torch adds up in few lanes
+        factor = whole[block] / total
         slope = None
         if spec.student_softcap is not None:  # now: the gradient may take the memory of the logits
-            slope = (tail.z * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
-            slope.masked_fill_(tail.z == -torch.inf, 0.0)
-        factor = whole[block]
-        if entropy is not None:
-            log_t = tail.log_probabilities(tail.z == -torch.inf)
-            inner = log_t.add_(statistics["tail_entropy"][block, None]).mul_(-entropy[block])
-            factor = inner.add_(factor).div_(tail.total)
-        else:
-            factor = factor / tail.total
-        t = tail.softmax
-        if t.device.type != "cpu" or bool(empty.any()):  # a softmax of nothing is NaN
-            t, factor = t.masked_fill_(empty, 0.0), torch.where(empty, 0.0, factor)
-        if gradient.dtype == t.dtype and slope is None:
-            torch.mul(t, factor, out=gradient[block])
-        else:
-            dz = t.mul_(factor)
-            gradient[block] = dz if slope is None else dz.mul_(slope)
+            slope = (z * (spec.temperature / spec.student_softcap)).square_().neg_().add_(1.0)
+            slope.masked_fill_(z == -torch.inf, 0.0)
+        if entropy is not None:  # u = -log t, its mean is the entropy
+            surprise = (z - statistics["tail_max"][block, None]).sub_(statistics["tail_log_sum"][block, None]).neg_()
+            surprise.masked_fill_(z == -torch.inf, 0.0)
+            factor = surprise.sub_(statistics["tail_entropy"][block, None]).mul_(entropy[block] / total).add_(factor)
+        dz = gradient[block] if gradient.dtype == t.dtype and slope is None else t
+        torch.mul(t, factor, out=dz)
+        if slope is not None:
+            dz.mul_(slope)
+        if dz is t:
+            gradient[block] = dz
     return gradient
 
 
-def _softmax(raw: Tensor, spec: RowSpec) -> Softmax:
-    return Softmax.of(logits_from_raw(raw, spec.student_scale, spec.student_softcap, spec.temperature))
+def _logits(raw: Tensor, spec: RowSpec) -> Tensor:
+    return logits_from_raw(raw, spec.student_scale, spec.student_softcap, spec.temperature)
 
 
 ROWS = OutcomeRows(rows_torch, sys.modules[__name__])
