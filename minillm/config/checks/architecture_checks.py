@@ -28,7 +28,7 @@ _OTHER_TASKS = (
     "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification",
     "ForObjectDetection", "ForSemanticSegmentation", "ForCTC", "ForPreTraining",
 )  # fmt: skip
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND = ("student", "config", "model_type")
 _WANTED = "student and teacher must be causal language models (llama, gpt2, qwen2, ...)"
 
@@ -83,9 +83,7 @@ def _all_keys(student: StudentConfig) -> dict[str, Any] | None:
 
 
 def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
-    import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = keys["model_type"]
@@ -114,15 +112,23 @@ def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
         return
     if (architecture.get_text_config().num_hidden_layers or 0) > MOST_LAYERS:
         return
+    wrong = _failure(architecture)
+    # where not even the family's defaults run on the meta device, a failure says nothing of the keys
+    if wrong is not None and _failure(family()) is None:
+        yield Found("student.config", f"no {kind} model can be built of these keys: {wrong}")
+
+
+def _failure(architecture: Any) -> str | None:
+    """Why a model of this architecture can be built or run on the meta device no further, None where it can."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         with _quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture)
-            model(torch.zeros(1, 2, dtype=torch.long))
-    except NotImplementedError:  # an operation that the meta device does not have says nothing of the keys
-        return
-    except Exception as error:
-        if "meta" not in str(error):
-            yield Found("student.config", f"no {kind} model can be built of these keys: {_cause(error)}")
+            AutoModelForCausalLM.from_config(architecture)(torch.zeros(1, 2, dtype=torch.long))
+    except Exception as error:  # whatever a family's own code makes of its keys
+        return _cause(error)
+    return None
 
 
 def _not_causal(kind: str, architecture: Any) -> str | None:
@@ -161,7 +167,7 @@ def _of_field(text: str, own: Mapping[str, Any]) -> Found | None:
         types = [] if found is None else re.findall(r"<class '(\w+)'>", found[2])
     if not types or found[1] not in own:
         return None
-    words = " or ".join(_TYPES.get(name, name) for name in types)
+    words = " or ".join(_TYPES.get(name, name) for name in types if name != "NoneType")
     return Found(("student", "config", found[1]), expected(words, own[found[1]]))
 
 
