@@ -5,10 +5,12 @@ transformers, so that it is done only where `student.config` is given.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def fresh_architecture(facts: Facts, student: StudentConfig) -> Iterator[Found]:
         message = f"must be from 1 to {LARGEST:,}, not {show(student.config[key])}"
         yield Found(("student", "config", key), message)
     if not wrong:
-        yield from _build(keys, student.config)
+        yield from _wrong_keys(json.dumps(keys), json.dumps(student.config))
 
 
 def _is_size(value: Any) -> bool:
@@ -80,6 +82,12 @@ def _all_keys(student: StudentConfig) -> dict[str, Any] | None:
     # lists of one entry per layer are made anew with another number of layers
     per_layer = [key for key, value in keys.items() if isinstance(value, list) and len(value) in counts]
     return {**{key: value for key, value in keys.items() if key not in per_layer}, **student.config}
+
+
+@cache  # stages and arms of one file mostly have one architecture
+def _wrong_keys(keys: str, own: str) -> tuple[Found, ...]:
+    """What is wrong with an architecture. Both arguments are JSON: all its keys, and those of student.config."""
+    return tuple(_build(json.loads(keys), json.loads(own)))
 
 
 def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
@@ -110,22 +118,29 @@ def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
     if refused is not None:
         yield Found(_KIND, refused)
         return
-    if (architecture.get_text_config().num_hidden_layers or 0) > MOST_LAYERS:
-        return
-    wrong = _failure(architecture)
-    # where not even the family's defaults run on the meta device, a failure says nothing of the keys
-    if wrong is not None and _failure(family()) is None:
+    wrong = _heads_problem(architecture.get_text_config()) or _failure(architecture)
+    if wrong is not None:
         yield Found("student.config", f"no {kind} model can be built of these keys: {wrong}")
 
 
+def _heads_problem(architecture: Any) -> str | None:
+    """What is wrong with groups of heads that share keys and values, which only a forward pass would find."""
+    heads, groups = (getattr(architecture, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        return f"the {heads} attention heads are no multiple of the {groups} key-value heads"
+    return None
+
+
 def _failure(architecture: Any) -> str | None:
-    """Why a model of this architecture can be built or run on the meta device no further, None where it can."""
+    """Why no model of this architecture can be built, None where one can or has too many layers to try."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    if (architecture.get_text_config().num_hidden_layers or 0) > MOST_LAYERS:
+        return None
     try:
         with _quiet(), torch.device("meta"):
-            AutoModelForCausalLM.from_config(architecture)(torch.zeros(1, 2, dtype=torch.long))
+            AutoModelForCausalLM.from_config(architecture)
     except Exception as error:  # whatever a family's own code makes of its keys
         return _cause(error)
     return None
