@@ -81,7 +81,17 @@ def _all_keys(student: StudentConfig) -> dict[str, Any] | None:
     counts = {keys.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")} - {None}
     # lists of one entry per layer are made anew with another number of layers
     per_layer = [key for key, value in keys.items() if isinstance(value, list) and len(value) in counts]
-    return {**{key: value for key, value in keys.items() if key not in per_layer}, **student.config}
+    return _merged({key: value for key, value in keys.items() if key not in per_layer}, student.config)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Both, where `over` wins, and groups such as text_config are merged key by key."""
+    groups = {
+        key: _merged(under[key], value)
+        for key, value in over.items()
+        if isinstance(value, dict) and isinstance(under.get(key), dict)
+    }
+    return {**under, **over, **groups}
 
 
 @cache  # stages and arms of one file mostly have one architecture
@@ -134,13 +144,14 @@ def _heads_problem(architecture: Any) -> str | None:
 def _failure(architecture: Any) -> str | None:
     """Why no model of this architecture can be built, None where one can or has too many layers to try."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if (architecture.get_text_config().num_hidden_layers or 0) > MOST_LAYERS:
         return None
+    family = AutoModelForImageTextToText if _reads_images(architecture) else AutoModelForCausalLM
     try:
         with _quiet(), torch.device("meta"):
-            AutoModelForCausalLM.from_config(architecture)
+            family.from_config(architecture)
     except Exception as error:  # whatever a family's own code makes of its keys
         return _cause(error)
     return None
@@ -155,11 +166,19 @@ def _not_causal(kind: str, architecture: Any) -> str | None:
 
     if architecture.is_encoder_decoder:
         return f"{kind} is an encoder-decoder; {_WANTED}"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _reads_images(architecture):
         return f"{kind} predicts no next token; {_WANTED}"
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(architecture, "is_decoder", False):
         return f"{kind} reads a text in both directions unless its is_decoder is true; {_WANTED}"
     return None
+
+
+def _reads_images(architecture: Any) -> bool:
+    """Whether models of an architecture take images beside text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    listed = architecture.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return listed and getattr(architecture, "vision_config", None) is not None
 
 
 def _misspelt(own: Mapping[str, Any], family: type) -> Iterator[Found]:

@@ -96,6 +96,25 @@ def test_keys_override_those_of_a_local_model(recipe):
     assert recipe.problems(student={"init": "random", "path": "org/model", "config": {"hidden_size": 33}}) == {}
 
 
+def test_models_of_images_and_text(problems, recipe):
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llava = {
+        "model_type": "llava",
+        "text_config": {**LLAMA},
+        "vision_config": {"model_type": "clip_vision_model", **vision},
+    }
+    assert problems(llava) == {}
+    assert "The hidden size (33)" in problems(llava, text_config={**LLAMA, "hidden_size": 33})["student.config"]
+    folder = recipe.model("models/llava", **llava)
+    student = {"init": "random", "path": str(folder), "config": {"text_config": {"hidden_size": 32}}}
+    assert recipe.problems(student=student) == {}  # the rest of text_config is the model's
+    student["config"]["text_config"]["num_attention_heads"] = 3
+    assert (
+        "(32) is not a multiple of the number of attention heads (3)"
+        in recipe.problems(student=student)["student.config"]
+    )
+
+
 def test_one_error_stands_for_all_that_follow_from_it(problems):
     assert set(problems(LLAMA, hidden_size=0, num_hidden_layers=-1)) == {
         "student.config.hidden_size",
