@@ -1,5 +1,6 @@
 """`minillm generate`: prompts from the command line or typed in, and the student's answers beside the teacher's."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,14 @@ from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
 from minillm.teachers.open import open_named
 from minillm.teachers.pair import Models
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer the prompts that the arguments name, or those that are typed in."""
+    options = {name: value for name, value in vars(arguments).items() if name != "verb"}
+    with Console() as console:
+        generate(console=console, **options)
+    return 0
 
 
 class Answerer:
@@ -81,6 +90,8 @@ def generate(
 
     Raises UserError for options that cannot be, and whatever loading raises.
     """
+    if temperature == 0 and (top_k != 0 or top_p != 1):
+        raise UserError("--top-k and --top-p have no effect at --temperature 0, where every token is the likeliest one")
     sampling = Sampling(
         max_new_tokens, temperature, top_k=top_k, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram_size
     )

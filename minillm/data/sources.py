@@ -36,7 +36,11 @@ def read_jsonl(pattern: str) -> Iterator[Record]:
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # JSON's and UTF-8's
-                raise DataError(f"{where}: not JSON in UTF-8 ({error}); expected one object a line") from None
+                raise DataError(f"{where}: not JSON in UTF-8 ({error}); expected one object per line") from None
+            except RecursionError:
+                raise DataError(
+                    f"{where}: nested too deeply; expected one object per line, as records of text are"
+                ) from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
             yield where, record

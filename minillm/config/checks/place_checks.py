@@ -46,7 +46,7 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
     if "\0" in text:
         return f"{show(text)} holds the character NUL, which no path may"
     if place.kind == "folder":
-        return _folder_problem(text)
+        return folder_problem(text)
     if text.startswith(STAGE) and place.kind == "files":
         return stage_problem(text, facts, leaves="data")
     if place.kind == "files":
@@ -71,24 +71,30 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
     return None
 
 
-def _folder_problem(text: str) -> str | None:
-    """What is wrong with a folder that is to be written to, and made where it is missing."""
+def folder_problem(text: str) -> str | None:
+    """What is wrong with a folder that is to be written to, and made where it is missing; None where nothing is."""
     if not text:
         return "must not be empty; . is the current folder"
+    problem = name_problem(text)
+    if problem is not None:
+        return problem
+    above = next(folder for folder in (Path(text), *Path(os.path.abspath(text)).parents) if os.path.lexists(folder))
+    if not above.is_dir():
+        return f"{above} is a file, not a folder"
+    return None if os.access(above, os.W_OK | os.X_OK) else f"{above} may not be written to"
+
+
+def name_problem(text: str) -> str | None:
+    """What is wrong with the name of a file or folder that is to be made; None where nothing is."""
     odd = [character for character in text if not character.isprintable()]
     if odd:
         return f"{show(text)} holds {odd[0]!r}, which commands and reports could not name; choose another name"
-    longest = max(Path(text).parts, key=lambda part: len(part.encode()))
+    longest = max(Path(text).parts, key=lambda part: len(part.encode()), default="")
     if len(longest.encode()) > NAME_MAX:
         return f"{show(longest)} has {len(longest.encode())} bytes; file systems take names of at most {NAME_MAX}"
     whole = len(os.path.abspath(text).encode())
     if whole > PATH_MAX:
         return f"the whole path has {whole} bytes, which leaves no room for the names of files below it"
-    above = next(folder for folder in (Path(text), *Path(os.path.abspath(text)).parents) if os.path.lexists(folder))
-    if not above.is_dir():
-        return f"{above} is a file, not a folder"
-    if not os.access(above, os.W_OK | os.X_OK):
-        return f"{above} may not be written to"
     return None
 
 
