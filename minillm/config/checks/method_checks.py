@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
-from minillm.config.data import DataConfig
+from minillm.config.data import DataConfig, PlainPrompts, PydocPrompts
 from minillm.config.method import Method
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.needs import ABILITIES
@@ -13,7 +13,6 @@ MATERIAL = {
     "prompts": "trains on prompts",
     "pairs": "trains on pairs of a chosen and a rejected answer",
     "corpus": "reads plain text",
-    "images": "trains on prompts that show images",
 }
 
 
@@ -27,6 +26,14 @@ def material(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
         elif getattr(data, need) is None:
             why, reads = _why(method, need)
             yield Found(f"data.{need}", f"missing: method {method.name} {does}{why}", reads)
+
+
+def images_shown(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """Prompts come from where images may come from, where the method needs them."""
+    if method.needs().images and isinstance(data.prompts, PydocPrompts | PlainPrompts):
+        why, reads = _why(method, "images")
+        message = f"{data.prompts.type} prompts show no images, which method {method.name} trains on{why}"
+        yield Found("data.prompts.type", message, reads)
 
 
 def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) -> Iterator[Found]:

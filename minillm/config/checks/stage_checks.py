@@ -13,7 +13,7 @@ from minillm.config.checks.deepspeed_checks import deepspeed_file, deepspeed_ins
 from minillm.config.checks.evaluation_checks import evaluation_keys_used, measurable, measured_after_training
 from minillm.config.checks.facts import Facts, Idle, as_path, beside
 from minillm.config.checks.length_checks import answers_fit, corpus_fits, evaluation_fits
-from minillm.config.checks.method_checks import adapters_trained, material, own_keys, teacher_needed
+from minillm.config.checks.method_checks import adapters_trained, images_shown, material, own_keys, teacher_needed
 from minillm.config.checks.model_checks import (
     adapters,
     installed,
@@ -51,6 +51,7 @@ CHECKS = (
     sharding_keys,
     deepspeed_file,
     material,
+    images_shown,
     corpus_used,
     training_prompts,
     teacher_needed,
