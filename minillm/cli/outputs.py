@@ -11,10 +11,10 @@ def require_file(option: str, path: Path | None) -> None:
     """Raise UserError where no file could be written to the path of an option. Its folder may be missing."""
     if path is None:
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{option}: {path} is a folder; name a file, such as {path / 'result'}")
     problem = name_problem(str(path)) or folder_problem(str(path.parent))
-    if problem is None and path.exists() and not os.access(path, os.W_OK):
+    if problem is None and os.path.exists(path) and not os.access(path, os.W_OK):
         problem = f"{path} may not be written to"
     if problem is not None:
         raise UserError(f"{option}: {problem}")

@@ -1,5 +1,6 @@
 """What a student or teacher needs beyond its path: the keys of its `init`, layers that exist, installed packages."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,8 +101,8 @@ def installed(facts: Facts) -> Iterator[Found]:
             yield Found(f"{who}.path", message)
         key = "path" if model.tokenizer is None else "tokenizer"
         folder = Path(getattr(model, key) or "")
-        vocabulary = next((name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
-        if vocabulary is not None and not (folder / "tokenizer.json").is_file() and not is_installed("sentencepiece"):
+        vocabulary = next((name for name in _SENTENCEPIECE if os.path.isfile(folder / name)), None)
+        if vocabulary is not None and not os.path.isfile(folder / "tokenizer.json") and not is_installed("sentencepiece"):
             message = f"{folder / vocabulary} needs sentencepiece, which is not installed: pip install sentencepiece"
             yield Found(f"{who}.{key}", message)
 

@@ -64,7 +64,7 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
         return None
     if not os.path.exists(text):
         return _not_there(text, "no such folder")
-    if place.kind == "model" and not text.endswith(".gguf") and not (Path(text) / "config.json").is_file():
+    if place.kind == "model" and not text.endswith(".gguf") and not os.path.isfile(Path(text) / "config.json"):
         return (
             f"{text} is no model: expected a folder with a config.json, as save_pretrained writes it, or a .gguf file"
         )
@@ -79,7 +79,7 @@ def folder_problem(text: str) -> str | None:
     if problem is not None:
         return problem
     above = next(folder for folder in (Path(text), *Path(os.path.abspath(text)).parents) if os.path.lexists(folder))
-    if not above.is_dir():
+    if not os.path.isdir(above):
         return f"{above} is a file, not a folder"
     return None if os.access(above, os.W_OK | os.X_OK) else f"{above} may not be written to"
 
@@ -134,7 +134,7 @@ def _package_problem(text: str) -> str | None:
 def _not_there(text: str, what: str) -> str:
     """The message for a path that leads nowhere, with the nearest name in the last of its folders that exists."""
     path = Path(text)
-    present = next((folder for folder in path.parents if folder.is_dir()), None)
+    present = next((folder for folder in path.parents if os.path.isdir(folder)), None)
     where = "" if path.is_absolute() else f" (from the current folder, {Path.cwd()})"
     if present is None or "*" in text:
         return f"{what}: {text}{where}"
