@@ -102,7 +102,11 @@ def installed(facts: Facts) -> Iterator[Found]:
         key = "path" if model.tokenizer is None else "tokenizer"
         folder = Path(getattr(model, key) or "")
         vocabulary = next((name for name in _SENTENCEPIECE if os.path.isfile(folder / name)), None)
-        if vocabulary is not None and not os.path.isfile(folder / "tokenizer.json") and not is_installed("sentencepiece"):
+        if (
+            vocabulary is not None
+            and not os.path.isfile(folder / "tokenizer.json")
+            and not is_installed("sentencepiece")
+        ):
             message = f"{folder / vocabulary} needs sentencepiece, which is not installed: pip install sentencepiece"
             yield Found(f"{who}.{key}", message)
 
