@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minillm import UserError
 from minillm.cli.main import main
 from minillm.storage.folder_lock import LOCK, FolderInUseError
 from minillm.storage.manifest import MANIFEST, find_damage, sign
@@ -178,7 +177,7 @@ def change_generator(path: Path) -> None:
     [
         ("trainer.json", change_json("position"), "progress.position: Input should be a valid integer"),
         ("trainer.json", lambda path: path.write_text("[]"), "it is not a JSON object"),
-        ("engine.pt", change_moment, "exp_avg of weight 0 is (3,), the weight (258, 16)"),
+        ("engine.pt", change_moment, "exp_avg of weight 0 is (3,), the weight (257, 16)"),
         ("engine.pt", change_generator, "TypeError: RNG state must be a torch.ByteTensor"),
         ("engine.pt", lambda path: torch.save({"optimizer": {}}, path), "it has no 'state'"),
         ("engine.pt", lambda path: path.write_text("no archive"), "UnpicklingError"),
@@ -192,8 +191,6 @@ def test_state_that_was_changed_and_signed_again_is_one_line_about_its_file(
     checkpoint = tmp_path / "run" / "checkpoint-8"
     change(checkpoint / "state" / name)
     sign(checkpoint)
-    with pytest.raises(UserError):
-        train(two_stages, "stages.distil.train.max_steps=9", resume=True)
     assert main(["train", str(two_stages), "stages.distil.train.max_steps=9", "--resume"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert f"{checkpoint / 'state' / name}: {words}" in error and "remove checkpoint-8" in error
