@@ -90,6 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--prompt", action="append", dest="prompts", default=[], help="may be repeated; without it, lines of stdin"
     )
+    generate.add_argument(
+        "--image", action="append", dest="images", default=[], help="a picture that every prompt shows; may be repeated"
+    )
     generate.add_argument("--max-new-tokens", type=_positive, default=256, help="of an answer (default %(default)s)")
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
     generate.add_argument("--top-k", type=int, default=0, help="sample from the likeliest K tokens; 0: from all")

@@ -10,12 +10,13 @@ from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.loader.evaluation_plan import EvaluationPlan, load_evaluation
 from minillm.config.paths import expand
 from minillm.config.tree import COMMAND_LINE
-from minillm.data.instructions import load_prompts
+from minillm.data.instructions import load_prompts, require_shared_pictures
 from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
 from minillm.models.open import model_path
+from minillm.models.tokenizers import load_tokenizer
 from minillm.reporting.analysis_figures import draw_analyses
 from minillm.reporting.console import Console
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -122,6 +123,8 @@ def evaluate_model(
         name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}")
         for name, prompts in plan.eval.sets.items()
     }
+    judges = None if plan.teacher is None else load_tokenizer(plan.teacher, plan.output_dir)
+    require_shared_pictures({f"eval.sets.{name}": one for name, one in sets.items()}, models.tokenizer, judges)
     labels = {
         name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}")
         for name, source in plan.eval.calibration.items()

@@ -14,8 +14,9 @@ from minillm.config.loader.document import read_file
 from minillm.config.loader.stages import stage_trees
 from minillm.config.models import TeacherConfig
 from minillm.config.shape import walk
-from minillm.data.instructions import encode
-from minillm.data.templates import render
+from minillm.data.images import find_pictures
+from minillm.data.instructions import PromptReader
+from minillm.models.families import text_config
 from minillm.models.open import model_path
 from minillm.reporting.console import Console
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -27,9 +28,20 @@ from minillm.teachers.pair import Models
 class Answerer:
     """Both models' answers to one prompt after another."""
 
-    def __init__(self, models: Models, keys: InstructionKeys, sampling: Sampling, *, seed: int):
-        """Args: keys: how a prompt is put to the models (template, system). seed: of the sampling."""
-        self.models, self.keys, self.sampling, self.seed = models, keys, sampling, seed
+    def __init__(
+        self,
+        models: Models,
+        keys: InstructionKeys,
+        sampling: Sampling,
+        *,
+        seed: int,
+        images: Sequence[str] = (),
+    ):
+        """Args: keys: how a prompt is put to the models (template, system). seed: of the sampling. images: files of the
+        pictures that every prompt shows."""
+        self.models, self.sampling, self.seed = models, sampling, seed
+        self.reader = PromptReader(keys, models.tokenizer)
+        self.pictures = find_pictures("--image", Path("."), {"images": list(images)})
         self.rollouts, self._asked = LocalRollouts(models), 0
 
     def ask(self, question: str) -> dict[str, str]:
@@ -38,20 +50,26 @@ class Answerer:
         Raises UserError where the question leaves no room for an answer, DataError for a template that is not there.
         """
         tokenizer = self.models.tokenizer
-        text = render([{"role": "user", "content": question}], self.keys, tokenizer)
-        ids = encode(tokenizer, text, self.keys.template != "chat")
+        prompt = self.reader.read([{"role": "user", "content": question}], self.pictures)
         draw, self._asked = self._asked, self._asked + 1
         answers = {}
         for who in ("student", "teacher") if self.models.teacher is not None else ("student",):
-            sampling = replace(self.sampling, max_new_tokens=self._room(who, len(ids)))
+            sampling = replace(self.sampling, max_new_tokens=self._room(who, len(prompt.ids)))
             (answer,) = self.rollouts.sample(
-                [ids], sampling, keys=[0], seed=self.seed, draw=draw, who=who, batch_size=1
+                [prompt.ids],
+                sampling,
+                keys=[0],
+                extras=[prompt.extras],
+                seed=self.seed,
+                draw=draw,
+                who=who,
+                batch_size=1,
             )
             answers[who] = tokenizer.decode(answer.response, skip_special_tokens=True)
         return answers
 
     def _room(self, who: str, prompt: int) -> int:
-        context = getattr(self.models.model(who).config, "max_position_embeddings", None)
+        context = getattr(text_config(self.models.model(who).config), "max_position_embeddings", None)
         if context is None:
             return self.sampling.max_new_tokens
         if prompt >= context:
@@ -65,6 +83,7 @@ def generate(
     console: Console,
     teacher: str | None = None,
     prompts: Sequence[str] = (),
+    images: Sequence[str] = (),
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -88,7 +107,7 @@ def generate(
     beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype)
     models, _ = open_named(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
     keys = prompt_keys(path, models.tokenizer, template=template, system=system)
-    ask = Answerer(models, keys, sampling, seed=seed).ask
+    ask = Answerer(models, keys, sampling, seed=seed, images=images).ask
     converse(ask, console, prompts=prompts, read=lambda: input("> " if sys.stdin.isatty() else ""))
 
 

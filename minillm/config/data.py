@@ -13,7 +13,8 @@ class InstructionKeys(Strict):
     """How a record becomes a prompt and its references, whatever file it comes from.
 
     A record is instruction/input/output, instruction/context/response, prompt/completion, question/answer or messages:
-    recognised by its keys.
+    recognised by its keys. Pictures are its `image` or `images`, or image parts of its messages: paths beside its file,
+    data: URIs, or columns of Parquet files and datasets.
     """
 
     template: Template = Field(
@@ -28,6 +29,9 @@ class InstructionKeys(Strict):
         256, description="Tokens; reference answers are cut here for supervised training"
     )
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Take the first so many usable records")
+    max_image_pixels: Annotated[int, Field(ge=1)] = Field(
+        50_000_000, description="Of a picture as it is stored; a larger one is an error"
+    )
 
 
 class JsonlPrompts(InstructionKeys):

@@ -3,18 +3,21 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
-from minillm.config.data import PlainPrompts, Prompts
+from minillm.config.data import InstructionKeys, PlainPrompts, Prompts
+from minillm.data.images import Picture, PictureReader, as_texts, find_pictures, shown_in
 from minillm.data.pydoc import pydoc_records
-from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
-from minillm.data.templates import Message, render
+from minillm.data.sources import DataError, Place, Record, read_hf, read_jsonl, read_parquet, read_texts
+from minillm.data.templates import render
 from minillm.models.batch import TokenSequence
-from minillm.models.tokenizers import end_of_turn
+from minillm.models.processors import placeholder_ids, processor_of, same_pictures
+from minillm.models.tokenizers import Message, end_of_turn
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # (question, answer, context); the first whose answer is there, else the first whose question is
@@ -55,11 +58,51 @@ class PromptSet(Sequence[Example]):
     dropped_long: int  # prompts over max_prompt_length
     source: str
 
+    @property
+    def pictured(self) -> int:
+        """Prompts that show pictures."""
+        return sum(len(example.extras) > 0 for example in self.examples)
+
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index):
         return self.examples[index]
+
+
+def require_shared_pictures(
+    sets: Mapping[str, PromptSet],
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None,
+    *,
+    ranks: int = 1,
+) -> None:
+    """Raises DataError where pictures would reach student and teacher as different ones, or the teacher not at all; and
+    where several ranks would not all run the part of a model that looks at them.
+
+    Args:
+        sets: by the names that errors call them.
+        student: the tokenizer that the sets were read with.
+        teacher: the teacher's tokenizer, None where there is no teacher.
+    """
+    pictured = {name: prompts for name, prompts in sets.items() if prompts.pictured}
+    for name, prompts in pictured.items():
+        if teacher is not None and processor_of(teacher) is None:
+            raise DataError(
+                f"{name}: its prompts show pictures, and the teacher reads text alone; choose a teacher of images and text, or "
+                "take the pictures out of the data"
+            )
+        different = None if teacher is None else same_pictures(processor_of(student), processor_of(teacher))
+        if different is not None:
+            raise DataError(
+                f"{name}: its prompts show pictures, and student and teacher prepare them differently ({different}); choose a "
+                "student of the teacher's family, or prune the teacher (student.init=prune)"
+            )
+        if ranks > 1 and prompts.pictured < len(prompts):
+            raise DataError(
+                f"{name}: {prompts.pictured} of {len(prompts)} prompts show pictures; on several ranks all must, or none, since "
+                "every rank runs the same layers at the same time. Put them into two stages, or two sets"
+            )
 
 
 def load_prompts(config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: str = "data.prompts") -> PromptSet:
@@ -89,16 +132,80 @@ def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterat
     end = end_of_turn(tokenizer) if config.template == "chat" else None
     if end is None:
         end = tokenizer.eos_token_id
+    reader = PromptReader(config, tokenizer)
+    special = config.template != "chat"  # a rendered chat already holds its special tokens
     for index, (where, record) in enumerate(records_of(config)):
         messages, context, references = _parse(where, record)
-        prompt = render(messages, config, tokenizer, context=context, where=where)
-        # a rendered chat already holds its special tokens
-        special = config.template != "chat"
-        prompt_ids = encode(tokenizer, prompt, special)
+        pictures = find_pictures(where, where.folder, record)
+        read = reader.read(messages, pictures, context=context, where=where)
         response = references[0] if references else ""
-        ids = continuation_ids(tokenizer, prompt, prompt_ids, response, special)
+        ids = continuation_ids(tokenizer, read.text, read.text_ids, response, special)
+        reader.check_answer(ids, where)
         response_ids = [*ids, end][: config.max_response_length] if references else []
-        yield Example(index, prompt_ids, response_ids, prompt, references)
+        yield Example(index, read.ids, response_ids, read.text, references, read.extras)
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """One prompt as a model reads it."""
+
+    text: str
+    ids: list[int]
+    text_ids: list[int]  # of the text by itself: a picture is one token
+    extras: Mapping[str, Tensor]  # of its pictures
+
+
+class PromptReader:
+    """Puts messages to models: renders and tokenises them, with the pictures that they show."""
+
+    def __init__(self, config: InstructionKeys, tokenizer: PreTrainedTokenizerBase):
+        self.config, self.tokenizer = config, tokenizer
+        processor = processor_of(tokenizer)
+        self.placeholders = frozenset() if processor is None else placeholder_ids(processor)
+        self.pictures = None if processor is None else PictureReader(processor, max_pixels=config.max_image_pixels)
+
+    def read(
+        self,
+        messages: list[Message],
+        pictures: Sequence[Picture] = (),
+        *,
+        context: str = "",
+        where: str = "this prompt",
+    ) -> ReadPrompt:
+        """Args: pictures: those that no part of a message names.
+
+        Raises DataError for pictures that cannot be shown, to this model or at all.
+        """
+        folder = where.folder if isinstance(where, Place) else Path(".")
+        messages, shown = shown_in(where, folder, messages, pictures)
+        if not shown:
+            messages = as_texts(messages, "")
+        elif self.pictures is None:
+            raise DataError(
+                f"{where}: it shows {len(shown)} pictures, and the tokenizer belongs to a model of text alone; choose a model "
+                "of images and text, or take the pictures out of the data"
+            )
+        text = render(messages, self.config, self.tokenizer, context=context, where=where)
+        special = self.config.template != "chat"
+        text_ids = ids = encode(self.tokenizer, text, special)
+        extras: Mapping[str, Tensor] = {}
+        if shown:
+            ids, extras = self.pictures.read(where, text, shown, special=special)
+            if special and ids and ids[-1] == self.tokenizer.eos_token_id and text_ids[-1] != ids[-1]:
+                ids = ids[:-1]  # as `encode` has it
+        elif self.placeholders & set(ids):
+            raise DataError(
+                f"{where}: its text says what stands for a picture ({self._said(ids)}), and it shows none; take that out"
+            )
+        return ReadPrompt(text, ids, text_ids, extras)
+
+    def check_answer(self, ids: Sequence[int], where: str) -> None:
+        """Raises DataError for an answer with what stands for a picture: none can be shown there."""
+        if self.placeholders & set(ids):
+            raise DataError(f"{where}: its answer says what stands for a picture ({self._said(ids)}); take that out")
+
+    def _said(self, ids: Sequence[int]) -> str:
+        return ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(self.placeholders & set(ids))))
 
 
 def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -177,21 +284,45 @@ def _parse_messages(where: str, messages: Any) -> tuple[list[Message], str, tupl
         and all(
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
+            and isinstance(message.get("content"), str | list)
             for message in messages
         )
     )
     if not right:
-        raise DataError(f"{where}: messages: expected a list of {{role, content}}, found {json.dumps(messages)[:80]}")
+        found = json.dumps(messages, default=str)[:80]
+        raise DataError(f"{where}: messages: expected a list of {{role, content}}, found {found}")
+    messages = [{**message, "content": _content(where, message["content"])} for message in messages]
     for message in messages:
-        _text(where, "messages", message["content"])
         if message["role"] not in ROLES:
             raise DataError(f"{where}: messages: the role {message['role']!r}; known are {', '.join(ROLES)}")
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:
             raise DataError(f"{where}: messages: an answer without a question before it")
-        return messages[:-1], "", (messages[-1]["content"],)
+        answer = messages[-1]["content"]
+        if not isinstance(answer, str):
+            if any(part["type"] != "text" for part in answer):
+                raise DataError(f"{where}: messages: the answer shows a picture; only questions can")
+            answer = "".join(part["text"] for part in answer)
+        return messages[:-1], "", (answer,)
     return messages, "", ()
+
+
+def _content(where: str, content: str | list) -> str | list[dict[str, Any]]:
+    """A text, or parts of type text and image."""
+    if isinstance(content, str):
+        return _text(where, "messages", content)
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            parts.append({"type": "text", "text": _text(where, "messages", part.get("text"))})
+        elif kind in ("image", "image_url"):
+            parts.append({**part, "type": "image"})
+        else:
+            raise DataError(
+                f"{where}: messages: a part of a content must be of type text or image, found {json.dumps(part, default=str)[:80]}"
+            )
+    return parts
 
 
 def _text(where: str, key: str, value: Any) -> str:

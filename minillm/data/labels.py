@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
+from minillm.data.images import find_pictures
 from minillm.data.instructions import continuation_ids, encode, records_of
 from minillm.data.sources import DataError
 from minillm.data.templates import render
@@ -37,6 +38,8 @@ def load_labels(config: Labels, tokenizer: PreTrainedTokenizerBase, *, name: str
     questions, dropped = [], 0
     special = config.template != "chat"
     for where, record in records_of(config):
+        if find_pictures(where, where.folder, record):
+            raise DataError(f"{where}: it shows pictures, which questions of {name} cannot; take them out")
         try:
             text = config.question.format(**record)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 
-from minillm.data.sources import Record
+from minillm.data.sources import Place, Record
 
 # Modules that do something when they are imported, belong to tests, or need a screen.
 SKIPPED = {"antigravity", "this", "test", "idlelib", "lib2to3", "turtledemo", "turtle", "tkinter", "ensurepip"}
@@ -29,7 +29,7 @@ def pydoc_records(split: str) -> Iterator[Record]:
         digest = hashlib.sha256(name.encode()).digest()
         if (digest[0] % 10 == 0) == (split == "test"):
             question = QUESTIONS[digest[1] % len(QUESTIONS)].format(name=name)
-            yield f"documentation of {name}", {"instruction": question, "output": answer}
+            yield Place(f"documentation of {name}"), {"instruction": question, "output": answer}
 
 
 def pydoc_documents() -> Iterator[str]:

@@ -11,7 +11,18 @@ from typing import Any
 from minillm import UserError
 from minillm.config.paths import expand, matching_files
 
-Record = tuple[str, dict[str, Any]]  # (where it stands, what it says)
+Record = tuple["Place", dict[str, Any]]  # (where it stands, what it says)
+
+
+class Place(str):
+    """Where a record stands, for errors; `folder` is what relative paths in it count from."""
+
+    folder: Path
+
+    def __new__(cls, text: str, folder: Path = Path(".")):
+        place = super().__new__(cls, text)
+        place.folder = folder
+        return place
 
 
 class DataError(UserError):
@@ -32,7 +43,7 @@ def read_jsonl(pattern: str) -> Iterator[Record]:
         for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
+            where = Place(f"{path}:{number}", path.parent)
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # JSON's and UTF-8's
@@ -53,8 +64,8 @@ def read_parquet(pattern: str) -> Iterator[Record]:
             dataset = Dataset.from_parquet(str(path))
         except (ArrowException, DatasetGenerationError) as error:
             raise DataError(f"{path}: not a Parquet file ({_first_line(error)})") from None
-        for number, record in enumerate(dataset):
-            yield f"{path}, row {number}", record
+        for number, record in enumerate(_undecoded(dataset)):
+            yield Place(f"{path}, row {number}", path.parent), record
 
 
 def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False) -> Iterator[Record]:
@@ -86,8 +97,20 @@ def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False)
             raise DataError(
                 f"{path}: datasets cannot read it ({reason}); files of JSON lines or Parquet are type: jsonl or parquet"
             ) from None
-    for number, record in enumerate(dataset):
-        yield f"{path} ({split}), row {number}", record
+    for number, record in enumerate(_undecoded(dataset)):
+        yield Place(f"{path} ({split}), row {number}", folder), record
+
+
+def _undecoded(dataset):
+    """The dataset with its pictures as they are stored, so that a broken one is found with the record that shows it."""
+    from datasets import Image, List
+
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
 
 
 def read_texts(pattern: str) -> Iterator[tuple[str, str]]:

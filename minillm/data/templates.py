@@ -5,7 +5,9 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import LabelKeys
 from minillm.config.data import InstructionKeys
+from minillm.data.images import as_texts
 from minillm.data.sources import DataError
+from minillm.models.processors import processor_of
 from minillm.models.tokenizers import Message, apply_chat_template
 
 _PREAMBLE = (
@@ -31,6 +33,9 @@ def render(
 ) -> str:
     """The prompt's text: the messages before the answer in the configured template.
 
+    Contents that are lists of parts show pictures: a chat template says where they stand, elsewhere the token of the
+    tokenizer's processor does.
+
     Raises DataError where the template is `chat` and the tokenizer has none, or has one that refuses the messages:
     some know no system role, others only turns that alternate. `where` says whose messages they are.
     """
@@ -41,14 +46,23 @@ def render(
             )
         system = [] if config.system is None else [{"role": "system", "content": config.system}]
         if context:
-            last = messages[-1]
-            messages = [*messages[:-1], {**last, "content": f"{last['content']}\n\n{context}"}]
+            messages = [*messages[:-1], _followed_by(messages[-1], f"\n\n{context}")]
         try:
             return apply_chat_template(tokenizer, [*system, *messages], add_generation_prompt=True)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in [*system, *messages])
             raise DataError(f"{where}: the tokenizer's chat template refuses the roles {roles}: {error}") from None
-    text = "\n\n".join(message["content"] for message in messages)
+    processor = processor_of(tokenizer)
+    texts = as_texts(messages, "" if processor is None else processor.image_token)
+    text = "\n\n".join(message["content"] for message in texts)
     if config.template == "alpaca":
         return alpaca(text, context)
     return f"{text}\n\n{context}" if context else text
+
+
+def _followed_by(message: Message, text: str) -> Message:
+    content = message["content"]
+    return {
+        **message,
+        "content": content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}],
+    }

@@ -42,6 +42,7 @@ class SequenceDistillation(Method):
             [example.prompt_ids for example in examples],
             Sampling(rollout.max_new_tokens, self.config.method.temperature, rollout.top_k, rollout.top_p),
             keys=[example.index for example in examples],
+            extras=[example.extras for example in examples],
             seed=self.config.seed,
             batch_size=rollout.batch_size,
             vocab_size=models.vocab_size,

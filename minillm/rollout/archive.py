@@ -7,9 +7,11 @@ answers are the same whether the writing was interrupted or not.
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from torch import Tensor
 
 from minillm import UserError
 from minillm.distributed import collectives
@@ -35,11 +37,12 @@ class AnswerArchive:
         batch_size: int,
         vocab_size: int,
         teacher: Record,
+        extras: Sequence[Mapping[str, Tensor]] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Let the teacher answer every prompt whose key has no answer yet; a kill loses the batch in hand at most.
 
-        `teacher` says which one it is, in words that JSON knows. `progress` is called after every batch with the number
+        `teacher` says which one it is, in words that JSON knows. `extras` are what each prompt shows. `progress` is called after every batch with the number
         of answers there are of these prompts. Raises UserError where the file holds answers of another teacher, that
         were sampled in another way or to other prompts, and for repeated keys.
         """
@@ -49,6 +52,7 @@ class AnswerArchive:
         found = self._on_rank_0(lambda: self._prepare(header))
         at_once = batch_size * collectives.world_size()
         prompt_of = dict(zip(keys, prompts, strict=True))
+        shown = dict(zip(keys, extras or [{}] * len(keys), strict=True))
         for key in prompt_of.keys() & found.keys():
             if found[key]["prompt_crc"] != _crc(prompt_of[key]):
                 raise UserError(
@@ -67,6 +71,7 @@ class AnswerArchive:
                     seed=seed,
                     who="teacher",
                     batch_size=batch_size,
+                    extras=[shown[key] for key in chosen],
                 )
                 file.write("".join(_line(_record(key, answer)) for key, answer in zip(chosen, answers, strict=True)))
                 file.flush()

@@ -71,8 +71,10 @@ class RolloutBuffer(Sequence[Rollout]):
         for name in dict.fromkeys(name for rollout in self for name in rollout.extras):
             parts = [rollout.extras[name] if name in rollout.extras else None for rollout in self]
             shown = next(part for part in parts if part is not None)
-            state[EXTRA + name] = torch.cat([shown[:0] if part is None else part for part in parts])
-            state[f"{EXTRA}{name}_lengths"] = _integers(0 if part is None else len(part) for part in parts)
+            nothing = shown.new_empty((0,) * shown.dim())
+            parts = [nothing if part is None else part for part in parts]
+            state[EXTRA + name] = torch.cat([part.flatten() for part in parts])
+            state[f"{EXTRA}{name}_shapes"] = torch.tensor([part.shape for part in parts])
         return state
 
     @classmethod
@@ -115,10 +117,11 @@ def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
             for row, part in zip(rows, _split(state[name], lengths[rows]), strict=True):
                 teacher[row][name.removeprefix(TEACHER)] = part
     extras: list[dict[str, Tensor]] = [{} for _ in lengths]
-    for name in (name for name in state if name.startswith(EXTRA) and f"{name}_lengths" in state):
-        for row, part in enumerate(_split(state[name], state[f"{name}_lengths"])):
+    for name in (name for name in state if name.startswith(EXTRA) and f"{name}_shapes" in state):
+        shapes = state[f"{name}_shapes"]  # (R, dimensions)
+        for row, part in enumerate(_split(state[name], shapes.prod(1))):
             if len(part):
-                extras[row][name.removeprefix(EXTRA)] = part
+                extras[row][name.removeprefix(EXTRA)] = part.view(shapes[row].tolist())
     return [
         Rollout(
             key=int(key),

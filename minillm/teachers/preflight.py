@@ -5,7 +5,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm import UserError
 from minillm.models.access import head_error, lm_head
+from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.loading import is_hollow
+from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.quantization import element_count, is_quantized, quantization_name
 from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import end_ids
@@ -49,6 +51,7 @@ def preflight(
             "trained with"
         )
     teacher_model = None if teacher is None else teacher.model
+    _look_at_pictures(student, student_tokenizer, teacher, teacher_tokenizer)
     for who, model in (("student", student), ("teacher", teacher_model)):
         # one that is sharded over the ranks was looked at when it was loaded; one without weights is rank 0's to look at
         if model is not None and not is_sharded(model) and not is_hollow(model):
@@ -75,6 +78,35 @@ def preflight(
         by_layers,
     )
     return models, _table(models, teacher_tokenizer, rows_s, rows_t)
+
+
+def _look_at_pictures(
+    student: PreTrainedModel,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Ban what stands for a picture from the answers of a pair that pictures can be shown to, and of no other."""
+    pairs = [("student", student, student_tokenizer)]
+    if teacher is not None:
+        pairs.append(("teacher", teacher.model, teacher_tokenizer))
+    for who, model, tokenizer in pairs:
+        processor = None if tokenizer is None else processor_of(tokenizer)
+        if model is None or processor is None or not sees_pictures(model):
+            continue
+        if placeholder_id(model.config) not in placeholder_ids(processor):
+            raise PreflightError(
+                f"{who}: a picture stands in prompts as id {min(placeholder_ids(processor))} by the tokenizer's processor, and as "
+                f"{placeholder_id(model.config)} by the model's configuration; use the tokenizer the model was trained with"
+            )
+    seeing = [
+        model is not None and sees_pictures(model) and processor_of(tokenizer) is not None
+        for _, model, tokenizer in pairs
+    ]
+    ids = {placeholder_id(model.config) for _, model, _ in pairs if model is not None}
+    for _, model, _ in pairs:
+        if model is not None:
+            answer_beside_pictures(model, all(seeing) and len(ids) == 1)
 
 
 def _check_head(who: str, model: PreTrainedModel) -> None:
@@ -125,9 +157,14 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
             return "none" if template is None else "there"
         return "the same" if template == student_template else "none" if template is None else "another one"
 
+    def pictures_of(model, tokenizer) -> str:
+        processor = None if tokenizer is None else processor_of(tokenizer)
+        seen = processor is not None and sees_pictures(model)
+        return type(processor.image_processor).__name__ if seen else "none"
+
     def column(model, tokenizer, rows):
         if model is None:
-            return ["-"] * 7
+            return ["-"] * 8
         config = model.config
         return [
             type(model).__name__,
@@ -139,9 +176,19 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
             if tokenizer
             else "-",
             template_of(tokenizer),
+            pictures_of(model, tokenizer),
         ]
 
-    names = ["model", "parameters", "dtype, attention", "head rows", "tokenizer", "end of answer", "chat template"]
+    names = [
+        "model",
+        "parameters",
+        "dtype, attention",
+        "head rows",
+        "tokenizer",
+        "end of answer",
+        "chat template",
+        "pictures",
+    ]
     columns = column(student, models.tokenizer, rows_s), column(teacher, teacher_tokenizer, rows_t)
     table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
     pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)

@@ -15,7 +15,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.config.training import shards_student, shards_teacher
 from minillm.data.corpus import Corpus, load_corpus
-from minillm.data.instructions import PromptSet, load_prompts
+from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
 from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
 from minillm.engine.placement import check_backend, engine_device, loading_device
@@ -48,6 +48,7 @@ class StageData:
     """What a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
 
     tokenizer: PreTrainedTokenizerBase  # the student's
+    teacher_tokenizer: PreTrainedTokenizerBase | None
     prompts: PromptSet | None
     corpus: Corpus | None
     rows: list[Row]
@@ -73,6 +74,8 @@ class StageBuilder:
         """The trainer of a stage, its student from the checkpoint where there is one. All ranks call it together."""
         read = self.read_data(stage)
         evaluator = self._make_evaluator(stage, read.tokenizer)
+        held_out = {} if evaluator is None else {f"eval.sets.{name}": one for name, one in evaluator.sets.items()}
+        require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
         models, rows = self.open_models(stage, read.tokenizer, checkpoint)
         self.console.preflight([*rows, *read.rows])
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
@@ -113,8 +116,9 @@ class StageBuilder:
         config, needs = stage.config, stage.config.method.needs()
         check_backend(config.engine, engine_device(config.engine))
         tokenizer = load_tokenizer(config.student, self.output_dir)
-        if config.teacher is not None:
-            require_same_tokenizer(tokenizer, load_tokenizer(config.teacher, self.output_dir))
+        judges = None if config.teacher is None else load_tokenizer(config.teacher, self.output_dir)
+        if judges is not None:
+            require_same_tokenizer(tokenizer, judges)
         prompts = corpus = None
         rows = []
         if needs.prompts:
@@ -122,10 +126,14 @@ class StageBuilder:
             rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         if needs.references:
             _require_references(stage, prompts)
+        if prompts is not None:
+            require_shared_pictures({"data.prompts": prompts}, tokenizer, judges, ranks=collectives.world_size())
+        if needs.images:
+            _require_pictures(stage, prompts)
         if config.data.corpus is not None:
             corpus = load_corpus(_with_stage_files(config.data.corpus, self.output_dir), tokenizer)
             rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-        return StageData(tokenizer, prompts, corpus, rows)
+        return StageData(tokenizer, judges, prompts, corpus, rows)
 
     def training_data(self, stage: Stage, read: StageData, rollouts: Rollouts) -> TrainingData:
         """The material as the method takes it, in the order of this stage.
@@ -216,6 +224,15 @@ class StageBuilder:
         )
         evaluator.report_progress = self.console.working  # an evaluator may outlive the run it was made for
         return evaluator
+
+
+def _require_pictures(stage: Stage, prompts: PromptSet) -> None:
+    bare = [example.index for example in prompts.examples if not example.extras]
+    if bare:
+        raise UserError(
+            f"stage {stage.name!r}: method {stage.config.method.name} reads the pictures of prompts, but {len(bare)} of "
+            f"{len(prompts)} prompts of data.prompts show none (the first is number {bare[0] + 1}); give them one"
+        )
 
 
 def _require_references(stage: Stage, prompts: PromptSet) -> None:
