@@ -164,7 +164,7 @@ KINDS = {
             "text_config": _rotary(
                 size,
                 width,
-                rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 1, 1]},
+                rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [width // 8 - 2, 1, 1]},
             ),
             "vision_config": {
                 "depth": 2,

@@ -182,7 +182,7 @@ class PictureReader:
     ) -> tuple[list[int], dict[str, Tensor]]:
         images = [picture.open(self.max_pixels) for picture in pictures]
         try:
-            made = self.processor(images=images, text=[text], add_special_tokens=special, return_tensors="pt")
+            made = self.processor(images=[images], text=[text], add_special_tokens=special, return_tensors="pt")
         except ValueError as error:  # a side of a few pixels, a strip
             raise DataError(f"{where}: the model's processor refuses {_names(pictures)}: {error}") from None
         inputs = {name: one for name, one in made.items() if name not in OF_TOKENS}

@@ -88,7 +88,9 @@ def test_the_cached_loop_is_a_full_pass(seeing, who):
             for role in (("student", "teacher") if who == "mixture" else (who,))
         }
         if who == "mixture":
-            both = torch.stack([said["student"] + torch.tensor(1 - alpha).log(), said["teacher"] + torch.tensor(alpha).log()])
+            both = torch.stack(
+                [said["student"] + torch.tensor(1 - alpha).log(), said["teacher"] + torch.tensor(alpha).log()]
+            )
             expected = both.logsumexp(0)
         else:
             expected = said[who]
@@ -119,7 +121,9 @@ def test_joined_pictures_are_the_processors_own_batch(seeing):
     alone = [extras for _, extras in prompts if extras]
     joined = collate([TokenSequence([1], [2], extras=extras) for extras in alone], 0).extras
     processor = models.tokenizer.picture_processor
-    around = "<|vision_start|><|image_pad|><|vision_end|>" if "Qwen" in type(processor).__name__ else processor.image_token
+    around = (
+        "<|vision_start|><|image_pad|><|vision_end|>" if "Qwen" in type(processor).__name__ else processor.image_token
+    )
     images = [[picture(0, 40, 30)], [picture(20, 30, 80), picture(21, 56, 56)], [picture(30, 90, 28)]]
     made = processor(
         images=images,
