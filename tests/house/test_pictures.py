@@ -145,7 +145,8 @@ def test_the_loss_is_that_of_the_picture(data, kind):
         grad, student.model.get_decoder().layers[0].self_attn.q_proj.weight.grad, rtol=1e-3, atol=1e-5
     )
 
-    picture(77).save(data / "0.png")
+    for number in range(3):
+        picture(70 + number).save(data / f"{number}.png")
     other = load_prompts(
         JsonlPrompts(path=str(data / "seen.jsonl"), template="chat", limit=3, max_response_length=20), tokenizer
     )
