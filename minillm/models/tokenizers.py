@@ -57,8 +57,10 @@ def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizer
         where, options = hub_arguments(config.path, output_dir, config.revision)
     with reading(config.tokenizer or config.path):
         options["trust_remote_code"] = config.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
         processor = None if "gguf_file" in options else load_processor(where, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options) if processor is None else tokenizer_with(processor)
+        if processor is not None:
+            tokenizer = tokenizer_with(processor)
     if tokenizer.eos_token_id is None:
         ends = [end_of_turn(tokenizer), *_ends_of_model(config, output_dir)]
         known = [end for end in ends if end is not None and end < len(tokenizer)]

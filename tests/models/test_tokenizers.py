@@ -12,6 +12,7 @@ from minillm.config.data import PydocPrompts
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.data.instructions import load_prompts
 from minillm.data.sources import DataError
+from minillm.models import tokenizers
 from minillm.models.tokenizers import EOS, byte_tokenizer, end_of_turn, load_tokenizer
 
 BYTES = byte_tokenizer()
@@ -117,6 +118,7 @@ def test_the_revision_is_the_models_and_not_that_of_another_tokenizer(tmp_path, 
         return BYTES
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    monkeypatch.setattr(tokenizers, "load_processor", lambda where, **options: None)
     config = {"path": "some/model", "revision": "abc"}
     load_tokenizer(TeacherConfig(**config), tmp_path)
     load_tokenizer(TeacherConfig(**config, tokenizer="other/tokenizer"), tmp_path)
