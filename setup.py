@@ -57,6 +57,7 @@ setup(
         "lora": ["peft>=0.21,<0.22"],
         "quantization": ["bitsandbytes>=0.49,<0.51", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.7"],
+        "images": ["pillow>=10.3", "num2words>=0.5.12"],  # the latter for SmolVLM's processor alone
         "test": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
@@ -66,6 +67,7 @@ setup(
             "peft>=0.21,<0.22",
             "bitsandbytes>=0.49,<0.51",
             "accelerate>=1.1",
+            "pillow>=10.3",
         ],
     },
     entry_points={"console_scripts": ["minillm=minillm.cli.main:program"]},

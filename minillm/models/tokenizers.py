@@ -18,6 +18,7 @@ from transformers import (
 
 from minillm.config.models import ModelConfig
 from minillm.models.families import text_config
+from minillm.models.folders import check_folder
 from minillm.models.locations import hub_arguments, reading
 from minillm.models.processors import load_processor, processor_of, tokenizer_with
 
@@ -56,6 +57,8 @@ def load_tokenizer(config: ModelConfig, output_dir: Path) -> PreTrainedTokenizer
     else:
         where, options = hub_arguments(config.path, output_dir, config.revision)
     with reading(config.tokenizer or config.path):
+        if isinstance(where, Path) and "gguf_file" not in options:
+            check_folder(where)
         options["trust_remote_code"] = config.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         processor = None if "gguf_file" in options else load_processor(where, **options)
