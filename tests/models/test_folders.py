@@ -58,7 +58,10 @@ DAMAGES = {
         rf"1 missing \({FIRST}\); 1 that it does not have \(more\)",
     ),
     "another architecture": (
-        lambda state: {"transformer.wte.weight": torch.zeros(257, 24), "transformer.h.0.ln_1.weight": torch.zeros(99999)},
+        lambda state: {
+            "transformer.wte.weight": torch.zeros(257, 24),
+            "transformer.h.0.ln_1.weight": torch.zeros(99999),
+        },
         r"missing \(.*, \.\.\.\); 2 that it does not have \(transformer\.h\.0\.ln_1\.weight, transformer\.wte\.weight\)",
     ),
     "another shape": (
@@ -94,7 +97,9 @@ def test_tied_weights_need_to_be_there_once(build_model, tmp_path, name):
 def test_a_configuration_of_a_larger_model_allocates_nothing(folder, load, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))  # transformers' own: seven billion weights
     before = Path("/proc/self/statm").read_text().split()[1]
-    with pytest.raises(UserError, match=r"describes a LlamaForCausalLM of 6,738,415,616 weights, and its files hold at most"):
+    with pytest.raises(
+        UserError, match=r"describes a LlamaForCausalLM of 6,738,415,616 weights, and its files hold at most"
+    ):
         load(folder)
     assert (int(Path("/proc/self/statm").read_text().split()[1]) - int(before)) * 4096 < 2**30
 
