@@ -76,3 +76,22 @@ def test_extras_lie_one_sequence_after_the_other():
         batch.extras["sizes"], size
     )
     assert join_extras([{}, {}]) == {}
+
+
+def test_extras_of_other_sizes_are_padded_at_their_ends():
+    """The tiles of a picture, or its height and width: what no picture fills is 0."""
+    one, two = torch.ones(1, 2, 3), torch.full((2, 4, 2), 5.0)
+    batch = collate([TokenSequence([1], [2], extras={"a": one}), TokenSequence([1], [2], extras={"a": two})], 0)
+    joined = batch.extras["a"]
+    assert joined.shape == (3, 4, 3)
+    assert torch.equal(joined[:1, :2], one) and torch.equal(joined[1:, :, :2], two)
+    assert joined.sum() == one.sum() + two.sum()
+
+
+def test_the_prompt_is_what_comes_before_the_answer():
+    sequences = [TokenSequence([1, 2, 3], [4, 5]), TokenSequence([1], [2, 3, 4, 5]), TokenSequence([1, 2], [])]
+    assert collate(sequences, 0).prompt_mask().tolist() == [
+        [True, True, True, False],
+        [True, False, False, False],
+        [True, True, False, False],
+    ]

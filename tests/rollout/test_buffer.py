@@ -109,3 +109,18 @@ def test_a_state_that_is_not_one(damage):
         state["response_ids"] = state["response_ids"][:-1]
     with pytest.raises(ValueError, match="not the state of a rollout buffer"):
         RolloutBuffer.from_state(state)
+
+
+def test_pictures_of_different_shapes_come_back_as_they_were():
+    def rollout(**extras) -> Rollout:
+        return Rollout(1, [1, 2], [3], True, {"a": torch.zeros(1)}, extras=extras)
+
+    before = [
+        rollout(pixels=torch.rand(1, 5, 3)),
+        rollout(),
+        rollout(pixels=torch.rand(2, 4, 2), sizes=torch.ones(2, 2)),
+    ]
+    after = RolloutBuffer.from_state(RolloutBuffer(before).state())
+    for ours, theirs in zip(before, after, strict=True):
+        assert ours.extras.keys() == theirs.extras.keys()
+        assert all(torch.equal(ours.extras[name], theirs.extras[name]) for name in ours.extras)

@@ -7,11 +7,14 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from minillm.config.models import TeacherConfig
+from minillm.models.access import lm_head
 from minillm.models.loading import load_teacher
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.preflight import PreflightError, end_ids, preflight
+from tests.conftest import tiny_llama
+from tests.pictures import build_processor, build_seeing
 
 CPU = torch.device("cpu")
 
@@ -143,3 +146,25 @@ def test_real_models_of_two_tokenizers(assets):
     assert models.vocab_size == 512
     with pytest.raises(PreflightError, match="id \\d+ is .* for the student and .* for the teacher"):
         preflight(stories, LocalTeacher(baby), subwords, letters, CPU)
+
+
+def test_placeholders_of_pictures_have_no_probability_where_both_models_see():
+    """Where one of them reads text alone, a ban of the other would make a divergence of the two infinite."""
+    processor = build_processor("llava")
+    tokenizer, size, image = processor.tokenizer, len(processor.tokenizer), processor.image_token_id
+    student, seeing = build_seeing("llava", processor), build_seeing("llava", processor, width=48, seed=1)
+    blind = tiny_llama(vocab_size=size)
+    for teacher, banned in ((seeing, True), (blind, False), (None, True), (seeing, True)):
+        judge = None if teacher is None else LocalTeacher(teacher)
+        preflight(student, judge, tokenizer, None if judge is None else tokenizer, CPU)
+        for model in (student, teacher):
+            if model is not None:
+                bias = lm_head(model).bias
+                assert (bias is not None and bias[image] == -torch.inf) == banned
+
+
+def test_a_tokenizer_that_spells_pictures_otherwise_than_the_model_is_refused():
+    processor = build_processor("llava")
+    student = build_seeing("llava", processor, image_token_id=3)
+    with pytest.raises(PreflightError, match="student: a picture stands in prompts as id 257 .* and as 3 by the model"):
+        preflight(student, None, processor.tokenizer, None, CPU)
