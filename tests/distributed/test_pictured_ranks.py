@@ -37,7 +37,12 @@ def recipe(tmp_path_factory) -> Path:
         "teacher": {"path": str(save_seeing("qwen2_vl", folder / "teacher", width=48, seed=1))},
         "data": {"prompts": prompts},
         "rollout": {"buffer_size": 8, "batch_size": 4, "max_new_tokens": 5},
-        "train": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3},
+        "train": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+        },
         "eval": {"steps": 2, "sets": {"held_out": {**prompts, "limit": 3}}, "max_new_tokens": 5},
         "save": {"steps": 1, "keep": 2},
         "log": {"report_to": []},

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from minillm.cli.eval import evaluate_model, evaluation_plan
 from minillm.cli.generate import Answerer
 from minillm.config.data import InstructionKeys, JsonlPrompts
 from minillm.config.models import StudentConfig, TeacherConfig
@@ -21,7 +22,7 @@ from minillm.teachers.local import LocalTeacher
 from minillm.teachers.open import open_named
 from minillm.teachers.preflight import preflight
 from tests.pictures import picture, save_seeing
-from tests.runs import die_after, in_a_child, records, train
+from tests.runs import Silent, die_after, in_a_child, records, train
 
 CPU = torch.device("cpu")
 METHODS = {"kd": {"name": "kd"}, "minillm": {"name": "minillm", "ppo_epochs": 2, "lm_coef": 0.0}}
@@ -77,6 +78,10 @@ def test_a_run_that_was_killed_takes_the_steps_of_an_unbroken_one(data, one_thre
         assert (whole / file).read_bytes() == (again / file).read_bytes()
     steps = [record for record in records(whole.parent) if record["kind"] == "train"]
     assert len(steps) == 4 and steps[0]["loss"] != steps[-1]["loss"]
+
+    (held_out,) = evaluate_model(str(again), evaluation_plan([path]), Silent())["sets"].values()
+    last = [record for record in records(whole.parent) if record["kind"] == "eval" and record["who"] == "student"][-1]
+    assert held_out == pytest.approx(last["sets"]["held_out"], rel=1e-5)
 
     models, _ = open_named(str(again), None)
     keys = InstructionKeys(template="chat")

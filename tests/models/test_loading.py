@@ -1,5 +1,6 @@
 """Students and teachers as the configuration says: frozen or trained, without dropout, fresh, pruned, copied."""
 
+import json
 import os
 from functools import partial
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.models.loading import is_hollow, load_student, load_teacher, without_dropout
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
+from tests.pictures import KINDS, build_processor, save_seeing
 
 CPU = torch.device("cpu")
 FRESH = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -238,3 +240,37 @@ def test_a_hollow_model_takes_no_memory(tmp_path):
     model = load_student(config, output_dir=tmp_path, device=CPU, seed=0, hollow=True)
     size = sum(parameter.nbytes for parameter in model.parameters())
     assert size > 2**28 and resident() - before < size / 8
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_a_fresh_student_of_images_and_text_fits_its_processor(tmp_path, kind):
+    """What stands for a picture is the tokenizer's, whatever the architecture's own number is."""
+    processor = build_processor(kind)
+    tokenizer = save_seeing(kind, tmp_path / "other")
+    size, image = len(processor.tokenizer), min(processor.image_token_ids)
+    keys = KINDS[kind].config(size, 32, image)
+    keys["text_config"] = {key: value for key, value in keys["text_config"].items() if key != "vocab_size"}
+    del keys["image_token_id"]
+    config = {"init": "random", "tokenizer": str(tokenizer), "config": {"model_type": kind, **keys}}
+    first, again, other = student(**config), student(**config), student(**config, seed=1)
+    assert (first.config.image_token_id, first.config.text_config.vocab_size) == (image, size)
+    weights = [model.lm_head.weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    with pytest.raises(ValueError, match=f"a {kind} reads pictures, and its tokenizer has no processor"):
+        student(**{**config, "tokenizer": "byte"})
+    fewer = student(path=str(tokenizer), init="random", config={"text_config": {"num_hidden_layers": 1}})
+    assert len(fewer.model.language_model.layers) == 1 and fewer.config.text_config.vocab_size == size
+
+
+@pytest.mark.parametrize("init", [{}, {"init": "prune", "layers": [1]}])
+def test_a_student_of_images_and_text_has_no_dropout(tmp_path, init):
+    folder = save_seeing("llava", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        config[part]["attention_dropout"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    model = student(path=str(folder), **init)
+    rates = [getattr(module, "attention_dropout", 0.0) for module in model.modules()]
+    assert not any(rates)
+    assert model.config.text_config.attention_dropout == model.config.vision_config.attention_dropout == 0.0
+    assert len(model.model.language_model.layers) == (1 if init else 2)
