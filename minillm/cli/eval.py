@@ -34,7 +34,7 @@ DTYPE = "float32"  # of a model's weights where --dtype does not say
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure the model that the arguments name. Results have a place to go to before anything is measured."""
+    """Measure the model that the arguments name. The places for results are looked at before anything is measured."""
     require_file("--output", arguments.output)
     require_folder("--figures", arguments.figures)
     if arguments.model == TEACHER and arguments.dtype is not None:
@@ -63,7 +63,7 @@ def evaluation_plan(
     seeds: Sequence[int] | None = None,
     max_prompts: int | None = None,
 ) -> EvaluationPlan:
-    """The sets to measure on, and how.
+    """The sets to measure on, and the settings of the measurements.
 
     Args:
         files: configurations, and data files, each of which becomes a set.

@@ -13,7 +13,7 @@ import minillm
 from minillm import UserError
 
 STOPPED, INTERRUPTED = 1, 130
-# What the system may refuse to a program that is right. Others, such as "no such file", may be a mistake of ours.
+# Refusals of the system that a correct program may meet. Others, such as "no such file", may be a mistake of ours.
 OF_THE_MACHINE = frozenset(
     getattr(errno, name)
     for name in (
@@ -22,7 +22,7 @@ OF_THE_MACHINE = frozenset(
     ).split()
     if hasattr(errno, name)
 )
-# How to go on after an interruption or once the machine is right again.
+# The way to go on after an interruption, or once the machine is right again.
 CONTINUE = {"train": "--resume goes on from the last checkpoint", "experiment": "the same command goes on"}
 
 
@@ -47,7 +47,7 @@ def _line(text: str) -> str:
 
 
 def _machine_failure(error: BaseException) -> str | None:
-    """What the machine refused, in one line, where that is the reason of `error`; else None."""
+    """The refusal of the machine that is the reason of `error`, in one line; else None."""
     for cause in _causes(error):
         text = " ".join(str(cause).split())
         if isinstance(cause, OSError) and cause.errno in OF_THE_MACHINE:
@@ -63,7 +63,7 @@ def _machine_failure(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception, what it was raised from, and what its writer of files was interrupted by."""
+    """The exception and those that it was raised from, with the one that interrupted torch while it wrote a file."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

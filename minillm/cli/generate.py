@@ -37,7 +37,12 @@ class Answerer:
     """Both models' answers to one prompt after another."""
 
     def __init__(self, models: Models, keys: InstructionKeys, sampling: Sampling, *, seed: int):
-        """Args: keys: how a prompt is put to the models (template, system). seed: of the sampling."""
+        """Args:
+        models: student, and teacher where there is one.
+        keys: the template and the system message of the prompts.
+        sampling: the settings for both models.
+        seed: the seed of the sampling.
+        """
         self.models, self.keys, self.sampling, self.seed = models, keys, sampling, seed
         self.rollouts, self._asked = LocalRollouts(models), 0
 
@@ -86,9 +91,9 @@ def generate(
     dtype: str = "float32",
     device: str = "auto",
 ) -> None:
-    """The verb: load, answer the prompts or a conversation, show.
+    """Load the models, and answer the prompts or a conversation.
 
-    Raises UserError for options that cannot be, and whatever loading raises.
+    Raises UserError for options that do not go together, and whatever loading raises.
     """
     if temperature == 0 and (top_k != 0 or top_p != 1):
         raise UserError("--top-k and --top-p have no effect at --temperature 0, where every token is the likeliest one")
@@ -121,10 +126,10 @@ def converse(
 def prompt_keys(
     model: str, tokenizer: PreTrainedTokenizerBase, *, template: str = "auto", system: str | None = None
 ) -> InstructionKeys:
-    """How prompts are put to a model: as its run did, else by the tokenizer's chat template, else as they are.
+    """The keys by which prompts are put to a model: its run's, else the tokenizer's chat template, else no template.
 
     Args:
-        model: the path it was loaded from; config.yaml of its run lies one or two folders above.
+        model: the path that it was loaded from; config.yaml of its run lies one or two folders above.
         template: auto, or one of the configuration's.
         system: the system message of a chat.
 

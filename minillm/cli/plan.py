@@ -1,4 +1,4 @@
-"""`minillm plan`: memory and time of every stage, and what to change where they do not fit."""
+"""`minillm plan`: memory and time of every stage, and changes where they do not fit."""
 
 import argparse
 import sys

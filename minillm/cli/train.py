@@ -1,4 +1,4 @@
-"""`minillm train`: every stage of a configuration, in a folder that nothing is lost in."""
+"""`minillm train`: every stage of a configuration, with nothing lost in a folder that holds a run."""
 
 import argparse
 from pathlib import Path
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _nothing_trained(output_dir: Path) -> bool:
-    """Whether a folder is empty, or holds only what a run leaves that stopped before its first step or evaluation."""
+    """True for a folder that is empty, or holds only the files of a run that stopped before its first step or evaluation."""
     from minillm.storage.folder_lock import LOCK
     from minillm.storage.metrics_log import METRICS, SAMPLES
 

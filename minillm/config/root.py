@@ -1,4 +1,4 @@
-"""The whole configuration of one stage. A file holds one, or what its stages share and the `stages` themselves."""
+"""The whole configuration of one stage. A file holds one of these, or the keys that its stages share and `stages`."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -18,8 +18,8 @@ from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, 
 class StageConfig(Strict):
     """One training run: the student it starts from, the method, and everything around it."""
 
-    output_dir: FolderPath = Field(description="Where everything that the run writes goes")
-    seed: Seed = Field(0, description="Of the order of the data, of sampling and of fresh weights")
+    output_dir: FolderPath = Field(description="The folder of everything that the run writes")
+    seed: Seed = Field(0, description="Seed of the order of the data, of sampling and of fresh weights")
     student: StudentConfig
     teacher: TeacherConfig | None = None
     data: DataConfig = DataConfig()
@@ -34,12 +34,12 @@ class StageConfig(Strict):
 
 STAGE_SHAPE = Group(StageConfig)
 
-# What all stages of a file share, so that a stage cannot say it for itself.
+# Keys of the whole run, which no stage can set for itself.
 OF_THE_RUN = ("output_dir", "log.report_to")
 
 
 def register_method(config_class: type[MethodConfig]) -> None:
-    """Let `method.name` name a method that is defined elsewhere; minillm.methods.register calls it.
+    """Let `method.name` name a method that is defined elsewhere. minillm.methods.register calls this.
 
     Raises ValueError for a name that is taken by another class.
     """

@@ -1,4 +1,4 @@
-"""How messages show a value, and what was expected instead of it."""
+"""Values in messages, and the wording for a value of another type than was expected."""
 
 import json
 from typing import Any

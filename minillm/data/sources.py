@@ -111,7 +111,7 @@ def _not_read(path: str, folder: Path, split: str, reason: str) -> str:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether save_to_disk wrote a folder."""
+    """True for a folder that save_to_disk wrote."""
     return any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json"))
 
 

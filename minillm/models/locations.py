@@ -88,7 +88,7 @@ def reading(text: str | None) -> Iterator[None]:
 
 
 def _value_error(error: ValueError) -> str:
-    """What from_pretrained finds wrong with the files of a model, in one sentence where transformers takes pages."""
+    """The message of a ValueError of from_pretrained, in one sentence where transformers takes pages."""
     other = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>", str(error))
     if other is not None:
         return f"a {other[1]} model is no causal language model (llama, gpt2, qwen2, ...), which student and teacher must be"
@@ -116,7 +116,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> tuple[Path | str, dict[str, str]]:
-    """What from_pretrained takes for a path: the place, and gguf_file or revision where there is one.
+    """The arguments of from_pretrained for a path: the place, and gguf_file or revision where there is one.
 
     `revision` counts for hub names alone. Raises UserError as resolve_path does.
     """

@@ -1,4 +1,4 @@
-"""Whether models are causal language models, and whether the architecture in `student.config` can be built.
+"""Checks of architectures: models are causal language models, and that of `student.config` can be built.
 
 An architecture is built as transformers builds it, on the meta device, which holds no weights. That imports torch and
 transformers, so that it is done only where `student.config` is given.
@@ -65,7 +65,7 @@ def fresh_architecture(facts: Facts, student: StudentConfig) -> Iterator[Found]:
 
 
 def _is_size(value: Any) -> bool:
-    """Whether a value may be a size; other types than whole numbers are left to transformers, which knows what it takes."""
+    """True for a value that may be a size. Values of other types are left to transformers, which knows what it takes."""
     return not isinstance(value, int) or isinstance(value, bool) or 1 <= value <= LARGEST
 
 
@@ -85,7 +85,7 @@ def _all_keys(student: StudentConfig) -> dict[str, Any] | None:
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Both, where `over` wins, and groups such as text_config are merged key by key."""
+    """Two architectures merged, where `over` wins. Groups such as text_config are merged key by key."""
     groups = {
         key: _merged(under[key], value)
         for key, value in over.items()
@@ -96,7 +96,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 @cache  # stages and arms of one file mostly have one architecture
 def _wrong_keys(keys: str, own: str) -> tuple[Found, ...]:
-    """What is wrong with an architecture. Both arguments are JSON: all its keys, and those of student.config."""
+    """The findings in an architecture. Both arguments are JSON: all of its keys, and those of student.config."""
     return tuple(_build(json.loads(keys), json.loads(own)))
 
 
@@ -134,7 +134,7 @@ def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _heads_problem(architecture: Any) -> str | None:
-    """What is wrong with groups of heads that share keys and values, which only a forward pass would find."""
+    """The problem with groups of heads that share keys and values, which only a forward pass would find; or None."""
     heads, groups = (getattr(architecture, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         return f"the {heads} attention heads are no multiple of the {groups} key-value heads"
@@ -142,7 +142,7 @@ def _heads_problem(architecture: Any) -> str | None:
 
 
 def _failure(architecture: Any) -> str | None:
-    """Why no model of this architecture can be built, None where one can or has too many layers to try."""
+    """The reason why no model of this architecture can be built; None where one can, or has too many layers to try."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -174,7 +174,7 @@ def _not_causal(kind: str, architecture: Any) -> str | None:
 
 
 def _reads_images(architecture: Any) -> bool:
-    """Whether models of an architecture take images beside text."""
+    """True for an architecture whose models take images beside text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     listed = architecture.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

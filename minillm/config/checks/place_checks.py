@@ -1,4 +1,4 @@
-"""Whether the places that paths name exist: files, folders, hub names, files of packages, results of earlier stages."""
+"""Checks of paths: files, folders, hub names, files of packages, and results of earlier stages are there."""
 
 import difflib
 import os
@@ -39,7 +39,7 @@ def places_exist(facts: Facts) -> Iterator[Found]:
 
 
 def place_problem(place: Place, text: str, facts: Facts) -> str | None:
-    """What is wrong with an expanded path, None where it is right. Hub names are not looked up."""
+    """The problem with an expanded path, or None. Hub names are not looked up."""
     unset = unset_variables(text)
     if unset:
         return f"the environment variable {unset[0]} is not set"
@@ -47,8 +47,6 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
         return f"{show(text)} holds the character NUL, which no path may"
     if place.kind == "folder":
         return folder_problem(text)
-    if text.startswith(STAGE) and place.kind == "files":
-        return stage_problem(text, facts, leaves="data")
     if place.kind == "files":
         if os.path.isdir(text):
             return f"{text} is a folder; name a file in it, or a pattern such as {Path(text) / '*'}"
@@ -72,7 +70,7 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
 
 
 def folder_problem(text: str) -> str | None:
-    """What is wrong with a folder that is to be written to, and made where it is missing; None where nothing is."""
+    """The problem with a folder that is to be written to, and made where it is missing; or None."""
     if not text:
         return "must not be empty; . is the current folder"
     problem = name_problem(text)
@@ -85,7 +83,7 @@ def folder_problem(text: str) -> str | None:
 
 
 def name_problem(text: str) -> str | None:
-    """What is wrong with the name of a file or folder that is to be made; None where nothing is."""
+    """The problem with the name of a file or folder that is to be made, or None."""
     odd = [character for character in text if not character.isprintable()]
     if odd:
         return f"{show(text)} holds {odd[0]!r}, which commands and reports could not name; choose another name"
@@ -99,9 +97,9 @@ def name_problem(text: str) -> str | None:
 
 
 def stage_problem(text: str, facts: Facts, *, leaves: Literal["model", "data"] | None = None) -> str | None:
-    """What is wrong with stage:NAME, None where it is right: only a stage that runs before this one has left anything.
+    """The problem with stage:NAME, or None. Only a stage that runs before this one has left anything.
 
-    `leaves` says what is to be taken from it: a model, from a stage that trains; data, from one that takes no step.
+    `leaves` says what is taken from it: a model, which a stage leaves that trains; or data, from one without steps.
     """
     name, earlier = text.removeprefix(STAGE), list(facts.earlier)
     if name in earlier:

@@ -1,4 +1,4 @@
-"""Configuration files and overrides as trees that remember where everything was written, and how they are merged."""
+"""Configuration files and overrides as trees that remember the place of everything, and the merging of such trees."""
 
 from pathlib import Path
 
