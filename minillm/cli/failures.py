@@ -43,7 +43,9 @@ def describe(error: BaseException, argv: Sequence[str]) -> tuple[str, int]:
 
 
 def _line(text: str) -> str:
-    return f"minillm: {text}\n"
+    """The text for the terminal, where characters that would control it are written out."""
+    shown = "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+    return f"minillm: {shown}\n"
 
 
 def _machine_failure(error: BaseException) -> str | None:

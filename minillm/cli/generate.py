@@ -52,6 +52,8 @@ class Answerer:
         Raises UserError where the question leaves no room for an answer, DataError for a template that is not there.
         """
         tokenizer = self.models.tokenizer
+        if not _is_text(question):
+            raise UserError(f"the prompt is not text in UTF-8: {question[:40]!r}")
         text = render([{"role": "user", "content": question}], self.keys, tokenizer)
         ids = encode(tokenizer, text, self.keys.template != "chat")
         draw, self._asked = self._asked, self._asked + 1
@@ -71,6 +73,15 @@ class Answerer:
         if prompt >= context:
             raise UserError(f"the prompt has {prompt} tokens and the {who} reads at most {context}; shorten it")
         return min(self.sampling.max_new_tokens, context - prompt)
+
+
+def _is_text(question: str) -> bool:
+    """True for text that can be encoded; bytes of another encoding on the command line cannot."""
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def generate(

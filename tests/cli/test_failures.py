@@ -77,6 +77,11 @@ def test_every_other_error_is_a_defect_with_its_traceback_and_what_to_report(fol
     assert "config.yaml" in last and "env.json" in last and minillm.__version__ in last
 
 
+def test_a_message_does_not_control_the_terminal():
+    text, _ = describe(minillm.UserError("a\x1b[2J\0b\nc ü"), [])
+    assert text == "minillm: a\\x1b[2J\\x00b\nc ü\n"
+
+
 def test_a_mistake_in_minillms_own_code_is_a_defect(folder, monkeypatch, capsys):
     from minillm.config.loader import run_plan
 

@@ -84,7 +84,7 @@ def _missing(path: KeyPath, shape: Shape | None, root: Group, data: Any) -> str:
         return f"missing: {_one_of(shape.options)}, as {shape.key}: ..."
     said = _description(path, root, data)
     if isinstance(shape, Group):
-        said = shape.model.__doc__.strip().splitlines()[0].rstrip(".")
+        said = shape.model.__doc__.strip().splitlines()[0].partition(". ")[0].rstrip(".")
     return f"missing: {said[0].lower()}{said[1:]}" if said else "missing"
 
 
