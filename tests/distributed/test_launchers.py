@@ -19,7 +19,7 @@ KEYS = ("engine.type=deepspeed", "engine.stage=2")
 @pytest.fixture
 def recipe(tmp_path, small_run) -> Path:
     document = small_run(tmp_path, layers=1)
-    document["eval"]["sets"] = {}
+    document["eval"] = {"sets": {}}
     document["save"]["steps"] = None
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))

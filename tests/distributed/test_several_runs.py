@@ -41,7 +41,7 @@ def test_stages_and_runs_give_back_their_memory(tmp_path, small_run, start, fini
     document = small_run(tmp_path, layers=2)
     document["engine"] = {"type": "deepspeed", **engine}
     document["train"] |= {"gradient_accumulation_steps": 1, "max_steps": 2}
-    document["eval"]["sets"] = {}
+    document["eval"] = {"sets": {}}
     taught = {"teacher": {"path": "stage:teacher"}, "method": {"name": "kd"}}
     document["stages"] = {
         "teacher": {"student": {"config": {"hidden_size": 512}}},  # more than a megabyte per weight

@@ -115,7 +115,7 @@ def why_not() -> str | None:
 def recipe(tmp_path_factory, small_run) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
     document = small_run(folder, layers=1)
-    document["eval"]["sets"] = {}
+    document["eval"] = {"sets": {}}
     document["train"]["max_steps"] = 1
     document["stages"] = {
         "teacher": {},
