@@ -225,3 +225,64 @@ def test_a_supervised_stage_is_planned_with_its_evaluation_and_advised_about_it(
     monkeypatch.setitem(GPUS, "small", Gpu("small", 2 * update / USABLE_MEMORY / 2**30))
     changes = advise(plan, plan_run(plan, gpu="small"), [])
     assert changes[0].overrides == ["eval.batch_size=256"] and changes[-1].fits
+
+
+def of_elsewhere(recipe, *samplers):
+    return recipe(method={"name": "elsewhere", "samplers": list(samplers)})
+
+
+def test_a_method_of_elsewhere_is_planned_by_what_it_declares(recipe, methods_of_elsewhere, capsys):
+    """Two samplers one after the other: the worse of their moments, and the sum of their times."""
+    asked = (["student"], ["teacher"], ["student", "teacher"])
+    student, teacher, both = (planned(of_elsewhere(recipe, *who), gpu="A100-80GB") for who in asked)
+    rollouts = [{phase.phase: phase for phase in one.memory}["rollout"] for one in (student, teacher, both)]
+    assert rollouts[2].device_bytes == max(one.device_bytes for one in rollouts)
+    assert both.speed.seconds["rollout"] == student.speed.seconds["rollout"] + teacher.speed.seconds["rollout"]
+    assert both.speed.rollout_flops == student.speed.rollout_flops + teacher.speed.rollout_flops
+    timeline = both.simulation.phases["rollout"]
+    assert timeline.most("student KV cache") > 0 < timeline.most("teacher KV cache")
+    assert main(["plan", str(of_elsewhere(recipe, "teacher"))]) == 0
+    assert "loss `imitation`" in capsys.readouterr().out
+
+
+def test_what_a_method_trains_beside_the_student_is_named(recipe, methods_of_elsewhere, capsys):
+    path = recipe(method={"name": "elsewhere", "samplers": ["student"], "trains": ["student", "projector"]})
+    assert main(["plan", str(path)]) == 0
+    assert "not counted: what the method trains beside the student: projector" in capsys.readouterr().out
+    assert main(["plan", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"]["main"]["not_counted"]
+
+
+def with_a_sieve(recipe, tmp_path, **keys):
+    (tmp_path / "corpus.txt").write_text("plain text")
+    corpus = {"path": str(tmp_path / "corpus.txt"), "block_size": 32}
+    prompts = {"type": "pydoc", "max_prompt_length": PROMPT, "max_response_length": ANSWER}
+    stages = {"choose": {"method": {"name": "sieve", **keys}}, "train": {"method": {"name": "sft"}}}
+    return recipe(data={"prompts": prompts, "corpus": corpus}, stages=stages)
+
+
+def test_a_stage_without_steps_trains_nothing(recipe, tmp_path, methods_of_elsewhere, capsys):
+    path = with_a_sieve(recipe, tmp_path)
+    choose, _ = plan_run(load_run([path]), gpu="A100-80GB").stages
+    assert [phase.phase for phase in choose.memory] == ["scoring"] and choose.speed is None
+    (scoring,) = choose.memory
+    assert scoring.device["optimizer states"] == scoring.device["gradients"] == 0 < scoring.device["loss buffers"]
+    assert choose.simulation.student.trained == 0
+    assert main(["plan", str(path)]) == 0
+    assert "time: not estimated, because the stage takes no step" in capsys.readouterr().out
+    assert main(["plan", str(path), "--json"]) == 0
+    stage = json.loads(capsys.readouterr().out)["stages"]["choose"]
+    assert stage["flops_per_step"] is stage["estimated_seconds_per_step"] is stage["activations_bytes"] is None
+
+
+def test_a_stage_with_nothing_to_plan_is_said_in_one_line(recipe, tmp_path, methods_of_elsewhere, capsys):
+    path = with_a_sieve(recipe, tmp_path, corpus=False)
+    assert main(["plan", str(path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "stage choose is not in the plan: method sieve takes no step and declares neither answers nor texts" in shown
+    assert main(["plan", str(path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert list(data["unplanned"]) == ["choose"] and list(data["stages"]) == ["train"]
+    alone = recipe(method={"name": "sieve", "corpus": False})
+    assert main(["plan", str(alone)]) == 2
+    assert "stage 'main': method sieve takes no step" in capsys.readouterr().err
