@@ -34,6 +34,8 @@ class MethodConfig(Strict):
     """The keys of one method, and what the method needs. A subclass that does not define `needs` is refused."""
 
     summary: ClassVar[str]  # for the model card: what the student was trained by
+    # Metrics of the method's steps that have a panel of their own in the report's picture: key -> (title, unit).
+    panels: ClassVar[dict[str, tuple[str, str]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -64,10 +64,16 @@ def described_method(settings: Mapping[str, Any]) -> tuple[str, bool]:
     A method that is not known here is called by its name, and a teacher of its stage is believed to be used.
     """
     name = str(settings.get("name", ""))
-    for config_class in get_args(StageConfig.model_fields["method"].annotation):
-        if _name_of(config_class) == name:
-            try:
-                return config_class.summary, config_class.model_validate(settings).needs().teacher
-            except ValidationError:  # keys of another version
-                return config_class.summary, True
-    return name, True
+    config_class = method_class(name)
+    if config_class is None:
+        return name, True
+    try:
+        return config_class.summary, config_class.model_validate(settings).needs().teacher
+    except ValidationError:  # keys of another version
+        return config_class.summary, True
+
+
+def method_class(name: str) -> type[MethodConfig] | None:
+    """The keys of a method by its name, None where it is not known here."""
+    known = {_name_of(one): one for one in get_args(StageConfig.model_fields["method"].annotation)}
+    return known.get(name)

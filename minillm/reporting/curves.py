@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from minillm.config.root import method_class
 from minillm.reporting.metric import METRICS, Metric, metrics_in
 from minillm.reporting.panels import COLOURS, COLUMNS, DASHES, GREY, MARKERS, TEACHER, dress, grid, pick, save
 from minillm.reporting.run_files import RunFiles, StageFiles, stage_label
@@ -88,6 +89,7 @@ def _draw(curves: list[Curve], path: Path, *, with_losses: bool) -> bool:
     measured = [one.mean for curve in curves for one in curve.stage.evaluations]
     trained = [metric for metric in METRICS if any(_has(curve, metric) for curve in curves)]
     metrics = [*trained, *(metric for metric in metrics_in(measured) if metric not in trained)]
+    metrics += [metric for metric in _of_methods(curves) if metric.key not in {one.key for one in metrics}]
     losses = [curve for curve in curves if curve.stage.train] if with_losses else []
     if not metrics and not losses:
         path.unlink(missing_ok=True)
@@ -101,6 +103,16 @@ def _draw(curves: list[Curve], path: Path, *, with_losses: bool) -> bool:
     _legend(figure, curves, metrics)
     save(figure, path)
     return True
+
+
+def _of_methods(curves: list[Curve]) -> list[Metric]:
+    """The metrics that the stages' methods declare to have a panel of their own, as far as records have them."""
+    declared = {}
+    for curve in curves:
+        config_class = method_class(curve.stage.settings.get("method", {}).get("name", ""))
+        for key, (title, unit) in ({} if config_class is None else config_class.panels).items():
+            declared.setdefault(key, Metric(key, title, unit, better=0))
+    return [metric for metric in declared.values() if any(_has(curve, metric) for curve in curves)]
 
 
 def _has(curve: Curve, metric: Metric) -> bool:

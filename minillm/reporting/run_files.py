@@ -10,6 +10,7 @@ import yaml
 
 from minillm import UserError
 from minillm.config.loader.stages import stage_documents
+from minillm.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from minillm.storage.metrics_log import METRICS, SAMPLES, read_numbers, read_records
 
 
@@ -38,10 +39,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class StageFiles:
-    """One stage: its keys as the configuration has them, and its records in order."""
+    """One stage: its keys, and its records in order."""
 
     name: str
-    settings: dict[str, Any]  # the merged document of this stage
+    settings: dict[str, Any]  # as the run itself resolved them; of a stage without a checkpoint, as they were written
     train: list[dict[str, Any]]
     evaluations: list[Measurement]  # of the student
 
@@ -122,6 +123,8 @@ def read_run(folder: Path) -> RunFiles:
     document, environment = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "env.json", json.loads)
     records = read_records(folder / METRICS)
     settings = stage_documents(document) if document else {}
+    resolved = _resolved_settings(folder)
+    settings = {name: resolved.get(name, written) for name, written in settings.items()}
     # records of a stage that config.yaml does not have are shown all the same
     names = dict.fromkeys([*settings, *(record["stage"] for record in records)])
     evaluations = [record for record in records if record["kind"] == "eval"]
@@ -140,6 +143,18 @@ def read_run(folder: Path) -> RunFiles:
     }
     teachers = {record["stage"]: Measurement.read(record) for record in evaluations if record["who"] == "teacher"}
     return RunFiles(folder, document, environment, stages, teachers, read_records(folder / SAMPLES))
+
+
+def _resolved_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """All keys of the stages that the newest checkpoint knows, with the defaults of the version that wrote it."""
+    for _, checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+            progress = state["progress"]
+            return {**progress["stage_configs"], progress["stage"]: state["config"]}
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of another version: the one before may do
+            continue
+    return {}
 
 
 def stage_label(label: str, run: RunFiles, stage: StageFiles) -> str:
