@@ -143,4 +143,4 @@ def _not_counted(needs: Needs) -> Iterator[str]:
     if beside:
         yield f"what the method trains beside the student: {', '.join(beside)}"
     if needs.images:
-        yield "the pictures that prompts show, and the model that reads them"
+        yield "what reading the prompts' images takes"

@@ -24,11 +24,12 @@ from minillm import UserError
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
+from minillm.models.families import text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
-from minillm.planning.quantized import quantize
+from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
 from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
@@ -189,7 +190,7 @@ class _Simulator:
         left_out, whole = {}, []
         for name in names:
             parent, attribute, layers = decoder_layers(self.models[name])
-            alike = len(set(getattr(self.models[name].config, "layer_types", None) or [None])) == 1
+            alike = len(set(getattr(text_config(self.models[name].config), "layer_types", None) or [None])) == 1
             alike = alike and len({weight_count(layer) for layer in layers}) == 1 and len(layers) > FEW
             left_out[name] = len(layers) - FEW if alike else 0
             if alike:

@@ -3,7 +3,7 @@ import yaml
 
 from minillm.config.root import StageConfig, register_method
 from tests.planning.elsewhere import Elsewhere, Sieve
-from tests.planning.small import document
+from tests.planning.small import ANSWER, PROMPT, document
 
 
 @pytest.fixture
@@ -28,3 +28,17 @@ def methods_of_elsewhere():
     yield
     field.annotation = before
     StageConfig.model_rebuild(force=True)
+
+
+@pytest.fixture
+def with_a_sieve(recipe, tmp_path):
+    """Writes a configuration whose first stage is a sieve, with some of its keys, and returns its path."""
+
+    def write(**keys):
+        (tmp_path / "corpus.txt").write_text("plain text")
+        corpus = {"path": str(tmp_path / "corpus.txt"), "block_size": 32}
+        prompts = {"type": "pydoc", "max_prompt_length": PROMPT, "max_response_length": ANSWER}
+        stages = {"choose": {"method": {"name": "sieve", **keys}}, "train": {"method": {"name": "sft"}}}
+        return recipe(data={"prompts": prompts, "corpus": corpus}, stages=stages)
+
+    return write
