@@ -1,7 +1,6 @@
 import pytest
 import yaml
 
-from minillm.config.root import StageConfig, register_method
 from tests.planning.elsewhere import Elsewhere, Sieve
 from tests.planning.small import ANSWER, PROMPT, document
 
@@ -19,15 +18,10 @@ def recipe(tmp_path):
 
 
 @pytest.fixture
-def methods_of_elsewhere():
-    """`method.name` may be `elsewhere` or `sieve` in the test, and is what it was after it."""
-    field = StageConfig.model_fields["method"]
-    before = field.annotation
-    for config_class in (Elsewhere, Sieve):
-        register_method(config_class)
-    yield
-    field.annotation = before
-    StageConfig.model_rebuild(force=True)
+def methods_of_elsewhere(registered):
+    """`method.name` may be `elsewhere` or `sieve`."""
+    registered(Elsewhere)
+    registered(Sieve)
 
 
 @pytest.fixture

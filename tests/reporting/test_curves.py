@@ -7,7 +7,6 @@ from PIL import Image
 
 from minillm.config.method import MethodConfig
 from minillm.config.needs import Needs, TermNeeds
-from minillm.config.root import StageConfig, register_method
 from minillm.reporting import curves
 from minillm.reporting.run_files import read_run
 from tests.reporting.made_up import DOCUMENT, Run, arms
@@ -38,16 +37,6 @@ class Tempered(MethodConfig):
 
 
 @pytest.fixture
-def tempered():
-    field = StageConfig.model_fields["method"]
-    before = field.annotation
-    register_method(Tempered)
-    yield
-    field.annotation = before
-    StageConfig.model_rebuild(force=True)
-
-
-@pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """The titles and lines of the panels that a run's picture has."""
 
@@ -72,7 +61,8 @@ def tempered_run(folder, method: str) -> Run:
     return run
 
 
-def test_a_method_brings_panels_of_its_own(tmp_path, drawn, tempered):
+def test_a_method_brings_panels_of_its_own(tmp_path, drawn, registered):
+    registered(Tempered)
     panels = drawn(tempered_run(tmp_path / "run", "tempered"))
     assert list(panels) == ["Reverse KL", "Temperature", "Training loss"]
     (line,) = panels["Temperature"]
