@@ -43,7 +43,7 @@ def measure(case: Case) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         if case.ranks:
             group.join(Path(folder))
-        _take_steps(replace(case, hidden=128, layers=1, teacher_layers=1, vocab=512, batch=2))
+        _take_steps(replace(case, hidden=128, layers=1, teacher_layers=case.teacher_layers and 1, vocab=512, batch=2))
         gc.collect()
         zero = _resident()["VmRSS"]
         peaks = {phase: peak - zero for phase, peak in _take_steps(case).items()}
@@ -80,7 +80,7 @@ def _take_steps(case: Case) -> dict[str, int]:
         evaluator = Evaluator({"held_out": held_out}, config.eval, seed=0) if case.evaluated else None
         for step in range(STEPS):
             with _phase(peaks, "collect"):
-                if case.method != "minillm" or step != 1:  # a second buffer, beside the first
+                if not method.needs.buffered or step != 1:  # a second buffer, beside the first
                     items = method.collect(data, models, step)
             size = case.batch
             with _phase(peaks, "terms"):
@@ -105,9 +105,9 @@ def _models(config, case: Case, folder: Path):
     from minillm.models.tokenizers import load_tokenizer
 
     cpu, hollow = torch.device("cpu"), collectives.rank() > 0
-    judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
     teacher = None
-    if case.method != "sft":
+    if case.teacher_layers is not None:
+        judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
         teacher = load_student(judge, output_dir=folder, device=cpu, seed=1, hollow=hollow).eval().requires_grad_(False)
     if case.quantization is not None:
         teacher.save_pretrained(folder / "teacher")
@@ -207,7 +207,7 @@ def _markdown(rows: Sequence[tuple[Case, int, int]]) -> str:
         "|---|---|---|--:|--:|--:|",
     ]
     for case, predicted, measured in rows:
-        teacher = "" if case.method == "sft" else f" ({case.teacher_layers})"
+        teacher = "" if case.teacher_layers is None else f" ({case.teacher_layers})"
         lines.append(
             f"| {case.name} | {case.family}, {case.hidden} x {case.layers}{teacher}, {case.vocab:,} | "
             f"{case.batch} x {case.accumulation}, {case.prompt} + {case.answer} | {predicted / MIB:,.0f} | "
