@@ -1,9 +1,9 @@
 """`minillm bench plan`: the peak memory that `minillm plan` predicts beside the one that training steps take on a CPU.
 
-A case is random models and prompts at their longest. Each runs in a process of its own, or in one a rank: imports and
-a tiny run of the same kind first, so that what is loaded late is loaded; then the resident memory before the models are
-made is the zero, and the kernel's high-water mark of every phase is the measurement, of ranks the largest. The
-allocator returns freed memory at once.
+A case is random models and prompts at their longest. Each runs in a process of its own, or in one process per rank.
+Imports and a tiny run of the same kind come first, so that what is loaded late is loaded. The resident memory before the
+models are made is then the zero, and the kernel's high-water mark of every phase is the measurement: of ranks, the
+largest. The allocator returns freed memory at once.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MEASURED = "measured "
 
 
 def predict(case: Case) -> dict[str, int]:
-    """Bytes at the peak of each phase, as `minillm plan` says."""
+    """Return the bytes at the peak of each phase, as `minillm plan` predicts them."""
     from minillm.planning.planner import plan_run
 
     with tempfile.TemporaryDirectory() as folder:
@@ -38,8 +38,8 @@ def predict(case: Case) -> dict[str, int]:
 
 
 def measure(case: Case) -> dict[str, int]:
-    """Bytes of resident memory over those before the models were made, at the peak of each phase: of this process, which
-    is one of `case.ranks`."""
+    """Return the bytes of resident memory over those before the models were made, at the peak of each phase, of this
+    process, which is one of `case.ranks`."""
     with tempfile.TemporaryDirectory() as folder:
         if case.ranks:
             group.join(Path(folder))
@@ -52,7 +52,7 @@ def measure(case: Case) -> dict[str, int]:
 
 
 def _take_steps(case: Case) -> dict[str, int]:
-    """Train as the trainer does; the high-water mark of each phase."""
+    """Train as the trainer does; returns the high-water mark of each phase."""
     from minillm.data.instructions import PromptSet
     from minillm.engine import build_engine
     from minillm.evaluate.evaluator import Evaluator
@@ -130,7 +130,7 @@ def _streams(case: Case):
 
 
 class _phase:
-    """Adds the high-water mark of what runs inside to `peaks`."""
+    """A context that adds the high-water mark of what runs inside to `peaks`."""
 
     def __init__(self, peaks: dict[str, int], name: str):
         self.peaks, self.name = peaks, name
@@ -149,7 +149,7 @@ def _resident() -> dict[str, int]:
 
 
 def compare(case: Case) -> tuple[int, int]:
-    """(predicted, measured) bytes at the peak of all phases. The measurement in fresh processes."""
+    """Return (predicted, measured) bytes at the peak of all phases, measured in fresh processes."""
     command = [sys.executable, "-m", "minillm.benchmarks.plan", "--measure", json.dumps(asdict(case))]
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("localhost", 0))

@@ -54,7 +54,7 @@ CASES = (
 
 
 def architecture(case: Case, layers: int) -> dict:
-    """Keys of the transformers configuration."""
+    """Return the keys of the transformers configuration."""
     h, heads, context = case.hidden, case.hidden // 64, 1024
     if case.family == "gpt2":
         own = {"n_embd": h, "n_layer": layers, "n_head": heads, "n_positions": context}
@@ -70,7 +70,7 @@ def architecture(case: Case, layers: int) -> dict:
 
 
 def document(case: Case, folder: Path) -> dict:
-    """The configuration, with the teacher's config.json written into the folder."""
+    """Return the configuration, with the teacher's config.json written into the folder."""
     from transformers import AutoConfig
 
     from minillm.config.root import method_class
@@ -107,7 +107,7 @@ def document(case: Case, folder: Path) -> dict:
 
 
 def load(case: Case, folder: Path):
-    """The plan of the one-stage configuration."""
+    """Load the one-stage configuration."""
     import yaml
 
     from minillm.config.loader.run_plan import load_run

@@ -145,7 +145,7 @@ def require_whole(folder: Path) -> Path:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What `measure` wrote into a folder, None where it has not.
+    """Read the evaluation that `measure` wrote into a folder, None where there is none.
 
     Raises UserError where the file cannot be read.
     """

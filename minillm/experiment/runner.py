@@ -1,4 +1,4 @@
-"""Runs what is left of an experiment, one run after the other; the report is written anew after each."""
+"""The work that is left of an experiment, one run after the other; the report is written anew after each."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ class BusyError(TrainingError):
 def run_experiment(
     experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str], report_seeds: Sequence[int]
 ) -> list[str]:
-    """Train and measure what is not done yet; returns the failures, one line each.
+    """Train and measure what is not done yet; returns the failures, one line for each.
 
     Args:
         experiment: what to do.
@@ -107,7 +107,7 @@ def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) ->
 
 
 def plan_of(experiment: Experiment, output: Path, job: Job) -> RunPlan:
-    """The run of one arm or shared stage: its stage with the seed, and with folders for stage:NAME.
+    """Make the run of one arm or shared stage: its stage with the seed, and with folders for stage:NAME.
 
     Raises TrainingError where what it starts from is not there.
     """
@@ -129,7 +129,7 @@ def plan_of(experiment: Experiment, output: Path, job: Job) -> RunPlan:
 
 
 def _with(document: dict, config) -> dict:
-    """The keys as they were written, with those that the experiment has filled in."""
+    """The keys as they were written, and those that the experiment has filled in."""
     changed = {**document, "output_dir": config.output_dir, "seed": config.seed}
     for who in ("student", "teacher"):
         for key in ("path", "tokenizer"):
@@ -154,7 +154,7 @@ def _existing(output: Path, job: Job, path: str) -> Path:
 
 
 def _seconds_of(output: Path, job: Job, path: str) -> float:
-    """How long the training of another arm took."""
+    """The seconds that the training of another arm took."""
     folder = folder_of(output, job.seed, path.removeprefix(STAGE))
     records = [record for record in read_records(folder / METRICS) if record["kind"] == "train"]
     if not records or not (folder / FINAL).is_dir():

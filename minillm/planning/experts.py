@@ -35,7 +35,7 @@ def _product(experts: nn.Module, rows: Tensor, name: str, chosen: Tensor) -> Ten
 
 
 def experts_forward(experts: nn.Module, hidden: Tensor, chosen: Tensor, mixture: Tensor) -> Tensor:
-    """What transformers calls in the place of an experts module's own forward.
+    """Run in the place of an experts module's own forward, as transformers calls it.
 
     Args:
         experts: the module, with the attributes that transformers gives all of them.
@@ -58,7 +58,7 @@ def experts_forward(experts: nn.Module, hidden: Tensor, chosen: Tensor, mixture:
 
 
 def idle_weights(model: PreTrainedModel) -> int:
-    """Weights of experts that a token does not reach. The model has run: that is how many it reaches."""
+    """Count the weights of experts that a token does not reach, in a model that has run."""
     mixtures = [module for module in model.modules() if hasattr(module, "experts_per_token")]
     if not mixtures:
         return 0

@@ -1,4 +1,4 @@
-"""What a run shows: tables and one progress bar on a terminal, plain lines elsewhere, nothing on ranks above 0."""
+"""The display of a run: tables and one progress bar on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
 import math
 import re
@@ -52,7 +52,7 @@ class Console:
             self._progress = None
 
     def preflight(self, rows: Sequence[Sequence[str]]) -> None:
-        """The table of what is about to be trained: (what, student, teacher) or (what, value) a row."""
+        """Show what is about to be trained, in rows of (what, student, teacher) or (what, value)."""
         self.close()
         if not self._live:
             for name, *values in rows:
@@ -66,7 +66,7 @@ class Console:
         self._rich.print(grid)
 
     def start(self, stage: str, limits: Limits, done: int) -> None:
-        """A stage begins, or goes on after `done` of its steps."""
+        """Begin a stage, or go on after `done` of its steps."""
         self.close()
         self._stage, self._time_left = stage, TimeLeft(limits, resumed=done > 0)
         self._last_line = -PLAIN_SECONDS
@@ -86,14 +86,14 @@ class Console:
         self._progress.start()
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One optimiser step: its record as metrics.jsonl has it."""
+        """Show one optimiser step, from its record as metrics.jsonl has it."""
         steps = f"{record['stage_step']}/{self._total}"
         left = self._time_left.after(record)
         status = " · ".join(self._status(record, left))
         if self._progress is not None:
-            whole = None if left is None else record["seconds"] + left
+            total = None if left is None else record["seconds"] + left
             task = self._progress.task_ids[0]
-            self._progress.update(task, total=whole, completed=record["seconds"], steps=steps, status=status)
+            self._progress.update(task, total=total, completed=record["seconds"], steps=steps, status=status)
             return
         now = self._clock()
         if now - self._last_line >= PLAIN_SECONDS or record["stage_step"] == self._time_left.limits.steps:
@@ -106,7 +106,7 @@ class Console:
         return "?" if steps is None else str(steps)
 
     def working(self, what: str, done: int, total: int) -> None:
-        """How far something long between two steps is."""
+        """Show the progress of long work between two steps."""
         status = f"{what} {done:,}/{total:,}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], status=status)
@@ -117,7 +117,7 @@ class Console:
             self._line(f"{self._stage}: {status}")
 
     def evaluation(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        """What an evaluation found, against the best so far, and some of its answers."""
+        """Show an evaluation against the best so far, and some of its answers."""
         who, stage = record.get("who", "student"), record["stage"]
         moment = "the teacher" if who == "teacher" else f"step {record['stage_step']}"
         self.measurement(f"Evaluation of {moment} of stage {stage}", record["sets"], record["mean"], samples, who=who)
@@ -131,7 +131,7 @@ class Console:
         *,
         who: str = "student",
     ) -> None:
-        """The metrics of a student or teacher, a student's best values before, and some of the answers."""
+        """Show the metrics of a student or teacher, a student's best values before, and some of the answers."""
         several = sets if len(sets) > 1 else {}
         rows = []
         for metric in metrics_in([mean]):
@@ -141,7 +141,7 @@ class Console:
         self._samples(_of_every_set(samples, SHOWN_SAMPLES), who)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Numbers with their names; columns without any entry are left out."""
+        """Show numbers with their names; columns without any entry are left out."""
         empty = ("", MISSING)
         if not self._live:
             self._line(title)
@@ -158,7 +158,7 @@ class Console:
         self._rich.print(grid)
 
     def answers(self, title: str, texts: Mapping[str, str]) -> None:
-        """Texts under their names, whole, beside each other where there is room."""
+        """Show full texts under their names, beside each other where there is room."""
         if not self._live:
             for name, text in texts.items():
                 self._line(f"[{name}] {clean(text)}")
@@ -170,16 +170,16 @@ class Console:
         self._rich.print(grid)
 
     def note(self, text: str) -> None:
-        """One line about something unusual."""
+        """Show one line about something unusual."""
         self._line(clean(text))
 
     def finish(self, folder: Path) -> None:
-        """The run is done."""
+        """Show where a finished run has left its model and report."""
         self.close()
         self._line(f"done: the model is in {folder / 'final'}, the report is {folder / 'report.md'}")
 
     def _best_before(self, metric: Metric, value: float) -> str:
-        """What the best value of a metric was until now, and whether this one beats it; remembers it if so."""
+        """The best value of a metric until now, and a word where this one beats it and is remembered in its place."""
         best = self._best.get(metric.key)
         if not metric.better or not math.isfinite(value):
             return ""
@@ -226,7 +226,7 @@ class Console:
 
 
 def clean(text: str) -> str:
-    """Without the control characters by which a model's answer could steer the terminal; line ends and tabs stay."""
+    """Replace the control characters by which a model's answer could steer the terminal; line ends and tabs stay."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -1,6 +1,6 @@
 """The picture of a run, or of several side by side: evaluations first, then what the optimiser saw.
 
-A panel a metric, a colour a stage (or a run). Along the axis a stage begins where the one that its student came from
+One panel per metric, one colour per stage or run. Along the axis a stage begins where the one that its student came from
 ended, so that two stages with the same beginning lie over each other.
 """
 
@@ -36,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """What runs along the panels: steps, or training time where stages were compared by it."""
+    """The axis along all panels: steps, or training time where stages were compared by it."""
 
     by_time: bool
     divisor: float  # seconds in a unit
@@ -59,7 +59,7 @@ class Axis:
 
 
 def draw_run(run: RunFiles, path: Path) -> bool:
-    """Write the PNG of one run. False, and no file, where nothing has been measured yet."""
+    """Write the PNG of one run; returns False, and leaves no file, where nothing has been measured yet."""
     stages = [stage for stage in run.stages.values() if stage.started]
     curves = [
         Curve(stage.name, pick(COLOURS, place), pick(MARKERS, place), "-", stage, run)
@@ -69,7 +69,7 @@ def draw_run(run: RunFiles, path: Path) -> bool:
 
 
 def draw_comparison(runs: dict[str, RunFiles], path: Path) -> bool:
-    """Write the PNG of several runs, a colour a run and dashes a stage; what it returns is as for draw_run."""
+    """Write the PNG of several runs, a colour for each run and dashes for each stage; returns what draw_run does."""
     curves = [
         Curve(
             stage_label(label, run, stage),
@@ -172,7 +172,7 @@ def _draw_metric(panel: Axes, metric: Metric, curves: list[Curve], axis: Axis) -
 
 
 def _draw_losses(panel: Axes, curve: Curve, *, alone: bool) -> None:
-    """The stage's loss and its terms; the losses of two methods are not comparable, so that each has its own panel."""
+    """Draw a stage's loss and its terms. Losses of two methods are not comparable, so that each stage has a panel."""
     names = list(dict.fromkeys(name for record in curve.stage.train for name in record if name.startswith("loss/")))
     drawn = ["loss", *names] if len(names) > 1 else ["loss"]
     for place, name in enumerate(drawn):

@@ -1,4 +1,4 @@
-"""What a run's folder says: its stages with their records, read back for the report and the model card."""
+"""The files of a run's folder, read back for the report and the model card: its stages with their records."""
 
 import json
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ class StageFiles:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's folder. Whatever is not there yet is empty."""
+    """The content of a run's folder. Whatever is not there yet is empty."""
 
     folder: Path
     document: dict[str, Any]
@@ -100,14 +100,14 @@ class RunFiles:
         return (self.folder / "final").is_dir()
 
     def before(self, stage: StageFiles) -> Measurement | None:
-        """The evaluation of the student that the stage started from."""
+        """Find the evaluation of the student that the stage started from."""
         if stage.evaluations and stage.evaluations[0].stage_step == 0:
             return stage.evaluations[0]
         parent = self.stages.get(stage.parent or "")
         return parent.evaluations[-1] if parent and parent.evaluations else None
 
     def lineage(self, stage: StageFiles) -> list[StageFiles]:
-        """The stages that this one's student went through before it, the first one first."""
+        """List the stages that this one's student went through before it, the first one first."""
         parent = self.stages.get(stage.parent or "")
         return [] if parent is None or parent is stage else [*self.lineage(parent), parent]
 
@@ -158,7 +158,7 @@ def _resolved_settings(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def stage_label(label: str, run: RunFiles, stage: StageFiles) -> str:
-    """How a stage is called beside those of other runs."""
+    """Name a stage beside those of other runs."""
     return label if len(run.stages) == 1 else f"{label}: {stage.name}"
 
 

@@ -1,4 +1,4 @@
-"""The keys of a configuration that are not at their defaults, stage beside stage."""
+"""Tables of the keys that are not at their defaults, or on which runs do not agree."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ REQUIRED = "(required)"
 
 
 def settings_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a key that some stage sets away from its default: the default and every stage's value.
+    """Tabulate the keys that some stage has away from their defaults: the default, and every stage's value.
 
     Args:
         stages: column title -> the stage's keys: resolved, or merged as a configuration file has them.
@@ -32,7 +32,7 @@ def settings_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def differing_keys(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """A row a stage's key that the runs do not agree on, where it is not merely a default that others lack.
+    """Tabulate the keys of stages on which the runs do not agree; a default that other runs lack is no disagreement.
 
     Args:
         runs: column title -> stage -> the stage's keys, as for settings_table.

@@ -1,4 +1,4 @@
-"""How long a stage still has, by whichever of its limits it reaches first."""
+"""The time that a stage still has, by whichever of its limits it reaches first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends a stage, None where it does not: the first that is reached."""
+    """The limits of a stage, None where there is none. The one that is reached first ends it."""
 
     steps: int | None = None
     seconds: float | None = None  # of training, evaluation and saving not counted
@@ -25,7 +25,7 @@ class TimeLeft:
             self._began = {"stage_step": 0, "seconds": 0.0, "student_tokens": 0}
 
     def after(self, record: Mapping[str, Any]) -> float | None:
-        """Seconds after a step; None where nothing that is known yet says it."""
+        """Return the seconds that are left after a step; None where nothing is known of them yet."""
         if self._began is None:
             self._began = record
         limits = self.limits

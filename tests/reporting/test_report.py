@@ -19,8 +19,8 @@ def test_samples_stand_side_by_side_and_only_the_last_of_each_stage(tmp_path):
         "prompt": {"text": "What?"},
         "reference": {"text": "Right."},
         "**warmup**": {"text": r"a \| warm answer"},
-        "**kd**": {"text": r"kd's \*answer\* *(cut at the token limit)*"},
-        "teacher": {"text": "Teacher's *(cut at the token limit)*"},
+        "**kd**": {"text": r"kd's \*answer\* *(ends at the token limit)*"},
+        "teacher": {"text": "Teacher's *(ends at the token limit)*"},
     }
 
 
@@ -31,8 +31,8 @@ def test_stages_with_their_speed_memory_and_best_evaluation(tmp_path):
     for step, value in ((1, 3.0), (2, 1.0), (4, 2.0)):
         run.evaluate("main", step, reverse_kl_nats=value)
     stage = rows(run.report(), "## Stages")["main"]
-    assert stage["time a step"] == "0.500 s"
-    assert stage["tokens a second"] == "200"
+    assert stage["time per step"] == "0.500 s"
+    assert stage["tokens per second"] == "200"
     assert (stage["peak memory (GiB)"], stage["planned (GiB)"]) == ("1.50", "1.75")
     assert stage["best evaluation"] == "Reverse KL 1.00 at step 2"
     assert stage["method"] == DOCUMENT["method"]["name"]
