@@ -87,7 +87,7 @@ def titles() -> dict[str, str]:
 
 
 def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Read, override, validate and check.
+    """Read an experiment, with overrides, validated and checked.
 
     Args:
         name: of a file in configs/experiments, or a path.
@@ -216,7 +216,7 @@ def _like_base(document: Node, trees: dict[str, Node]) -> str:
 
 
 def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -> Iterator[Problem]:
-    """Arms that are models name one."""
+    """The problems of arms that are models: each names a model that is there."""
     for arm, text in config.arms.items():
         own = document.value["base"].plain().get("student")
         if text == STUDENT and own is not None and like_base.plain().get("student") != own:
@@ -235,7 +235,7 @@ def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -
 
 
 def _sense(document: Node, config: ExperimentConfig, evaluation: EvalConfig | None) -> Iterator[Problem]:
-    """Measures and claims are about what there is."""
+    """The problems of seeds, measures and claims: they are of what the experiment has."""
     repeated = [str(seed) for seed, count in Counter(config.seeds).items() if count > 1]
     if repeated:
         yield document.value["seeds"].origin.problem(f"names {', '.join(repeated)} more than once")
@@ -266,7 +266,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 
 def chosen_seeds(experiment: Experiment, count: int | None) -> list[int]:
-    """The first so many seeds of the file, counting on from the largest where it has fewer; without a count, all."""
+    """Choose the first so many seeds of the file, counting on from the largest where it has fewer; without a count, all."""
     seeds = experiment.config.seeds
     if count is None:
         return seeds
@@ -274,7 +274,7 @@ def chosen_seeds(experiment: Experiment, count: int | None) -> list[int]:
 
 
 def chosen_arms(experiment: Experiment, text: str | None) -> list[str]:
-    """The arms (and shared stages) that a comma-separated text names; without one, all arms.
+    """Choose the arms (and shared stages) that a comma-separated text names; without one, all arms.
 
     Raises UserError for a name that is none.
     """

@@ -73,7 +73,7 @@ def run_experiment(
 
 
 def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str]) -> None:
-    """One run as one of several processes that a launcher has started; nothing is measured.
+    """Train one run as one of several processes that a launcher has started, and measure nothing.
 
     Raises UserError where there is not exactly one run to train, and TrainingError as `run` does.
     """
@@ -93,7 +93,7 @@ def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int]
 
 
 def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) -> None:
-    """Raises UserError where a finished run was trained with other keys than it would be now."""
+    """Refuse finished runs whose keys are not those of now. Raises UserError, which names the keys."""
     for job in jobs:
         if job.trained and (job.folder / FINAL).is_dir():
             before = yaml.safe_load((job.folder / "config.yaml").read_text(encoding="utf-8"))
@@ -164,7 +164,7 @@ def _seconds_of(output: Path, job: Job, path: str) -> float:
 
 @contextmanager
 def alone(job: Job, console) -> Iterator[None]:
-    """One process works on a run at a time, training or measuring. Raises BusyError in any other."""
+    """Hold a run for this process alone, to train or to measure it. Raises BusyError in any other."""
     with ExitStack() as held:
         try:
             held.enter_context(hold_folder(job.folder, note=console.note))

@@ -12,7 +12,7 @@ IMPLEMENTATION = "minillm_shapes"  # as `experts_implementation` names it
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """rows (S, I) and the weights of all experts (E, I, O) or (E, O, I) -> (S, O), a row through one expert's weight."""
+    """The memory of a grouped product: rows (S, I), weights of all experts (E, I, O) or (E, O, I) -> (S, O)."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, weights: Tensor, outputs: int) -> Tensor:
