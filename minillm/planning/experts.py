@@ -39,7 +39,7 @@ def experts_forward(experts: nn.Module, hidden: Tensor, chosen: Tensor, mixture:
 
     Args:
         experts: the module, with the attributes that transformers gives all of them.
-        hidden: (T, H), a row a token.
+        hidden: (T, H), one row per token.
         chosen: (T, k) int64, the experts of each token.
         mixture: (T, k), their weights.
     """

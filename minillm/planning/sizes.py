@@ -30,7 +30,7 @@ class ModelSize:
     hidden_size: int
     kv_bytes_per_token: int  # of one sequence, all layers
     trained: int  # weights that receive a gradient
-    idle: int = 0  # weights that a token does not meet: of other experts, of what reads pictures
+    idle: int = 0  # weights that a token does not meet: of other experts, of what reads images
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
