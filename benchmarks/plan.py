@@ -1,9 +1,9 @@
 """`minillm bench plan`: the peak memory that `minillm plan` predicts beside the one that training steps take on a CPU.
 
-A case is random models and prompts at their longest. Each runs in a process of its own, or in one a rank: imports and
-a tiny run of the same kind first, so that what is loaded late is loaded; then the resident memory before the models are
-made is the zero, and the kernel's high-water mark of every phase is the measurement, of ranks the largest. The
-allocator returns freed memory at once.
+A case is random models and prompts at their longest. Each runs in a process of its own, or in one process per rank.
+Imports and a tiny run of the same kind come first, so that what is loaded late is loaded. The resident memory before the
+models are made is then the zero, and the kernel's high-water mark of every phase is the measurement: of ranks, the
+largest. The allocator returns freed memory at once.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MEASURED = "measured "
 
 
 def predict(case: Case) -> dict[str, int]:
-    """Bytes at the peak of each phase, as `minillm plan` says."""
+    """Return the bytes at the peak of each phase, as `minillm plan` predicts them."""
     from minillm.planning.planner import plan_run
 
     with tempfile.TemporaryDirectory() as folder:
@@ -38,12 +38,12 @@ def predict(case: Case) -> dict[str, int]:
 
 
 def measure(case: Case) -> dict[str, int]:
-    """Bytes of resident memory over those before the models were made, at the peak of each phase: of this process, which
-    is one of `case.ranks`."""
+    """Return the bytes of resident memory over those before the models were made, at the peak of each phase, of this
+    process, which is one of `case.ranks`."""
     with tempfile.TemporaryDirectory() as folder:
         if case.ranks:
             group.join(Path(folder))
-        _take_steps(replace(case, hidden=128, layers=1, teacher_layers=1, vocab=512, batch=2))
+        _take_steps(replace(case, hidden=128, layers=1, teacher_layers=case.teacher_layers and 1, vocab=512, batch=2))
         gc.collect()
         zero = _resident()["VmRSS"]
         peaks = {phase: peak - zero for phase, peak in _take_steps(case).items()}
@@ -52,7 +52,7 @@ def measure(case: Case) -> dict[str, int]:
 
 
 def _take_steps(case: Case) -> dict[str, int]:
-    """Train as the trainer does; the high-water mark of each phase."""
+    """Train as the trainer does; returns the high-water mark of each phase."""
     from minillm.data.instructions import PromptSet
     from minillm.engine import build_engine
     from minillm.evaluate.evaluator import Evaluator
@@ -80,7 +80,7 @@ def _take_steps(case: Case) -> dict[str, int]:
         evaluator = Evaluator({"held_out": held_out}, config.eval, seed=0) if case.evaluated else None
         for step in range(STEPS):
             with _phase(peaks, "collect"):
-                if case.method != "minillm" or step != 1:  # a second buffer, beside the first
+                if not method.needs.buffered or step != 1:  # a second buffer, beside the first
                     items = method.collect(data, models, step)
             size = case.batch
             with _phase(peaks, "terms"):
@@ -105,9 +105,9 @@ def _models(config, case: Case, folder: Path):
     from minillm.models.tokenizers import load_tokenizer
 
     cpu, hollow = torch.device("cpu"), collectives.rank() > 0
-    judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
     teacher = None
-    if case.method != "sft":
+    if case.teacher_layers is not None:
+        judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
         teacher = load_student(judge, output_dir=folder, device=cpu, seed=1, hollow=hollow).eval().requires_grad_(False)
     if case.quantization is not None:
         teacher.save_pretrained(folder / "teacher")
@@ -130,7 +130,7 @@ def _streams(case: Case):
 
 
 class _phase:
-    """Adds the high-water mark of what runs inside to `peaks`."""
+    """A context that adds the high-water mark of what runs inside to `peaks`."""
 
     def __init__(self, peaks: dict[str, int], name: str):
         self.peaks, self.name = peaks, name
@@ -149,7 +149,7 @@ def _resident() -> dict[str, int]:
 
 
 def compare(case: Case) -> tuple[int, int]:
-    """(predicted, measured) bytes at the peak of all phases. The measurement in fresh processes."""
+    """Return (predicted, measured) bytes at the peak of all phases, measured in fresh processes."""
     command = [sys.executable, "-m", "minillm.benchmarks.plan", "--measure", json.dumps(asdict(case))]
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("localhost", 0))
@@ -207,7 +207,7 @@ def _markdown(rows: Sequence[tuple[Case, int, int]]) -> str:
         "|---|---|---|--:|--:|--:|",
     ]
     for case, predicted, measured in rows:
-        teacher = "" if case.method == "sft" else f" ({case.teacher_layers})"
+        teacher = "" if case.teacher_layers is None else f" ({case.teacher_layers})"
         lines.append(
             f"| {case.name} | {case.family}, {case.hidden} x {case.layers}{teacher}, {case.vocab:,} | "
             f"{case.batch} x {case.accumulation}, {case.prompt} + {case.answer} | {predicted / MIB:,.0f} | "

@@ -5,19 +5,21 @@ from pathlib import Path
 
 STEPS = 3
 PROMPT, ANSWER = 48, 64
+SFT, KD, GKD = {"name": "sft"}, {"name": "kd"}, {"name": "gkd", "on_policy": 1.0}
+MINILLM = {"name": "minillm", "ppo_epochs": 2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table. The teacher is the student with `teacher_layers`."""
+    """One line of the table. The teacher, where there is one, is the student with `teacher_layers`."""
 
     name: str
     family: str
-    method: str
+    method: dict  # its keys
     hidden: int
     layers: int
     vocab: int
-    teacher_layers: int
+    teacher_layers: int | None
     batch: int
     accumulation: int = 1
     checkpointing: bool = False
@@ -30,28 +32,29 @@ class Case:
 
 
 CASES = (
-    Case("sft", "llama", "sft", 512, 6, 8000, 6, batch=8),
-    Case("sft, checkpointing", "llama", "sft", 512, 12, 8000, 12, batch=16, checkpointing=True),
-    Case("sft, gpt2, accumulation", "gpt2", "sft", 512, 6, 16000, 6, batch=8, accumulation=2),
-    Case("kd, large vocabulary", "qwen2", "kd", 384, 6, 60000, 10, batch=8),
-    Case("kd, bf16", "llama", "kd", 384, 6, 8000, 8, batch=4, bf16=True),
-    Case("kd, teacher in nf4", "llama", "kd", 384, 6, 8000, 24, batch=8, quantization="nf4"),
-    Case("minillm, teacher in int8", "llama", "minillm", 384, 6, 8000, 24, batch=8, quantization="int8"),
-    Case("gkd, opt", "opt", "gkd", 512, 6, 16000, 8, batch=8),
-    Case("minillm", "llama", "minillm", 512, 6, 16000, 10, batch=8),
-    Case("minillm, long answers", "gpt2", "minillm", 384, 6, 16000, 10, batch=8, answer=144),
-    Case("minillm, checkpointing", "qwen2", "minillm", 512, 8, 16000, 10, batch=8, checkpointing=True),
-    Case("sft, evaluated", "llama", "sft", 512, 6, 16000, 6, batch=2, evaluated=64),
-    Case("minillm, evaluated", "llama", "minillm", 384, 6, 16000, 10, batch=2, evaluated=128),
+    Case("sft", "llama", SFT, 512, 6, 8000, None, batch=8),
+    Case("sft, checkpointing", "llama", SFT, 512, 12, 8000, None, batch=16, checkpointing=True),
+    Case("sft, gpt2, accumulation", "gpt2", SFT, 512, 6, 16000, None, batch=8, accumulation=2),
+    Case("sft, mixture of experts", "qwen3_moe", SFT, 384, 4, 8000, None, batch=8),
+    Case("kd, large vocabulary", "qwen2", KD, 384, 6, 60000, 10, batch=8),
+    Case("kd, bf16", "llama", KD, 384, 6, 8000, 8, batch=4, bf16=True),
+    Case("kd, teacher in nf4", "llama", KD, 384, 6, 8000, 24, batch=8, quantization="nf4"),
+    Case("minillm, teacher in int8", "llama", MINILLM, 384, 6, 8000, 24, batch=8, quantization="int8"),
+    Case("gkd, opt", "opt", GKD, 512, 6, 16000, 8, batch=8),
+    Case("minillm", "llama", MINILLM, 512, 6, 16000, 10, batch=8),
+    Case("minillm, long answers", "gpt2", MINILLM, 384, 6, 16000, 10, batch=8, answer=144),
+    Case("minillm, checkpointing", "qwen2", MINILLM, 512, 8, 16000, 10, batch=8, checkpointing=True),
+    Case("sft, evaluated", "llama", SFT, 512, 6, 16000, None, batch=2, evaluated=64),
+    Case("minillm, evaluated", "llama", MINILLM, 384, 6, 16000, 10, batch=2, evaluated=128),
     *(
-        Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", "minillm", 512, 8, 8000, 12, 2, ranks=ranks)
+        Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", MINILLM, 512, 8, 8000, 12, 2, ranks=ranks)
         for ranks in (1, 2, 4)
     ),
 )
 
 
 def architecture(case: Case, layers: int) -> dict:
-    """Keys of the transformers configuration."""
+    """Return the keys of the transformers configuration."""
     h, heads, context = case.hidden, case.hidden // 64, 1024
     if case.family == "gpt2":
         own = {"n_embd": h, "n_layer": layers, "n_head": heads, "n_positions": context}
@@ -61,32 +64,34 @@ def architecture(case: Case, layers: int) -> dict:
     else:
         own = {"hidden_size": h, "intermediate_size": 3 * h, "num_hidden_layers": layers, "num_attention_heads": heads,
                "num_key_value_heads": max(1, heads // 2), "max_position_embeddings": context}  # fmt: skip
+    if case.family == "qwen3_moe":
+        own |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": h, "head_dim": 64}
     return {"model_type": case.family, "vocab_size": case.vocab, "tie_word_embeddings": case.family != "llama", **own}
 
 
 def document(case: Case, folder: Path) -> dict:
-    """The configuration, with the teacher's config.json written into the folder."""
+    """Return the configuration, with the teacher's config.json written into the folder."""
     from transformers import AutoConfig
 
+    from minillm.config.root import method_class
+
     teacher = None
-    if case.method != "sft":
+    if case.teacher_layers is not None:
         teacher = {"path": str(folder / "teacher"), "quantization": case.quantization}
         AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(folder / "teacher")
     text = folder / "corpus.txt"
     text.write_text("plain text")
     prompts = {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer}
     evaluation = {"sets": {"held_out": prompts}, "batch_size": case.evaluated, "max_new_tokens": case.answer}
-    method = {"minillm": {"ppo_epochs": 2}, "gkd": {"on_policy": 1.0}}.get(case.method, {})
+    needs = method_class(case.method["name"]).model_validate(case.method).needs()
+    corpus = {"path": str(text), "block_size": case.prompt + case.answer} if needs.corpus else None
     return {
         "output_dir": str(folder / "run"),
         "student": {"init": "random", "tokenizer": "byte", "config": architecture(case, case.layers)},
         "teacher": teacher,
-        "data": {
-            "prompts": prompts,
-            "corpus": {"path": str(text), "block_size": case.prompt + case.answer},
-        },
+        "data": {"prompts": prompts, "corpus": corpus},
         "rollout": {"buffer_size": 4 * case.batch, "batch_size": 2 * case.batch, "max_new_tokens": case.answer},
-        "method": {"name": case.method, **method},
+        "method": case.method,
         "train": {
             "max_steps": STEPS,
             "per_device_train_batch_size": case.batch,
@@ -102,7 +107,7 @@ def document(case: Case, folder: Path) -> dict:
 
 
 def load(case: Case, folder: Path):
-    """The plan of the one-stage configuration."""
+    """Load the one-stage configuration."""
     import yaml
 
     from minillm.config.loader.run_plan import load_run

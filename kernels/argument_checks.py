@@ -1,7 +1,8 @@
 """What a caller may pass, argument by argument: errors that name it and say what to do."""
 
+import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -164,11 +165,13 @@ def check_fields(fields: str | Iterable[str] | None, *, has_teacher: bool, has_l
 
     if fields is None:
         return tuple(name for name in TOKEN_STATS if available(name))
+    if not isinstance(fields, Iterable):
+        raise ValueError(f"fields must be names of statistics, got a {type(fields).__name__}")
     fields = (fields,) if isinstance(fields, str) else tuple(fields)
     if not fields:
         raise ValueError(f"fields names no statistic; there are {', '.join(FIELDS)}")
     for name in fields:
-        if name not in FIELDS:
+        if not isinstance(name, str) or name not in FIELDS:
             raise ValueError(f"fields: unknown statistic {name!r}; there are {', '.join(FIELDS)}")
         if FIELDS[name].teacher and not has_teacher:
             raise ValueError(f"fields: {name} needs the teacher; pass teacher_hidden and teacher_head")
@@ -178,8 +181,9 @@ def check_fields(fields: str | Iterable[str] | None, *, has_teacher: bool, has_l
 
 
 def check_labels(labels: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype in (torch.bool, torch.complex64):
-        raise ValueError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    dtype = getattr(labels, "dtype", None)
+    if not isinstance(labels, Tensor) or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"labels must be an integer tensor, got {dtype or type(labels).__name__}")
     if labels.shape != shape:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, expected {tuple(shape)}, a label for each hidden state"
@@ -187,6 +191,42 @@ def check_labels(labels: Any, shape: torch.Size, device: torch.device) -> Tensor
     if labels.device != device:
         raise ValueError(f"labels is on {labels.device}, the hidden states on {device}")
     return labels.to(torch.int64)
+
+
+def check_ignore_index(value: Any) -> int:
+    if not is_int(value):
+        raise ValueError(f"ignore_index must be an integer, the label of tokens to leave out, got {value!r}")
+    return int(value)
+
+
+def check_kept(value: Any, rows: int) -> int | None:
+    if value is None:
+        return None
+    if not is_int(value) or not 0 <= value <= rows:
+        raise ValueError(f"kept must be an integer from 0 to {rows}, the number of tokens that count, got {value!r}")
+    return int(value)
+
+
+def check_num_items(value: Any) -> None:
+    """A positive finite number, or a tensor of one, whose value is looked at where it costs no synchronisation."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(value.shape)} {value.dtype}")
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    elif not is_real(value):
+        raise ValueError(f"num_items must be a number or a tensor of one, got a {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"num_items must be positive and finite, got {value}")
+
+
+def check_inputs(inputs: Any) -> dict[str, Any]:
+    if inputs is None:
+        return {}
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"inputs must be a mapping of names to tensors, got a {type(inputs).__name__}")
+    return dict(inputs)
 
 
 def is_int(value: Any) -> bool:

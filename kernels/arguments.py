@@ -11,7 +11,9 @@ from torch import Tensor
 from minillm.kernels.argument_checks import (
     Model,
     check_fields,
+    check_ignore_index,
     check_interpolation,
+    check_kept,
     check_labels,
     check_model,
     check_positive,
@@ -64,12 +66,14 @@ def prepare(
     )
     if not spec.needs("teacher"):
         teacher = None
-    kept = options["kept"]
+    kept, ignore_index = check_kept(options["kept"], shape.numel()), check_ignore_index(options["ignore_index"])
     if labels is not None:
         labels = check_labels(labels, shape, device).reshape(-1).contiguous()
         vouched = kept is not None and labels.device.type != "cpu"  # then nothing looked at them
-        index, kept = keep_rows(labels, options["ignore_index"], size, kept)
+        index, kept = keep_rows(labels, ignore_index, size, kept)
     else:
+        if kept not in (None, shape.numel()):
+            raise ValueError(f"kept is {kept}, but without labels all {shape.numel()} tokens count")
         index, kept, vouched = None, shape.numel(), False
     if not spec.needs("labels"):
         labels = None

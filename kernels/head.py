@@ -214,6 +214,15 @@ class HeadGradients:
         return sum(torch.mm(dz[:, columns], tile) for columns, tile in tiles)
 
 
+def fp16_headroom(dtype: torch.dtype) -> float:
+    """By how much the gradient of logits is multiplied before it is rounded to `dtype`, and its products are divided.
+
+    fp16 is coarse below 6e-5, where most entries of a small divergence's gradient are, and ends at 65,504: sixteen
+    times what a coefficient of one gives is far from that, unless a row's log-ratios are in the thousands.
+    """
+    return 16.0 if dtype == torch.float16 else 1.0
+
+
 def rounded(total: Tensor | None, factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """total * factor, rounded once; `factor` is a scalar there, None for 1."""
     if total is None or factor is None:

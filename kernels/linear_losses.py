@@ -4,6 +4,7 @@ from typing import Unpack
 
 from torch import Tensor
 
+from minillm.kernels.argument_checks import check_num_items
 from minillm.kernels.arguments import prepare
 from minillm.kernels.divergences import DIVERGENCES
 from minillm.kernels.entry_point import entry_point
@@ -102,7 +103,8 @@ def _reduce(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items is the divisor of reduction='mean'; it means nothing with {reduction!r}")
-    _check_num_items(num_items)
+    if num_items is not None:
+        check_num_items(num_items)
     if reduction == "none" or problem.backend == "tiled":
         values = getattr(token_stats(problem, tensors, weight_grad), field)
         values = values if sign == 1.0 else sign * values
@@ -115,16 +117,4 @@ def _reduce(
         return total
     if num_items is None:
         return total / max(problem.kept, 1)
-    return total / num_items.reshape(()) if isinstance(num_items, Tensor) else total / num_items
-
-
-def _check_num_items(num_items: int | Tensor | None) -> None:
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be one number, got a tensor of shape {tuple(num_items.shape)}")
-        if num_items.device.type != "cpu":  # its value would cost a synchronisation
-            return
-    elif num_items is not None and (isinstance(num_items, bool) or not isinstance(num_items, int | float)):
-        raise ValueError(f"num_items must be a number or a tensor of one, got a {type(num_items).__name__}")
-    if num_items is not None and not num_items > 0:
-        raise ValueError(f"num_items must be positive, got {num_items}")
+    return total / (num_items.reshape(()) if isinstance(num_items, Tensor) else float(num_items))

@@ -171,6 +171,12 @@ class StudentGradients:
                 mine = _cast(logits.summand_gradient(index, dz, last=index == graded[-1]), head.dz_dtype)
             head.add(mine, logits.hidden[index], rows)
 
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiplies every sum, none of which goes into a tensor of the caller's."""
+        for total in self.totals:
+            if total is not None:
+                total.mul_(factor)
+
     @property
     def totals(self) -> tuple[Tensor | None, ...]:
         """The sums, three for each head; None where none is needed."""

@@ -13,15 +13,16 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from minillm.kernels.argument_checks import check_inputs
 from minillm.kernels.arguments import accumulation, prepare
 from minillm.kernels.double_backward import guard
 from minillm.kernels.entry_point import entry_point
-from minillm.kernels.head import Head, Hidden, rounded
+from minillm.kernels.head import Head, Hidden, fp16_headroom, rounded
 from minillm.kernels.model_logits import StudentGradients
 from minillm.kernels.objective_values import Objective, ObjectiveValues
 from minillm.kernels.options import LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
-from minillm.kernels.recompute import add_gradients, compute_statistics
+from minillm.kernels.recompute import add_gradients, compute_statistics, fitted
 from minillm.kernels.token_stats import TokenStats
 
 
@@ -79,10 +80,13 @@ def linear_objective(
     """
     if options["backend"] == "tiled":
         raise ValueError("backend='tiled' does not offer linear_objective; use backend='triton' or 'auto'")
+    if not callable(objective):
+        raise ValueError(f"objective must be a function of TokenStats, got a {type(objective).__name__}")
+    inputs = check_inputs(inputs)
     problem, tensors = prepare(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=fields
     )
-    return objective_sum(problem, tensors, objective, inputs or {}, options["weight_grad"], coupled=coupled)
+    return objective_sum(problem, tensors, objective, inputs, options["weight_grad"], coupled=coupled)
 
 
 def objective_sum(
@@ -116,11 +120,13 @@ def _chunk_by_chunk(
     inputs: Mapping[str, Tensor],  # (N,) each
     sums: StudentGradients | None,
 ) -> None:
+    headroom = 1.0 if sums is None else fp16_headroom(sums.dz_dtype)
     for chunk in problem.chunks(tensors, sums=sums):
         given = {name: value[chunk.rows] for name, value in inputs.items()}
 
         def differentiate(rows: slice, statistics: dict[str, Tensor], given=given) -> dict[str, Tensor]:
-            return values.rows(statistics, {name: value[rows] for name, value in given.items()})
+            found = values.rows(statistics, {name: value[rows] for name, value in given.items()})
+            return found if headroom == 1.0 else {name: headroom * value for name, value in found.items()}
 
         logits = chunk.student, chunk.teacher, chunk.labels
         if sums is None:
@@ -128,7 +134,7 @@ def _chunk_by_chunk(
             differentiate(slice(None), {name: statistics[name] for name in problem.spec.fields})
         elif isinstance(values.objective, Statistic) and problem.backend == "triton":
             statistic = values.objective
-            known = {statistic.field: statistic.factor}
+            known = {statistic.field: headroom * statistic.factor}
             statistics, dz = problem.rows.row_known_gradients(*logits, problem.spec, known, sums.dz_dtype)
             values.losses.append(statistic.factor * statistics[statistic.field])
             sums.add(dz, chunk.student_logits, chunk.rows)
@@ -136,6 +142,8 @@ def _chunk_by_chunk(
             dz = problem.rows.row_loss_gradients(*logits, problem.spec, differentiate, sums.dz_dtype)
             if dz is not None:
                 sums.add(dz, chunk.student_logits, chunk.rows)
+    if headroom != 1.0:
+        sums.scale(1 / headroom)
     if not values.losses:  # no row is kept: the objective says which metrics there are
         values.graded = False
         values.rows(problem.empty_statistics(tensors.device), {name: value[:0] for name, value in inputs.items()})
@@ -166,10 +174,12 @@ def _all_at_once(
     (chunk,) = problem.chunks(tensors, sums=sums)
     logits = chunk.student, chunk.teacher, chunk.labels
     statistics = problem.rows.row_statistics(*logits, problem.spec)
-    coefficients = differentiate(statistics)
+    coefficients, factor = fitted(problem, differentiate(statistics))
     if coefficients:
         dz = problem.rows.row_gradients(*logits, statistics, coefficients, problem.spec, sums.dz_dtype)
         sums.add(dz, chunk.student_logits, chunk.rows)
+    if factor is not None:
+        sums.scale(factor)
 
 
 def _zero_where_ignored(value: Tensor, kept: Tensor | None) -> Tensor:  # (N,), (K,) -> (N,)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minillm.kernels.divergences import FIELDS
-from minillm.kernels.head import rounded
+from minillm.kernels.head import fp16_headroom, rounded
 from minillm.kernels.model_logits import StudentGradients
 from minillm.kernels.problem import Problem, Tensors
 
@@ -42,7 +42,7 @@ def compute_gradients(
     into: Sequence[torch.dtype | Tensor],  # for each head: the dtype of its weight's sum, or a tensor to add into
 ) -> list[Tensor | None]:
     """The gradient of every leaf of the student, in its dtype; None for what went into a tensor of the caller's."""
-    coefficients, factor = _fitted(problem, coefficients)
+    coefficients, factor = fitted(problem, coefficients)
     if problem.backend == "tiled":
         from minillm.kernels.tiles import tile_gradients
 
@@ -74,12 +74,10 @@ def add_gradients(
     sums: StudentGradients,  # of nothing yet
 ) -> None:
     """compute_gradients, but for the rounding: a factor of the loss is still to come."""
-    coefficients, factor = _fitted(problem, coefficients)
+    coefficients, factor = fitted(problem, coefficients)
     _add_chunks(problem, tensors, statistics, coefficients, sums)
     if factor is not None:
-        for total in sums.totals:
-            if total is not None:
-                total.mul_(factor)
+        sums.scale(factor)
 
 
 def _add_chunks(
@@ -105,7 +103,7 @@ def _add_chunks(
         sums.add(dz, chunk.student_logits, chunk.rows)
 
 
-def _fitted(problem: Problem, coefficients: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+def fitted(problem: Problem, coefficients: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
     """The coefficients over a factor of all, a scalar; None for 1. fp16 ends at 6e-8 and at 65,504: the logits'
     gradients of a mean, or of a scaled loss, would not fit into its products.
     """
@@ -114,4 +112,5 @@ def _fitted(problem: Problem, coefficients: dict[str, Tensor]) -> tuple[dict[str
     largest = torch.stack([value.abs().amax() for value in coefficients.values()]).amax()
     power = torch.exp2(torch.log2(largest).floor())  # at most the largest of them, and more than half of it
     factor = torch.where(largest.isfinite() & (largest > 0), power, torch.ones_like(power))
+    factor = factor / fp16_headroom(torch.float16)
     return {name: value / factor for name, value in coefficients.items()}, factor

@@ -9,7 +9,9 @@ logits, a slice's sum, the hidden states' fp32 sum, and where rows are ignored c
 in the forward pass the sums of `share_sums`, up to ten numbers a row and slice of ids.
 
 Both passes make the same products, so that the logits are the same to the last bit: a row's log-sum-exp that came from
-other roundings would cost the small gradients of peaked rows their digits.
+other roundings would cost the small gradients of peaked rows their digits. Without a gradient the statistics come from
+`tiled_triton`, whose products round otherwise. That is meant, and shows in one place: reentrant activation checkpointing
+runs the forward pass without a gradient, so that a loss that goes on from there, squared say, differs in its last bits.
 """
 
 from collections.abc import Iterator, Sequence

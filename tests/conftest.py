@@ -106,6 +106,18 @@ def small_run():
 
 
 @pytest.fixture
+def registered():
+    """`register_method`, undone after the test."""
+    from minillm.config.root import StageConfig, register_method
+
+    field = StageConfig.model_fields["method"]
+    before = field.annotation
+    yield register_method
+    field.annotation = before
+    StageConfig.model_rebuild(force=True)
+
+
+@pytest.fixture
 def one_thread():
     """A forked process has no threads of torch, and the last bits of a sum depend on how many there are."""
     before = torch.get_num_threads()

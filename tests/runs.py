@@ -1,4 +1,4 @@
-"""Whole runs in tests: training with a silent console, killing a child at a chosen moment, reading what is left."""
+"""Complete runs in tests: training with a silent console, killing a child at a chosen moment, reading what is left."""
 
 import json
 import os
@@ -23,6 +23,7 @@ class Silent:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> tuple[Path, Silent]:
+    """Train as `minillm train` does; returns the folder final/ and the console with its notes."""
     from minillm.config.loader.run_plan import load_run
     from minillm.train.run import run
 
@@ -31,12 +32,12 @@ def train(recipe: Path, *overrides: str, resume: bool = False) -> tuple[Path, Si
 
 
 def in_a_child(work) -> int:
-    """The wait status of a forked process that does `work`."""
+    """Do `work` in a forked process; returns its wait status."""
     pid = os.fork()
     if pid == 0:
         status = 1
-        # torch makes its pool of threads anew where it is first asked for after a fork, and two threads of a model's
-        # loading that ask at once find none
+        # torch makes a new pool of threads when one is first asked for after a fork; two threads that load a model and
+        # ask at the same time find none
         torch.set_num_threads(1)
         try:
             work()
@@ -51,7 +52,7 @@ def in_a_child(work) -> int:
 
 
 def die_after(events: int) -> None:
-    """SIGKILL this process at its n-th event: a decode step, an optimiser step, a file synced, renamed or appended to."""
+    """SIGKILL this process at its n-th event: a decode or optimiser step, or a file synced, renamed or appended to."""
     from minillm.engine.torch import TorchEngine
     from minillm.rollout.local.decoder import Decoder
     from minillm.storage import atomic, metrics_log
@@ -79,9 +80,11 @@ def die_after(events: int) -> None:
 
 
 def without_clock(line: str) -> dict:
+    """A record of metrics.jsonl without what depends on the machine's speed and memory."""
     clock = {"seconds", "tokens_per_s", "memory/peak_gib"}
     return {key: value for key, value in json.loads(line).items() if key not in clock and not key.startswith("time/")}
 
 
 def records(folder: Path) -> list[dict]:
+    """All records of a run, comparable with those of another one."""
     return [without_clock(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

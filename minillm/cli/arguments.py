@@ -1,4 +1,4 @@
-"""What can be said on the command line: every verb's options, files and overrides. What the verbs do is in cli.py."""
+"""The words of the command line: every verb's options, files and overrides."""
 
 import argparse
 import os
@@ -10,11 +10,12 @@ import minillm
 
 BENCHMARKS = ("kernels", "plan", "rollout", "step", "tune")
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_SEED = 2**63 - 1  # as for the key `seed`; the configuration is not imported for a help text
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; files and overrides may stand on both sides of an option."""
+    """The parsed command line. Files and overrides may stand on both sides of an option."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (any(word.startswith("-") for word in rest) or "words" not in arguments):
@@ -25,12 +26,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Files, and overrides: what is of the form group.key=value and is not the name of a file."""
+    """Files, and overrides: words of the form group.key=value that are not the name of a file."""
     overrides = [word for word in words if _OVERRIDE.match(word) and not os.path.exists(word)]
     return [Path(word) for word in words if word not in overrides], overrides
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs, each of which has a help for every option."""
     parser = argparse.ArgumentParser(
         prog="minillm", description="Distil a large causal language model into a small one."
     )
@@ -44,10 +46,14 @@ def make_parser() -> argparse.ArgumentParser:
     validate = verbs.add_parser("validate", help="all errors of a configuration at once, or what it resolves to")
     _add_files(validate)
 
-    plan = verbs.add_parser("plan", help="memory a rank, time a step and ranks needed, without loading a weight")
+    plan = verbs.add_parser(
+        "plan", help="memory per rank, time per step and the ranks needed, without loading a weight"
+    )
     _add_files(plan)
     plan.add_argument("--gpu", default="H100-80GB", help="H100-80GB, H200, A100-80GB, A100-40GB, L40S, 4090, cpu ...")
-    plan.add_argument("--world-size", type=_positive, default=1, help="ranks, a GPU each (default %(default)s)")
+    plan.add_argument(
+        "--world-size", type=_positive, default=1, help="number of ranks, each with one GPU (default %(default)s)"
+    )
     plan.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs and seconds")
 
     experiment = verbs.add_parser(
@@ -60,11 +66,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="a name of configs/experiments or a .yaml file (without it, the names are listed), and overrides such as "
         "base.train.learning_rate=... or arms.kd....",
     )
-    experiment.add_argument("--seeds", type=_positive, metavar="N", help="the first N, instead of those of the file")
-    experiment.add_argument("--seed", type=_natural, metavar="S", help="work on this seed alone")
+    experiment.add_argument(
+        "--seeds", type=_positive, metavar="N", help="the first N seeds, instead of those of the file"
+    )
+    experiment.add_argument("--seed", type=_seed, metavar="S", help="work on this seed alone")
     experiment.add_argument("--arms", metavar="A,B", help="work on these arms alone, and on what they start from")
     experiment.add_argument("--output", type=Path, metavar="DIR", help="instead of output_dir of the file")
-    experiment.add_argument("--list", action="store_true", help="print a command a run instead, for a cluster")
+    experiment.add_argument("--list", action="store_true", help="print one command per run instead, for a cluster")
     experiment.add_argument(
         "--report", action="store_true", help="write the report of what is there, and train nothing"
     )
@@ -74,14 +82,20 @@ def make_parser() -> argparse.ArgumentParser:
         "model", metavar="RUN_OR_MODEL", help="a run's folder, a model's, a hub name, or `teacher`: FILE's teacher"
     )
     evaluate.add_argument(
-        "words", nargs="+", metavar="FILE|KEY=VALUE", help="a configuration with `eval` and perhaps `teacher`, or data"
+        "words",
+        nargs="+",
+        metavar="FILE|KEY=VALUE",
+        help="a configuration with `eval` and perhaps `teacher`, or data files",
     )
-    evaluate.add_argument("--seeds", type=int, nargs="+", help="instead of eval.seeds")
-    evaluate.add_argument("--max-prompts", type=_positive, help="of every set the first so many")
-    evaluate.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
-    evaluate.add_argument("--output", type=Path, metavar="JSON", help="write the result, with samples")
+    evaluate.add_argument("--seeds", type=_seed, nargs="+", help="instead of eval.seeds")
+    evaluate.add_argument("--max-prompts", type=_positive, help="the most prompts that are taken from a set")
+    evaluate.add_argument("--dtype", choices=DTYPES, help="of the model's weights (default float32)")
+    evaluate.add_argument("--output", type=Path, metavar="JSON", help="write the result, with samples, to this file")
     evaluate.add_argument(
-        "--figures", type=Path, metavar="DIR", help="draw the analyses: exposure bias, calibration ..."
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="draw the analyses (exposure bias, calibration, ...) into this folder",
     )
 
     generate = verbs.add_parser("generate", help="answers on the terminal, the student's beside the teacher's")
@@ -97,10 +111,10 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
     generate.add_argument("--top-k", type=int, default=0, help="sample from the likeliest K tokens; 0: from all")
     generate.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens that have this share; 1: from all"
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this probability; 1: from all"
     )
     generate.add_argument("--no-repeat-ngram-size", type=int, default=0, help="never repeat N tokens; 0: free to")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    generate.add_argument("--seed", type=_seed, default=0, help="of the sampling (default %(default)s)")
     generate.add_argument(
         "--template", choices=("auto", "chat", "alpaca", "none"), default="auto", help="auto: as the run was trained"
     )
@@ -126,15 +140,21 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
-    return number
+def _seed(text: str) -> int:
+    return _whole_number(text, 0, LARGEST_SEED)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return _whole_number(text, 1, None)
+
+
+def _whole_number(text: str, lowest: int, highest: int | None) -> int:
+    try:
+        number = int(text)
+    except ValueError:  # no number, or one of thousands of digits
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text[:40]!r}") from None
+    if number < lowest:
+        raise argparse.ArgumentTypeError(f"must be at least {lowest}, not {text[:40]}")
+    if highest is not None and number > highest:
+        raise argparse.ArgumentTypeError(f"must be at most {highest}, not {text[:40]}")
     return number

@@ -1,11 +1,14 @@
-"""`minillm eval`: a model measured apart from any training, on the sets of a configuration or on one data file."""
+"""`minillm eval`: a model measured apart from any training, on the sets of a configuration or of data files."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm import UserError
+from minillm.cli.arguments import split
+from minillm.cli.outputs import require_file, require_folder
 from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.loader.evaluation_plan import EvaluationPlan, load_evaluation
 from minillm.config.paths import expand
@@ -24,9 +27,34 @@ from minillm.storage.atomic import write_text
 from minillm.storage.metrics_log import plain
 from minillm.teachers.open import open_named
 
-# What a data file is, by the end of its name; anything else is a configuration.
+# The type of prompts in a data file, by the end of its name. Any other file is a configuration.
 DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
 TEACHER = "teacher"
+DRAWN = ("exposure_bias", "calibration", "distinct", "length_buckets")  # keys of `eval` whose results have a figure
+DTYPE = "float32"  # of a model's weights where --dtype does not say
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure the model that the arguments name. The places for results are looked at before anything is measured."""
+    require_file("--output", arguments.output)
+    require_folder("--figures", arguments.figures)
+    if arguments.model == TEACHER and arguments.dtype is not None:
+        raise UserError("--dtype has no effect on the teacher, whose dtype is teacher.dtype: write teacher.dtype=...")
+    files, overrides = split(arguments.words)
+    plan = evaluation_plan(files, overrides, seeds=arguments.seeds, max_prompts=arguments.max_prompts)
+    if arguments.figures is not None and not any(getattr(plan.eval, key) for key in DRAWN):
+        keys = ", ".join(f"eval.{key}" for key in DRAWN)
+        raise UserError(f"--figures: there is nothing to draw; set one of {keys}")
+    with Console() as console:
+        evaluate_model(
+            arguments.model,
+            plan,
+            console,
+            dtype=arguments.dtype or DTYPE,
+            output=arguments.output,
+            figures=arguments.figures,
+        )
+    return 0
 
 
 def evaluation_plan(
@@ -36,13 +64,13 @@ def evaluation_plan(
     seeds: Sequence[int] | None = None,
     max_prompts: int | None = None,
 ) -> EvaluationPlan:
-    """The sets to measure on and how.
+    """The sets to measure on, and the settings of the measurements.
 
     Args:
         files: configurations, and data files, each of which becomes a set.
         overrides: `eval.key=value` and the like.
-        seeds: instead of eval.seeds.
-        max_prompts: of every set the first so many usable ones.
+        seeds: used instead of eval.seeds.
+        max_prompts: the most usable prompts that are taken from a set.
 
     Raises ConfigErrors with every problem.
     """
@@ -79,7 +107,7 @@ def _refusal(message: str) -> ConfigErrors:
 
 
 def _kind(file: Path) -> str | None:
-    """What type of prompts a data file holds, None for a configuration."""
+    """The type of the prompts in a data file, None for a configuration."""
     kind = next((kind for end, kind in DATA_FILES.items() if file.name.endswith(end)), None)
     if kind == "jsonl" and file.is_file():
         _, first = next(read_jsonl(str(file)), (None, {}))
@@ -92,21 +120,21 @@ def evaluate_model(
     plan: EvaluationPlan,
     console: Console,
     *,
-    dtype: str = "float32",
+    dtype: str = DTYPE,
     output: Path | None = None,
     figures: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure, show the table, and return (and write) what was found.
+    """Measure a model, show the tables, and return the result, which is written too where `output` is given.
 
     Args:
-        model: as model_path takes it, or "teacher": that of the plan.
-        plan: what to measure on.
-        console: where the tables go.
-        dtype: of the model's weights.
-        output: a JSON file of the result, samples included.
-        figures: a folder for a picture of every analysis.
+        model: a path as model_path takes it, or "teacher" for the plan's.
+        plan: the sets and how they are measured.
+        console: shows the tables.
+        dtype: the dtype of the model's weights; the teacher's is the plan's.
+        output: the JSON file of the result, samples included.
+        figures: the folder for a figure of every analysis.
 
-    Raises UserError for a teacher that the plan has not, and whatever loading raises.
+    Raises UserError where the plan has no teacher that is asked for, and whatever loading raises.
     """
     who = "teacher" if model == TEACHER else "student"
     if who == "teacher" and plan.teacher is None:

@@ -1,5 +1,6 @@
 """`minillm generate`: prompts from the command line or typed in, and the student's answers beside the teacher's."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,14 @@ from minillm.teachers.open import open_named
 from minillm.teachers.pair import Models
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Answer the prompts that the arguments name, or those that are typed in."""
+    options = {name: value for name, value in vars(arguments).items() if name != "verb"}
+    with Console() as console:
+        generate(console=console, **options)
+    return 0
+
+
 class Answerer:
     """Both models' answers to one prompt after another."""
 
@@ -39,8 +48,13 @@ class Answerer:
         seed: int,
         images: Sequence[str] = (),
     ):
-        """Args: keys: how a prompt is put to the models (template, system). seed: of the sampling. images: files of the
-        pictures that every prompt shows."""
+        """Args:
+        models: student, and teacher where there is one.
+        keys: the template and the system message of the prompts.
+        sampling: the settings for both models.
+        seed: the seed of the sampling.
+        images: files of the pictures that every prompt shows.
+        """
         self.models, self.sampling, self.seed = models, sampling, seed
         self.reader = PromptReader(keys, models.tokenizer)
         self.pictures = find_pictures("--image", Path("."), {"images": list(images)})
@@ -52,6 +66,8 @@ class Answerer:
         Raises UserError where the question leaves no room for an answer, DataError for a template that is not there.
         """
         tokenizer = self.models.tokenizer
+        if not _is_text(question):
+            raise UserError(f"the prompt is not text in UTF-8: {question[:40]!r}")
         prompt = self.reader.read([{"role": "user", "content": question}], self.pictures)
         draw, self._asked = self._asked, self._asked + 1
         answers = {}
@@ -79,6 +95,15 @@ class Answerer:
         return min(self.sampling.max_new_tokens, context - prompt)
 
 
+def _is_text(question: str) -> bool:
+    """True for text that can be encoded; bytes of another encoding on the command line cannot."""
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def generate(
     model: str,
     *,
@@ -98,10 +123,12 @@ def generate(
     dtype: str = "float32",
     device: str = "auto",
 ) -> None:
-    """The verb: load, answer the prompts or a conversation, show.
+    """Load the models, and answer the prompts or a conversation.
 
-    Raises UserError for options that cannot be, and whatever loading raises.
+    Raises UserError for options that do not go together, and whatever loading raises.
     """
+    if temperature == 0 and (top_k != 0 or top_p != 1):
+        raise UserError("--top-k and --top-p have no effect at --temperature 0, where every token is the likeliest one")
     sampling = Sampling(
         max_new_tokens, temperature, top_k=top_k, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram_size
     )
@@ -139,10 +166,10 @@ def converse(
 def prompt_keys(
     model: str, tokenizer: PreTrainedTokenizerBase, *, template: str = "auto", system: str | None = None
 ) -> InstructionKeys:
-    """How prompts are put to a model: as its run did, else by the tokenizer's chat template, else as they are.
+    """The keys by which prompts are put to a model: its run's, else the tokenizer's chat template, else no template.
 
     Args:
-        model: the path it was loaded from; config.yaml of its run lies one or two folders above.
+        model: the path that it was loaded from; config.yaml of its run lies one or two folders above.
         template: auto, or one of the configuration's.
         system: the system message of a chat.
 

@@ -1,4 +1,4 @@
-"""What an evaluation measures beyond the scores of its answers: exposure bias, calibration on label words."""
+"""Keys of the analyses that an evaluation may make beside its scores: exposure bias, and calibration on label words."""
 
 from typing import Annotated, Literal
 
@@ -13,26 +13,31 @@ Positive = Annotated[int, Field(ge=1)]
 class ExposureBias(Strict):
     """The excess accumulated error of the student's own prefixes over the teacher's (minillm eval and experiment)."""
 
-    lengths: list[Positive] = Field([16, 32, 64, 128], min_length=1, description="Tokens at which it is reported")
-    samples: Positive = Field(1, description="Answers of each model to each prompt (the paper: 10)")
+    lengths: list[Positive] = Field(
+        [16, 32, 64, 128], min_length=1, description="Numbers of tokens at which it is reported"
+    )
+    samples: Positive = Field(1, description="Answers that each model gives to each prompt (the paper: 10)")
 
 
 class LabelKeys(Strict):
-    """How a record becomes a question and one of several label words."""
+    """The way from a record to a question and one of several label words, whatever file it comes from."""
 
     question: str = Field(description="The instruction, with {FIELD} for fields of the record")
-    label: str = Field(description="The field with the label: one of the words, its place among them, or true or false")
-    words: list[str] = Field(
-        min_length=2, description="The answers compared; for labels that are places or false and true, in that order"
+    label: str = Field(
+        description="The field that holds the label: one of the words, its position among them, or true or false"
     )
-    template: Template = Field("alpaca", description="As for prompts")
-    system: str | None = Field(None, description="chat: the system message; default: what the template itself adds")
-    max_prompt_length: Positive = Field(256, description="Tokens; longer questions are dropped and counted")
-    limit: Positive | None = Field(None, description="Take the first so many usable records")
+    words: list[str] = Field(
+        min_length=2,
+        description="The answers that are compared; where labels are positions, or false and true, in that order",
+    )
+    template: Template = Field("alpaca", description="As for data.prompts")
+    system: str | None = Field(None, description="chat: the system message; default: the one that the template adds")
+    max_prompt_length: Positive = Field(256, description="In tokens; longer questions are dropped, and counted")
+    limit: Positive | None = Field(None, description="The number of usable records that are taken, from the first on")
 
 
 class JsonlLabels(LabelKeys):
-    """JSON objects, a line each; .gz is read as it is."""
+    """JSON objects, one per line; .gz files are read as they are."""
 
     type: Literal["jsonl"] = "jsonl"
     path: FilesPath = Field(description="A file or a glob")
@@ -46,12 +51,14 @@ class ParquetLabels(LabelKeys):
 
 
 class HfLabels(LabelKeys):
-    """A dataset of the `datasets` library: a hub name or a folder written by save_to_disk."""
+    """A dataset of the `datasets` library, by its hub name or in a folder."""
 
     type: Literal["hf"]
-    path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
+    path: DatasetPath = Field(
+        description="A hub name, a folder that save_to_disk wrote, or one with files that `datasets` knows"
+    )
     name: str | None = Field(None, description="The configuration of a hub dataset")
-    split: str = Field("validation", description="Which part of the dataset")
+    split: str = Field("validation", description="The part of the dataset")
 
 
 Labels = Annotated[JsonlLabels | ParquetLabels | HfLabels, Field(discriminator="type"), default_type("jsonl")]

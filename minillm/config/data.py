@@ -10,32 +10,34 @@ Template = Literal["alpaca", "chat", "none"]
 
 
 class InstructionKeys(Strict):
-    """How a record becomes a prompt and its references, whatever file it comes from.
+    """The way from a record to a prompt and its references, whatever file it comes from.
 
-    A record is instruction/input/output, instruction/context/response, prompt/completion, question/answer or messages:
-    recognised by its keys. Pictures are its `image` or `images`, or image parts of its messages: paths beside its file,
-    data: URIs, or columns of Parquet files and datasets.
+    A record is recognised by its keys: instruction/input/output, instruction/context/response, prompt/completion,
+    question/answer or messages. Its pictures are its `image` or `images`, or image parts of its messages: paths beside
+    its file, data: URIs, or columns of Parquet files and datasets.
     """
 
     template: Template = Field(
         "alpaca",
         description="alpaca: the paper's preamble; chat: the tokenizer's chat template; none: the prompt as it is",
     )
-    system: str | None = Field(None, description="chat: the system message; default: what the template itself adds")
+    system: str | None = Field(None, description="chat: the system message; default: the one that the template adds")
     max_prompt_length: Annotated[int, Field(ge=1)] = Field(
-        256, description="Tokens; longer prompts are dropped and counted, never cut"
+        256, description="In tokens; longer prompts are dropped, and counted, but never cut"
     )
     max_response_length: Annotated[int, Field(ge=1)] = Field(
-        256, description="Tokens; reference answers are cut here for supervised training"
+        256, description="In tokens; for supervised training, reference answers are cut here"
     )
-    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Take the first so many usable records")
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="The number of usable records that are taken, from the first on"
+    )
     max_image_pixels: Annotated[int, Field(ge=1)] = Field(
         50_000_000, description="Of a picture as it is stored; a larger one is an error"
     )
 
 
 class JsonlPrompts(InstructionKeys):
-    """JSON objects, a line each; .gz is read as it is."""
+    """JSON objects, one per line; .gz files are read as they are."""
 
     type: Literal["jsonl"] = "jsonl"
     path: FilesPath = Field(description="A file or a glob")
@@ -49,30 +51,38 @@ class ParquetPrompts(InstructionKeys):
 
 
 class HfPrompts(InstructionKeys):
-    """A dataset of the `datasets` library: a hub name or a folder written by save_to_disk."""
+    """A dataset of the `datasets` library, by its hub name or in a folder."""
 
     type: Literal["hf"]
-    path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
+    path: DatasetPath = Field(
+        description="A hub name, a folder that save_to_disk wrote, or one with files that `datasets` knows"
+    )
     name: str | None = Field(None, description="The configuration of a hub dataset")
-    split: str = Field("train", description="Which part of the dataset")
+    split: str = Field("train", description="The part of the dataset")
 
 
 class PydocPrompts(InstructionKeys):
     """Questions about Python's own library, answered by the docstrings of the running interpreter."""
 
     type: Literal["pydoc"]
-    template: Template = Field("chat", description="As for the others")
-    split: Literal["train", "test"] = Field("train", description="A fixed tenth of all names, by hash, is the test")
+    template: Template = Field("chat", description="As for the other types")
+    split: Literal["train", "test"] = Field(
+        "train", description="test is a fixed tenth of all names, chosen by hash; train is the rest"
+    )
 
 
 class PlainPrompts(InstructionKeys):
-    """Beginnings of plain texts, to be continued; what follows each beginning is its reference."""
+    """Beginnings of plain texts, to be continued; the rest of each text is its reference."""
 
     type: Literal["text"]
     path: FilesPath = Field(description="A .txt, .txt.gz or .jsonl (field `text`) file or a glob")
     template: Literal["none"] = "none"
-    prompt_length: Annotated[int, Field(ge=1)] = Field(32, description="Tokens of each text that become the prompt")
-    skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many texts (held-out splits)")
+    prompt_length: Annotated[int, Field(ge=1)] = Field(
+        32, description="Number of tokens of each text that become the prompt"
+    )
+    skip: Annotated[int, Field(ge=0)] = Field(
+        0, description="The number of texts that are left out at the beginning, for held-out splits"
+    )
 
 
 Prompts = Annotated[
@@ -83,10 +93,12 @@ Prompts = Annotated[
 
 
 class CorpusKeys(Strict):
-    """Documents are joined by EOS and cut into blocks."""
+    """The way from documents to blocks: they are joined by EOS and cut."""
 
-    block_size: Annotated[int, Field(ge=2)] = Field(512, description="Tokens of a block")
-    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Take the first so many documents")
+    block_size: Annotated[int, Field(ge=2)] = Field(512, description="Number of tokens in a block")
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="The number of documents that are taken, from the first on"
+    )
 
 
 class TextCorpus(CorpusKeys):
@@ -94,17 +106,23 @@ class TextCorpus(CorpusKeys):
 
     type: Literal["text"] = "text"
     path: FilesPath = Field(description="A .txt, .txt.gz or .jsonl (field `text`) file or a glob")
-    skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many documents")
+    skip: Annotated[int, Field(ge=0)] = Field(
+        0, description="The number of documents that are left out at the beginning"
+    )
 
 
 class HfCorpus(CorpusKeys):
-    """A dataset of the `datasets` library whose records have a field `text`; a hub dataset is read as far as needed."""
+    """A dataset of the `datasets` library whose records have a field `text`. A hub dataset is fetched as far as it is needed."""
 
     type: Literal["hf"]
-    path: DatasetPath = Field(description="A hub name, or a folder that save_to_disk wrote")
+    path: DatasetPath = Field(
+        description="A hub name, a folder that save_to_disk wrote, or one with files that `datasets` knows"
+    )
     name: str | None = Field(None, description="The configuration of a hub dataset")
-    split: str = Field("train", description="Which part of the dataset")
-    skip: Annotated[int, Field(ge=0)] = Field(0, description="Leave out the first so many documents")
+    split: str = Field("train", description="The part of the dataset")
+    skip: Annotated[int, Field(ge=0)] = Field(
+        0, description="The number of documents that are left out at the beginning"
+    )
 
 
 class PydocCorpus(CorpusKeys):
@@ -117,7 +135,11 @@ Corpus = Annotated[TextCorpus | HfCorpus | PydocCorpus, Field(discriminator="typ
 
 
 class DataConfig(Strict):
-    """What is trained on."""
+    """The data that a stage trains on."""
 
-    prompts: Prompts | None = Field(None, description="Instructions or beginnings; every method trains on these")
-    corpus: Corpus | None = Field(None, description="Plain text for the pre-training loss (minillm's lm_coef)")
+    prompts: Prompts | None = Field(
+        None, description="Instructions, or beginnings of texts; most methods train on these"
+    )
+    corpus: Corpus | None = Field(
+        None, description="Plain text, for a pre-training loss (method.lm_coef) and for methods that choose from it"
+    )

@@ -17,7 +17,8 @@ class Place:
     """Marks a text that names a place. `$VAR` and `~` in it are expanded where it is used, and the place is checked.
 
     model: a folder, a .gguf file, a hub name, package:NAME/FILE or stage:NAME. tokenizer: the same, or `byte`.
-    dataset: a folder or a hub name. files: a local file, a glob, or stage:NAME, the files that a stage without steps left. folder: a local folder, made where it is missing.
+    dataset: a folder or a hub name. files: a local file or a glob; in `data` also stage:NAME, for the files that a stage
+    without steps left. folder: a local folder, made where it is missing.
     """
 
     kind: Literal["model", "tokenizer", "dataset", "files", "folder"]

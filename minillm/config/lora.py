@@ -6,11 +6,11 @@ from pydantic import Field
 
 from minillm.config.keys import Strict
 
-# What the families call their LM heads and their tables of embeddings; the model itself is asked again when it is there.
+# Names that families give to their LM heads and embedding tables; models/adapter_targets.py asks the model itself.
 HEADS = frozenset({"lm_head", "embed_out", "output_projection"})
 TABLES = frozenset({"embed_tokens", "embed_positions", "embed_in", "wte", "wpe", "word_embeddings"})
 HEAD_REFUSED = (
-    "{} is the LM head, which the fused losses read as a plain weight: an adapter on it would be passed over in silence. "
+    "{} is the LM head, which the fused losses read as a plain weight: an adapter on it would be ignored silently. "
     "Leave it out"
 )
 TABLE_REFUSED = (
@@ -20,21 +20,21 @@ TABLE_REFUSED = (
 
 
 class LoraConfig(Strict):
-    """Adapters that are trained in the place of the student's weights, which stay frozen.
+    """Adapters that are trained instead of the student's weights, which stay frozen.
 
-    They have no dropout: a student must train the distribution that it samples from.
+    There is no dropout: the student must train the distribution that it samples from.
     """
 
     r: Annotated[int, Field(ge=1)] = Field(description="The rank of the adapters")
     alpha: Annotated[int, Field(ge=1)] = Field(description="The adapters' product is scaled by alpha / r")
     target_modules: Annotated[str, Field(pattern="^all-linear$")] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
-        description="Which linear layers have one: all-linear, all of them but the LM head; or a list of names, each the "
+        description="The linear layers that have one: all-linear, which is all but the LM head, or a list of names, each the "
         "end of a module's path (q_proj, self_attn.q_proj)",
     )
 
 
 def words(r: int, alpha: int, target_modules: str | list[str] = "all-linear") -> str:
-    """The settings for someone who reads: LoRA (r 8, alpha 32, all linear layers)."""
+    """The settings in words, such as LoRA (r 8, alpha 32, all linear layers)."""
     where = "all linear layers" if isinstance(target_modules, str) else ", ".join(target_modules)
     return f"LoRA (r {r}, alpha {alpha}, {where})"

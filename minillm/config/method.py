@@ -1,4 +1,4 @@
-"""`method`: what is minimised. A class a method; design and formulas are in minillm/methods/NAME.py."""
+"""`method`: the objective. One class for each method; the formulas are in minillm/methods/NAME.py."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -12,8 +12,8 @@ from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 
-# Where a preset differs from the defaults below: the published formulas, with what was ahead of the published settings on
-# both pairs that were measured (benchmarks/results/evidence.md).
+# Differences between a preset and the defaults below. The defaults are the published formulas with the settings that were
+# ahead of the published ones on both measured pairs of models (benchmarks/results/evidence.md).
 PAPER = dict(ppo_epochs=4)
 LMOPS = dict(
     ppo_epochs=4,
@@ -34,6 +34,8 @@ class MethodConfig(Strict):
     """The keys of one method, and what the method needs. A subclass that does not define `needs` is refused."""
 
     summary: ClassVar[str]  # for the model card: what the student was trained by
+    # Metrics of the method's steps that have a panel of their own in the report's picture: key -> (title, unit).
+    panels: ClassVar[dict[str, tuple[str, str]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -44,11 +46,11 @@ class MethodConfig(Strict):
             )
 
     def needs(self) -> Needs:
-        """What the method needs with these keys."""
+        """The needs of the method with these keys."""
         raise NotImplementedError
 
     def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """What is wrong between the method's own keys: (key, message, the other keys that it comes from)."""
+        """Contradictions between the method's own keys: (key, message, the other keys that it comes from)."""
         return iter(())
 
     def idle_keys(self) -> Iterator[tuple[str, str, str]]:
@@ -87,18 +89,22 @@ class MiniLLM(MethodConfig):
     preset: Literal["measured", "paper", "lmops"] = Field(
         "measured",
         description="measured: the published formulas with settings that measured better; paper: with the published "
-        "settings; lmops: what the released code computes. Keys given override",
+        "settings; lmops: the computation of the released code. Keys that are given override it",
     )
-    alpha: Probability = Field(0.2, description="Share of the teacher in the sampling mixture alpha p + (1 - alpha) q")
+    alpha: Probability = Field(
+        0.2, description="Mixture weight of the teacher in the sampling distribution alpha p + (1 - alpha) q"
+    )
     gamma: Annotated[float, Field(ge=0.0, le=1.0)] = Field(1.0, description="Discount of later rewards")
     return_from: Literal["next", "current"] = Field(
-        "next", description="First reward in a token's return: its own or the next"
+        "next", description="The first reward in a token's return: that of the next token, or its own (current)"
     )
     length_norm: bool = Field(True, description="Divide a return by the number of its rewards")
     whiten: Literal["none", "valid", "all"] = Field(
         "none", description="Standardise advantages over response tokens (valid) or over padding as well (all)"
     )
-    cliprange: Annotated[float, Field(gt=0.0)] | None = Field(0.2, description="PPO's clip of the ratio; null: none")
+    cliprange: Annotated[float, Field(gt=0.0)] | None = Field(
+        0.2, description="PPO's clip range of the ratio; null: no clip"
+    )
     importance_weight_in_clip: bool = Field(
         True, description="Clip q/p~ (true) or the ratio to the sampling student alone, weighted outside (false)"
     )
@@ -114,12 +120,16 @@ class MiniLLM(MethodConfig):
     )
     ppo_epochs: Annotated[int, Field(ge=1)] = Field(
         2,
-        description="Passes over each buffer of answers (published: 4); fewer learn more from a token, and sample more",
+        description="Passes over each buffer of answers (published: 4); fewer learn more per token, and sample more",
     )
     reward_scaling: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Rewards are divided by this")
-    cliprange_reward: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Then clipped to +- this")
+    cliprange_reward: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Rewards are then clipped to +- this"
+    )
     lm_coef: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Weight of the pre-training loss on data.corpus")
-    pt_kd_ratio: Probability = Field(0.0, description="Share of forward KL to the teacher in the pre-training loss")
+    pt_kd_ratio: Probability = Field(
+        0.0, description="Weight of the forward KL to the teacher in the pre-training loss"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -177,11 +187,11 @@ class KD(MethodConfig):
 
     name: Literal["kd"]
     divergence: Divergence = Field("forward_kl", description="Of student and teacher at every token of the reference")
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="jsd: weight of the teacher in the mixture")
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="jsd: mixture weight of the teacher")
     skew: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="skew KLs: how much of the other model is mixed in"
+        0.1, description="skew KLs: mixture weight of the other model"
     )
-    ce_ratio: Probability = Field(0.5, description="Share of the cross-entropy on the reference")
+    ce_ratio: Probability = Field(0.5, description="Weight of the cross-entropy on the reference")
     summary: ClassVar[str] = "word-level distillation on reference answers"
 
     def needs(self) -> Needs:
@@ -199,11 +209,13 @@ class KD(MethodConfig):
 
 
 class SeqKD(MethodConfig):
-    """Sequence-level distillation: the teacher answers every prompt once, then as sft or kd on its answers."""
+    """Sequence-level distillation: the teacher answers every prompt once, and the student is trained on these answers."""
 
     name: Literal["seqkd"]
     temperature: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Of the teacher's answers; 0 is greedy")
-    kd_ratio: Probability = Field(0.0, description="Share of forward KL to the teacher (the released scripts: 0.5)")
+    kd_ratio: Probability = Field(
+        0.0, description="Weight of the forward KL to the teacher (the released scripts: 0.5)"
+    )
     summary: ClassVar[str] = "sequence-level distillation: training on the teacher's answers"
 
     def needs(self) -> Needs:
@@ -221,7 +233,7 @@ class GKD(MethodConfig):
     """Generalised knowledge distillation (arXiv 2306.13649): JSD on the student's samples or on references."""
 
     name: Literal["gkd"]
-    on_policy: Probability = Field(0.5, description="lambda: share of the steps on the student's own answers")
+    on_policy: Probability = Field(0.5, description="lambda: the fraction of steps on the student's own answers")
     beta: Probability = Field(0.5, description="Generalised JSD; 0 is the forward KL and 1 the reverse KL")
     summary: ClassVar[str] = "generalised knowledge distillation"
 

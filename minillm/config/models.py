@@ -1,4 +1,4 @@
-"""`student` and `teacher`: where the models come from and in which form they are loaded."""
+"""`student` and `teacher`: the places that models come from, and the form in which they are loaded."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ MODEL_PATH = (
     "A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed Python package "
     "carries), or stage:NAME (the model that an earlier stage left)"
 )
-OF_INIT = {"layers": "prune", "config": "random"}  # keys that mean something with one `init` alone
+OF_INIT = {"layers": "prune", "config": "random"}  # key -> the only `init` with which it means something
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
 
@@ -28,8 +28,8 @@ class ModelConfig(Strict):
     tokenizer: TokenizerPath | None = Field(
         None, description="A folder or hub name of the tokenizer; default: the model's own"
     )
-    dtype: Dtype = Field("float32", description="The dtype the weights are kept in")
-    attn_implementation: AttnImplementation = Field("sdpa", description="The attention kernel transformers uses")
+    dtype: Dtype = Field("float32", description="The dtype of the weights in memory")
+    attn_implementation: AttnImplementation = Field("sdpa", description="The attention kernel that transformers uses")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
 
 
@@ -39,18 +39,18 @@ class TeacherConfig(ModelConfig):
     path: ModelPath = Field(description=MODEL_PATH)
     quantization: Quantization | None = Field(
         None,
-        description="Keep the linear layers below the head in 8 bits (LLM.int8) or in 4 (NormalFloat, scales quantised "
-        "too) through bitsandbytes; whole on every rank",
+        description="Keep the linear layers below the head in 8 bits (LLM.int8) or in 4 (NormalFloat, its scales quantised "
+        "too) through bitsandbytes; such a teacher is replicated on every rank",
     )
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """What this source can do beyond giving rows to the losses: everything, since its weights are here."""
+        """The abilities of this source beyond giving rows to the losses: all, since its weights are here."""
         return frozenset(ABILITIES)
 
 
 class StudentConfig(ModelConfig):
-    """The model that is trained. Keys of another `init`, which a stage may inherit, are None."""
+    """The model that is trained. Keys of another `init`, which a stage may inherit, become None."""
 
     init: Literal["pretrained", "prune", "random"] = Field(
         "pretrained",
@@ -58,7 +58,8 @@ class StudentConfig(ModelConfig):
         "random: fresh weights of the architecture in `config`",
     )
     layers: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="prune: which layers to keep, as a list, or how many, evenly spaced with first and last"
+        None,
+        description="prune: the layers that are kept, as a list, or their number, evenly spaced with the first and the last",
     )
     config: dict[str, Any] | None = Field(
         None,
@@ -66,7 +67,7 @@ class StudentConfig(ModelConfig):
         "...); with a `path` they override that model's",
     )
     lora: LoraConfig | None = Field(
-        None, description="Train low-rank adapters alone; what the run saves is merged, a plain whole model"
+        None, description="Train low-rank adapters alone; the models that the run saves have them merged in"
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a method needs, as its configuration class declares it from its keys.
+"""The needs of a method, as its configuration class declares them from its keys.
 
 Checks, planning, stages, evaluation, report and model card read these declarations. None of them knows a method by its
 name.
@@ -23,7 +23,7 @@ ABILITIES: dict[Ability, str] = {
 
 @dataclass(frozen=True)
 class TermNeeds:
-    """One term of a method's loss: the texts that its rows come from, and whether it reads the teacher there."""
+    """One term of a method's loss, with the texts that its rows come from, and a flag for a teacher that reads them."""
 
     name: str
     rows: tuple[Rows, ...]  # more than one where steps differ; the longest texts count
@@ -46,7 +46,7 @@ class Needs:
     corpus: bool = False  # plain text in blocks
     images: bool = False  # prompts show images
     # sampling
-    samples: tuple[Sampler, ...] = ()  # who answers prompts while the stage runs, one after the other
+    samples: tuple[Sampler, ...] = ()  # the samplers that answer prompts while the stage runs, one after the other
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk
     buffered: bool = False  # answers are scored once by both models and used for `inner_epochs`
     inner_epochs: int = 1
@@ -60,19 +60,19 @@ class Needs:
 
     @property
     def takes_steps(self) -> bool:
-        """Whether the stage trains anything. A stage without terms leaves a result of another kind than a model."""
+        """True where the stage trains anything. A stage without terms leaves a result of another kind than a model."""
         return bool(self.terms)
 
     @property
     def teacher_reads(self) -> bool:
-        """Whether the teacher runs over texts of the stage, its own answers included."""
+        """True where the teacher runs over texts of the stage, its own answers included."""
         return any(term.teacher for term in self.terms) or self.teacher_answers
 
     @property
     def teacher_answers(self) -> bool:
-        """Whether the teacher samples, alone or in a mixture."""
+        """True where the teacher samples, alone or in a mixture."""
         return not {"teacher", "mixture"}.isdisjoint(self.samples)
 
 
 class UndeclaredNeeds(TypeError):
-    """A method's configuration class that does not say what it needs."""
+    """A method's configuration class that does not declare its needs."""

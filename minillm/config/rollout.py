@@ -1,4 +1,4 @@
-"""`rollout`: how answers are sampled for training."""
+"""`rollout`: the sampling of answers for training."""
 
 from typing import Annotated
 
@@ -8,21 +8,28 @@ from minillm.config.keys import Strict
 
 
 class RolloutConfig(Strict):
-    """Sampling for training. `minillm` accepts only neutral sampling: temperature 1, top_k 0, top_p 1."""
+    """Sampling for training. Some methods accept only neutral sampling: temperature 1, top_k 0, top_p 1."""
 
     buffer_size: Annotated[int, Field(ge=1)] = Field(
-        256, description="minillm: answers sampled at a time, on all ranks"
+        256, description="Methods with a buffer: answers that are sampled at a time, on all ranks together"
     )
-    batch_size: Annotated[int, Field(ge=1)] = Field(32, description="Answers decoded side by side on one device")
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(256, description="The longest answer, its end included")
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        32, description="Answers that are decoded side by side on one device"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(
+        256, description="Tokens of the longest answer, its end included"
+    )
     temperature: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Logits are divided by it")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0: all tokens")
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        0, description="Sample from so many of the likeliest tokens; 0: from all"
+    )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="The likeliest tokens that together have this probability; 1: all"
+        1.0, description="Sample from the likeliest tokens that together have this probability; 1: from all"
     )
     cuda_graphs: bool = Field(
         False,
         description="On a GPU, replay a captured CUDA graph for every token, in evaluation too. Memory for the longest "
-        "answers is kept from the start, and rows that have ended run on. Models with sliding windows or recurrent layers "
-        "and flash attention are refused; answers under no_repeat_ngram_size are sampled without. Not measured on a GPU yet",
+        "answers is kept from the start, and rows that have ended run on. Models with sliding windows or recurrent layers, "
+        "and flash attention, are refused; answers under no_repeat_ngram_size are sampled without graphs. Not measured on a "
+        "GPU yet",
     )

@@ -1,4 +1,4 @@
-"""The whole configuration of one stage. A file holds one, or what its stages share and the `stages` themselves."""
+"""The whole configuration of one stage. A file holds one of these, or the keys that its stages share and `stages`."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -18,8 +18,8 @@ from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, 
 class StageConfig(Strict):
     """One training run: the student it starts from, the method, and everything around it."""
 
-    output_dir: FolderPath = Field(description="Where everything that the run writes goes")
-    seed: Seed = Field(0, description="Of the order of the data, of sampling and of fresh weights")
+    output_dir: FolderPath = Field(description="The folder of everything that the run writes")
+    seed: Seed = Field(0, description="Seed of the order of the data, of sampling and of fresh weights")
     student: StudentConfig
     teacher: TeacherConfig | None = None
     data: DataConfig = DataConfig()
@@ -34,12 +34,12 @@ class StageConfig(Strict):
 
 STAGE_SHAPE = Group(StageConfig)
 
-# What all stages of a file share, so that a stage cannot say it for itself.
+# Keys of the whole run, which no stage can set for itself.
 OF_THE_RUN = ("output_dir", "log.report_to")
 
 
 def register_method(config_class: type[MethodConfig]) -> None:
-    """Let `method.name` name a method that is defined elsewhere; minillm.methods.register calls it.
+    """Let `method.name` name a method that is defined elsewhere. minillm.methods.register calls this.
 
     Raises ValueError for a name that is taken by another class.
     """
@@ -64,10 +64,16 @@ def described_method(settings: Mapping[str, Any]) -> tuple[str, bool]:
     A method that is not known here is called by its name, and a teacher of its stage is believed to be used.
     """
     name = str(settings.get("name", ""))
-    for config_class in get_args(StageConfig.model_fields["method"].annotation):
-        if _name_of(config_class) == name:
-            try:
-                return config_class.summary, config_class.model_validate(settings).needs().teacher
-            except ValidationError:  # keys of another version
-                return config_class.summary, True
-    return name, True
+    config_class = method_class(name)
+    if config_class is None:
+        return name, True
+    try:
+        return config_class.summary, config_class.model_validate(settings).needs().teacher
+    except ValidationError:  # keys of another version
+        return config_class.summary, True
+
+
+def method_class(name: str) -> type[MethodConfig] | None:
+    """The keys of a method by its name, None where it is not known here."""
+    known = {_name_of(one): one for one in get_args(StageConfig.model_fields["method"].annotation)}
+    return known.get(name)

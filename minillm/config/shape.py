@@ -1,7 +1,7 @@
 """The schema as dotted paths walk it: groups, choices between groups, named entries, lists and plain values.
 
-Merging, error messages, path checks and the editors' schema all ask here, so that adding a group or a key to the
-configuration classes is all there is to adding it.
+Merging, error messages, path checks and the editors' schema all read it from the configuration classes, so that a group
+or a key is added in one place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,13 +25,13 @@ class Leaf:
     place: Place | None = None
 
     def names(self) -> list[str]:
-        """The values it may have where they are few; else []."""
+        """The values that it may have, where they are listed; else []."""
         return [str(name) for name in get_args(self.annotation)] if get_origin(self.annotation) is Literal else []
 
 
 @dataclass(frozen=True)
 class Many:
-    """A list (`named` false) or freely named entries, all of the same shape."""
+    """A list, or freely named entries where `named`, whose items all have the same shape."""
 
     of: "Shape"
     named: bool
@@ -44,23 +44,25 @@ class Group:
     model: type[BaseModel]
 
     def child(self, name: str) -> "Shape | None":
+        """The shape of a key, None where there is no such key."""
         field = self.model.model_fields.get(name)
         return None if field is None else _field_shape(field)
 
     def keys(self) -> list[str]:
+        """The names of all keys."""
         return list(self.model.model_fields)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Groups of which `key` picks one by name."""
+    """Several groups, of which `key` picks one by its name."""
 
     key: str
     options: dict[str, Group]
-    default: str | None  # what is meant where `key` is not given
+    default: str | None  # the group where `key` is not given
 
     def pick(self, value: Mapping[str, Any]) -> Group | None:
-        """The group that `value` is, None where it does not say or says nonsense."""
+        """The group that `value` is, None where it does not say, or names none of them."""
         name = value.get(self.key, self.default)
         return self.options.get(name) if isinstance(name, str) else None
 
@@ -69,14 +71,14 @@ Shape = Leaf | Many | Group | Choice
 
 
 def group_of(shape: Shape | None, value: Any) -> Group | None:
-    """The group whose keys `value` must have; None where it is no group or cannot be told."""
+    """The group whose keys `value` must have; None where it is no group, or one that cannot be told."""
     if isinstance(shape, Choice):
         return shape.pick(value) if isinstance(value, Mapping) else None
     return shape if isinstance(shape, Group) else None
 
 
 def child_shape(shape: Shape | None, value: Any, key: str | int) -> Shape | None:
-    """The shape of `value[key]`, None where the schema knows nothing of it."""
+    """The shape of `value[key]`, None where the schema has none."""
     if isinstance(shape, Many):
         return shape.of
     group = group_of(shape, value)
@@ -84,21 +86,21 @@ def child_shape(shape: Shape | None, value: Any, key: str | int) -> Shape | None
 
 
 def child_value(value: Any, key: str | int) -> Any:
-    """`value[key]`, None where there is none."""
+    """`value[key]`, None where there is no such item."""
     if isinstance(value, Mapping):
         return value.get(key)
     return value[key] if isinstance(value, list) and isinstance(key, int) and key < len(value) else None
 
 
 def walk(shape: Shape | None, value: Any, path: KeyPath) -> tuple[Shape | None, Any]:
-    """The shape and the value at a path below them, None for what is not there."""
+    """The shape and the value at a path below these two, None for one that is not there."""
     for key in path:
         shape, value = child_shape(shape, value, key), child_value(value, key)
     return shape, value
 
 
 def all_keys(shape: Shape, prefix: str = "") -> Iterator[str]:
-    """Every dotted key below `shape`, of all choices, without those below freely named entries."""
+    """Every dotted key below `shape`, in all of its choices, except those below freely named entries."""
     groups = shape.options.values() if isinstance(shape, Choice) else [shape] if isinstance(shape, Group) else []
     for group in groups:
         for name in group.keys():
@@ -107,7 +109,7 @@ def all_keys(shape: Shape, prefix: str = "") -> Iterator[str]:
 
 
 def places(shape: Shape | None, value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Place, str]]:
-    """(path, kind of place, text) of every text in `value` that names a place."""
+    """(path, place, text) of every text in `value` that names a place."""
     if isinstance(shape, Leaf) and shape.place is not None and isinstance(value, str):
         yield path, shape.place, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
@@ -131,7 +133,7 @@ def _shape(annotation: Any, discriminator: Any = None, place: Place | None = Non
     members = _members(annotation)
     if discriminator and len(members) > 1:
         options = {get_args(model.model_fields[discriminator].annotation)[0]: Group(model) for model in members}
-        # the one whose discriminator has a default is meant where none is given
+        # where none is given, it is the group whose discriminator has a default
         default = [name for name, group in options.items() if not group.model.model_fields[discriminator].is_required()]
         return Choice(discriminator, options, next(iter(default), None))
     if len(members) == 1 and members[0] is not annotation:  # X | None

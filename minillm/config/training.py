@@ -1,4 +1,4 @@
-"""`train`, `engine`, `save`, `log`: how the loop runs. `train` is spelled as transformers.TrainingArguments."""
+"""`train`, `engine`, `save` and `log`: the loop. Keys of `train` are spelled as in transformers.TrainingArguments."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,9 +18,9 @@ Scheduler = Literal[
 
 @dataclass(frozen=True)
 class ScheduleKeys:
-    """What transformers.get_scheduler asks of a schedule beyond warmup_steps."""
+    """The arguments of one of transformers' schedules."""
 
-    takes: tuple[str, ...] = ()  # of lr_scheduler_kwargs
+    takes: tuple[str, ...] = ()  # keys of lr_scheduler_kwargs
     needs_one_of: tuple[str, ...] = ()
     counts_steps: bool = True  # the curve depends on how many steps there will be
     warms_up: bool = True  # it takes warmup_steps
@@ -43,40 +43,45 @@ SCHEDULES: dict[str, ScheduleKeys] = {
 
 
 class TrainConfig(Strict):
-    """The optimiser, its schedule, and how long."""
+    """The optimiser, its schedule, and the length of training."""
 
     max_steps: Positive | None = Field(None, description="Optimiser steps; one of the four limits is required")
     num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Passes over the prompts; with max_steps, whichever ends first"
+        None, description="Passes over the prompts; with max_steps, the one that ends first counts"
     )
     max_seconds: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern="^stage:.")] | None = Field(
         None,
-        description="Stop after so much training time (evaluation and saving not counted), or after as much as an "
+        description="Stop after so many seconds of training (evaluation and saving not counted), or after as many as an "
         "earlier stage took: stage:NAME. Such a run does not repeat bit for bit",
     )
     max_student_tokens: Positive | None = Field(
-        None, description="Stop at the step after which so many predictions received a gradient, inner epochs counted"
+        None,
+        description="Stop at the step after which so many predictions have received a gradient, inner epochs counted",
     )
-    per_device_train_batch_size: Positive = Field(8, description="Answers of a micro-batch on each rank")
-    gradient_accumulation_steps: Positive = Field(1, description="Micro-batches of a step on each rank")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="The highest of the schedule")
-    lr_scheduler_type: Scheduler = Field("constant_with_warmup", description="As transformers.get_scheduler names them")
-    lr_scheduler_kwargs: dict[str, float] = Field({}, description="As transformers.get_scheduler takes them")
+    per_device_train_batch_size: Positive = Field(8, description="Answers in a micro-batch on each rank")
+    gradient_accumulation_steps: Positive = Field(1, description="Micro-batches in a step on each rank")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="The highest learning rate of the schedule")
+    lr_scheduler_type: Scheduler = Field(
+        "constant_with_warmup", description="The name of a schedule of transformers.get_scheduler"
+    )
+    lr_scheduler_kwargs: dict[str, float] = Field({}, description="Arguments of that schedule")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps in which the learning rate rises from 0")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="On matrices; never on biases or norms")
-    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean gradient")
-    adam_beta2: Fraction = Field(0.95, description="AdamW's decay of the mean squared gradient")
-    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the root of the latter")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="AdamW's weight decay of matrices; biases and norms have none"
+    )
+    adam_beta1: Fraction = Field(0.9, description="AdamW's decay rate of the mean gradient")
+    adam_beta2: Fraction = Field(0.95, description="AdamW's decay rate of the mean squared gradient")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the square root of the latter")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="A gradient with a larger 2-norm is scaled down to it; null: none is"
+        1.0, description="A gradient with a larger 2-norm is scaled down to it; null: no gradient is"
     )
     bf16: bool = Field(
         False,
-        description="Train in bfloat16: with engine.type torch under autocast, and answers are sampled and scored in the "
-        "dtype of the weights; with deepspeed in bfloat16 weights, over fp32 ones in the optimiser",
+        description="Train in bfloat16: with engine.type torch under autocast, while answers are sampled and scored in the "
+        "dtype of the weights; with deepspeed in bfloat16 weights, with fp32 copies in the optimiser",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Keep the inputs of layers alone and compute the rest again: less memory, more time"
+        False, description="Keep only the inputs of layers and compute the rest again: less memory, more time"
     )
 
 
@@ -88,7 +93,7 @@ class TorchEngine(Strict):
         "auto", description="auto (a GPU where there is one), cpu, cuda or cuda:N"
     )
     backend: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="Which fused losses the update takes (minillm.losses); scoring takes those of auto"
+        "auto", description="The backend of the fused losses in the update (minillm.losses); scoring uses auto"
     )
 
 
@@ -96,20 +101,22 @@ class DeepSpeedEngine(Strict):
     """ZeRO in one process or many, started by torchrun, deepspeed or Slurm."""
 
     type: Literal["deepspeed"]
-    stage: Literal[1, 2, 3] = Field(3, description="What is sharded: 1 the optimiser, 2 gradients too, 3 weights too")
-    offload_optimizer: bool = Field(False, description="Keep the optimiser in the memory of the host")
-    offload_param: bool = Field(False, description="Stage 3: keep the weights in the memory of the host")
+    stage: Literal[1, 2, 3] = Field(
+        3, description="Sharded are: 1 the optimiser, 2 gradients as well, 3 weights as well"
+    )
+    offload_optimizer: bool = Field(False, description="Keep the optimiser in the host's memory")
+    offload_param: bool = Field(False, description="Stage 3: keep the weights in the host's memory")
     gather: Literal["whole", "layers"] = Field(
         "whole",
-        description="Stage 3, while sampling, scoring and evaluating: whole brings all weights to every rank once; layers "
-        "brings one layer after the other in every pass, which needs the least memory and the most time",
+        description="Stage 3, while sampling, scoring and evaluating: whole gathers all weights on every rank once; layers "
+        "gathers one layer after the other in every pass, which takes the least memory and the most time",
     )
     replicate_teacher: bool = Field(
-        False, description="Stage 3: keep the teacher whole on every rank, as a quantised one always is"
+        False, description="Stage 3: replicate the teacher on every rank, as a quantised one always is"
     )
-    config: FilesPath | None = Field(None, description="A DeepSpeed JSON for what these keys do not say")
+    config: FilesPath | None = Field(None, description="A DeepSpeed JSON file for settings that these keys do not have")
     backend: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="Which fused losses the update takes (minillm.losses); scoring takes those of auto"
+        "auto", description="The backend of the fused losses in the update (minillm.losses); scoring uses auto"
     )
 
 
@@ -119,24 +126,24 @@ Engine = Annotated[TorchEngine | DeepSpeedEngine, Field(discriminator="type"), d
 class SaveConfig(Strict):
     """Checkpoints to resume from."""
 
-    steps: Positive | None = Field(None, description="A checkpoint every so many steps; one is always left at the end")
-    keep: Positive = Field(2, description="How many checkpoints stay on disk")
+    steps: Positive | None = Field(None, description="Steps between checkpoints; there always is one at the end")
+    keep: Positive = Field(2, description="The number of checkpoints that stay on disk")
     best: bool = Field(True, description="Keep the model with the best eval.metric in best/")
 
 
 class LogConfig(Strict):
-    """What is written while training. metrics.jsonl always is."""
+    """Records that are written while training. metrics.jsonl always is."""
 
-    steps: Positive = Field(1, description="A line of metrics every so many steps")
+    steps: Positive = Field(1, description="Steps between lines of metrics")
     report_to: list[Literal["tensorboard"]] = Field(["tensorboard"], description="[] for metrics.jsonl alone")
 
 
 def shards_student(engine: TorchEngine | DeepSpeedEngine) -> bool:
-    """Whether each rank will hold only a shard of every weight of the student."""
+    """True where each rank will hold only a shard of every weight of the student."""
     return engine.type == "deepspeed" and engine.stage == 3
 
 
 def shards_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | None) -> bool:
-    """Whether each rank will hold only a shard of every weight of the teacher. A quantised one is never sharded."""
+    """True where each rank will hold only a shard of every weight of the teacher. A quantised one is never sharded."""
     never = teacher is None or teacher.quantization is not None
     return shards_student(engine) and not engine.replicate_teacher and not never

@@ -1,6 +1,7 @@
-"""How messages show a value, and what was expected instead of it."""
+"""Values in messages, and the wording for a value of another type than was expected."""
 
 import json
+import math
 from typing import Any
 
 
@@ -33,7 +34,6 @@ def expected(what: str, given: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

@@ -1,21 +1,28 @@
-"""Records from files, with the place each came from, for errors that name it."""
+"""Records from files and datasets, each with the place that it came from, for errors that name it."""
 
+import errno
 import gzip
 import json
-import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minillm import UserError
 from minillm.config.paths import expand, matching_files
 
-Record = tuple["Place", dict[str, Any]]  # (where it stands, what it says)
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Record = tuple["Place", dict[str, Any]]  # (where it stands, its fields)
+
+# errno of OSErrors about what a folder does not have; the libraries below give many of theirs none
+_OF_THE_FOLDER = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Place(str):
-    """Where a record stands, for errors; `folder` is what relative paths in it count from."""
+    """The place of a record, for errors; relative paths in it count from `folder`."""
 
     folder: Path
 
@@ -26,11 +33,11 @@ class Place(str):
 
 
 class DataError(UserError):
-    """A record or file that cannot be used; the message names it."""
+    """A record or a file that cannot be used. The message names it."""
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The files a path or glob names, sorted. Raises DataError where there is none."""
+    """The files that a path or glob names, sorted. Raises DataError where there is none."""
     files = matching_files(expand(pattern))
     if not files:
         raise DataError(f"{pattern}: no such file")
@@ -38,7 +45,10 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def read_jsonl(pattern: str) -> Iterator[Record]:
-    """JSON objects, a line each, plain or gzipped; blank lines are passed over."""
+    """JSON objects, one per line, of plain or gzipped files. Blank lines are passed over.
+
+    Raises DataError, which names file and line, for a line that is no JSON object.
+    """
     for path in find_files(pattern):
         for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
@@ -47,61 +57,50 @@ def read_jsonl(pattern: str) -> Iterator[Record]:
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # JSON's and UTF-8's
-                raise DataError(f"{where}: not JSON in UTF-8 ({error}); expected one object a line") from None
+                raise DataError(f"{where}: not JSON in UTF-8 ({error}); expected one object per line") from None
+            except RecursionError:
+                raise DataError(
+                    f"{where}: lists or objects nested too deeply; expected the fields of a record"
+                ) from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
             yield where, record
 
 
 def read_parquet(pattern: str) -> Iterator[Record]:
-    """Rows of Parquet files."""
+    """Rows of Parquet files. Raises DataError, which names the file, for one that is damaged or of another kind."""
     from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowException
 
     for path in find_files(pattern):
-        try:
-            dataset = Dataset.from_parquet(str(path))
-        except (ArrowException, DatasetGenerationError) as error:
-            raise DataError(f"{path}: not a Parquet file ({_first_line(error)})") from None
-        for number, record in enumerate(_undecoded(dataset)):
-            yield Place(f"{path}, row {number}", path.parent), record
+        with _reading(lambda reason, path=path: f"{path}: not a whole Parquet file ({reason})"):
+            for number, record in enumerate(_undecoded(Dataset.from_parquet(str(path)))):
+                yield Place(f"{path}, row {number}", path.parent), record
 
 
 def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False) -> Iterator[Record]:
-    """Rows of a dataset folder written by save_to_disk, or of a hub dataset; `streaming` fetches what is read alone."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
+    """Rows of a dataset: of a folder that save_to_disk wrote, a folder of files that `datasets` knows, or a hub name.
 
-    folder = Path(os.path.expandvars(path)).expanduser()
-    if folder.is_dir() and any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json")):
-        dataset = load_from_disk(str(folder))
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise DataError(f"{path}: no split {split!r}; it has {', '.join(dataset)}")
-            dataset = dataset[split]
-    else:
-        try:
-            place = str(folder) if folder.exists() else path
-            dataset = load_dataset(place, name, split=split, streaming=streaming)
-        except ValueError as error:  # a split or a configuration that it has not
-            raise DataError(f"{path} ({split}): {_first_line(error)}") from None
-        except OSError as error:  # no such dataset, or no way to the hub
-            if folder.exists() or error.errno is not None:
-                raise
-            raise DataError(
-                f"{path}: no folder here (from {Path.cwd()}), and as a hub name: {_first_line(error)}"
-            ) from None
-        except DatasetGenerationError as error:
-            reason = _first_line(error.__cause__ or error)
-            raise DataError(
-                f"{path}: datasets cannot read it ({reason}); files of JSON lines or Parquet are type: jsonl or parquet"
-            ) from None
-    for number, record in enumerate(_undecoded(dataset)):
-        yield Place(f"{path} ({split}), row {number}", folder), record
+    Args:
+        path: the folder or hub name.
+        name: the configuration of a hub dataset.
+        split: the part of the dataset.
+        streaming: fetch of a hub dataset only the rows that are read.
+
+    Raises DataError, which names the dataset, where it is not there, has no such part, or cannot be read.
+    """
+    folder = Path(expand(path))
+    with _reading(lambda reason: _not_read(path, folder, split, reason)):
+        if _is_saved(folder):
+            dataset = _saved(path, folder, split)
+        else:
+            from datasets import load_dataset
+
+            dataset = load_dataset(str(folder) if folder.exists() else path, name, split=split, streaming=streaming)
+        for number, record in enumerate(_undecoded(dataset)):
+            yield Place(f"{path} ({split}), row {number}", folder), record
 
 
-def _undecoded(dataset):
+def _undecoded(dataset: "Dataset") -> "Dataset":
     """The dataset with its pictures as they are stored, so that a broken one is found with the record that shows it."""
     from datasets import Image, List
 
@@ -113,8 +112,57 @@ def _undecoded(dataset):
     return dataset
 
 
+def _saved(path: str, folder: Path, split: str) -> "Dataset":
+    """The dataset that save_to_disk wrote, or its part of that name."""
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(folder))
+    if not isinstance(dataset, DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise DataError(f"{path}: no split {split!r}; it has {', '.join(dataset)}")
+    return dataset[split]
+
+
+def _not_read(path: str, folder: Path, split: str, reason: str) -> str:
+    if not folder.exists():
+        return f"{path}: no folder here (from {Path.cwd()}), and as a hub name: {reason}"
+    if _is_saved(folder):
+        return f"{path} ({split}): not a whole dataset of save_to_disk ({reason}); save it again"
+    hint = "files of JSON lines or Parquet are type: jsonl or parquet"
+    return f"{path} ({split}): datasets cannot read it ({reason}); {hint}"
+
+
+def _is_saved(folder: Path) -> bool:
+    """True for a folder that save_to_disk wrote."""
+    return any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json"))
+
+
+@contextmanager
+def _reading(message: Callable[[str], str]) -> Iterator[None]:
+    """Turn every error of datasets and pyarrow into a DataError; failures of the machine pass as they are.
+
+    Args:
+        message: makes the text of the DataError from the reason in one line.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # they raise errors of a dozen kinds, those of their own libraries among them
+        reason = error.__cause__ or error  # datasets wraps what it met in an error that says nothing of it
+        if isinstance(reason, OSError) and reason.errno not in _OF_THE_FOLDER:
+            raise reason from None
+        text = (str(reason).strip().splitlines() or [""])[0]
+        said = text if isinstance(reason, OSError | ValueError) else f"{type(reason).__name__}: {text}"
+        raise DataError(message(said)) from error
+
+
 def read_texts(pattern: str) -> Iterator[tuple[str, str]]:
-    """(where, text): whole .txt files, plain or gzipped, or the field `text` of JSONL records."""
+    """(where, text) of whole .txt files, plain or gzipped, and of the field `text` of JSONL records.
+
+    Raises DataError, which names the file, for one that is not UTF-8, and as read_jsonl and texts_of do.
+    """
     for path in find_files(pattern):
         if ".jsonl" in path.suffixes:
             yield from texts_of(read_jsonl(str(path)))
@@ -131,10 +179,6 @@ def texts_of(records: Iterator[Record]) -> Iterator[tuple[str, str]]:
         if not isinstance(record.get("text"), str):
             raise DataError(f"{where}: expected a field `text`; found {', '.join(record) or 'no fields'}")
         yield where, record["text"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

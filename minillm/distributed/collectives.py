@@ -99,7 +99,7 @@ def exchange(outgoing: Sequence[Tensor]) -> list[Tensor]:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """The result of `work` (anything that JSON can say), done by rank 0 alone. Raises on all ranks as `together` does."""
+    """The result of `work` (anything that JSON can say), done by rank 0 alone. Raises as `together` does."""
     if world_size() == 1:
         return work()
     return gather(together(lambda: work() if rank() == 0 else None))[0]

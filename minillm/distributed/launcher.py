@@ -1,4 +1,4 @@
-"""This process's place among those that torchrun, deepspeed or Slurm started, known before it joins any, and its end."""
+"""This process's place among those that torchrun, deepspeed or Slurm started, and its end."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What an experiment's file holds. `base`, `shared` and `arms` are made of the keys of a run's configuration."""
+"""The keys of an experiment's file. `base`, `shared` and `arms` are made of the keys of a run's configuration."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ Relation = Literal["below", "above", "at_most", "at_least"]
 
 
 class Claim(Strict):
-    """Something that the experiment tests: `arm` has a `measure` that is below (above, ...) that of `than`.
+    """One claim that the experiment tests: the `measure` of `arm` is below (above, ...) that of `than`.
 
     With a margin m and the other's value v: below v (1 - m), above v (1 + m), at most v (1 + m), at least v (1 - m).
     """
@@ -20,11 +20,11 @@ class Claim(Strict):
     measure: str = Field(description="One of `measures`")
     relation: Relation = Field(description="How the arm's value must lie to the other's")
     than: str = Field(description="Another arm, or teacher")
-    margin: Annotated[float, Field(ge=0.0)] = Field(0.0, description="As a share of the other's value")
+    margin: Annotated[float, Field(ge=0.0)] = Field(0.0, description="As a fraction of the other's value")
 
 
 class ExperimentConfig(Strict):
-    """One experiment."""
+    """The keys of one experiment."""
 
     extends: str | None = Field(
         None, description="Another experiment's file, beside this one, that this is merged over"
@@ -35,7 +35,7 @@ class ExperimentConfig(Strict):
     seeds: list[Seed] = Field(min_length=1, description="Every arm is trained with each of them")
     base: dict[str, Any] = Field(description="The keys that all runs have, as in a run's configuration")
     shared: dict[str, dict[str, Any] | None] = Field(
-        {}, description="Stages trained once a seed, which arms start from as student.path: stage:NAME"
+        {}, description="Stages trained once per seed, which arms start from as student.path: stage:NAME"
     )
     arms: dict[str, dict[str, Any] | str | None] = Field(
         min_length=1,

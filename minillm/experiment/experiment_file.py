@@ -1,4 +1,4 @@
-"""An experiment's file to typed stages; or every problem at once, before any model loads.
+"""An experiment's file, read into typed stages; or every problem of it at once, before any model loads.
 
 base + shared + arms are checked as the stages of one configuration, so that every error has the file's line.
 """
@@ -42,7 +42,7 @@ class Experiment:
     file: Path
     overrides: list[str]
     config: ExperimentConfig
-    shared: dict[str, Stage]  # trained once a seed, in order
+    shared: dict[str, Stage]  # trained once per seed, in order
     trained: dict[str, Stage]  # the arms that are trained, in order
     as_is: dict[str, str]  # the arms that are models, and which
     base: Stage  # what the arms that are models are measured with: the student, teacher and engine of base
@@ -51,16 +51,16 @@ class Experiment:
 
     @property
     def arms(self) -> list[str]:
-        """In the order of the file."""
+        """The arms, in the order of the file."""
         return list(self.config.arms)
 
     def stage(self, name: str) -> Stage:
-        """A shared stage, a trained arm, or for any other arm the base."""
+        """Find the stage of a shared stage or trained arm; that of the base for any other arm."""
         return self.shared.get(name) or self.trained.get(name) or self.base
 
 
 def experiment_file(name: str) -> Path:
-    """The file of that name or path. Raises ConfigErrors, which says what there is."""
+    """Find the file of an experiment by its name or path. Raises ConfigErrors, which lists those there are."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
@@ -74,20 +74,20 @@ def experiment_file(name: str) -> Path:
 
 
 def known_experiments() -> dict[str, Path]:
-    """The files that may be named, in configs/experiments of the current folder and of this program, by name."""
+    """List the files in configs/experiments of the current folder and of this program, by name."""
     folders = [Path(__file__).parents[2] / FOLDER, Path.cwd() / FOLDER]
     files = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}  # the current folder's hold
     return dict(sorted(files.items()))
 
 
 def titles() -> dict[str, str]:
-    """What each of them is about, by name."""
+    """Read the titles of the known experiments, by name."""
     documents = {name: _read(file, []).plain() for name, file in known_experiments().items()}
     return {name: str(document.get("title", "")) for name, document in documents.items()}
 
 
 def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Read, override, validate and check.
+    """Read an experiment, with overrides, validated and checked.
 
     Args:
         name: of a file in configs/experiments, or a path.
@@ -144,7 +144,7 @@ def _read(file: Path, problems: list[Problem], before: tuple[Path, ...] = ()) ->
 
 
 def _merge(under: Node, over: Node) -> Node:
-    """As `merge`, with base, the shared stages, the arms and the evaluation merged as what they are."""
+    """Merge two files, base, shared stages, arms and evaluation each by its own shape."""
     merged = dict(under.value)
     for key, node in over.value.items():
         before = merged.get(key)
@@ -186,7 +186,7 @@ def _as_stages(document: Node, config: ExperimentConfig, problems: list[Problem]
 
 
 def _never_trained(document: Node, config: ExperimentConfig) -> dict[str, Node]:
-    """What a stage must have and an experiment that only measures models has no need to say."""
+    """Placeholders for what a stage must have, in an experiment that trains nothing."""
     model = next((text for text in config.arms.values() if text != STUDENT), None)
     sets = document.value["evaluation"].plain().get("sets") or {}
     filled = {
@@ -199,7 +199,7 @@ def _never_trained(document: Node, config: ExperimentConfig) -> dict[str, Node]:
 
 
 def _evaluation(document: Node, trees: dict[str, Node], config: ExperimentConfig, problems: list[Problem]):
-    """What every arm is measured with."""
+    """The evaluation that every arm is measured with."""
     base = {key: node for key, node in document.value["base"].value.items() if key == "engine"}
     # every arm is measured beside its own teacher; where base names none, that of the first arm that has one
     having = [tree.value["teacher"] for tree in (document.value["base"], *trees.values()) if "teacher" in tree.value]
@@ -216,7 +216,7 @@ def _like_base(document: Node, trees: dict[str, Node]) -> str:
 
 
 def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -> Iterator[Problem]:
-    """Arms that are models name one."""
+    """The problems of arms that are models: each names a model that is there."""
     for arm, text in config.arms.items():
         own = document.value["base"].plain().get("student")
         if text == STUDENT and own is not None and like_base.plain().get("student") != own:
@@ -235,7 +235,7 @@ def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -
 
 
 def _sense(document: Node, config: ExperimentConfig, evaluation: EvalConfig | None) -> Iterator[Problem]:
-    """Measures and claims are about what there is."""
+    """The problems of seeds, measures and claims: they are of what the experiment has."""
     repeated = [str(seed) for seed, count in Counter(config.seeds).items() if count > 1]
     if repeated:
         yield document.value["seeds"].origin.problem(f"names {', '.join(repeated)} more than once")
@@ -266,7 +266,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 
 def chosen_seeds(experiment: Experiment, count: int | None) -> list[int]:
-    """The first so many seeds of the file, counting on from the largest where it has fewer; without a count, all."""
+    """Choose the first so many seeds of the file, counting on from the largest where it has fewer; without a count, all."""
     seeds = experiment.config.seeds
     if count is None:
         return seeds
@@ -274,7 +274,7 @@ def chosen_seeds(experiment: Experiment, count: int | None) -> list[int]:
 
 
 def chosen_arms(experiment: Experiment, text: str | None) -> list[str]:
-    """The arms (and shared stages) that a comma-separated text names; without one, all arms.
+    """Choose the arms (and shared stages) that a comma-separated text names; without one, all arms.
 
     Raises UserError for a name that is none.
     """

@@ -1,4 +1,4 @@
-"""report.md, table.csv, values.csv and the pictures of an experiment, however far it is."""
+"""report.md, table.csv, values.csv and the pictures of an experiment, finished or not."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from minillm.storage.atomic import write_text
 REPORT, TABLE, VALUES = "report.md", "table.csv", "values.csv"
 SHOWN_SAMPLES = 2
 PICTURES = {
-    "arms": "The arms, with a dot a seed",
+    "arms": "The arms, with one dot per seed",
     "curves": "While training, by tokens",
     "curves-time": "While training, by time",
     "exposure-bias": "Excess accumulated error by length",
@@ -34,7 +34,7 @@ PICTURES = {
 def write_experiment_report(
     experiment: Experiment, output: Path, seeds: Sequence[int], *, pictures: bool = True
 ) -> Path:
-    """Write everything anew from the folders of the runs; returns the path of report.md.
+    """Write all files anew from the folders of the runs; returns the path of report.md.
 
     Without `pictures`, which take some seconds, those that are there stay. Raises UserError where a file of the runs
     cannot be read.
@@ -70,7 +70,7 @@ def _draw(results: Results, measures: Sequence[str], output: Path) -> None:
 
 
 def _rows(results: Results) -> dict[str, dict[int, Result]]:
-    """The lines of the table: the arms, then every teacher; a teacher that all seeds share counts once."""
+    """The lines of the table: the arms, then every teacher; a teacher of all seeds counts once."""
     teachers: dict[tuple, list[str]] = {}
     for arm, by_seed in results.teachers.items():
         teachers.setdefault(tuple(dict.fromkeys(one.source for one in by_seed.values())), []).append(arm)
@@ -97,7 +97,7 @@ def _state(experiment: Experiment, results: Results, seeds: Sequence[int]) -> st
 
 
 def _expected(experiment: Experiment, results: Results, arm: str, seeds: Sequence[int]) -> list[int]:
-    """The seeds that an arm still lacks; a model that no seed has a part in is measured once."""
+    """The seeds that an arm still lacks; a model that does not depend on the seed is measured once."""
     found = results.arms.get(arm, {})
     if arm in experiment.as_is and not references(experiment, arm):
         return [] if found else list(seeds[:1])
@@ -156,7 +156,7 @@ def _failures(results: Results) -> str:
 
 
 def _samples(results: Results) -> str:
-    """What the arms answer to the same first prompts, with the first seed that each of them has."""
+    """The answers of the arms to the same first prompts, with the first seed that each of them has."""
     by_prompt: dict[tuple[str, int], list[list[str]]] = {}
     prompts: dict[tuple[str, int], dict] = {}
     rows = {**results.arms, **_rows(results)}

@@ -16,7 +16,7 @@ AXES = {"student_tokens": "student tokens", "seconds": "training time (s)"}
 
 
 def draw_curves(results: Results, measures: Sequence[str], path: Path, *, along: str = "student_tokens") -> bool:
-    """Write a PNG with a panel a measure: means over the seeds against tokens or time. False where there is nothing.
+    """Write a PNG of means over the seeds against tokens or time, one panel per measure; False where there is nothing.
 
     The first evaluations of the seeds are averaged, the second ones, and so on, as many as all of them have.
     """
@@ -43,7 +43,7 @@ def draw_curves(results: Results, measures: Sequence[str], path: Path, *, along:
 
 
 def _line(runs: Sequence[Result], key: str, along: str) -> list[tuple[float, float, float]]:
-    """(mean place, mean, deviation) of each evaluation that all runs have."""
+    """(mean place, mean, deviation) of each evaluation that all runs have, in order."""
     tracks = [[(record[along], read_numbers(record["mean"]).get(key)) for record in run.evaluations] for run in runs]
     tracks = [[point for point in track if point[1] is not None] for track in tracks]
     tracks = [track for track in tracks if track]
@@ -55,7 +55,7 @@ def _line(runs: Sequence[Result], key: str, along: str) -> list[tuple[float, flo
 
 
 def draw_ends(results: Results, measures: Sequence[str], path: Path) -> bool:
-    """Write a PNG with a panel a measure: a bar an arm with its deviation over seeds, a dot a seed, and the teacher."""
+    """Write a PNG of the arms' ends, one panel per measure: a bar with its deviation, one dot per seed, the teacher."""
     keys = [key for key in measures if any(results.values(arm, key) for arm in results.arms)]
 
     def draw(panel: Axes, key: str) -> None:

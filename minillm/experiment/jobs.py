@@ -27,17 +27,17 @@ class Job:
 
 
 def folder_of(output: Path, seed: int, name: str) -> Path:
-    """Where a run of the experiment lies."""
+    """Return the folder of a run."""
     return output / f"seed-{seed}" / name
 
 
 def model_folder(output: Path, seed: int, path: str) -> Path:
-    """The model that stage:NAME means in an experiment."""
+    """Return the folder of the model that stage:NAME means in an experiment."""
     return folder_of(output, seed, path.removeprefix(STAGE)) / FINAL
 
 
 def plan_jobs(experiment: Experiment, output: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[Job]:
-    """The shared stages and other arms that the chosen arms need, and these, seed by seed: a cut-off loses one run."""
+    """List the chosen arms after the shared stages and arms that they need, seed by seed: a kill loses one run."""
     needed = _needed(experiment, arms)
     jobs = []
     for seed in seeds:
@@ -50,7 +50,7 @@ def plan_jobs(experiment: Experiment, output: Path, seeds: Sequence[int], arms: 
 
 
 def is_seedless(experiment: Experiment, name: str) -> bool:
-    """Whether an arm is a model that no seed has a part in, which is measured once."""
+    """Whether an arm is a model that does not depend on the seed, which is measured once."""
     return name in experiment.as_is and not references(experiment, name)
 
 
@@ -65,7 +65,7 @@ def _needed(experiment: Experiment, arms: Sequence[str]) -> set[str]:
 
 
 def references(experiment: Experiment, name: str) -> list[str]:
-    """The stages and arms whose model or training time a job takes."""
+    """List the stages and arms whose model or training time a job takes."""
     if name in experiment.as_is:
         texts: list = [experiment.as_is[name], experiment.base.config.teacher and experiment.base.config.teacher.path]
         if texts[0] == STUDENT:
@@ -79,14 +79,14 @@ def references(experiment: Experiment, name: str) -> list[str]:
 
 
 def command_of(experiment: Experiment, output: Path, seeds: Sequence[int]) -> list[str]:
-    """The words of the command that does all of it."""
+    """Return the words of the command that does all of the experiment."""
     words = ["minillm", "experiment", str(experiment.file), *experiment.overrides]
     return [*words, "--output", str(output), "--seeds", str(len(seeds))]
 
 
 def commands(experiment: Experiment, output: Path, seeds: Sequence[int], arms: Sequence[str]) -> Iterator[str]:
-    """One command a run, for machines of a cluster: comments say which have to be done before which."""
-    whole = shlex.join(command_of(experiment, output, seeds))
+    """Write one command per run, for the machines of a cluster; comments say which runs come before which."""
+    everything = shlex.join(command_of(experiment, output, seeds))
     jobs = plan_jobs(experiment, output, seeds, arms)
     waves = _waves(experiment, jobs)
     for wave, names in enumerate(waves):
@@ -97,19 +97,19 @@ def commands(experiment: Experiment, output: Path, seeds: Sequence[int], arms: S
         )
         for job in jobs:
             if job.name in names:
-                yield f"{_launcher(experiment, job)}{whole} --arms {job.name} --seed {job.seed}"
+                yield f"{_launcher(experiment, job)}{everything} --arms {job.name} --seed {job.seed}"
     yield "# in the end, what is left to be measured, and the report"
-    yield whole
+    yield everything
 
 
 def _launcher(experiment: Experiment, job: Job) -> str:
-    """What stands before the command of a run of several processes; it trains, and measures nothing."""
+    """The launcher before the command of a run of several processes, which trains and measures nothing."""
     several = job.trained and experiment.stage(job.name).config.engine.type != "torch"
     return "torchrun --nproc-per-node $GPUS --no-python " if several else ""
 
 
 def _waves(experiment: Experiment, jobs: Sequence[Job]) -> list[set[str]]:
-    """Names of jobs by how many others have to be done before them."""
+    """The names of jobs in waves: each wave needs those before it."""
     names = dict.fromkeys(job.name for job in jobs)
     depth: dict[str, int] = {}
     for name in names:  # what is referred to stands before

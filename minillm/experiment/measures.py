@@ -1,4 +1,4 @@
-"""What can stand in an experiment's table: the metrics of an evaluation, and what the training took."""
+"""The measures of an experiment's table: metrics of an evaluation, and the costs of training."""
 
 from minillm.config.evaluation import EvalConfig
 from minillm.evaluate.length_buckets import bucket_names
@@ -12,7 +12,7 @@ COSTS = (
 
 
 def known_measures(evaluation: EvalConfig) -> dict[str, list[str]]:
-    """Every measure that an evaluation of this configuration gives, with the sets that have it."""
+    """List every measure that an evaluation of this configuration gives, with the sets that have it."""
     usual = [metric.key for metric in METRICS]
     usual += [f"distinct_{size}" for size in evaluation.distinct]
     if evaluation.length_buckets:
@@ -28,7 +28,7 @@ def known_measures(evaluation: EvalConfig) -> dict[str, list[str]]:
 
 
 def metric_of(measure: str) -> Metric:
-    """How a measure is called, in which unit, and which way is better."""
+    """Find the name, unit and direction of a measure, METRIC or METRIC@SET."""
     key, _, set_name = measure.partition("@")
     metric = find_metric(key) or next(metric for metric in COSTS if metric.key == key)
     return Metric(metric.key, f"{set_name}: {metric.title}", metric.unit, metric.better) if set_name else metric

@@ -30,7 +30,7 @@ Evaluators = tuple[Evaluator, Analyses]
 
 
 class Measuring:
-    """Measures arm after arm; the teacher, its answers and its hidden states are kept from one to the next."""
+    """The measuring of arm after arm; the teacher, its answers and its hidden states are kept from one to the next."""
 
     def __init__(self, experiment: Experiment, output: Path, cache: ModelCache):
         self.experiment, self.output, self.cache = experiment, output, cache
@@ -137,7 +137,7 @@ def _found(config, output: Path, job: Job):
 
 
 def require_whole(folder: Path) -> Path:
-    """The folder of a finished run's model. Raises TrainingError where that is damaged."""
+    """Return the folder of a finished run's model. Raises TrainingError where that is damaged."""
     damage = published_damage(folder)
     if damage is not None:
         raise TrainingError(f"{folder} is not whole ({damage}); delete it to have it published again")
@@ -145,7 +145,7 @@ def require_whole(folder: Path) -> Path:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What `measure` wrote into a folder, None where it has not.
+    """Read the evaluation that `measure` wrote into a folder, None where there is none.
 
     Raises UserError where the file cannot be read.
     """

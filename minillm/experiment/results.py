@@ -1,4 +1,4 @@
-"""What the folders of an experiment hold: a number for every arm, seed and measure that is there."""
+"""The results in an experiment's folders: a number for every arm, seed and measure that is there."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ FAILURE = "failure.txt"
 class Result:
     """One arm with one seed, or a teacher."""
 
-    mean: dict[str, float]  # over the sets; and what the training took
+    mean: dict[str, float]  # over the sets, and the costs of training
     sets: dict[str, dict[str, float]]
     source: str = ""  # the folder of its evaluation
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -25,23 +25,23 @@ class Result:
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # while training
 
     def value(self, measure: str) -> float | None:
-        """Of METRIC or METRIC@SET, None where it was not measured."""
+        """Return the value of METRIC or METRIC@SET, None where it was not measured."""
         metric, _, set_name = measure.partition("@")
         return (self.sets.get(set_name, {}) if set_name else self.mean).get(metric)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that is there."""
+    """All results of an experiment."""
 
     arms: dict[str, dict[int, Result]]  # arm -> seed -> result
     teachers: dict[str, dict[int, Result]]  # arm -> seed -> the result of its teacher
-    shared: dict[str, dict[int, Result]]  # stages before the arms: no evaluation, but what the training took
+    shared: dict[str, dict[int, Result]]  # stages before the arms: no evaluation, the costs of training
     failures: dict[tuple[str, int], str]
     seedless: frozenset[str] = frozenset()  # arms that are measured once
 
     def pairs(self, arm: str, than: str, measure: str) -> dict[int, tuple[float, float]]:
-        """seed -> the values of two arms, where both are there. One that is measured once stands beside every seed."""
+        """Return seed -> the values of two arms, where both are there. An arm that is measured once counts for every seed."""
         left, right = self.values(arm, measure, other=than), self.values(than, measure, other=arm)
         if arm in self.seedless and left and than not in self.seedless:
             left = dict.fromkeys(right, next(iter(left.values())))
@@ -50,14 +50,14 @@ class Results:
         return {seed: (left[seed], right[seed]) for seed in sorted(left.keys() & right.keys())}
 
     def values(self, arm: str, measure: str, *, other: str | None = None) -> dict[int, float]:
-        """seed -> value. The teacher's are those of the teacher of `other`."""
+        """Return seed -> the value of an arm; of `teacher`, the values of the teacher of `other`."""
         results = self.teachers.get(other or "", {}) if arm == TEACHER else self.arms.get(arm, {})
         found = {seed: result.value(measure) for seed, result in results.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
 def read_results(experiment: Experiment, output: Path, seeds: list[int]) -> Results:
-    """Read everything that the arms with these seeds have left.
+    """Read the results of the arms with these seeds.
 
     Raises UserError where a file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Runs what is left of an experiment, one run after the other; the report is written anew after each."""
+"""The work that is left of an experiment, one run after the other; the report is written anew after each."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ class BusyError(TrainingError):
 def run_experiment(
     experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str], report_seeds: Sequence[int]
 ) -> list[str]:
-    """Train and measure what is not done yet; returns the failures, one line each.
+    """Train and measure what is not done yet; returns the failures, one line for each.
 
     Args:
         experiment: what to do.
@@ -73,7 +73,7 @@ def run_experiment(
 
 
 def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int], arms: Sequence[str]) -> None:
-    """One run as one of several processes that a launcher has started; nothing is measured.
+    """Train one run as one of several processes that a launcher has started, and measure nothing.
 
     Raises UserError where there is not exactly one run to train, and TrainingError as `run` does.
     """
@@ -93,7 +93,7 @@ def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int]
 
 
 def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) -> None:
-    """Raises UserError where a finished run was trained with other keys than it would be now."""
+    """Refuse finished runs whose keys are not those of now. Raises UserError, which names the keys."""
     for job in jobs:
         if job.trained and (job.folder / FINAL).is_dir():
             before = yaml.safe_load((job.folder / "config.yaml").read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) ->
 
 
 def plan_of(experiment: Experiment, output: Path, job: Job) -> RunPlan:
-    """The run of one arm or shared stage: its stage with the seed, and with folders for stage:NAME.
+    """Make the run of one arm or shared stage: its stage with the seed, and with folders for stage:NAME.
 
     Raises TrainingError where what it starts from is not there.
     """
@@ -129,7 +129,7 @@ def plan_of(experiment: Experiment, output: Path, job: Job) -> RunPlan:
 
 
 def _with(document: dict, config) -> dict:
-    """The keys as they were written, with those that the experiment has filled in."""
+    """The keys as they were written, and those that the experiment has filled in."""
     changed = {**document, "output_dir": config.output_dir, "seed": config.seed}
     for who in ("student", "teacher"):
         for key in ("path", "tokenizer"):
@@ -154,7 +154,7 @@ def _existing(output: Path, job: Job, path: str) -> Path:
 
 
 def _seconds_of(output: Path, job: Job, path: str) -> float:
-    """How long the training of another arm took."""
+    """The seconds that the training of another arm took."""
     folder = folder_of(output, job.seed, path.removeprefix(STAGE))
     records = [record for record in read_records(folder / METRICS) if record["kind"] == "train"]
     if not records or not (folder / FINAL).is_dir():
@@ -164,7 +164,7 @@ def _seconds_of(output: Path, job: Job, path: str) -> float:
 
 @contextmanager
 def alone(job: Job, console) -> Iterator[None]:
-    """One process works on a run at a time, training or measuring. Raises BusyError in any other."""
+    """Hold a run for this process alone, to train or to measure it. Raises BusyError in any other."""
     with ExitStack() as held:
         try:
             held.enter_context(hold_folder(job.folder, note=console.note))

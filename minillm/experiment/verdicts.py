@@ -1,4 +1,4 @@
-"""Whether a claim holds, seed by seed: arms that started from the same seed are compared with each other."""
+"""Verdicts on claims, seed by seed: arms that started from the same seed are compared with each other."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ WORDS = {"below": "below", "above": "above", "at_most": "at most", "at_least": "
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the measurements say of one claim."""
+    """The verdict on one claim."""
 
     claim: Claim
     word: str  # HOLDS: for every seed; FAILS: for none; MIXED: for some; OPEN: no seed has both values
@@ -26,9 +26,9 @@ class Verdict:
 
 
 def judge(claim: Claim, results: Results) -> Verdict:
-    """Compare the two of a claim on every seed that has both.
+    """Compare the two arms of a claim on every seed that has both.
 
-    Not one test of significance: with as few seeds as experiments have, that all of them agree is what can be said.
+    This is no test of significance: of as few seeds as experiments have, one can say whether all of them agree.
     """
     pairs = results.pairs(claim.arm, claim.than, claim.measure).values()
     if not pairs:
@@ -41,7 +41,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
 
 
 def _holds(claim: Claim, left: float, right: float) -> bool:
-    """With slack in favour of at_most and at_least, and against below and above; a NaN never holds."""
+    """Whether one pair of values agrees with the claim, whose margin helps at_most and at_least; a NaN never does."""
     slack = claim.margin * abs(right)
     return {
         "below": left < right - slack,
@@ -52,5 +52,5 @@ def _holds(claim: Claim, left: float, right: float) -> bool:
 
 
 def name_of(arm: str) -> str:
-    """An arm as a sentence has it."""
+    """Name an arm as a sentence does."""
     return "the teacher" if arm == TEACHER else arm

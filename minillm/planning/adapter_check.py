@@ -1,4 +1,4 @@
-"""Whether the adapters of every stage have somewhere to go: asked before the first stage takes its hours."""
+"""The check that adapters of every stage find the modules they are named for, before the first stage takes its hours."""
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,11 +21,11 @@ def check_targets(plan: RunPlan) -> None:
             continue
         try:
             architecture = architectures.student(stage)
-        except ValueError:  # a hub name that is not here: its stage will find out when it loads the model
+            with FakeTensorMode():
+                model = build(architecture, student.dtype, student.attn_implementation)
+        except UserError:  # such as a hub name that is not here: its stage will find out when it loads the model
             continue
-        with FakeTensorMode():
-            model = build(architecture, student.dtype, student.attn_implementation)
         try:
             target_names(model, student.lora.target_modules)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"stage {stage.name!r}: {error}") from None

@@ -1,10 +1,10 @@
-"""What to change when a plan does not fit: concrete keys, cheapest first, each tried by planning again."""
+"""Advice for a plan that does not fit: keys to change, cheapest first, each tried by planning again."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minillm.config.errors import ConfigErrors
+from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, load_run
 from minillm.config.root import StageConfig
 from minillm.planning.planner import PlannedRun, plan_run
@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Change:
-    """Keys to set, beside those of the changes before it, and the peak that follows."""
+    """Keys to set after those of the changes before it, and the peak that follows."""
 
     overrides: list[str]
     why: str
@@ -26,7 +26,7 @@ class Change:
 
 
 def advise(plan: RunPlan, run: PlannedRun, overrides: Sequence[str]) -> list[Change]:
-    """Changes in order until the plan fits; empty where it does. One that does not lower the peak is left out."""
+    """List changes, in order, until the plan fits: none where it does. A change that does not lower the peak is left out."""
     changes: list[Change] = []
     current, taken = run, list(overrides)
     while not current.fits:
@@ -50,21 +50,21 @@ def _improvements(
         written = [prefix + key for key in keys]
         try:
             changed = plan_run(load_run(files, [*taken, *written]), gpu=current.gpu.name, world_size=current.world_size)
-        except (ConfigErrors, ValueError):  # not for this configuration
+        except UserError:  # not for this configuration
             continue
         if changed.peak_bytes < current.peak_bytes:
             yield written, why, changed
 
 
 def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tuple[list[str], str]]:
-    """What could help in this phase, cheapest first."""
+    """Candidates for lowering the peak of this phase, cheapest first."""
     train, rollout, engine = config.train, config.rollout, config.engine
     if phase == "update" and not train.gradient_checkpointing:
         yield ["train.gradient_checkpointing=true"], "the same numbers, about a third more time in the update"
     if config.teacher is not None and config.teacher.dtype == "float32":
         yield ["teacher.dtype=bfloat16"], "halves the teacher, which is never trained"
     if engine.type == "deepspeed" and engine.replicate_teacher:
-        yield ["engine.replicate_teacher=false"], "a piece of the teacher a rank, gathered for every collection"
+        yield ["engine.replicate_teacher=false"], "one shard of the teacher on each rank, gathered for every collection"
     if engine.type == "deepspeed":
         if engine.stage < 3 and world_size > 1:
             yield [f"engine.stage={engine.stage + 1}"], "shards more of the student, for more communication"
@@ -74,7 +74,10 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
     if collecting and side_by_side > 8:
         yield fewer
     if collecting and engine.type == "deepspeed" and engine.stage == 3 and engine.gather == "whole":
-        yield ["engine.gather=layers"], "sharded weights a layer at a time in every pass; much slower sampling"
+        yield (
+            ["engine.gather=layers"],
+            "gathers sharded weights one layer at a time in every pass; much slower sampling",
+        )
     if collecting and 1 < side_by_side <= 8:
         yield fewer
     micro = train.per_device_train_batch_size
@@ -83,7 +86,7 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
             f"train.per_device_train_batch_size={micro // 2}",
             f"train.gradient_accumulation_steps={train.gradient_accumulation_steps * 2}",
         ]
-        yield keys, "the same step in smaller parts"
+        yield keys, "the same step in smaller micro-batches"
     if engine.type == "deepspeed" and not engine.offload_optimizer:
         yield ["engine.offload_optimizer=true"], "moments and master weights in the host's memory; slower steps"
     if engine.type == "deepspeed" and engine.stage == 3 and not engine.offload_param:
@@ -91,7 +94,7 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
     if config.teacher is not None and config.teacher.quantization is None:
         yield (
             ["teacher.quantization=nf4"],
-            "a quarter of the teacher's layers in bfloat16; its judgement moves a little",
+            "a quarter of what the teacher's layers take in bfloat16; its probabilities move a little",
         )
     if engine.type == "torch" and world_size == 1:
         yield (

@@ -1,4 +1,4 @@
-"""The architecture of each model of a stage as transformers' configuration, from local files alone.
+"""The architectures of a stage's models, as configurations of transformers, from local files alone.
 
 A hub name `organisation/name` is not looked up: its config.json is searched as organisation--name.json in folders
 called `architectures` beside the configuration files and above, and in the local cache of the hub.
@@ -22,14 +22,17 @@ from minillm.models.tokenizers import load_tokenizer
 
 
 class Architectures:
-    """Finds the architectures of the models that a plan names."""
+    """The architectures of the models that a plan names."""
 
     def __init__(self, plan: RunPlan):
         self._stages = {stage.name: stage for stage in plan.stages}
         self._folders = architecture_folders(plan.files)
 
     def student(self, stage: Stage) -> PreTrainedConfig:
-        """Of the student as it is trained: pruned, changed or fresh. Raises UserError where it is not known."""
+        """Return the student's architecture as it is trained: pruned, changed or fresh.
+
+        Raises UserError where it is not known.
+        """
         config = stage.config.student
         if config.init == "random":
             return self._random(config)
@@ -39,7 +42,7 @@ class Architectures:
         return architecture
 
     def teacher(self, stage: Stage) -> PreTrainedConfig | None:
-        """None where the stage has no teacher."""
+        """Return the teacher's architecture, None where the stage has no teacher. Raises UserError as `student` does."""
         return None if stage.config.teacher is None else self._read(stage.config.teacher)
 
     def _random(self, config: StudentConfig) -> PreTrainedConfig:
@@ -76,7 +79,7 @@ class Architectures:
 
 
 def known_architecture(name: str, folders: Sequence[Path], revision: str | None = None) -> Path:
-    """The config.json of a hub name. Raises UserError, which says where to put it."""
+    """Find the config.json of a hub name. Raises UserError, which says where to put it."""
     file = name.replace("/", "--") + ".json"
     for folder in folders:
         if (folder / file).is_file():
@@ -92,7 +95,7 @@ def known_architecture(name: str, folders: Sequence[Path], revision: str | None 
 
 
 def architecture_folders(files: Sequence[Path]) -> list[Path]:
-    """Folders called architectures: beside the files, in the folders above these, and in ./configs."""
+    """Find the folders called `architectures` beside the files, in the folders above these, and in ./configs."""
     above = [folder for file in files for folder in file.resolve().parents]
     folders = [folder / "architectures" for folder in [*above, Path.cwd() / "configs"]]
     return [Path(os.path.relpath(folder)) for folder in dict.fromkeys(folders) if folder.is_dir()]

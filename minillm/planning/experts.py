@@ -12,7 +12,7 @@ IMPLEMENTATION = "minillm_shapes"  # as `experts_implementation` names it
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """rows (S, I) and the weights of all experts (E, I, O) or (E, O, I) -> (S, O), a row through one expert's weight."""
+    """The memory of a grouped product: rows (S, I), weights of all experts (E, I, O) or (E, O, I) -> (S, O)."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, weights: Tensor, outputs: int) -> Tensor:
@@ -35,11 +35,11 @@ def _product(experts: nn.Module, rows: Tensor, name: str, chosen: Tensor) -> Ten
 
 
 def experts_forward(experts: nn.Module, hidden: Tensor, chosen: Tensor, mixture: Tensor) -> Tensor:
-    """What transformers calls in the place of an experts module's own forward.
+    """Run in the place of an experts module's own forward, as transformers calls it.
 
     Args:
         experts: the module, with the attributes that transformers gives all of them.
-        hidden: (T, H), a row a token.
+        hidden: (T, H), one row per token.
         chosen: (T, k) int64, the experts of each token.
         mixture: (T, k), their weights.
     """
@@ -58,7 +58,7 @@ def experts_forward(experts: nn.Module, hidden: Tensor, chosen: Tensor, mixture:
 
 
 def idle_weights(model: PreTrainedModel) -> int:
-    """Weights of experts that a token does not reach. The model has run: that is how many it reaches."""
+    """Count the weights of experts that a token does not reach, in a model that has run."""
     mixtures = [module for module in model.modules() if hasattr(module, "experts_per_token")]
     if not mixtures:
         return 0

@@ -1,20 +1,20 @@
-"""What a device offers, from its maker's data sheet, and what a plan assumes of it."""
+"""Devices by their makers' data sheets, and the assumptions of a plan about them."""
 
 import os
 from dataclasses import dataclass
 
 from minillm import UserError
 
-# Shares of the data sheet's numbers that training and decoding reach: assumptions, shown with every estimate.
+# Fractions of the data sheet's numbers that training and decoding reach: assumptions, shown with every estimate.
 MFU = 0.40
-BANDWIDTH_SHARE = 0.60
-LINK_SHARE = 0.70
+BANDWIDTH_USE = 0.60
+LINK_USE = 0.70
 USABLE_MEMORY = 0.92  # the rest: the CUDA context, and what the allocator cannot use
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense peaks without sparsity. None where an estimate of time would be a guess."""
+    """One device, with dense peaks. A number is None where an estimate from it would be a guess."""
 
     name: str
     memory_gib: float
@@ -26,7 +26,7 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> int:
-        """What a plan may fill."""
+        """Bytes that a plan may fill."""
         return int(self.memory_gib * USABLE_MEMORY * 2**30)
 
 
@@ -49,7 +49,7 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """By name, whatever its case; `cpu` is this machine. Raises UserError, which names those there are."""
+    """Find a device by its name in any case; `cpu` is this machine. Raises UserError, which lists the known names."""
     if name.lower() == "cpu":
         return Gpu("cpu", _here(), kind="cpu")
     if name.lower() not in GPUS:

@@ -35,12 +35,17 @@ _INDEX = {name: place for place, name in enumerate(PARTS)}
 
 @dataclass(frozen=True)
 class Timeline:
-    """The moments of one phase."""
+    """The distinct moments of one phase: bytes alive, by part."""
 
     moments: np.ndarray  # (moments, parts) int64, bytes
 
     def peak(self, factors: Mapping[str, float], added: Mapping[str, int]) -> dict[str, int]:
-        """Bytes of each part at the worst moment, with each part multiplied by its factor and some bytes added."""
+        """Return the bytes of each part at the worst moment.
+
+        Args:
+            factors: what each part is multiplied by, 1 where nothing is said.
+            added: bytes added to each part afterwards.
+        """
         scale = np.array([factors.get(name, 1.0) for name in PARTS])
         worst = int((self.moments @ scale).argmax())
         return {
@@ -49,12 +54,12 @@ class Timeline:
         }
 
     def most(self, part: str) -> int:
-        """The most bytes of one part at any moment."""
+        """Return the most bytes of one part at any moment."""
         return int(self.moments[:, _INDEX[part]].max())
 
 
 class Ledger(TorchDispatchMode):
-    """Active inside `with`; enter it inside of the FakeTensorMode, so that it sees the tensors that come out."""
+    """A count of the bytes alive, active inside `with`; inside of a FakeTensorMode it sees the tensors that come out."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +77,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is allocated inside belongs to `name`."""
+        """Count what is allocated inside as part `name`."""
         before, self._part = self._part, name
         try:
             yield
@@ -80,7 +85,7 @@ class Ledger(TorchDispatchMode):
             self._part = before
 
     def relabel(self, tensors: Iterable[Tensor], name: str) -> None:
-        """These tensors' storages belong to `name` from now on."""
+        """Count the storages of these tensors as part `name` from now on."""
         for tensor in tensors:
             address = tensor.untyped_storage()._cdata
             if address in self._live:
@@ -96,15 +101,15 @@ class Ledger(TorchDispatchMode):
 
     @property
     def moment(self) -> int:
-        """Now, for `most_since`."""
+        """The present moment, for `most_since`."""
         return len(self._moments)
 
     def most_since(self, moment: int) -> int:
-        """The most bytes alive at any moment after this one."""
+        """Return the most bytes alive at any moment after this one."""
         return max(int(after.sum()) for after in [*self._moments[moment:], self._bytes])
 
     def take(self) -> Timeline:
-        """The moments since the last call, from now on forgotten."""
+        """Return the moments since the last call, and forget them."""
         moments = np.unique(np.array([*self._moments, self._bytes]), axis=0)
         self._moments = []
         return Timeline(moments)

@@ -1,6 +1,6 @@
 """The twin of minillm.losses.linear_objective and linear_token_stats: the same buffers, and no arithmetic.
 
-The chunk is what kernels/chunks.py computes for the device. What full logits would have taken stands beside it.
+kernels/chunks.py says how many rows the device's chunks have. The bytes that full logits would take stand beside them.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ BLOCK_TEMPORARIES = (
 
 @dataclass(frozen=True)
 class LossShape:
-    """One call of a fused loss."""
+    """The sizes of one call of a fused loss."""
 
     rows: int  # predictions that count
     vocab_size: int
@@ -41,7 +41,7 @@ class LossShape:
 
     @property
     def logits_bytes(self) -> int:
-        """Of the chunk's logits and what the row operations need beside them."""
+        """Bytes of the chunk's logits, and of what the row operations hold beside them."""
         padded = self.vocab_size if self.device.type == "cpu" else -(-self.vocab_size // 16) * 16
         row = padded * LOGITS.itemsize
         total = self.models * self.chunk * row
@@ -51,15 +51,17 @@ class LossShape:
         return total
 
     def full_logits_bytes(self, *, gradient: bool) -> int:
-        """What log_softmax on whole fp32 logits holds: for each model the logits and the log-probabilities, and for the
-        student their gradient."""
-        whole = self.rows * self.vocab_size * LOGITS.itemsize
-        return whole * (2 * self.models + int(gradient))
+        """Return the bytes that log_softmax on full fp32 logits holds: logits and log-probabilities of each model, and
+        with `gradient` that of the student's logits."""
+        logits = self.rows * self.vocab_size * LOGITS.itemsize
+        return logits * (2 * self.models + int(gradient))
 
 
 class LossTwin(torch.autograd.Function):
-    """student hidden states (N, H) and head weight (V, H) -> a scalar, with the memory of linear_objective: a head that
-    is frozen has no gradient."""
+    """The memory of linear_objective: student hidden states (N, H) and head weight (V, H) -> a scalar.
+
+    A frozen head has no gradient.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, compute: torch.dtype, shape: LossShape, ledger: Ledger) -> Tensor:
@@ -89,5 +91,5 @@ class LossTwin(torch.autograd.Function):
 
 
 def statistics_twin(hidden: Tensor, shape: LossShape) -> None:
-    """What linear_token_stats holds at a time without a gradient."""
+    """Allocate what linear_token_stats holds at a time without a gradient, for hidden states (N, H)."""
     hidden.new_empty(shape.logits_bytes, dtype=torch.uint8)

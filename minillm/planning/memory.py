@@ -1,4 +1,4 @@
-"""Bytes of one rank by part and phase: the simulated moments, sharded, with what lies in the host's memory apart."""
+"""Bytes of one rank by part and phase: the simulated moments, sharded, with the host's memory counted by itself."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class PhaseMemory:
 
 
 def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: torch.device) -> list[PhaseMemory]:
-    """Every phase's worst moment, in the order in which they run."""
+    """Return the worst moment of every phase, in the order in which they run."""
     student = simulation.student
     one_memory = device.type == "cpu"
     factors, host_factors = sharding.factors(), sharding.host_factors()
@@ -40,7 +40,7 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
         added = dict.fromkeys(PARTS, 0)
         host = dict.fromkeys(PARTS, 0)
         here = added if one_memory else host
-        # the last buffer lives until the next one is whole
+        # the last buffer lives until the next one is complete
         here["rollout buffer"] += buffer * (2 if phase == "scoring" and work.buffered else 1)
         if phase == "update" or phase == "scoring" and not work.buffered:
             added["teacher hidden states"] += waiting[False]
@@ -50,14 +50,14 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
         added["gathered weights"] += _gathered(phase, simulation, work, sharding)
         on_device = timeline.peak(factors, added)
         everything = timeline.peak({}, {})
-        for part, share in host_factors.items():
-            host[part] += int(everything[part] * share)
+        for part, fraction in host_factors.items():
+            host[part] += int(everything[part] * fraction)
         result.append(PhaseMemory(phase, on_device, host))
     return result
 
 
 def _gathered(phase: str, simulation: Simulation, work: Work, sharding: Sharding) -> int:
-    """Bytes of sharded weights that are whole at the same time."""
+    """Bytes of sharded weights that are gathered at the same time."""
     student, teacher = simulation.student, simulation.teacher
     if phase == "update":
         total = sharding.layers(student) if sharding.gathers("student") else 0
@@ -78,8 +78,8 @@ def _gathered_for(forward: Decoding | Forward, simulation: Simulation, sharding:
 
 
 def _teacher_rows(simulation: Simulation, work: Work, world_size: int) -> tuple[int, dict[bool, int]]:
-    """Bytes of a rollout buffer, of which a rank has all vectors and its share of the hidden states; and of the teacher's
-    hidden states that wait for a step, from the buffer or not."""
+    """Bytes of a rollout buffer, of which a rank has all vectors and its own slice of the hidden states; and bytes of the
+    teacher's hidden states that wait for a step, by whether they come from the buffer."""
     if simulation.teacher is None:
         return 0, {False: 0, True: 0}
     row = simulation.teacher.hidden_size * simulation.teacher.itemsize

@@ -1,4 +1,4 @@
-"""From a configuration to its plan: every stage simulated, sharded, fitted to a GPU, and what to change."""
+"""The plan of a configuration: every stage simulated, sharded, and held against a device."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ WORLD_SIZES = tuple(2**power for power in range(11))
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage on one rank."""
+    """The plan of one stage, on one rank."""
 
     name: str
     method: str
@@ -40,7 +40,7 @@ class StagePlan:
         return max(self.memory, key=lambda memory: memory.device_bytes)
 
     def smallest_world_size(self, gpu: Gpu) -> int | None:
-        """The fewest ranks that fit, as a power of two; None where none of those tried does."""
+        """Return the fewest ranks that fit, a power of two; None where none of those tried does."""
         for size in WORLD_SIZES if self.sharding.stage else (1,):
             try:
                 phases = self.memory_on(size)
@@ -53,7 +53,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """All stages on one kind of device."""
+    """The plans of all stages, on one kind of device."""
 
     gpu: Gpu
     world_size: int
@@ -89,7 +89,7 @@ def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> P
 
 
 def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world_size: int) -> float | None:
-    """The most that one rank of a stage would allocate on such a device; None where its models are not known here."""
+    """Return the most that one rank of a stage would allocate on such a device, in GiB; None where it cannot be planned."""
     architectures = Architectures(plan)
     setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
     try:
@@ -143,4 +143,4 @@ def _not_counted(needs: Needs) -> Iterator[str]:
     if beside:
         yield f"what the method trains beside the student: {', '.join(beside)}"
     if needs.images:
-        yield "the pictures that prompts show, and the model that reads them"
+        yield "what reading the prompts' images takes"

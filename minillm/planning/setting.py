@@ -1,4 +1,4 @@
-"""What of a stage's configuration the simulated shapes depend on, beside its architectures and sizes."""
+"""The keys of a stage that change the simulated shapes, beside its architectures and sizes."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from minillm.config.root import StageConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """See the module."""
+    """Dtypes, attention and engine of one stage."""
 
     student_dtype: str
     teacher_dtype: str
@@ -24,7 +24,7 @@ class Setting:
 
     @classmethod
     def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
-        """`checkpointing` stands in for train.gradient_checkpointing."""
+        """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing."""
         deepspeed = config.engine.type == "deepspeed"
         mixed = deepspeed and config.train.bf16  # DeepSpeed casts the weights, torch's autocast each use of them
         teacher = config.teacher or config.student

@@ -1,4 +1,4 @@
-"""How the parts of one rank's memory shrink with the engine: ZeRO's stages, offloading, a sharded teacher.
+"""Shards of one rank: ZeRO's stages, offloading, a sharded teacher.
 
 Sizes that DeepSpeed chooses by itself are its documented defaults; a user's own DeepSpeed JSON is read for them.
 """
@@ -24,58 +24,58 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """Where each part lies. Stage 0 is one process without DeepSpeed."""
+    """Where each part of the memory lies. Stage 0 is one process without DeepSpeed."""
 
     world_size: int = 1
     stage: int = 0
     offload_optimizer: bool = False
     offload_param: bool = False
     teacher: str = "replicated"  # sharded | replicated | offloaded
-    by_layers: bool = False  # what is sharded comes together layer by layer even to sample and score
+    by_layers: bool = False  # sharded weights are gathered layer by layer even to sample and score
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's `zero_optimization`
 
     def factors(self) -> dict[str, float]:
-        """What of each part stays on the device of one rank."""
-        share = 1.0 / self.world_size
-        states = 0.0 if self.offload_optimizer else share if self.stage >= 1 else 1.0
-        weights = 0.0 if self.offload_param else share if self.stage == 3 else 1.0
-        teacher = {"sharded": share, "replicated": 1.0, "offloaded": 0.0}[self.teacher]
+        """Return the fraction of each part that stays on the device of one rank."""
+        shard = 1.0 / self.world_size
+        states = 0.0 if self.offload_optimizer else shard if self.stage >= 1 else 1.0
+        weights = 0.0 if self.offload_param else shard if self.stage == 3 else 1.0
+        teacher = {"sharded": shard, "replicated": 1.0, "offloaded": 0.0}[self.teacher]
         return {
             "student weights": weights,
             "teacher weights": teacher,
-            "gradients": (0.0 if self.offload_optimizer else share) if self.stage >= 2 else 1.0,
+            "gradients": (0.0 if self.offload_optimizer else shard) if self.stage >= 2 else 1.0,
             "optimizer states": states,
             "fp32 master weights": states,
         }
 
     def host_factors(self) -> dict[str, float]:
-        """What of each part a rank keeps in the memory of its host because it is offloaded."""
-        share = 1.0 / self.world_size
-        states = share if self.offload_optimizer else 0.0
+        """Return the fraction of each part that a rank keeps in its host's memory because it is offloaded."""
+        shard = 1.0 / self.world_size
+        states = shard if self.offload_optimizer else 0.0
         return {
-            "student weights": share if self.offload_param else 0.0,
-            "teacher weights": share if self.teacher == "offloaded" else 0.0,
+            "student weights": shard if self.offload_param else 0.0,
+            "teacher weights": shard if self.teacher == "offloaded" else 0.0,
             "gradients": states,
             "optimizer states": states,
             "fp32 master weights": states,
         }
 
     def is_sharded(self, who: str) -> bool:
-        """Whether a rank holds less than all of the weights of the student or teacher."""
+        """Whether a rank holds no more than a shard of the student or teacher."""
         return self.stage == 3 if who == "student" else self.teacher != "replicated"
 
     def gathers(self, who: str) -> bool:
-        """Whether its weights must be brought together before they are used."""
+        """Whether its weights must be gathered before they are used."""
         return self.is_sharded(who) and (self.world_size > 1 or self.offload_param)
 
     def layers(self, size: ModelSize) -> int:
-        """Bytes of a sharded model that are whole at a time where it runs layer by layer: at most what is allowed to live
-        and prefetched, at least the largest module."""
+        """Return the bytes of a sharded model that are gathered at a time where it runs layer by layer: no more than are
+        allowed to live and be prefetched, no less than the largest module has."""
         live = self._size("stage3_max_live_parameters") + self._size("stage3_prefetch_bucket_size")
         return min(size.parameters, max(size.largest_layer, size.head, int(live))) * size.itemsize
 
     def buckets(self, trained: int, itemsize: int) -> int:
-        """Bytes of the buffers in which gradients travel. Stage 3 sorts a full one by ranks, in a second one."""
+        """Return the bytes of the buffers in which gradients travel. Stage 3 sorts a full one by ranks, in a second one."""
         if not self.stage:
             return 0
         return int(min(trained, self._size("reduce_bucket_size"))) * itemsize * (2 if self.stage == 3 else 1)
@@ -86,19 +86,19 @@ class Sharding:
 
 
 def sharding_of(config: StageConfig, world_size: int) -> Sharding:
-    """What `engine` says. Raises UserError for several ranks of the torch engine."""
+    """Read the sharding of a stage from `engine`. Raises UserError for several ranks of the torch engine."""
     engine = config.engine
     if engine.type == "torch":
         if world_size > 1:
             raise UserError(f"engine.type torch is one process, not {world_size}; plan with engine.type=deepspeed")
         return Sharding()
-    cut = shards_teacher(engine, config.teacher)
+    sharded = shards_teacher(engine, config.teacher)
     return Sharding(
         world_size=world_size,
         stage=engine.stage,
         offload_optimizer=engine.offload_optimizer,
         offload_param=engine.offload_param,
         by_layers=engine.gather == "layers",
-        teacher="offloaded" if cut and engine.offload_param else "sharded" if cut else "replicated",
+        teacher="offloaded" if sharded and engine.offload_param else "sharded" if sharded else "replicated",
         zero=read_deepspeed_file(engine.config).get("zero_optimization", {}),
     )

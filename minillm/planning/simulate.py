@@ -1,4 +1,4 @@
-"""The phases of a stage on fake tensors: what the real modules allocate, moment by moment.
+"""The phases of a stage on fake tensors: the allocations of the real modules, moment by moment.
 
 rollout   prompts, then the last token, through the models that sample, with the caches of minillm.rollout
 scoring   forward passes without a gradient; a collection's, or those of the teacher before each step
@@ -24,11 +24,12 @@ from minillm import UserError
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
+from minillm.models.families import text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
-from minillm.planning.quantized import quantize
+from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
 from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
@@ -42,12 +43,12 @@ FEW = 3  # layers: the first, the last, and one between two others
 
 @dataclass(frozen=True)
 class Simulation:
-    """What one rank would hold if nothing were sharded."""
+    """The moments of every phase as one rank would have them if nothing were sharded."""
 
     phases: dict[str, Timeline]  # of PHASES those that the stage has
     student: ModelSize
     teacher: ModelSize | None
-    vocab_size: int  # what the heads share
+    vocab_size: int  # ids that both heads have
     losses: dict[str, LossShape]  # by term, and of the phases without a gradient
 
 
@@ -63,7 +64,7 @@ def simulate(
     *,
     phases: tuple[str, ...] = PHASES,
 ) -> Simulation:
-    """Run the phases on fake tensors; what was run before in this process is remembered.
+    """Run the phases on fake tensors, or remember them from before in this process.
 
     Raises UserError for an architecture that cannot be built or run without values.
     """
@@ -182,23 +183,23 @@ class _Simulator:
 
     @contextmanager
     def _few_layers(self, names: Collection[str]) -> Iterator[dict[str, int]]:
-        """Inside, models whose layers are alike run a few of them, which without a gradient have the same worst moment.
+        """Let models whose layers are alike run a few of them, which without a gradient have the same worst moment.
 
-        Gives how many layers are left out.
+        Yields the number of layers that are left out, by model.
         """
-        left_out, whole = {}, []
+        left_out, replaced = {}, []
         for name in names:
             parent, attribute, layers = decoder_layers(self.models[name])
-            alike = len(set(getattr(self.models[name].config, "layer_types", None) or [None])) == 1
+            alike = len(set(getattr(text_config(self.models[name].config), "layer_types", None) or [None])) == 1
             alike = alike and len({weight_count(layer) for layer in layers}) == 1 and len(layers) > FEW
             left_out[name] = len(layers) - FEW if alike else 0
             if alike:
-                whole.append((parent, attribute, layers))
+                replaced.append((parent, attribute, layers))
                 setattr(parent, attribute, layers[:FEW])
         try:
             yield left_out
         finally:
-            for place in whole:
+            for place in replaced:
                 setattr(*place)
 
     def _cache(self, name: str, room: int):
@@ -281,7 +282,7 @@ class _Simulator:
         del teacher
 
     def _optimizer_step(self) -> None:
-        """A fused AdamW works in place; DeepSpeed brings its gradients together in fp32 before it."""
+        """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""
         if self.setting.master_weights:
             with self.ledger.part("gradients"):
                 together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]

@@ -1,4 +1,4 @@
-"""How large a model is, from its architecture alone."""
+"""The sizes of a model, from its architecture alone."""
 
 import copy
 from dataclasses import dataclass
@@ -30,17 +30,17 @@ class ModelSize:
     hidden_size: int
     kv_bytes_per_token: int  # of one sequence, all layers
     trained: int  # weights that receive a gradient
-    idle: int = 0  # weights that a token does not meet: of other experts, of what reads pictures
+    idle: int = 0  # weights that a token does not meet: of other experts, of what reads images
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
-    """Weights of a model of this architecture, tied ones once; nothing is allocated."""
+    """Count the weights of a model of this architecture, tied ones once, without allocating any."""
     with FakeTensorMode():
         return weight_count(build(architecture, "bfloat16", "eager"))
 
 
 def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrainedModel:
-    """The model in a FakeTensorMode: weights with no memory behind them. The architecture stays as it is.
+    """Build the model; in a FakeTensorMode its weights have no memory. The architecture stays as it is.
 
     Raises UserError for what transformers does not build from it.
     """
@@ -67,7 +67,7 @@ def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """As models.pruning.layers_of, with an error that says what cannot be done."""
+    """Find the decoder's layers as models.pruning.layers_of does. Raises UserError, in the words of a plan."""
     try:
         return layers_of(model)
     except UserError:
@@ -75,7 +75,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleLis
 
 
 def weight_count(module: nn.Module) -> int:
-    """Weights of a module, tied ones once."""
+    """Count the weights of a module, tied ones once."""
     return sum(map(_elements, module.parameters()))
 
 
@@ -84,7 +84,7 @@ def _elements(parameter: nn.Parameter) -> int:
 
 
 def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
-    """`kv_bytes`: of a token of one sequence, all layers."""
+    """Measure a model. `kv_bytes` is the key-value cache of one token of one sequence, over all layers."""
     counts = [weight_count(layer) for layer in decoder_layers(model)[2]]
     head = lm_head(model).weight
     tables = {

@@ -1,27 +1,27 @@
 """FLOPs of a step, and an estimate of its time on a GPU.
 
-A matrix of P weights costs 2 P FLOPs a token forward and 4 P backward, 2 P where it is frozen below adapters; attention
-4 L H a token and layer; the fused loss three GEMMs with the student's head, two where it is frozen, and one with the
-teacher's, on the tokens that count. Decoding is bound by
-whichever is slower, its FLOPs or reading weights and caches once a token.
+For each token a matrix of P weights costs 2 P FLOPs forward and 4 P backward, 2 P where it is frozen below adapters, and
+attention 4 L H in each layer. The fused loss takes three GEMMs with the student's head, two where it is frozen, and one
+with the teacher's, over the tokens that count. Decoding takes whichever is longer: its FLOPs, or reading weights and
+caches once per token.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from minillm.planning.gpus import BANDWIDTH_SHARE, LINK_SHARE, MFU, Gpu
+from minillm.planning.gpus import BANDWIDTH_USE, LINK_USE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import ModelSize, Simulation
 from minillm.planning.work import Decoding, Work
 
 TERA, GIGA = 1e12, 1e9
-ADAM_TRAFFIC = 7  # reads and writes a weight, in words: weight 2, gradient 1, moments 4
+ADAM_TRAFFIC = 7  # words that are read and written per weight: weight 2, gradient 1, moments 4
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one optimiser step on one rank, with its part of the collection that it uses."""
+    """The cost of one optimiser step on one rank, with its part of the collection that it uses."""
 
     rollout_flops: float
     scoring_flops: float
@@ -42,7 +42,7 @@ def speed_of(
     bf16: bool,
     checkpointing: bool,
 ) -> Speed:
-    """Estimates for the longest prompts and answers."""
+    """Estimate a step with the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
     used = 1.0 / work.steps_per_collection if work.buffered else 1.0  # by this step, of a collection
     decoded = [(one, _decoding_flops(one, sizes, used)) for one in work.decodings if one.total]
@@ -91,7 +91,7 @@ def _flops_per_s(gpu: Gpu, *, bf16: bool) -> float:
 
 
 def forward_flops(size: ModelSize, tokens: float, context: float) -> float:
-    """Below the head: matrices, and attention over `context` tokens."""
+    """Return the FLOPs of one forward pass below the head: matrices, and attention over `context` tokens."""
     matrices = size.parameters - size.idle - size.embeddings - size.head
     return tokens * (2.0 * matrices + 4.0 * context * size.hidden_size * size.layers)
 
@@ -112,11 +112,11 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
 
 def _optimizer_seconds(student: ModelSize, sharding: Sharding, gpu: Gpu) -> float:
     words = student.trained / (sharding.world_size if sharding.stage else 1) * ADAM_TRAFFIC
-    return words * 4 / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_SHARE)
+    return words * 4 / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_USE)
 
 
 def _reading_seconds(decoding: Decoding, sizes: Mapping[str, ModelSize | None], gpu: Gpu) -> float:
-    """Weights and half-full caches are read once a token."""
+    """Seconds in which weights and half-full caches are read once per token."""
     batches = -(-decoding.total // decoding.batch)
     total = 0.0
     for name in decoding.models:
@@ -124,13 +124,13 @@ def _reading_seconds(decoding: Decoding, sizes: Mapping[str, ModelSize | None], 
         weights = size.stored_bytes - size.embeddings * size.itemsize
         caches = decoding.batch * (decoding.prompt + decoding.answer / 2) * size.kv_bytes_per_token
         total += weights + caches
-    return batches * decoding.answer * total / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_SHARE)
+    return batches * decoding.answer * total / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_USE)
 
 
 def _communication_seconds(
     sizes: Mapping[str, ModelSize | None], work: Work, sharding: Sharding, gpu: Gpu, used: float
 ) -> float:
-    """Gathers and reductions that nothing hides: a sharded model's weights once a pass, or once for a collection."""
+    """Seconds of gathers and reductions that nothing hides: a sharded model's weights once per pass or collection."""
     if sharding.world_size == 1:
         return 0.0
     student, teacher = sizes["student"], sizes["teacher"]
@@ -153,4 +153,4 @@ def _communication_seconds(
             if sharding.is_sharded(name):
                 moved += used * passes * sizes[name].parameters * sizes[name].itemsize
     remote = (sharding.world_size - 1) / sharding.world_size
-    return moved * remote / (gpu.link_gb_per_s * GIGA * LINK_SHARE)
+    return moved * remote / (gpu.link_gb_per_s * GIGA * LINK_USE)

@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def render(run: PlannedRun, advice: list[Change]) -> RenderableType:
-    """What the terminal shows."""
+    """Lay out a plan for the terminal."""
     parts: list[RenderableType] = []
     for stage in run.stages:
         title = f"stage {stage.name}: {stage.method}" if len(run.stages) > 1 else stage.method
@@ -34,7 +34,7 @@ def render(run: PlannedRun, advice: list[Change]) -> RenderableType:
 
 
 def as_data(run: PlannedRun, advice: list[Change]) -> dict[str, Any]:
-    """The same, for programs. Bytes, FLOPs and seconds."""
+    """Return the plan as plain data for programs, in bytes, FLOPs and seconds."""
     return {
         "gpu": run.gpu.name,
         "gpu_memory_bytes": int(run.gpu.memory_gib * GIB),
@@ -52,16 +52,17 @@ def as_data(run: PlannedRun, advice: list[Change]) -> dict[str, Any]:
 
 
 def to_json(run: PlannedRun, advice: list[Change]) -> str:
+    """Write `as_data` as JSON."""
     return json.dumps(as_data(run, advice), indent=2)
 
 
 def assumptions() -> Iterator[str]:
-    """What the numbers rest on."""
+    """List the assumptions behind the numbers."""
     yield "memory: every prompt and answer at its longest, PyTorch's allocations without what its allocator leaves unused"
     yield f"fits: peak at most {gpus.USABLE_MEMORY:.0%} of the device's memory"
     yield (
-        f"time (an estimate): {gpus.MFU:.0%} of the data sheet's FLOP/s, {gpus.BANDWIDTH_SHARE:.0%} of its memory bandwidth "
-        f"while decoding, {gpus.LINK_SHARE:.0%} of the link between GPUs of one node, communication not overlapped"
+        f"time (an estimate): {gpus.MFU:.0%} of the data sheet's FLOP/s, {gpus.BANDWIDTH_USE:.0%} of its memory bandwidth "
+        f"while decoding, {gpus.LINK_USE:.0%} of the link between GPUs of one node, communication not overlapped"
     )
 
 

@@ -1,7 +1,6 @@
 """The work of one step as sizes: batches, lengths and the models that take part, from what the method declares.
 
-Every prompt and every answer counts at its longest: a plan is for the worst batch. What one method's prompts need beyond
-that, such as two answers each, follows from the texts its terms stand in.
+Every prompt and every answer counts at its longest: a plan is for the worst batch.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ class NothingToPlan(UserError):
 
 @dataclass(frozen=True)
 class Decoding:
-    """Answers sampled side by side."""
+    """Sampling of one kind of answers, `batch` of them side by side."""
 
     models: tuple[str, ...]  # student, teacher
     batch: int
@@ -88,7 +87,7 @@ class Work:
 
     @property
     def moment(self) -> "Work":
-        """The same but for how many times it is repeated: what memory on a device depends on."""
+        """This work without its repetitions, which memory on a device does not depend on."""
         return replace(
             self,
             decodings=tuple(replace(one, total=0) for one in self.decodings),
@@ -111,7 +110,7 @@ class Work:
 
 @dataclass(frozen=True)
 class _Text:
-    """What one item of a step is read as, at its longest."""
+    """The sequences of one item of a step, at their longest."""
 
     sequences: int
     length: int  # tokens fed
@@ -123,7 +122,7 @@ class _Text:
 
 
 def work_of(config: StageConfig, world_size: int) -> Work:
-    """The sizes of a stage.
+    """Compute the sizes of a stage.
 
     Raises UserError where a length is not known, or a buffer holds no whole number of steps, and NothingToPlan where
     the stage takes no step and declares no texts.
@@ -172,7 +171,7 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
 
 
 def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int) -> tuple[Forward, ...]:
-    """Forward passes without a gradient: over a buffer, over what the terms' teacher reads, or a step-less stage's own."""
+    """The forward passes without a gradient: of a buffer, of the terms' teacher, or of a stage that takes no step."""
     micro, judges = config.train.per_device_train_batch_size, ("teacher", "student") if needs.teacher else ("student",)
     step = micro * config.train.gradient_accumulation_steps
     if needs.buffered:
@@ -213,7 +212,7 @@ def _prompts(config: StageConfig) -> Prompts:
 
 
 def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
-    """The student answers, the teacher answers, and both are run over answers and references."""
+    """The passes of an evaluation: student and teacher answer, and both are run over answers and references."""
     keys, sets = config.eval, config.eval.sets.values()
     if not sets:
         return ()

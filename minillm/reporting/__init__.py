@@ -1,1 +1,1 @@
-"""What the report and the model card are made of; minillm/reporting/report.py and minillm/reporting/model_card.py put it together."""
+"""Reports, model cards and the terminal: a run's records in words, tables and pictures."""

@@ -1,4 +1,4 @@
-"""Pictures of the analyses, a line a model: exposure bias, calibration, diversity beside the loss, Rouge-L by length."""
+"""Pictures of the analyses, one line per model: exposure bias, calibration, diversity and loss, Rouge-L by length."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from minillm.reporting.metric import find_metric
 from minillm.reporting.panels import COLOURS, DASHES, GREY, MARKERS, draw_panels, dress, pick
 from minillm.storage.metrics_log import read_numbers
 
-Found = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> what `minillm eval --output` writes, one a seed
+Found = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> the output of `minillm eval`, one per seed
 
 
 def draw_analyses(found: Found, folder: Path, *, prefix: str = "") -> list[Path]:
-    """Draw what there is of each into `folder`; returns the files. Several seeds of a model are averaged."""
+    """Draw the analyses that were made into `folder`; returns the files. Several seeds of a model are averaged."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, draw in PICTURES.items():
@@ -26,7 +26,7 @@ def draw_analyses(found: Found, folder: Path, *, prefix: str = "") -> list[Path]
 
 
 def draw_exposure_bias(found: Found, path: Path) -> bool:
-    """Excess accumulated error against length, a panel a set."""
+    """Draw the excess accumulated error against length, one panel per set."""
 
     def draw(panel: Axes, name: str) -> None:
         for place, (model, seeds) in enumerate(found.items()):
@@ -46,7 +46,7 @@ def draw_exposure_bias(found: Found, path: Path) -> bool:
 
 
 def draw_calibration(found: Found, path: Path) -> bool:
-    """Accuracy against confidence, a panel a classification set."""
+    """Draw accuracy against confidence, one panel per classification set."""
 
     def draw(panel: Axes, name: str) -> None:
         panel.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=0.8)
@@ -62,7 +62,7 @@ def draw_calibration(found: Found, path: Path) -> bool:
 
 
 def _pooled(curves: Sequence[Mapping[str, list]]) -> list[tuple[float, float]]:
-    """(confidence, share that is right) of every bin that any seed has."""
+    """(confidence, accuracy) of every bin that any seed has."""
     points = []
     for place in range(len(curves[0]["counts"]) if curves else 0):
         count = sum(curve["counts"][place] for curve in curves)
@@ -77,7 +77,7 @@ def _pooled(curves: Sequence[Mapping[str, list]]) -> list[tuple[float, float]]:
 
 
 def draw_diversity(found: Found, path: Path) -> bool:
-    """The share of distinct n-grams against the loss on the references: a dot a model and seed."""
+    """Draw the percentage of distinct n-grams against the loss on the references, one dot per model and seed."""
     keys = [key for key in _keys(found) if key.startswith("distinct_")]
     keys = keys if "loss_nats" in _keys(found) else []
 
@@ -94,7 +94,7 @@ def draw_diversity(found: Found, path: Path) -> bool:
 
 
 def draw_length_buckets(found: Found, path: Path) -> bool:
-    """Rouge-L by the length of the reference, in one panel."""
+    """Draw Rouge-L by the length of the reference, in one panel."""
     keys = [key for key in _keys(found) if key.startswith("rouge_l_")]
 
     def draw(panel: Axes, _: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows: tables and one progress bar on a terminal, plain lines elsewhere, nothing on ranks above 0."""
+"""The display of a run: tables and one progress bar on a terminal, plain lines elsewhere, nothing on ranks above 0."""
 
 import math
 import re
@@ -9,13 +9,14 @@ from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from minillm.distributed.launcher import launched_rank
 from minillm.reporting.markdown import MISSING, duration, number
 from minillm.reporting.metric import Metric, metrics_in
+from minillm.reporting.time_left import Limits, TimeLeft
 
 SHOWN_SAMPLES = 3  # of an evaluation; samples.jsonl has all of them
 PLAIN_SECONDS = 5.0  # between lines of progress without a terminal
@@ -34,8 +35,7 @@ class Console:
         self._live = rank == 0 and self._rich.is_terminal
         self._clock, self._last_line = clock, -PLAIN_SECONDS
         self._progress: Progress | None = None
-        self._total: int | None = None
-        self._began: tuple[int, float] | None = None  # (stage_step, training seconds) that the ETA counts from
+        self._time_left = TimeLeft(Limits(), resumed=False)
         self._stage = ""
         self._best: dict[str, float] = {}
 
@@ -52,7 +52,7 @@ class Console:
             self._progress = None
 
     def preflight(self, rows: Sequence[Sequence[str]]) -> None:
-        """The table of what is about to be trained: (what, student, teacher) or (what, value) a row."""
+        """Show what is about to be trained, in rows of (what, student, teacher) or (what, value)."""
         self.close()
         if not self._live:
             for name, *values in rows:
@@ -65,42 +65,48 @@ class Console:
             grid.add_row(Text(str(name), "bold"), *(_text(str(value)) for value in values))
         self._rich.print(grid)
 
-    def start(self, stage: str, total_steps: int | None, done: int) -> None:
-        """A stage begins, or goes on after `done` of its steps; `total_steps` is None where time ends it."""
+    def start(self, stage: str, limits: Limits, done: int) -> None:
+        """Begin a stage, or go on after `done` of its steps."""
         self.close()
-        self._stage, self._total = stage, total_steps
-        self._began = (0, 0.0) if done == 0 else None
+        self._stage, self._time_left = stage, TimeLeft(limits, resumed=done > 0)
         self._last_line = -PLAIN_SECONDS
         if not self._live:
-            self._line(f"stage {stage}: step {done} of {'?' if total_steps is None else total_steps}")
+            self._line(f"stage {stage}: step {done} of {self._total}")
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
-            SpinnerColumn() if total_steps is None else BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[steps]}", markup=False),
             TextColumn("{task.fields[status]}", markup=False),
             console=self._rich,
             refresh_per_second=4,
         )
-        self._progress.add_task(stage, total=total_steps, completed=done, status="")
+        # the bar is of time, whatever ends the stage
+        self._progress.add_task(stage, total=None, steps=f"{done}/{self._total}", status="")
         self._progress.start()
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One optimiser step: its record as metrics.jsonl has it."""
-        step = record["stage_step"]
-        status = " · ".join(self._status(record))
-        if self._began is None:
-            self._began = (step, record["seconds"])
+        """Show one optimiser step, from its record as metrics.jsonl has it."""
+        steps = f"{record['stage_step']}/{self._total}"
+        left = self._time_left.after(record)
+        status = " · ".join(self._status(record, left))
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step, status=status)
+            total = None if left is None else record["seconds"] + left
+            task = self._progress.task_ids[0]
+            self._progress.update(task, total=total, completed=record["seconds"], steps=steps, status=status)
             return
         now = self._clock()
-        if now - self._last_line >= PLAIN_SECONDS or step == self._total:
+        if now - self._last_line >= PLAIN_SECONDS or record["stage_step"] == self._time_left.limits.steps:
             self._last_line = now
-            self._line(f"{self._stage} {step}/{'?' if self._total is None else self._total}: {status}")
+            self._line(f"{self._stage} {steps}: {status}")
+
+    @property
+    def _total(self) -> str:
+        steps = self._time_left.limits.steps
+        return "?" if steps is None else str(steps)
 
     def working(self, what: str, done: int, total: int) -> None:
-        """How far something long between two steps is."""
+        """Show the progress of long work between two steps."""
         status = f"{what} {done:,}/{total:,}"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], status=status)
@@ -111,7 +117,7 @@ class Console:
             self._line(f"{self._stage}: {status}")
 
     def evaluation(self, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        """What an evaluation found, against the best so far, and some of its answers."""
+        """Show an evaluation against the best so far, and some of its answers."""
         who, stage = record.get("who", "student"), record["stage"]
         moment = "the teacher" if who == "teacher" else f"step {record['stage_step']}"
         self.measurement(f"Evaluation of {moment} of stage {stage}", record["sets"], record["mean"], samples, who=who)
@@ -125,7 +131,7 @@ class Console:
         *,
         who: str = "student",
     ) -> None:
-        """The metrics of a student or teacher, a student's best values before, and some of the answers."""
+        """Show the metrics of a student or teacher, a student's best values before, and some of the answers."""
         several = sets if len(sets) > 1 else {}
         rows = []
         for metric in metrics_in([mean]):
@@ -135,7 +141,7 @@ class Console:
         self._samples(_of_every_set(samples, SHOWN_SAMPLES), who)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Numbers with their names; columns without any entry are left out."""
+        """Show numbers with their names; columns without any entry are left out."""
         empty = ("", MISSING)
         if not self._live:
             self._line(title)
@@ -152,7 +158,7 @@ class Console:
         self._rich.print(grid)
 
     def answers(self, title: str, texts: Mapping[str, str]) -> None:
-        """Texts under their names, whole, beside each other where there is room."""
+        """Show full texts under their names, beside each other where there is room."""
         if not self._live:
             for name, text in texts.items():
                 self._line(f"[{name}] {clean(text)}")
@@ -164,16 +170,16 @@ class Console:
         self._rich.print(grid)
 
     def note(self, text: str) -> None:
-        """One line about something unusual."""
+        """Show one line about something unusual."""
         self._line(clean(text))
 
     def finish(self, folder: Path) -> None:
-        """The run is done."""
+        """Show where a finished run has left its model and report."""
         self.close()
         self._line(f"done: the model is in {folder / 'final'}, the report is {folder / 'report.md'}")
 
     def _best_before(self, metric: Metric, value: float) -> str:
-        """What the best value of a metric was until now, and whether this one beats it; remembers it if so."""
+        """The best value of a metric until now, and a word where this one beats it and is remembered in its place."""
         best = self._best.get(metric.key)
         if not metric.better or not math.isfinite(value):
             return ""
@@ -182,15 +188,13 @@ class Console:
             self._best[metric.key] = value
         return "" if best is None else metric.show({metric.key: best}) + (", beaten" if beaten else "")
 
-    def _status(self, record: Mapping[str, Any]) -> list[str]:
+    def _status(self, record: Mapping[str, Any], left: float | None) -> list[str]:
         parts = [f"loss {number(record['loss'])}"]
         if "reverse_kl_nats" in record:
             parts.append(f"reverse KL {number(record['reverse_kl_nats'])}")
         parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
-        if self._total is not None and self._began is not None and record["stage_step"] > self._began[0]:
-            step, seconds = self._began
-            per_step = (record["seconds"] - seconds) / (record["stage_step"] - step)
-            parts.append(f"ETA {duration(round(per_step * (self._total - record['stage_step'])))}")
+        if left is not None:
+            parts.append(f"ETA {duration(round(left))}")
         return parts
 
     def _samples(self, samples: Sequence[Mapping[str, Any]], who: str) -> None:
@@ -222,7 +226,7 @@ class Console:
 
 
 def clean(text: str) -> str:
-    """Without the control characters by which a model's answer could steer the terminal; line ends and tabs stay."""
+    """Replace the control characters by which a model's answer could steer the terminal; line ends and tabs stay."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

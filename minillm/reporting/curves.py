@@ -1,6 +1,6 @@
 """The picture of a run, or of several side by side: evaluations first, then what the optimiser saw.
 
-A panel a metric, a colour a stage (or a run). Along the axis a stage begins where the one that its student came from
+One panel per metric, one colour per stage or run. Along the axis a stage begins where the one that its student came from
 ended, so that two stages with the same beginning lie over each other.
 """
 
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from minillm.config.root import method_class
 from minillm.reporting.metric import METRICS, Metric, metrics_in
 from minillm.reporting.panels import COLOURS, COLUMNS, DASHES, GREY, MARKERS, TEACHER, dress, grid, pick, save
 from minillm.reporting.run_files import RunFiles, StageFiles, stage_label
@@ -35,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """What runs along the panels: steps, or training time where stages were compared by it."""
+    """The axis along all panels: steps, or training time where stages were compared by it."""
 
     by_time: bool
     divisor: float  # seconds in a unit
@@ -58,7 +59,7 @@ class Axis:
 
 
 def draw_run(run: RunFiles, path: Path) -> bool:
-    """Write the PNG of one run. False, and no file, where nothing has been measured yet."""
+    """Write the PNG of one run; returns False, and leaves no file, where nothing has been measured yet."""
     stages = [stage for stage in run.stages.values() if stage.started]
     curves = [
         Curve(stage.name, pick(COLOURS, place), pick(MARKERS, place), "-", stage, run)
@@ -68,7 +69,7 @@ def draw_run(run: RunFiles, path: Path) -> bool:
 
 
 def draw_comparison(runs: dict[str, RunFiles], path: Path) -> bool:
-    """Write the PNG of several runs, a colour a run and dashes a stage; what it returns is as for draw_run."""
+    """Write the PNG of several runs, a colour for each run and dashes for each stage; returns what draw_run does."""
     curves = [
         Curve(
             stage_label(label, run, stage),
@@ -88,6 +89,7 @@ def _draw(curves: list[Curve], path: Path, *, with_losses: bool) -> bool:
     measured = [one.mean for curve in curves for one in curve.stage.evaluations]
     trained = [metric for metric in METRICS if any(_has(curve, metric) for curve in curves)]
     metrics = [*trained, *(metric for metric in metrics_in(measured) if metric not in trained)]
+    metrics += [metric for metric in _of_methods(curves) if metric.key not in {one.key for one in metrics}]
     losses = [curve for curve in curves if curve.stage.train] if with_losses else []
     if not metrics and not losses:
         path.unlink(missing_ok=True)
@@ -101,6 +103,16 @@ def _draw(curves: list[Curve], path: Path, *, with_losses: bool) -> bool:
     _legend(figure, curves, metrics)
     save(figure, path)
     return True
+
+
+def _of_methods(curves: list[Curve]) -> list[Metric]:
+    """The metrics that the stages' methods declare to have a panel of their own, as far as records have them."""
+    declared = {}
+    for curve in curves:
+        config_class = method_class(curve.stage.settings.get("method", {}).get("name", ""))
+        for key, (title, unit) in ({} if config_class is None else config_class.panels).items():
+            declared.setdefault(key, Metric(key, title, unit, better=0))
+    return [metric for metric in declared.values() if any(_has(curve, metric) for curve in curves)]
 
 
 def _has(curve: Curve, metric: Metric) -> bool:
@@ -160,7 +172,7 @@ def _draw_metric(panel: Axes, metric: Metric, curves: list[Curve], axis: Axis) -
 
 
 def _draw_losses(panel: Axes, curve: Curve, *, alone: bool) -> None:
-    """The stage's loss and its terms; the losses of two methods are not comparable, so that each has its own panel."""
+    """Draw a stage's loss and its terms. Losses of two methods are not comparable, so that each stage has a panel."""
     names = list(dict.fromkeys(name for record in curve.stage.train for name in record if name.startswith("loss/")))
     drawn = ["loss", *names] if len(names) > 1 else ["loss"]
     for place, name in enumerate(drawn):

@@ -10,7 +10,7 @@ from minillm.reporting.run_files import Measurement, RunFiles, StageFiles
 
 READING = (
     "Reverse KL is KL(student ‖ teacher) on the student's own samples, forward KL is KL(teacher ‖ student) on the "
-    "teacher's, entropy is the student's on its own samples; all over the whole vocabulary, at temperature 1."
+    "teacher's, entropy is the student's on its own samples; all over the full vocabulary, at temperature 1."
 )
 
 
@@ -24,7 +24,7 @@ class Row:
 
 
 def evaluation_rows(run: RunFiles) -> list[Row]:
-    """The first evaluation of every student, the last one of every stage, and those of the teachers.
+    """List the first evaluation of every student, the last one of every stage, and those of the teachers.
 
     Stages that began with the same measured student share one row, and so do teachers that are one model.
     """
@@ -46,12 +46,12 @@ def evaluation_rows(run: RunFiles) -> list[Row]:
 
 
 def trained_stages(run: RunFiles) -> list[StageFiles]:
-    """The stages that were evaluated after some training."""
+    """List the stages that were evaluated after some training."""
     return [stage for stage in run.stages.values() if stage.evaluations and stage.evaluations[-1].stage_step > 0]
 
 
 def seed_rows(runs: Sequence[RunFiles]) -> list[Row]:
-    """One row a student, over runs that differ in nothing but their seed: means, and deviations over the runs.
+    """Average runs that differ in nothing but their seed, one row per student: means, and deviations over the runs.
 
     Empty where the runs are of different configurations, or have not all been evaluated.
     """
@@ -82,7 +82,7 @@ def _over_seeds(rows: Sequence[Row]) -> Row:
 
 
 def metrics_table(rows: Sequence[Row], set_name: str | None = None) -> str:
-    """The rows' metrics on one set, or their means over the sets with the training time."""
+    """Tabulate the rows' metrics on one set, or their means over the sets with the training time."""
     found = [row.measurement.mean if set_name is None else row.measurement.sets.get(set_name, {}) for row in rows]
     metrics, lines = metrics_in(found), []
     for row, values in zip(rows, found, strict=True):
@@ -92,7 +92,7 @@ def metrics_table(rows: Sequence[Row], set_name: str | None = None) -> str:
 
 
 def evaluation_section(run: RunFiles, *, heading: str = "##") -> str:
-    """The table of means, how to read it, and a table a set where there are several."""
+    """Write the table of means, a line on how to read it, and one table per set where there are several."""
     rows = evaluation_rows(run)
     if not rows:
         return ""

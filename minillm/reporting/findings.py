@@ -1,4 +1,4 @@
-"""What a run's measurements say: a collapse, and which of two stages did more with the same time."""
+"""Findings in a run's measurements: a collapse, and a verdict on two stages of the same training time."""
 
 import math
 
@@ -11,7 +11,7 @@ ENTROPY_LEFT, FORWARD_KL_RISE = 0.5, 1.1
 
 
 def collapses(run: RunFiles) -> list[str]:
-    """A paragraph for every stage whose student collapsed onto few answers."""
+    """Write a paragraph on every stage whose student collapsed onto few answers."""
     found = []
     for stage in run.stages.values():
         before = run.before(stage)
@@ -41,7 +41,7 @@ def _change(start: dict[str, float], end: dict[str, float], metric: str) -> str:
 
 
 def verdicts(run: RunFiles) -> list[str]:
-    """A paragraph for every stage that was given another's training time and started from the same student."""
+    """Write a paragraph on every stage that was given another's training time and started from the same student."""
     return [
         _verdict(stage, other)
         for stage in run.stages.values()
@@ -85,7 +85,7 @@ def _verdict(timed: StageFiles, model: StageFiles) -> str:
 
 
 def _chance(metric: Metric, first: Measurement, second: Measurement) -> float:
-    """The deviation over seeds of the difference; 0 where there was one seed."""
+    """The deviation of the difference over seeds; 0 where there was one seed."""
     return math.hypot(*(one.mean.get(f"{metric.key}_std", 0.0) for one in (first, second)))
 
 

@@ -9,7 +9,7 @@ _MARKUP = re.compile(r"[\\`*\[\]|~$<&]|(?<!\w)_|_(?!\w)")  # what Markdown would
 
 
 def number(value: float | None, *, digits: int = 3) -> str:
-    """So many significant digits, thousands separated, no exponent between 0.001 and a million million."""
+    """Write a number with `digits` significant digits, thousands separated, no exponent between 0.001 and 10^12."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
@@ -23,17 +23,17 @@ def number(value: float | None, *, digits: int = 3) -> str:
 
 
 def with_deviation(value: float | None, deviation: float | None) -> str:
-    """value ± deviation, the deviation with two digits; the value alone where there is none."""
+    """Write value ± deviation, the deviation with two digits; the value alone where there is none."""
     return number(value) if not deviation else f"{number(value)} ± {number(deviation, digits=2)}"
 
 
 def percentage(value: float | None) -> str:
-    """A share as per cent."""
+    """Write a fraction as a percentage."""
     return MISSING if value is None else f"{100 * value:.0f}%" if value in (0, 1) else f"{100 * value:.1f}%"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them: 8.31 s, 5 min 12 s, 2 h 05 min."""
+    """Write seconds as people say them: 8.31 s, 5 min 12 s, 2 h 05 min."""
     if seconds is None:
         return MISSING
     if seconds < 59.95:
@@ -45,7 +45,7 @@ def duration(seconds: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    """A table; columns after the first are right-aligned if they are numbers, and left out where all is missing."""
+    """Write a table; columns after the first are right-aligned if they are `numbers`, and left out where all is missing."""
     kept = [column for column in range(len(header)) if column == 0 or any(row[column] != MISSING for row in rows)]
     lines = [[header[column] for column in kept], ["---:" if numbers and column else "---" for column in kept]]
     lines += [[row[column] for column in kept] for row in rows]
@@ -53,7 +53,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool
 
 
 def cell(text: str, *, limit: int = 700) -> str:
-    """Any text in a table's cell: nothing in it is markup, line ends are kept, and a long text is cut."""
+    """Write any text into a table's cell: nothing in it is markup, line ends are kept, and a long text is shortened."""
     text = text.strip()
     if not text:
         return "*(empty)*"

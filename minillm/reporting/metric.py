@@ -1,4 +1,4 @@
-"""How every metric of an evaluation is called, and which way is better."""
+"""Names, units and directions of all metrics of an evaluation."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,11 +22,11 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What a recorded value is multiplied by to be in `unit`."""
+        """The factor from a recorded value to one in `unit`."""
         return 100.0 if self.key.endswith("_share") else 1.0
 
     def show(self, values: Mapping[str, float]) -> str:
-        """The value as a table has it, with its deviation over the seeds where there is one."""
+        """Write the value as a table has it, with its deviation over the seeds where there is one."""
         value, deviation = values.get(self.key), values.get(f"{self.key}_std")
         return percentage(value) if self.key.endswith("_share") else with_deviation(value, deviation)
 
@@ -55,7 +55,7 @@ _NUMBERED = (
 
 
 def find_metric(key: str) -> Metric | None:
-    """The metric of that key, None where it is none (a deviation, for one)."""
+    """Find the metric of a key, None where the key is none of a metric (that of a deviation, for one)."""
     for metric in METRICS:
         if metric.key == key:
             return metric
@@ -67,7 +67,7 @@ def find_metric(key: str) -> Metric | None:
 
 
 def metrics_in(means: Iterable[Mapping[str, float]]) -> list[Metric]:
-    """Every metric that some evaluation has: the usual ones in their order, then the others as they come."""
+    """List every metric that some evaluation has: the usual ones in their order, then the others as they come."""
     keys = dict.fromkeys(key for mean in means for key in mean)
     usual = [metric for metric in METRICS if metric.key in keys]
     others = [find_metric(key) for key in keys if all(metric.key != key for metric in usual)]

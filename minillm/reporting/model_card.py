@@ -1,4 +1,4 @@
-"""README.md of a trained model: how it was made, what it measured, how to use it. From the run's files alone."""
+"""README.md of a trained model, from the run's files alone: its making, its measurements, its use."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +79,7 @@ def _front_matter(stages: list[StageFiles]) -> dict:
 
 
 def _named(path: str | None) -> str:
-    """A model or data set without the place it has on this machine."""
+    """The name of a model or data set without its place on this machine."""
     if not path:
         return "no weights"
     if path.startswith("stage:"):
@@ -115,7 +115,7 @@ def _step(stage: StageFiles) -> str:
 
 
 def _adapter(last: StageFiles) -> str:
-    """What lies in adapter/ where the last stage trained one."""
+    """The section about adapter/, empty where the last stage trained none."""
     if not last.lora:
         return ""
     student = last.settings["student"]
@@ -125,7 +125,7 @@ def _adapter(last: StageFiles) -> str:
     else:
         base = f"the model that stage {last.name} started from (`bases/{last.name}` in the run's folder)"
     return (
-        "## The adapter\n\nThe weights here are whole: no adapter is needed to use them. `adapter/` holds the last stage's "
+        "## The adapter\n\nThe adapter is merged into the weights here, which need nothing else. `adapter/` holds the last stage's "
         f"LoRA adapter by itself, in peft's format, for {base}."
     )
 

@@ -1,4 +1,4 @@
-"""How all pictures look: colours, markers, a grid of panels with one legend, written whole or not at all."""
+"""The look of all pictures: colours, markers, and a grid of panels with one legend, which is published complete."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ COLUMNS, PANEL_WIDTH, PANEL_HEIGHT, DPI = 3, 4.2, 2.9, 120
 
 
 def pick(choices: Sequence, place: int):
-    """The choice of a place; they come round again."""
+    """Choose by place; after the last choice comes the first again."""
     return choices[place % len(choices)]
 
 
 def dress(panel: Axes, title: str, unit: str, along: str) -> None:
-    """A panel's title, axes and grid."""
+    """Give a panel its title, axes and grid."""
     panel.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
     panel.set_ylabel(unit, fontsize=9)
     panel.set_xlabel(along, fontsize=9)
@@ -32,7 +32,7 @@ def dress(panel: Axes, title: str, unit: str, along: str) -> None:
 
 
 def grid(count: int, *, height: float = PANEL_HEIGHT) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, `height` inches each, in rows of COLUMNS."""
+    """Make a figure of `count` panels, `height` inches each, in rows of COLUMNS."""
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(columns * PANEL_WIDTH, rows * height + 0.6), dpi=DPI, layout="constrained")
@@ -43,7 +43,7 @@ def grid(count: int, *, height: float = PANEL_HEIGHT) -> tuple[Figure, list[Axes
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG."""
+    """Write a PNG, complete or not at all."""
     partial = path.with_name(f".{path.name}.partial-file")
     figure.savefig(partial, format="png", facecolor="white")
     partial.replace(path)
@@ -52,7 +52,7 @@ def save(figure: Figure, path: Path) -> None:
 def draw_panels(
     keys: Sequence[str], draw: Callable[[Axes, str], None], path: Path, *, height: float = PANEL_HEIGHT
 ) -> bool:
-    """A PNG with a panel a key, each drawn by `draw`; no file, and False, where there are no keys."""
+    """Write a PNG with one panel per key, each drawn by `draw`; returns False, and leaves no file, without keys."""
     if not keys:
         path.unlink(missing_ok=True)
         return False

@@ -1,4 +1,4 @@
-"""report.md and curves.png: what a run did, from the files in its folder alone. A picture first, then numbers."""
+"""report.md and curves.png of a run, from the files in its folder alone: a picture first, then numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ def write_report(output_dir: Path) -> Path:
 
 
 def compare_reports(folders: Sequence[Path], *, figure: Path | None = None) -> str:
-    """Several runs in one Markdown text: their last evaluations, and the keys in which they differ.
+    """Compare runs in one Markdown text: their last evaluations, and the keys in which they differ.
 
     Where that is the seed alone, a table of means and deviations over the runs comes first.
 
@@ -86,7 +86,7 @@ def _joined(sections: Sequence[str]) -> str:
 
 
 def _labelled(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
-    """Runs by the shortest end of their path that no other one shares."""
+    """The runs by the shortest end of their path that no other path has."""
     labels, paths = {}, [run.folder.resolve().parts for run in runs]
     for run, path in zip(runs, paths, strict=True):
         length = 1
@@ -148,12 +148,12 @@ def _sample_table(run: RunFiles, answers: dict[str, dict]) -> str:
 
 
 def _answer(text: str, ended: bool) -> str:
-    return cell(text) if ended else f"{cell(text)} *(cut at the token limit)*"
+    return cell(text) if ended else f"{cell(text)} *(ends at the token limit)*"
 
 
 def _stages(run: RunFiles) -> str:
-    header = ["stage", "method", "student from", "steps", "training time", "time a step", "student tokens",
-              "tokens a second", "peak memory (GiB)", "planned (GiB)", "best evaluation"]  # fmt: skip
+    header = ["stage", "method", "student from", "steps", "training time", "time per step", "student tokens",
+              "tokens per second", "peak memory (GiB)", "planned (GiB)", "best evaluation"]  # fmt: skip
     rows = []
     for stage in run.stages.values():
         numbers = [read_numbers(record) for record in stage.train]
@@ -181,15 +181,15 @@ def _stages(run: RunFiles) -> str:
 
 
 def _times(run: RunFiles) -> str:
-    """What the time of every stage went into, on rank 0. Evaluations of the teacher are not counted, nor the last save."""
+    """The time of every stage by its parts, on rank 0, without the teacher's evaluations and the last save."""
     rows = []
     for stage in run.stages.values():
         spent = {part: sum(record.get(f"time/{part}_s", 0.0) for record in stage.train) for part in PARTS}
         spent["evaluation"] = sum(one.took_seconds for one in stage.evaluations)
         if any(spent.values()):
-            whole = sum(spent.values())
+            total = sum(spent.values())
             rows.append(
-                [stage.name, *(f"{duration(one)} ({one / whole:.0%})" if one else MISSING for one in spent.values())]
+                [stage.name, *(f"{duration(one)} ({one / total:.0%})" if one else MISSING for one in spent.values())]
             )
     return "## Where the time went\n\n" + table(["stage", *PARTS, "evaluation"], rows) if rows else ""
 

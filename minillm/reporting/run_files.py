@@ -1,4 +1,4 @@
-"""What a run's folder says: its stages with their records, read back for the report and the model card."""
+"""The files of a run's folder, read back for the report and the model card: its stages with their records."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import yaml
 
 from minillm import UserError
 from minillm.config.loader.stages import stage_documents
+from minillm.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from minillm.storage.metrics_log import METRICS, SAMPLES, read_numbers, read_records
 
 
@@ -38,10 +39,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class StageFiles:
-    """One stage: its keys as the configuration has them, and its records in order."""
+    """One stage: its keys, and its records in order."""
 
     name: str
-    settings: dict[str, Any]  # the merged document of this stage
+    settings: dict[str, Any]  # as the run itself resolved them; of a stage without a checkpoint, as they were written
     train: list[dict[str, Any]]
     evaluations: list[Measurement]  # of the student
 
@@ -81,7 +82,7 @@ class StageFiles:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's folder. Whatever is not there yet is empty."""
+    """The content of a run's folder. Whatever is not there yet is empty."""
 
     folder: Path
     document: dict[str, Any]
@@ -99,14 +100,14 @@ class RunFiles:
         return (self.folder / "final").is_dir()
 
     def before(self, stage: StageFiles) -> Measurement | None:
-        """The evaluation of the student that the stage started from."""
+        """Find the evaluation of the student that the stage started from."""
         if stage.evaluations and stage.evaluations[0].stage_step == 0:
             return stage.evaluations[0]
         parent = self.stages.get(stage.parent or "")
         return parent.evaluations[-1] if parent and parent.evaluations else None
 
     def lineage(self, stage: StageFiles) -> list[StageFiles]:
-        """The stages that this one's student went through before it, the first one first."""
+        """List the stages that this one's student went through before it, the first one first."""
         parent = self.stages.get(stage.parent or "")
         return [] if parent is None or parent is stage else [*self.lineage(parent), parent]
 
@@ -122,6 +123,8 @@ def read_run(folder: Path) -> RunFiles:
     document, environment = _read(folder / "config.yaml", yaml.safe_load), _read(folder / "env.json", json.loads)
     records = read_records(folder / METRICS)
     settings = stage_documents(document) if document else {}
+    resolved = _resolved_settings(folder)
+    settings = {name: resolved.get(name, written) for name, written in settings.items()}
     # records of a stage that config.yaml does not have are shown all the same
     names = dict.fromkeys([*settings, *(record["stage"] for record in records)])
     evaluations = [record for record in records if record["kind"] == "eval"]
@@ -142,8 +145,20 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(folder, document, environment, stages, teachers, read_records(folder / SAMPLES))
 
 
+def _resolved_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """All keys of the stages that the newest checkpoint knows, with the defaults of the version that wrote it."""
+    for _, checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+            progress = state["progress"]
+            return {**progress["stage_configs"], progress["stage"]: state["config"]}
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of another version: the one before may do
+            continue
+    return {}
+
+
 def stage_label(label: str, run: RunFiles, stage: StageFiles) -> str:
-    """How a stage is called beside those of other runs."""
+    """Name a stage beside those of other runs."""
     return label if len(run.stages) == 1 else f"{label}: {stage.name}"
 
 

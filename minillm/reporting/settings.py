@@ -1,5 +1,6 @@
-"""The keys of a configuration that are not at their defaults, stage beside stage."""
+"""Tables of the keys that are not at their defaults, or on which runs do not agree."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,10 +14,10 @@ REQUIRED = "(required)"
 
 
 def settings_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a key that some stage sets away from its default: the default and every stage's value.
+    """Tabulate the keys that some stage has away from their defaults: the default, and every stage's value.
 
     Args:
-        stages: column title -> the stage's merged keys, as a configuration file has them.
+        stages: column title -> the stage's keys: resolved, or merged as a configuration file has them.
     """
     columns = {name: dict(_leaves(settings)) for name, settings in stages.items()}
     keys = dict.fromkeys(
@@ -31,10 +32,10 @@ def settings_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def differing_keys(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """A row a stage's key that the runs do not agree on, where it is not merely a default that others lack.
+    """Tabulate the keys of stages on which the runs do not agree; a default that other runs lack is no disagreement.
 
     Args:
-        runs: column title -> stage -> the stage's merged keys.
+        runs: column title -> stage -> the stage's keys, as for settings_table.
     """
     columns = {
         run: {(stage, key): leaf for stage, settings in stages.items() for key, leaf in _leaves(settings)}
@@ -54,11 +55,32 @@ def differing_keys(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(dotted key, (value, default)) of every key. A configuration of another version is shown as it was written."""
+    """(dotted key, (value, today's default)) of every key. Keys of another version have no default."""
     try:
         yield from _model_leaves(StageConfig.model_validate(settings), "")
+        return
+    except ValidationError as error:
+        wrong = [problem["loc"] for problem in error.errors()]
+    kept, foreign = copy.deepcopy(dict(settings)), {}
+    for place in wrong:
+        _move(place, kept, foreign)
+    try:
+        yield from _model_leaves(StageConfig.model_validate(kept), "")
+        yield from _plain_leaves(foreign, "")
     except ValidationError:
         yield from _plain_leaves(settings, "")
+
+
+def _move(place: tuple[str | int, ...], source: dict[str, Any], target: dict[str, Any]) -> None:
+    """Take the key at a place, as pydantic names it, out of one tree of keys and into another."""
+    *groups, key = place
+    for group in groups:
+        if isinstance(
+            source.get(group), dict
+        ):  # else the name of a kind, which is no key: ("method", "minillm", "alpha")
+            source, target = source[group], target.setdefault(group, {})
+    if key in source:
+        target[key] = source.pop(key)
 
 
 def _model_leaves(model: BaseModel, prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:

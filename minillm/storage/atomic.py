@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside, flushed to the disk, renamed."""
+"""Files and folders that are whole or not there: written under another name, flushed to the disk, then renamed."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust end th
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file whole."""
+    """Replace a small file: a kill leaves the old content or the new."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -30,8 +30,8 @@ def write_folder(
     """Put what `fill` writes into an empty folder in the place of `folder`.
 
     All ranks call it, and each fills the same folder with files of its own; when all are done, rank 0 calls `sign` on
-    it and puts it in place. A failure leaves what was there, and so does a kill, once `clean` has run: between the two
-    renames of a replacement the old folder lies beside, set aside. Raises OSError with ENOSPC where the disk is full,
+    it and puts it in place. A failure leaves what was there, and so does a kill once `clean` has run: between the two
+    renames of a replacement the old folder bears another name. Raises OSError with ENOSPC where the disk is full,
     whatever the writer raises for that.
     """
     partial, stale = _beside(folder, _PARTIAL), _beside(folder, _STALE)
@@ -53,9 +53,9 @@ def write_folder(
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, whole or not at all: a kill leaves what `clean` removes.
+    """Remove a folder, if there is one; what a kill leaves of it `clean` removes.
 
-    A symbolic link is removed, and what it leads to is left alone.
+    Of a symbolic link only the link is removed.
     """
     if os.path.lexists(folder):
         partial = _beside(folder, _PARTIAL)
@@ -65,7 +65,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def clean(parent: Path) -> None:
-    """Remove what a kill left beside the files and folders of `parent`; restore a folder whose replacement never landed."""
+    """Delete partial writes in `parent`; restore a folder whose replacement never landed."""
     for stale in parent.glob(f".*{_STALE}"):
         folder = parent / stale.name[1 : -len(_STALE)]
         if os.path.lexists(folder):
@@ -96,7 +96,7 @@ def _put_in_place(folder: Path, partial: Path, stale: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file, a folder or a symbolic link, as far as the system lets go of it; `clean` comes back for the rest."""
+    """Delete a file, a folder or a symbolic link. What the system keeps of a folder is left for `clean`."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -109,7 +109,7 @@ def _raise_if_full(parent: Path, error: Exception) -> None:
 
 
 def _says_full(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, is the system's for a full disk or quota; some libraries say so in text alone."""
+    """Whether an error, or its cause, is the system's for a full disk or quota; some libraries say so in text alone."""
     while error is not None:
         numbers = {int(number) for number in _SYSTEM_ERROR.findall(str(error))}
         if FULL & {getattr(error, "errno", None), *numbers}:
@@ -119,7 +119,7 @@ def _says_full(error: BaseException | None) -> bool:
 
 
 def _has_room(parent: Path) -> bool:
-    """Whether the disk takes ROOM bytes more; torch's writer says nothing of the reason for which it failed."""
+    """Whether the disk takes ROOM bytes more: torch's writer does not say why it failed."""
     try:
         with tempfile.TemporaryFile(dir=parent) as probe:
             probe.write(bytes(ROOM))

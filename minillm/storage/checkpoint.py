@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there, and prove it by their checksums.
 
 checkpoint-N/            a Hugging Face folder of the student, and
-  state/                 everything else needed to go on: trainer.json, engine.pt, buffer.safetensors (one file per rank)
+  state/                 all else that is needed to go on: trainer.json, engine.pt, buffer.safetensors (one per rank)
   manifest.json          size and SHA-256 of every file, written last
 """
 

@@ -1,4 +1,4 @@
-"""Versions and machine, for env.json and the report."""
+"""The versions and the machine that a run used, for env.json and the report."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import torch
 
 
 def describe_environment() -> dict:
-    """What env.json holds; `gpu` is None without one, `started` is local time with its offset."""
+    """The content of env.json. `gpu` is None where there is none; `started` is local time with its offset from UTC."""
     versions = {"python": platform.python_version(), "minillm": version("minillm")}
     for name in ("torch", "transformers", "triton", "datasets", "numpy", "peft", "deepspeed", "bitsandbytes"):
         try:

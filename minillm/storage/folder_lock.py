@@ -28,7 +28,7 @@ class FolderInUseError(UserError):
 
 @contextmanager
 def hold_folder(folder: Path, *, note: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock on a folder, which is made where it is not there. A process may hold a folder that it holds already.
+    """Hold the lock on a folder, made where it is not there. A process may hold a folder that it holds already.
 
     `note` is told where the disk has no locks, so that nothing keeps a second process out. Raises FolderInUseError,
     saying by whom and since when, before anything in the folder is touched; UserError where it cannot be written to.
@@ -37,33 +37,43 @@ def hold_folder(folder: Path, *, note: Callable[[str], None]) -> Iterator[None]:
     if key in _held:
         yield
         return
+    _held[key] = _take(folder, note)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _held[key] = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error}; choose another output_dir") from None
-    try:
-        _lock(folder, _held[key], note)
         yield
     finally:
         if key in _held:  # not in a process that was forked since
-            os.close(_held.pop(key))
+            descriptor = _held.pop(key)
+            _write(descriptor, b"")
+            os.close(descriptor)
 
 
-def _lock(folder: Path, descriptor: int, note: Callable[[str], None]) -> None:
+def _take(folder: Path, note: Callable[[str], None]) -> int:
+    """The descriptor of the lock file, locked."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error}; choose another output_dir") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD_ELSEWHERE:
+            holder = _holder(descriptor)
+            os.close(descriptor)
             raise FolderInUseError(
-                f"{folder} is in use: {_holder(descriptor)}. Wait for its end, or choose another output_dir"
+                f"{folder} is in use: {holder}. Wait for its end, or choose another output_dir"
             ) from None
         note(f"the disk of {folder} has no locks ({error.strerror}): start no second run in this folder")
-        return
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    with suppress(OSError):  # of a full disk: the lock holds without a name
+    _write(descriptor, json.dumps(holder).encode())
+    return descriptor
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    """Replace the name of the holder; on a full disk the lock holds without one."""
+    with suppress(OSError):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(descriptor, content, 0)
 
 
 def _holder(descriptor: int) -> str:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, samples.jsonl and TensorBoard: written a line at a time, and cut back where a resumed run goes on."""
+"""metrics.jsonl, samples.jsonl and TensorBoard: written line by line, and truncated to where a resumed run goes on."""
 
 import json
 import math
@@ -13,7 +13,7 @@ METRICS, SAMPLES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """Appends records to the files of a run's folder. A line is on its way to the disk before `write` returns."""
+    """Appends records to the files of a run's folder. A line is in the system's hands before `write` returns."""
 
     def __init__(self, output_dir: Path, report_to: Sequence[str] = ()):
         self.output_dir = Path(output_dir)
@@ -30,30 +30,30 @@ class MetricsLog:
         self.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; with TensorBoard, every number of it as well.
+        """Append a line to metrics.jsonl, and its numbers to TensorBoard where the run reports there.
 
-        Numbers that are not finite are written as the strings NaN, Infinity and -Infinity, which JSON has no numbers
-        for; `read_numbers` turns them back.
+        Numbers that are not finite become the strings NaN, Infinity and -Infinity, since JSON has no numbers for them;
+        `read_numbers` turns them back.
         """
         self._append(METRICS, record)
         if self._to_tensorboard:
             self._write_scalars(record)
 
     def sample(self, record: Mapping[str, Any]) -> None:
-        """One line of samples.jsonl."""
+        """Append a line to samples.jsonl."""
         self._append(SAMPLES, record)
 
     def state(self) -> dict[str, int]:
-        """Bytes of each file so far, on the disk: what a checkpoint records for `truncate`."""
+        """Flush all files to the disk; returns the bytes of each, which a checkpoint records for `truncate`."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         return {name: file.tell() for name, file in self._files.items()}
 
     def truncate(self, state: Mapping[str, int]) -> None:
-        """Forget what was written after `state` was taken; a file that it does not name starts anew.
+        """Remove what was written after `state` was taken; a file that it does not name is emptied.
 
-        A file shorter than recorded (a disk that lost its tail) keeps its whole lines.
+        A file shorter than recorded (a disk that lost its tail) keeps its complete lines.
         """
         for name, file in self._files.items():
             file.close()
@@ -65,7 +65,7 @@ class MetricsLog:
                 kept.truncate(length)
             self._files[name] = path.open("ab")
         self._close_board()
-        # what TensorBoard has of later steps is hidden; a run that starts anew hides everything
+        # TensorBoard hides what it has of later steps; of a run that starts anew, everything
         steps = (record.get("step", 0) for record in read_records(self.output_dir / METRICS))
         self._purge_step = max(steps, default=-1) + 1
 
@@ -77,7 +77,7 @@ class MetricsLog:
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-        # a lone surrogate (from an escape in a data file) becomes its escape again instead of stopping the run
+        # a lone surrogate, from an escape in a data file, becomes its escape again instead of stopping the run
         self._files[name].write(line.encode(errors="backslashreplace"))
         self._files[name].flush()
 
@@ -97,7 +97,7 @@ class MetricsLog:
 
 
 class SilentLog:
-    """The log of the ranks above 0: it writes nothing."""
+    """The log of the ranks above 0, which writes nothing: rank 0 has the same records."""
 
     def __enter__(self) -> "SilentLog":
         return self
@@ -106,20 +106,20 @@ class SilentLog:
         pass
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Rank 0 has the same record."""
+        pass
 
     def sample(self, record: Mapping[str, Any]) -> None:
-        """Rank 0 has the same record."""
+        pass
 
     def state(self) -> dict[str, int]:
         return {}
 
     def truncate(self, state: Mapping[str, int]) -> None:
-        """There is no file."""
+        pass
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file of a run: [] where there is no file, without a last line cut short by a kill.
+    """The records of a .jsonl file of a run; [] where there is no file. A last line cut short by a kill is left out.
 
     Raises UserError, naming file and line, where any other line is not a JSON object.
     """
@@ -133,13 +133,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; a run writes one to a line")
+            raise UserError(f"{path}:{number}: not a JSON object; a run writes one per line")
         records.append(record)
     return records
 
 
 def read_numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among a record's values, those that are not finite included."""
+    """The numbers among a record's values, including those that are not finite."""
     spelled = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
     numbers = {}
     for name, value in values.items():
@@ -163,7 +163,7 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def plain(value: Any) -> Any:
-    """The value in what JSON can say: numbers of numpy and torch as Python's, what is not finite by name."""
+    """The value in terms of JSON: numbers of numpy and torch as Python's, those that are not finite by name."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -20,8 +20,8 @@ def reading_state(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # libraries raise all sorts for content that they do not expect
         raise UserError(
-            f"{path}: {_reason(error)}. It is not what this run has written; remove {path.parent.parent.name} to go on from "
-            "the checkpoint before it"
+            f"{path}: {_reason(error)}. It is not what this run has written; remove {path.parent.parent.name} to go on "
+            "from the checkpoint before it"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Where a run's time goes: seconds by what is done, added up until they are read."""
+"""Seconds of a run by what they were spent on, added up until they are read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,20 +6,20 @@ from time import perf_counter
 
 from minillm.distributed.waiting_time import waited
 
-# rollout: sampling; scoring: batches and passes without a gradient; update: forward, backward and optimiser;
-# communication: waiting for other ranks inside any of these (minillm.distributed.waiting_time says what counts), which is not theirs then
+# rollout: sampling; scoring: batches, and passes without a gradient; update: forward, backward and optimiser;
+# communication: waiting for other ranks in any of these, whose own time is without it (minillm.distributed.waiting_time)
 PARTS = ("rollout", "scoring", "update", "communication", "saving")
 
 
 class Timing:
-    """Of this process. On a GPU a part ends where its results are read, so that no part's work falls to the next."""
+    """A stopwatch of this process. On a GPU a part ends where its results are read, so that none runs into the next."""
 
     def __init__(self):
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """What runs inside counts as `part`, one of PARTS, without what it waits for other ranks."""
+        """Count what runs inside as `part`, one of PARTS, and its waiting for other ranks as communication."""
         started, before = perf_counter(), waited()
         try:
             yield

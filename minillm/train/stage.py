@@ -23,6 +23,7 @@ from minillm.evaluate.evaluator import Evaluator
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.models.adapters import FOLDER, load_adapter
+from minillm.models.locations import resolve_path
 from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -72,7 +73,7 @@ class StageBuilder:
         planned_peak_gib: Callable[[torch.device], float | None],
     ) -> StageTrainer:
         """The trainer of a stage, its student from the checkpoint where there is one. All ranks call it together."""
-        read = self.read_data(stage)
+        read = collectives.together(lambda: self.read_data(stage))
         evaluator = self._make_evaluator(stage, read.tokenizer)
         held_out = {} if evaluator is None else {f"eval.sets.{name}": one for name, one in evaluator.sets.items()}
         require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
@@ -96,7 +97,7 @@ class StageBuilder:
 
     def prepare(self, stage: Stage) -> None:
         """Do the work of a stage that takes no step, and publish its result. All ranks call it together."""
-        read = self.read_data(stage)
+        read = collectives.together(lambda: self.read_data(stage))
         models, rows = self.open_models(stage, read.tokenizer, None)
         self.console.preflight([*rows, *read.rows])
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
@@ -250,7 +251,7 @@ def _with_stage_files(config: Keys, output_dir: Path) -> Keys:
     path = getattr(config, "path", "")
     if not path.startswith(STAGE):
         return config
-    return config.model_copy(update={"path": str(output_dir / "stages" / path.removeprefix(STAGE) / "*.jsonl*")})
+    return config.model_copy(update={"path": str(resolve_path(path, output_dir) / "*.jsonl*")})
 
 
 def _rank_slice(stream: Stream) -> Stream | RankSlice:

@@ -20,6 +20,7 @@ from minillm.evaluate.evaluator import Evaluator
 from minillm.methods import build_method
 from minillm.methods.protocol import Item, Observation, TrainingData
 from minillm.models.saving import read_modules, write_model, write_modules
+from minillm.reporting.time_left import Limits
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rank_items import rank_items
 from minillm.storage.atomic import sync
@@ -95,7 +96,8 @@ class StageTrainer:
 
     def run(self, *, evaluate_first: bool) -> None:
         config, progress = self.config, self.progress
-        self.console.start(self.name, self.total_steps, progress.stage_step)
+        limits = Limits(self.total_steps, self._max_seconds(), config.train.max_student_tokens)
+        self.console.start(self.name, limits, progress.stage_step)
         self._say_if_never_warm()
         if progress.stage_step == 0:
             if self.judge_teacher:
@@ -218,7 +220,7 @@ class StageTrainer:
 
     def done(self) -> bool:
         """Whether the stage has all its steps."""
-        progress, limit = self.progress, self.config.train.max_seconds
+        progress, limit = self.progress, self._max_seconds()
         if self.total_steps is not None and progress.stage_step >= self.total_steps:
             return True
         tokens = self.config.train.max_student_tokens
@@ -226,11 +228,13 @@ class StageTrainer:
             return True
         if limit is None:
             return False
-        if isinstance(limit, str):
-            limit = progress.stage_seconds[limit.removeprefix("stage:")]
         # the step that would overrun is not begun, so that two stages of equal time stay comparable
         spent = progress.position >= len(self.items) and progress.epoch + 1 >= self.method.needs.inner_epochs
         return progress.seconds + self._slowest[not self.items or spent] > limit
+
+    def _max_seconds(self) -> float | None:
+        limit = self.config.train.max_seconds
+        return self.progress.stage_seconds[limit.removeprefix("stage:")] if isinstance(limit, str) else limit
 
     def evaluate(self, who: str = "student") -> None:
         if self.evaluator is None:

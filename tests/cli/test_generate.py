@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minillm import UserError
 from minillm.cli.generate import Answerer, converse, generate, prompt_keys
 from minillm.config.data import InstructionKeys
 from minillm.data.sources import DataError
@@ -54,6 +55,13 @@ def test_the_template_reaches_the_model(make_models):
     models.tokenizer.chat_template = None
     with pytest.raises(DataError, match="chat"):
         Answerer(models, InstructionKeys(template="chat"), Sampling(4), seed=0).ask("hello")
+
+
+def test_a_prompt_of_another_encoding_is_named(make_models):
+    with pytest.raises(UserError, match="not text in UTF-8: 'caf"):
+        Answerer(make_models(teacher=False), PLAIN, Sampling(4), seed=0).ask(
+            b"caf\xe9".decode(errors="surrogateescape")
+        )
 
 
 def test_answers_stop_at_the_models_context(make_models):

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
 import minillm
-from minillm.cli.arguments import BENCHMARKS, make_parser
-from minillm.cli.main import main
+from minillm.cli.arguments import BENCHMARKS, LARGEST_SEED, make_parser
+from minillm.cli.main import VERBS, main
+from minillm.config import keys
+from minillm.config.evaluation import EvalConfig
 
 
 def test_train_loads_files_and_overrides_in_any_order(folder, trained):
@@ -20,6 +23,25 @@ def test_train_loads_files_and_overrides_in_any_order(folder, trained):
     config = plan.stages[0].config
     assert (config.train.max_steps, config.seed, config.data.prompts.limit, resume) == (4, 3, 1, True)
     assert hasattr(console, "preflight")
+
+
+@pytest.mark.parametrize("word", ["nonsense", "max_steps", "runs"])
+def test_a_word_that_is_neither_file_nor_override_says_what_an_override_is(folder, capsys, word):
+    Path("runs").mkdir()
+    assert main(["train", "run.yaml", word]) == 2
+    printed = capsys.readouterr().err
+    if word == "runs":
+        assert "runs: cannot be read as a text file" in printed
+    else:
+        assert (
+            f"  {word}: no such file (the current folder is {folder}); an override is written group.key=value"
+            in printed
+        )
+
+
+def test_a_misspelt_file_is_not_taken_for_an_override(folder, capsys):
+    assert main(["train", "runn.yaml"]) == 2
+    assert capsys.readouterr().err.endswith(f"runn.yaml: no such file (the current folder is {folder})\n")
 
 
 def test_a_file_may_have_an_equals_sign(folder, trained):
@@ -83,28 +105,36 @@ def test_what_loads_no_model_imports_nothing_heavy(folder, arguments):
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
-def test_eval_takes_configurations_data_and_options(folder, fake):
+def test_eval_takes_configurations_data_and_options(folder, monkeypatch):
+    from minillm.cli import eval as verb
+
     calls = []
 
     def evaluation_plan(files, overrides, *, seeds, max_prompts):
         calls.append((files, overrides, seeds, max_prompts))
-        return "plan"
+        return types.SimpleNamespace(eval=EvalConfig(distinct=[4]))
 
     def evaluate_model(model, plan, console, *, dtype, output, figures):
-        calls.append((model, plan, dtype, output, figures))
+        calls.append((model, dtype, output, figures))
 
-    fake("minillm.cli.eval", evaluation_plan=evaluation_plan, evaluate_model=evaluate_model)
+    monkeypatch.setattr(verb, "evaluation_plan", evaluation_plan)
+    monkeypatch.setattr(verb, "evaluate_model", evaluate_model)
     command = ["eval", "runs/one", "run.yaml", "eval.top_k=5", "--seeds", "1", "2", "--max-prompts", "7"]
     assert main([*command, "--dtype", "bfloat16", "--output", "out.json", "--figures", "pictures"]) == 0
+    assert main(["eval", "teacher", "run.yaml"]) == 0
     assert calls == [
         ([Path("run.yaml")], ["eval.top_k=5"], [1, 2], 7),
-        ("runs/one", "plan", "bfloat16", Path("out.json"), Path("pictures")),
+        ("runs/one", "bfloat16", Path("out.json"), Path("pictures")),
+        ([Path("run.yaml")], [], None, None),
+        ("teacher", "float32", None, None),
     ]
 
 
-def test_generate_passes_every_option(folder, fake):
+def test_generate_passes_every_option(folder, monkeypatch):
+    from minillm.cli import generate as verb
+
     calls = []
-    fake("minillm.cli.generate", generate=lambda model, *, console, **options: calls.append((model, options)))
+    monkeypatch.setattr(verb, "generate", lambda model, *, console, **options: calls.append((model, options)))
     assert main(["generate", "runs/one", "--prompt", "a", "--prompt", "b", "--top-k", "5", "--template", "none"]) == 0
     ((model, options),) = calls
     assert (model, options["prompts"], options["top_k"], options["template"]) == ("runs/one", ["a", "b"], 5, "none")
@@ -166,19 +196,86 @@ def test_a_report_of_something_else_is_a_message(folder, capsys):
     assert "is not a run's folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["report", "runs/a", "--figure", "x.png"], "--figure draws the curves of several runs"),
+        (["report", "runs/a", "runs/b", "--figure", "runs"], "--figure: runs is a folder"),
+        (["eval", "runs/a", "run.yaml", "--output", "runs"], "--output: runs is a folder; name a file"),
+        (["eval", "runs/a", "run.yaml", "--figures", "run.yaml"], "--figures: run.yaml is a file, not a folder"),
+        (["eval", "runs/a", "e.yaml", "--figures", "f"], "there is nothing to draw; set one of eval.exposure_bias"),
+        (["eval", "teacher", "run.yaml", "--dtype", "float16"], "whose dtype is teacher.dtype"),
+        (["generate", "x", "--temperature", "0", "--top-k", "5"], "no effect at --temperature 0"),
+        (["generate", "x", "--temperature", "0", "--top-p", "0.5"], "no effect at --temperature 0"),
+        (["experiment", "--arms", "kd"], "--arms: name the experiment as well"),
+        (["experiment", "--output", "x", "--report"], "--output, --report: name the experiment as well"),
+        (["experiment", "x", "--list", "--report"], "--report has no effect beside --list"),
+        (["experiment", "x", "--list", "--seed", "1"], "--seed has no effect beside --list"),
+        (["experiment", "x", "--report", "--seed", "1"], "--seed has no effect beside --report"),
+        (["experiment", "x", "--report", "--arms", "kd"], "--arms has no effect beside --report"),
+        (["experiment", "x", "--output", "run.yaml"], "--output: run.yaml is a file, not a folder"),
+        (
+            ["experiment", "stories", "nonsense"],
+            "'nonsense' is not an override; an override is written group.key=value",
+        ),
+        (["experiment", "stories", "--seed", "99"], "--seed 99: the report is about the seeds"),
+    ],
+)
+def test_options_that_would_do_nothing_or_fail_in_the_end_are_refused_at_once(folder, assets, capsys, command, words):
+    Path("runs").mkdir()
+    Path("e.yaml").write_text("eval: {sets: {a: {path: train.jsonl}}}\n")
+    assert main(command) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_schema_prints_json(capsys):
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["properties"]["stages"]
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["trian"], ["train"], ["train", "x.yaml", "--resum3"], ["bench", "nothing"], ["schema", "extra"]]
+    "argv",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["train", "x.yaml", "--resum3"],
+        ["bench", "nothing"],
+        ["schema", "extra"],
+        ["generate", "x", "--seed", "-1"],
+        ["generate", "x", "--seed", str(2**63)],
+        ["eval", "x", "y.yaml", "--seeds", "1", "9" * 5000],
+        ["plan", "x.yaml", "--world-size", "two"],
+    ],
+    ids=lambda argv: " ".join(argv)[:40],
 )
 def test_wrong_commands_are_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
     assert "usage: minillm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("two", "expected a whole number, not 'two'"), ("0", "must be at least 1, not 0"), ("1.5", "not '1.5'")],
+)
+def test_numbers_of_options_are_checked_in_words(capsys, value, words):
+    with pytest.raises(SystemExit):
+        main(["plan", "x.yaml", "--world-size", value])
+    assert words in capsys.readouterr().err
+
+
+def test_a_seed_is_the_same_number_on_the_command_line_and_in_a_file():
+    assert LARGEST_SEED == keys.LARGEST_SEED
+
+
+def test_every_verb_has_its_function():
+    import importlib
+
+    (verbs,) = (action for action in make_parser()._actions if action.dest == "verb")
+    for verb in verbs.choices.keys() - {"bench"} - VERBS.keys():
+        assert callable(importlib.import_module(f"minillm.cli.{verb}").run)
 
 
 def test_version(capsys):

@@ -9,7 +9,6 @@ import yaml
 
 from minillm.config.errors import ConfigErrors
 from minillm.config.loader.run_plan import RunPlan, load_run
-from minillm.config.root import StageConfig, register_method
 
 
 class Recipe:
@@ -70,13 +69,3 @@ class Recipe:
 def recipe(tmp_path, monkeypatch) -> Recipe:
     monkeypatch.chdir(tmp_path)
     return Recipe(tmp_path)
-
-
-@pytest.fixture
-def registered():
-    """`register_method`, undone after the test."""
-    field = StageConfig.model_fields["method"]
-    before = field.annotation
-    yield register_method
-    field.annotation = before
-    StageConfig.model_rebuild(force=True)

@@ -49,10 +49,56 @@ def test_a_line_of_another_encoding_is_named(tmp_path):
         list(read_texts(str(path)))
 
 
-def test_a_file_of_another_kind_is_named(jsonl, tmp_path, monkeypatch):
+def test_a_file_of_another_kind_is_named(jsonl):
     path = jsonl(RECORDS[0], name="data.parquet")
-    with pytest.raises(DataError, match=f"{path}: not a Parquet file"):
+    with pytest.raises(DataError, match=f"{path}: not a whole Parquet file"):
         list(read_parquet(path))
+
+
+def _with_zeros(data: bytes, start: int, length: int) -> bytes:
+    return data[:start] + bytes(length) + data[start + length :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],  # without its footer
+        lambda data: b"",
+        lambda data: b"PAR1" + bytes(20) + b"PAR1",  # a footer that is none
+        lambda data: _with_zeros(data, 4, 40),  # the header of the first page
+        lambda data: _with_zeros(data, 100, 200),  # a page, which is only seen when its rows are read
+        lambda data: data[:200] + data[300:],  # a hole
+    ],
+    ids=["cut off", "empty", "footer", "header", "page", "hole"],
+)
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    path = tmp_path / "data.parquet"
+    Dataset.from_list([{"text": f"record {number} of many"} for number in range(500)]).to_parquet(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=f"^{path}: not a whole Parquet file \\(.+\\)$"):
+        list(read_parquet(str(path)))
+
+
+def test_a_full_disk_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    """datasets keeps what it reads in a cache of its own."""
+    path = tmp_path / "data.parquet"
+    Dataset.from_list(RECORDS).to_parquet(path)
+
+    def full(*arguments, **options):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(
+            errno.ENOSPC, "No space left"
+        )
+
+    monkeypatch.setattr(Dataset, "from_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(read_parquet(str(path)))
+
+
+def test_lines_nested_without_end_are_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=f"{path}:2: lists or objects nested too deeply"):
+        list(read_jsonl(str(path)))
 
 
 def test_a_cut_off_gzip_file_is_named(tmp_path):
@@ -89,6 +135,42 @@ def test_saved_datasets(tmp_path):
     assert [record for _, record in read_hf(str(tmp_path / "two"), None, "test")] == RECORDS[1:]
     with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
         list(read_hf(str(tmp_path / "two"), None, "dev"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "state", "gone"])
+def test_a_damaged_saved_dataset_is_named(tmp_path, damage):
+    Dataset.from_list([{"text": "a" * 100}] * 100).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    data = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "state":
+        (tmp_path / "set" / "state.json").write_text("{")
+    else:
+        file.write_bytes(data[: len(data) // 2] if damage == "cut" else bytes(len(data)))
+    with pytest.raises(DataError, match=r"set \(train\): not a whole dataset of save_to_disk \(.+\); save it again"):
+        list(read_hf(str(tmp_path / "set"), None, "train"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_that_the_hub_does_not_have_or_cannot_give(monkeypatch, streaming):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"^no-such/set: no folder here \(from .*\), and as a hub name: "):
+        list(read_hf("no-such/set", None, "train", streaming=streaming))
+
+
+def test_a_stream_that_breaks_off_is_named(monkeypatch):
+    def broken(*arguments, **options):
+        def rows():
+            yield {"text": "one"}
+            raise RuntimeError("connection reset")
+
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(DataError, match="no-such/set: .* RuntimeError: connection reset"):
+        list(read_hf("no-such/set", None, "train", streaming=True))
 
 
 def test_a_folder_of_plain_files_is_a_dataset_too(jsonl, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`minillm train` on a rank that kills itself: RANK OWNER.METHOD EVENTS ARGUMENTS..., at the n-th call of that method."""
+"""`minillm train` on a rank that kills itself at the n-th call of a method: RANK OWNER.METHOD N ARGUMENTS..."""
 
 import os
 import signal

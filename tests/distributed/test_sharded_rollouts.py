@@ -56,7 +56,7 @@ def rank(how: str, folder: Path) -> None:
     torch.set_num_threads(1)
     group.join(folder)
     for tie in (False, True):
-        models = tiny_models(tie)
+        models = replace(tiny_models(tie), by_layers=how == "layers")
         DeepSpeedEngine(models, TrainConfig(max_steps=1), DeepSpeedConfig(type="deepspeed", gather=how), total_steps=1)
         found = collect(models, PROMPTS, SAMPLING)
         save_file(found, folder / f"{how}-tied-{tie}-{collectives.rank()}.safetensors")

@@ -73,7 +73,7 @@ class Host:
         subprocess.run([*enter, "ip", "link", "set", CABLE, "down"], check=True)
 
     def kill(self) -> None:
-        """SIGKILL every process of this host: the first goes with the one that we see, and all others go with the first."""
+        """SIGKILL every process of this host: the first goes with the one that we see, and all others with the first."""
         self._process.kill()
         self._process.wait(10)
 

@@ -83,13 +83,12 @@ def test_the_final_models_are_whole_and_alike(unbroken, how):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-# (rank, method, its n-th call): in a rollout, before a rank's part of a checkpoint is on the disk, and as rank 0 puts a
-# finished checkpoint in place
+# (rank, method, its n-th call): in a rollout, before a part of a checkpoint is on the disk, and as it is put in place
 MOMENTS = [("1", "Decoder.forward", "9"), ("1", "DeepSpeedEngine.save_state", "3"), ("0", "atomic._put_in_place", "2")]
 
 
 def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(recipe, start, finish):
-    """The others stop within a minute and say who was lost; only the steps since the last checkpoint are taken again."""
+    """The others stop within a minute and say who was lost; only the steps since the last checkpoint are redone."""
     document = yaml.safe_load(recipe.read_text())
     document["stages"] = {name: document["stages"][name] for name in ("teacher", "distil")}
     short = recipe.with_name("short.yaml")

@@ -1,4 +1,4 @@
-"""A state that does not fit what it is read into is refused, with its place in words, before the next step fails on it."""
+"""A state that does not fit what it is read into is refused, with its place, before the next step fails on it."""
 
 import copy
 

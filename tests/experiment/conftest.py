@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minillm.experiment.experiment_file import load_experiment
+from tests.experiment.made_up_results import Folders
+
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 PROMPTS = {"path": "prompts.jsonl", "template": "none", "max_prompt_length": 16, "max_response_length": 8}
@@ -71,3 +74,9 @@ def write(folder, document):
         return name
 
     return to_file
+
+
+@pytest.fixture
+def folders(write) -> Folders:
+    """What the runs of the experiment would leave in out/."""
+    return Folders(load_experiment(write()), Path("out"))

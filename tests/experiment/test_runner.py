@@ -142,7 +142,7 @@ def test_a_damaged_model_is_neither_started_from_nor_measured(write, capsys):
 
 def test_processes_of_a_launcher_train_one_run_together(write, monkeypatch, capsys):
     name, started = write(), []
-    monkeypatch.setattr("minillm.cli.main.launched_size", lambda: 2)
+    monkeypatch.setattr("minillm.cli.experiment.launched_size", lambda: 2)
     monkeypatch.setattr(runner, "run", lambda plan, **options: started.append((plan.stages[0].name, plan.output_dir)))
     assert do(name) == 2
     assert "left to train: warmup with seed 1, sft with seed 1" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Errors of the shared arguments: each names the argument and says what to do."""
 
+import numpy
 import pytest
 import torch
 
@@ -54,6 +55,18 @@ WRONG = {
     "teacher head missing": (dict(teacher_head=None), "teacher_hidden and teacher_head go together"),
     "labels shape": (dict(labels=torch.zeros(N + 1, dtype=torch.int64)), r"labels has shape \(7,\), expected \(6,\)"),
     "labels dtype": (dict(labels=torch.zeros(N)), "labels must be an integer tensor"),
+    "labels complex": (dict(labels=torch.zeros(N, dtype=torch.complex128)), "labels must be an integer tensor.*complex"),
+    "labels a list": (dict(labels=[0] * N), "labels must be an integer tensor, got list"),
+    "ignore_index None": (dict(ignore_index=None), "ignore_index must be an integer.*got None"),
+    "ignore_index a string": (dict(ignore_index="-100"), "ignore_index must be an integer.*got '-100'"),
+    "ignore_index a fraction": (dict(ignore_index=1.5), "ignore_index must be an integer"),
+    "ignore_index a truth": (dict(ignore_index=True), "ignore_index must be an integer"),
+    "kept a string": (dict(kept="6"), "kept must be an integer from 0 to 6.*got '6'"),
+    "kept too many": (dict(kept=N + 1), "kept must be an integer from 0 to 6"),
+    "kept negative": (dict(kept=-1), "kept must be an integer from 0 to 6"),
+    "kept without labels": (dict(kept=2, labels=None), "kept is 2, but without labels all 6 tokens count"),
+    "fields a number": (dict(fields=5), "fields must be names of statistics, got a int"),
+    "fields nested": (dict(fields=[["reverse_kl"]]), r"fields: unknown statistic \['reverse_kl'\]"),
     "labels bool": (dict(labels=torch.zeros(N, dtype=torch.bool)), "labels must be an integer tensor"),
     "labels too large": (dict(labels=torch.full((N,), V)), r"labels: 6 of 6 kept labels are outside \[0, 20\)"),
     "labels negative": (dict(labels=torch.full((N,), -1)), "set them to ignore_index=-100"),
@@ -91,6 +104,14 @@ WRONG = {
     "weight_grad shape": (dict(weight_grad=torch.zeros(4, V)), r"weight_grad is a tensor of shape \(4, 20\)"),
     "weight_grad integers": (dict(weight_grad=torch.zeros(V, 4, dtype=torch.int64)), "weight_grad must be a floating"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64])
+def test_labels_of_any_integer_type(dtype):
+    labels = base()["labels"]
+    found = call(labels=labels.to(dtype), ignore_index=int(labels[0]))
+    expected = call(labels=labels, ignore_index=numpy.int64(labels[0]))  # a number of numpy's counts as one
+    assert torch.equal(found.student_logprob, expected.student_logprob) and found.student_logprob[0] == 0
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -146,6 +167,7 @@ def test_names_follow_the_entry_point():
     [
         ({"a": torch.ones(N + 1)}, r"inputs\['a'\] must have shape \(6,\)"),
         ({"a": torch.ones(N, 1)}, r"inputs\['a'\] must have shape"),
+        ([torch.ones(N)], "inputs must be a mapping of names to tensors, got a list"),
         ({"a": 1.0}, r"inputs\['a'\] must have shape .* got float"),
         ({"a": torch.ones(N, requires_grad=True)}, r"inputs\['a'\] requires grad.*detach"),
     ],
@@ -159,6 +181,7 @@ def test_wrong_inputs_of_an_objective(inputs, message):
     ("objective", "message"),
     [
         (lambda stats: stats.reverse_kl.sum(), r"objective must return the loss of each of the 6 tokens.*got \(\)"),
+        (None, "objective must be a function of TokenStats, got a NoneType"),
         (lambda stats: None, "objective must return .* got NoneType"),
         (lambda stats: stats.student_argmax, "objective must return .* got .*int64"),
         (lambda stats: (stats.reverse_kl, {"m": stats.reverse_kl.mean()}), r"metric 'm' must have shape \(6,\)"),
@@ -177,6 +200,25 @@ def test_an_objective_that_hides_a_trained_tensor():
     with pytest.raises(ValueError, match="objective depends on a tensor that requires grad"):
         linear_objective(*arguments.values(), lambda stats: scale * stats.reverse_kl)
     linear_objective(*arguments.values(), lambda stats: scale.detach() * stats.reverse_kl)[0].backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_trained_tensor_that_only_one_chunk_reads(first, backend):
+    """Whichever it is: its token is in the first, second or third chunk."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    arguments = base()
+    arguments["student_hidden"].requires_grad_()
+    scale, index = torch.ones((), requires_grad=True), torch.arange(N)
+
+    def objective(stats, index):
+        reads = bool((index // 2 == first).any())
+        return (scale if reads else 1.0) * stats.reverse_kl
+
+    options = dict(inputs={"index": index}, chunk_bytes=2 * 4 * V * 2, backend=backend)
+    with pytest.raises(ValueError, match="objective depends on a tensor that requires grad"):
+        linear_objective(*arguments.values(), objective, **options)
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from minillm.losses import linear_divergence, linear_objective
+from minillm.losses import linear_cross_entropy, linear_divergence, linear_objective
 from tests.kernels.contract import (
     DIFFERENTIABLE,
     FIELDS,
@@ -51,13 +51,14 @@ def test_every_statistic_matches_float64(options, backend, kit):
 
 
 def loss_by(entry, case, backend, weights, **options):
-    if entry == "objective":
-        return objective_of(case, backend, weights, **options)
+    if entry != "token_stats":
+        return objective_of(case, backend, weights, coupled=entry == "coupled", **options)
     stats = stats_of(case, backend, fields=tuple(weights), **options)
     return sum((weight * getattr(stats, name).flatten()).sum() for name, weight in weights.items())
 
 
 ENTRIES = ["objective", "token_stats"]
+ALL_ENTRIES = [*ENTRIES, "coupled"]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -72,7 +73,7 @@ def test_each_gradient_matches_float64(name, options, entry, backend, kit):
     assert_close(gradients(loss, case), expected, GRADIENT, kit)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", ALL_ENTRIES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_gradient_of_all_statistics_at_once(options, entry, backend, kit):
     case = kit.make_case(**OPTIONS[options])
@@ -83,7 +84,7 @@ def test_the_gradient_of_all_statistics_at_once(options, entry, backend, kit):
     assert_close(gradients(loss, case), expected, GRADIENT, kit)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", ALL_ENTRIES)
 def test_bfloat16_inputs_keep_float32_logits(entry, backend, kit):
     """The teacher is close: bf16 logits would put tens of per cent of error into this reverse KL and its gradient."""
     case = kit.make_case(rows=20, dtype=torch.bfloat16, bias=True, noise=0.05)
@@ -107,7 +108,7 @@ def test_bfloat16_inputs_keep_float32_logits(entry, backend, kit):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 # a row with q = 1 - 1e-7, where the sign of a log-ratio of 1e-8 decides tvd's gradient
-@example(rows=24, vocab=4, hidden=1, teacher_hidden=9, ignored=0.0, chunk_bytes=9000, bias=True, seed=1)
+@example(rows=24, vocab=4, hidden=1, teacher_hidden=9, ignored=0.0, chunk_bytes=9000, bias=True, coupled=False, seed=1)
 @given(
     rows=st.integers(0, 24),
     vocab=st.integers(1, 90),
@@ -116,14 +117,15 @@ def test_bfloat16_inputs_keep_float32_logits(entry, backend, kit):
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
     chunk_bytes=st.integers(2000, 40_000),
     bias=st.booleans(),
+    coupled=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(backend, kit, rows, vocab, hidden, teacher_hidden, ignored, chunk_bytes, bias, seed):
+def test_any_shape(backend, kit, rows, vocab, hidden, teacher_hidden, ignored, chunk_bytes, bias, coupled, seed):
     case = kit.make_case(
         rows=rows, vocab=vocab, hidden=hidden, teacher_hidden=teacher_hidden, ignored=ignored, bias=bias, seed=seed
     )
     weights = coefficients(case)
-    loss = objective_of(case, backend, weights, chunk_bytes=chunk_bytes)
+    loss = objective_of(case, backend, weights, chunk_bytes=chunk_bytes, coupled=coupled)
     loss64, expected = expected_gradients(case, weights, kit)
     torch.testing.assert_close(loss.double(), loss64, rtol=1e-4, atol=1e-4)
     for name, value in gradients(loss, case).items():
@@ -181,6 +183,32 @@ def test_leading_dimensions_are_kept(backend, kit):
     weights = coefficients(case)
     loss = objective_of(case, backend, {name: weight.view(2, 3, 2) for name, weight in weights.items()})
     assert_close(gradients(loss, case), expected_gradients(case, weights, kit)[1], GRADIENT, kit)
+
+
+@pytest.mark.parametrize("label", [5, -100])
+def test_one_token_without_leading_dimensions(label, engine, kit):
+    """Statistics, losses and gradients have the shapes of one token, and its values."""
+    case = kit.make_case(rows=1, bias=True, ignored=0.0)
+    case.labels[0] = label
+    one = case.with_(
+        student_hidden=case.student_hidden.detach()[0].requires_grad_(),
+        teacher_hidden=case.teacher_hidden[0],
+        labels=case.labels[0],
+    )
+    with torch.no_grad():
+        scored = stats_of(one, engine)
+    stats, row = stats_of(one, engine), stats_of(case, engine)
+    for name in row.fields:
+        assert getattr(stats, name).shape == getattr(scored, name).shape == ()
+        assert torch.equal(getattr(stats, name), getattr(row, name)[0]), name
+        torch.testing.assert_close(getattr(scored, name), getattr(stats, name))
+    losses = [stats.reverse_kl - stats.student_logprob]
+    losses.append(linear_divergence(*one.arguments[:4], labels=one.labels, backend=engine))
+    losses.append(linear_cross_entropy(*one.arguments[:2], one.labels, reduction="none", backend=engine))
+    for loss in losses:
+        assert loss.shape == ()
+        found = gradients(loss, one)
+        assert found["hidden"].shape == (16,) and (found["hidden"].abs().sum() > 0) == (label >= 0)
 
 
 def test_strided_inputs(backend, kit):

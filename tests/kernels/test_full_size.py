@@ -13,9 +13,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 from minillm.benchmarks.goals import LARGE, LONG  # noqa: E402
 from minillm.benchmarks.providers import LEAN  # noqa: E402
 from minillm.kernels import head, rows_triton, tile_sums_triton, tiled_triton  # noqa: E402
+from minillm.kernels.chunks import chunk_rows  # noqa: E402
 from minillm.kernels.divergences import DIVERGENCES, FIELDS  # noqa: E402
 from minillm.kernels.share_sums import SHARED_FIELDS  # noqa: E402
 from minillm.losses import (  # noqa: E402
+    LMHead,
     linear_cross_entropy,
     linear_divergence,
     linear_logprobs,
@@ -45,7 +47,8 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # or the door would ask for CUDA tensors
     monkeypatch.setattr(head, "_on_tensor_cores", on_tensor_cores)
-    for name in ("statistics_kernel", "gradient_kernel", "both_kernel"):
+    names = ("statistics_kernel", "gradient_kernel", "both_kernel", "add_softcapped_kernel", "softcap_gradient_kernel")
+    for name in names:
         monkeypatch.setattr(rows_triton, name, Unlaunched())
     monkeypatch.setattr(tiled_triton, "tiled_kernel", Unlaunched())
     monkeypatch.setattr(tile_sums_triton, "tile_sums_kernel", Unlaunched())
@@ -125,6 +128,21 @@ def test_no_call_waits_for_the_device_where_the_count_is_known(backend):
             name: lambda name=name: linear_divergence(*arguments, labels=labels, divergence=name, **known)
             for name in DIVERGENCES
         },
+        "coupled": lambda: linear_objective(
+            *arguments,
+            labels,
+            lambda stats, w: (w * stats.interpolated_cross_entropy).sum().square(),
+            inputs={"w": labels},
+            fields=("interpolated_cross_entropy",),
+            coupled=True,
+            **known,
+        )[0],
+        "sum of heads": lambda: linear_cross_entropy(
+            (arguments[0], arguments[2]),
+            LMHead.sum_of(LMHead(arguments[1], softcap=30.0), LMHead(arguments[3], logit_scale=0.5)),
+            labels,
+            **known,
+        ),
         "no labels": lambda: linear_divergence(*arguments, backend=backend),
     }
     for name, call in calls.items():
@@ -132,6 +150,24 @@ def test_no_call_waits_for_the_device_where_the_count_is_known(backend):
             leaf.grad = None
         call().backward()
         assert all(leaf.grad is not None for leaf in arguments[:2]), name
+
+
+@pytest.mark.parametrize(("template_softcap", "delta_softcap", "buffers"), [(30.0, None, 1), (None, 30.0, 2)])
+def test_a_sum_of_heads_holds_the_logits_of_one_model(template_softcap, delta_softcap, buffers):
+    """And of every capped summand that is trained, whose slope the gradient reads; within the same bytes of logits."""
+    hidden, weight, other_hidden, other_weight, labels = tensors(LARGE)
+    head = LMHead.sum_of(LMHead(other_weight, softcap=template_softcap), LMHead(weight, softcap=delta_softcap))
+    with Live() as live:
+        linear_cross_entropy(
+            (other_hidden, hidden), head, labels, kept=LARGE.tokens, backend="triton", chunk_bytes=2**30
+        ).backward()
+    assert other_hidden.grad is None and other_weight.grad is None
+    weight_sum = 4 * weight.numel()
+    rows = chunk_rows(LARGE.tokens, LARGE.vocab, models=buffers, itemsize=4, device=hidden.device, chunk_bytes=2**30)
+    logits = 4 * rows * LARGE.vocab * buffers
+    half = 0 if buffers == 1 else 2 * rows * LARGE.vocab  # the capped summand's gradient as its products want it
+    small = 2 * hidden.nbytes + 2 * rows * (8 * hidden.shape[1] + other_hidden.shape[1])
+    assert logits < live.peak - weight_sum - half < logits + small
 
 
 def test_the_tiled_engine_does_not_wait_either():

@@ -1,5 +1,8 @@
 """The thin losses: each is the statistic it names, under every reduction."""
 
+import math
+
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,13 +97,23 @@ def test_a_teacher_in_another_precision(kit):
     assert wide.dtype == torch.float64
 
 
-@pytest.mark.parametrize("num_items", [0, -1, "3", True, torch.tensor(0), torch.tensor([3, 4])])
+NO_DIVISORS = (0, -1, math.nan, math.inf, "3", True, numpy.bool_(True), numpy.array(3), 3j)
+NO_TENSORS = (0, [0.0], -1.0, math.nan, math.inf, True, 3j, [3, 4], [])
+
+
+@pytest.mark.parametrize("num_items", [*NO_DIVISORS, *map(torch.tensor, NO_TENSORS)], ids=repr)
 def test_a_divisor_is_one_positive_number(num_items, kit):
     case = kit.make_case(rows=4)
     with pytest.raises(ValueError, match="num_items must be"):
         linear_divergence(*case.arguments[:4], num_items=num_items)
-    one = linear_divergence(*case.arguments[:4], num_items=torch.tensor([7]))
-    torch.testing.assert_close(one, linear_divergence(*case.arguments[:4], num_items=7))
+
+
+@pytest.mark.parametrize("num_items", [7, 7.0, numpy.int64(7), numpy.uint8(7), numpy.float32(7), torch.tensor([7])])
+def test_divisors_of_any_kind_of_number(num_items, kit):
+    case = kit.make_case(rows=4)
+    found = linear_divergence(*case.arguments[:4], num_items=num_items)
+    assert found.dtype == torch.float32 and found.shape == ()
+    torch.testing.assert_close(found, linear_divergence(*case.arguments[:4], reduction="sum") / 7)
 
 
 def test_known_coefficients_take_one_launch(kit, monkeypatch):

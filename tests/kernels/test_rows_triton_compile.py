@@ -59,6 +59,12 @@ TILES = {
     "narrow": dict(width=384),
     "one_id": dict(width=1),
 }
+SOFTCAPS = {
+    "first": dict(),
+    "added": dict(first=False),
+    "gradient": dict(gradient=True),
+    "odd_vocabulary": dict(vocab_size=50257),
+}
 ONE_LAUNCH = {
     **{
         name: dict(fields=(name,)) for name in ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
@@ -121,9 +127,22 @@ def report(folder: Path) -> dict[str, dict[str, int]]:
         place = dict(share=3, rows=slice(0, 2), first=3 * TILE_IDS, block=TILE_IDS)
         tile_sums_triton.tile_sums(student, teacher if with_teacher else None, labels, sums, **place)
         names.append(f"tiles: {name}")
+    capped, sloped = Recorder(rows_triton.add_softcapped_kernel), Recorder(rows_triton.softcap_gradient_kernel)
+    rows_triton.add_softcapped_kernel, rows_triton.softcap_gradient_kernel = capped, sloped
+    for gradient in (False, True):
+        for name, case in SOFTCAPS.items():
+            if case.get("gradient", False) != gradient:
+                continue
+            vocab_size = case.get("vocab_size", 151936)
+            total, raw = torch.empty(2, 2, -(-vocab_size // 16) * 16)[:, :, :vocab_size]
+            if gradient:
+                rows_triton.softcap_gradient(total, raw, 0.5, 30.0)
+            else:
+                rows_triton.add_softcapped(total, raw, 0.5, 30.0, first=case.get("first", True))
+            names.append(f"softcaps: {name}")
     compiled = [
         compile_for_hopper(recorder.kernel, args, kwargs)
-        for recorder in (statistics, gradients, both, tiles)
+        for recorder in (statistics, gradients, both, tiles, capped, sloped)
         for args, kwargs in recorder.launches
     ]
     found = {name: resources(kernel, folder) for name, kernel in zip(names, compiled, strict=True)}
@@ -137,7 +156,13 @@ def compiled(run_apart) -> dict[str, dict[str, int]]:
     return run_apart(__file__)
 
 
-KINDS = {"statistics": STATISTICS, "gradients": GRADIENTS, "one launch": ONE_LAUNCH, "tiles": TILES}
+KINDS = {
+    "softcaps": SOFTCAPS,
+    "statistics": STATISTICS,
+    "gradients": GRADIENTS,
+    "one launch": ONE_LAUNCH,
+    "tiles": TILES,
+}
 CASES = [f"{kind}: {name}" for kind, cases in KINDS.items() for name in cases]
 
 
@@ -154,11 +179,14 @@ def test_two_programs_fit_on_a_multiprocessor(compiled, case):
     assert compiled[case]["registers"] <= limit, compiled[case]
 
 
+def reads_two_models(case: str) -> bool:
+    alone = "alone" in case or case.endswith(": cross_entropy")
+    return not alone and case not in ("softcaps: first", "softcaps: odd_vocabulary")
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "everything" not in c and "one_id" not in c])
 def test_loads_are_16_bytes_wide(compiled, case):
-    assert compiled[case]["wide_loads"] >= (1 if "alone" in case or case.endswith(": cross_entropy") else 2), compiled[
-        case
-    ]
+    assert compiled[case]["wide_loads"] >= (2 if reads_two_models(case) else 1), compiled[case]
 
 
 @pytest.mark.parametrize("case", ["reverse_kl", "jsd", "cross_entropy"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -168,6 +169,28 @@ def test_nothing_kept_is_a_connected_zero(rows, kit):
     assert loss.item() == 0
     for name, gradient in gradients(loss, case).items():
         assert gradient.shape == case.leaves[name].shape and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_activation_checkpointing(reentrant, kit):
+    """The gradient of the loss itself is the same to the last bit. What is made of it afterwards is so only where the
+    forward pass knows of the gradient: a reentrant checkpoint's does not, and takes the engine that has none.
+    """
+    case = make(kit)
+    weights = weights_of(case)
+
+    def gradient(further, through_checkpoint):
+        def step(hidden):
+            return loss_of(case.with_(student_hidden=hidden), weights)
+
+        run = (lambda hidden: checkpoint(step, hidden, use_reentrant=reentrant)) if through_checkpoint else step
+        case.student_hidden.grad = None
+        further(run(case.student_hidden * 1.0)).backward()
+        return case.student_hidden.grad
+
+    assert torch.equal(gradient(lambda loss: loss, True), gradient(lambda loss: loss, False))
+    squared = [gradient(torch.square, through) for through in (True, False)]
+    assert kit.relative_error(*squared) < 1e-5 if reentrant else torch.equal(*squared)
 
 
 def test_only_what_requires_grad_gets_one(kit):

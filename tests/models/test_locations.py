@@ -1,11 +1,15 @@
-"""Where a path leads, and what is said where it leads nowhere."""
+"""The places that paths lead to, and errors of what is read there."""
 
+import errno
+import json
 import sys
 
 import pytest
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm import UserError
+from minillm.models import locations
 from minillm.models.locations import reading, resolve_path
 
 
@@ -25,13 +29,61 @@ def test_a_name_that_leads_nowhere_is_said_as_it_was_written(monkeypatch, tmp_pa
     ):
         with reading("models/nope"):
             raise OSError("no net\nmore")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("an unknown model type"), "an unknown model type"),
+        (SafetensorError("header"), "a .safetensors file in it cannot be read"),
+        (OSError("there does not appear to have a file named model.safetensors.\nMore"), "named model.safetensors.$"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "there/x.json"), "there/x.json"),
+        (KeyError("weight"), "transformers cannot read it .KeyError"),
+        (RecursionError("maximum recursion depth"), "nested without end"),
+        (ImportError("\nXTokenizer requires the tokenspice library\n"), "XTokenizer requires the tokenspice library"),
+        (ImportError("LlamaTokenizer requires the SentencePiece library"), "pip install sentencepiece$"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_is_wrong_with_a_folder_is_said_of_its_path(tmp_path, monkeypatch, error, words):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
-    with pytest.raises(OSError, match="broken"), reading("there"):
-        raise OSError("broken")
-    with pytest.raises(ValueError, match="there: an unknown model type"), reading("there"):
-        raise ValueError("an unknown model type")
-    with pytest.raises(ValueError, match="there: a .safetensors file in it cannot be read"), reading("there"):
-        raise SafetensorError("header")
+    with pytest.raises(UserError, match=f"^there: .*{words}"), reading("there"):
+        raise error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_what_the_machine_refuses_is_nothing_wrong_with_the_folder(number):
+    with pytest.raises(OSError) as caught, reading("there"):
+        raise OSError(number, "refused", "there/model.safetensors")
+    assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("t5", "T5"), ("vit", "ViT"), ("wav2vec2", "Wav2Vec2")])
+def test_a_model_of_another_kind_is_one_sentence(tmp_path, kind, name):
+    """transformers lists the two hundred classes that it would have taken."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError) as caught, reading("org/model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(caught.value) == (
+        f"org/model: a {name} model is no causal language model (llama, gpt2, qwen2, ...), which student and teacher must be"
+    )
+
+
+def test_a_tokenizer_that_takes_sentencepiece_is_not_said_to_take_tiktoken(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(locations, "_is_importable", lambda package: False)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(bytes(range(256)) * 8)
+    with (
+        pytest.raises(UserError, match=r"^org/model: its tokenizer .*pip install sentencepiece$"),
+        reading("org/model"),
+    ):
+        AutoTokenizer.from_pretrained(tmp_path)
+    monkeypatch.setattr(locations, "_is_importable", lambda package: True)
+    with pytest.raises(UserError, match="tiktoken"), reading("org/model"):  # then the file is tiktoken's
+        AutoTokenizer.from_pretrained(tmp_path)
 
 
 def test_a_stage(tmp_path):

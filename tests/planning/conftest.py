@@ -1,9 +1,8 @@
 import pytest
 import yaml
 
-from minillm.config.root import StageConfig, register_method
 from tests.planning.elsewhere import Elsewhere, Sieve
-from tests.planning.small import document
+from tests.planning.small import ANSWER, PROMPT, document
 
 
 @pytest.fixture
@@ -19,12 +18,21 @@ def recipe(tmp_path):
 
 
 @pytest.fixture
-def methods_of_elsewhere():
-    """`method.name` may be `elsewhere` or `sieve` in the test, and is what it was after it."""
-    field = StageConfig.model_fields["method"]
-    before = field.annotation
-    for config_class in (Elsewhere, Sieve):
-        register_method(config_class)
-    yield
-    field.annotation = before
-    StageConfig.model_rebuild(force=True)
+def methods_of_elsewhere(registered):
+    """`method.name` may be `elsewhere` or `sieve`."""
+    registered(Elsewhere)
+    registered(Sieve)
+
+
+@pytest.fixture
+def with_a_sieve(recipe, tmp_path):
+    """Writes a configuration whose first stage is a sieve, with some of its keys, and returns its path."""
+
+    def write(**keys):
+        (tmp_path / "corpus.txt").write_text("plain text")
+        corpus = {"path": str(tmp_path / "corpus.txt"), "block_size": 32}
+        prompts = {"type": "pydoc", "max_prompt_length": PROMPT, "max_response_length": ANSWER}
+        stages = {"choose": {"method": {"name": "sieve", **keys}}, "train": {"method": {"name": "sft"}}}
+        return recipe(data={"prompts": prompts, "corpus": corpus}, stages=stages)
+
+    return write

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from minillm.planning.gpus import BANDWIDTH_SHARE, LINK_SHARE, MFU, Gpu
+from minillm.planning.gpus import BANDWIDTH_USE, LINK_USE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import Simulation
 from minillm.planning.sizes import ModelSize
@@ -53,7 +53,7 @@ def test_frozen_weights_below_adapters_cost_a_pass_and_a_head_product_less(check
     found = speed(work(), student=frozen, checkpointing=checkpointing)
     assert found.update_flops == 3 * (passes * body + heads)
     optimizer = found.seconds["update"] - found.update_flops / (1e6 * MFU)
-    assert optimizer == pytest.approx(50 * 7 * 4 / (1e6 * BANDWIDTH_SHARE))
+    assert optimizer == pytest.approx(50 * 7 * 4 / (1e6 * BANDWIDTH_USE))
 
 
 def test_a_collection_is_shared_by_the_steps_that_use_it():
@@ -83,7 +83,7 @@ def test_a_term_beside_the_buffer_has_its_teacher_run_in_every_step():
     sharded = Sharding(world_size=2, stage=3, teacher="sharded")
     alone, both = (speed(one, sharding=sharded).seconds["communication"] for one in (alone, both))
     moved = (3 * 2 * 1000 * 2 + 3 * 200 * 2 + 3 * 5000 * 2) / 2  # the student's passes, the head, the whole teacher
-    assert both - alone == pytest.approx(moved / (1e5 * LINK_SHARE))
+    assert both - alone == pytest.approx(moved / (1e5 * LINK_USE))
 
 
 def test_decoding_takes_what_reading_takes_where_that_is_longer():
@@ -91,7 +91,7 @@ def test_decoding_takes_what_reading_takes_where_that_is_longer():
     read = (1000 - 100) * 2 + 4 * (PROMPT + ANSWER / 2) * 80  # bytes for a token of a batch
     seconds = speed(work(decodings=(decoding,))).seconds
     by_flops = speed(work(decodings=(decoding,))).rollout_flops / (1e6 * MFU)
-    by_reading = 2 * ANSWER * read / (1e6 * BANDWIDTH_SHARE)
+    by_reading = 2 * ANSWER * read / (1e6 * BANDWIDTH_USE)
     assert seconds["rollout"] == pytest.approx(max(by_flops, by_reading)) and by_reading > 0
 
 
@@ -101,12 +101,12 @@ def test_adam_reads_and_writes_seven_words_a_weight_of_its_share():
         - speed(work()).update_flops / (1e6 * MFU)
         for size in (1, 2)
     )
-    assert alone == pytest.approx(1000 * 7 * 4 / (1e6 * BANDWIDTH_SHARE)) and halved == pytest.approx(alone / 2)
+    assert alone == pytest.approx(1000 * 7 * 4 / (1e6 * BANDWIDTH_USE)) and halved == pytest.approx(alone / 2)
 
 
 def test_fp32_weights_run_at_the_rate_of_fp32():
     wide = replace(STUDENT, itemsize=4)
-    optimizer = 1000 * 7 * 4 / (1e6 * BANDWIDTH_SHARE)
+    optimizer = 1000 * 7 * 4 / (1e6 * BANDWIDTH_USE)
     slow, fast = (speed(work(), student=wide, bf16=bf16).seconds["update"] - optimizer for bf16 in (False, True))
     assert slow == pytest.approx(2 * fast)
     scoring = work(scorings=(Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),))
@@ -125,12 +125,12 @@ def test_what_travels_between_two_ranks():
     gradients, passes, heads = 2 * student, 2 * student * 3, 3 * 200 * 2
     collected = 2 * (student + teacher) / 4  # sampled and scored, once each, for four steps
     moved = (gradients + passes + heads + collected) / 2
-    assert speed(both, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
+    assert speed(both, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_USE))
     supervised = work(scorings=(Forward(("teacher",), MICRO, LENGTH, ROWS, False, total=6),))
     moved = (gradients + passes + heads + 3 * teacher) / 2  # layer by layer, in each of three passes
-    assert speed(supervised, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
+    assert speed(supervised, sharding=sharded).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_USE))
     assert speed(both).seconds["communication"] == 0
     layers = Sharding(world_size=2, stage=3, teacher="sharded", by_layers=True)
     passes_of_both = (student + teacher) * (2 * ANSWER + 2) / 4  # two batches, at every token, and scored
     moved = (gradients + passes + heads + passes_of_both) / 2
-    assert speed(both, sharding=layers).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_SHARE))
+    assert speed(both, sharding=layers).seconds["communication"] == pytest.approx(moved / (1e5 * LINK_USE))

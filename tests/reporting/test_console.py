@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minillm.reporting.console import Console, clean
+from minillm.reporting.time_left import Limits
 
 
 class Clock:
@@ -30,7 +31,14 @@ def neutral(monkeypatch):
 
 
 def train(step: int, **more) -> dict:
-    return {"stage_step": step, "seconds": 2.0 * step, "loss": 1.23456, "tokens_per_s": 12345.6, **more}
+    return {
+        "stage_step": step,
+        "seconds": 2.0 * step,
+        "student_tokens": 10 * step,
+        "loss": 1.23456,
+        "tokens_per_s": 12345.6,
+        **more,
+    }
 
 
 def evaluation(step: int, mean: dict, *, sets: dict | None = None, who: str = "student") -> dict:
@@ -43,7 +51,7 @@ SAMPLE = {"set": "dolly", "index": 3, "prompt": "Why?", "answer": "So.", "teache
 def everything(console: Console) -> None:
     with console:
         console.preflight([("model", "Llama", "Mistral"), ("prompts", "12 used")])
-        console.start("distil", 3, 0)
+        console.start("distil", Limits(3), 0)
         for step in (1, 2, 3):
             console.step(train(step, reverse_kl_nats=0.5))
         console.evaluation(evaluation(3, {"rouge_l": 20.0, "reverse_kl_nats": 0.4}), [SAMPLE])
@@ -93,7 +101,7 @@ def test_on_a_terminal_there_are_tables_and_one_bar():
 def test_the_terminal_is_left_as_it_was_when_a_run_fails():
     file = Terminal()
     with pytest.raises(RuntimeError), Console(rank=0, file=file) as console:
-        console.start("distil", None, 0)
+        console.start("distil", Limits(), 0)
         console.step(train(1))
         raise RuntimeError
     assert file.getvalue().rstrip().endswith("\x1b[?25h")
@@ -102,7 +110,7 @@ def test_the_terminal_is_left_as_it_was_when_a_run_fails():
 def test_lines_of_progress_are_some_seconds_apart_and_the_last_is_never_missing():
     file, clock = io.StringIO(), Clock()
     console = Console(rank=0, file=file, clock=clock)
-    console.start("a", 100, 0)
+    console.start("a", Limits(100), 0)
     for step in range(1, 101):
         clock.seconds = 0.1 * step
         console.step(train(step))
@@ -111,23 +119,28 @@ def test_lines_of_progress_are_some_seconds_apart_and_the_last_is_never_missing(
 
 
 def test_the_eta_counts_from_where_a_run_goes_on():
-    lines = plain(("start", "a", 20, 10), ("step", train(11)), ("step", train(12)), ("step", train(20)))
+    lines = plain(("start", "a", Limits(20), 10), ("step", train(11)), ("step", train(12)), ("step", train(20)))
     assert lines[0] == "stage a: step 10 of 20"
     assert "ETA" not in lines[1]  # nothing is known yet of how long a step takes
     clock = Clock()
     file = io.StringIO()
     console = Console(rank=0, file=file, clock=clock)
-    console.start("a", 20, 10)
+    console.start("a", Limits(20), 10)
     for step in (11, 15):
         console.step(train(step, seconds=3.0 * step))
         clock.seconds += 60
     assert file.getvalue().splitlines()[-1].endswith("ETA 15.0 s")
 
 
-def test_a_stage_that_time_ends_has_no_total_and_no_eta():
-    lines = plain(("start", "a", None, 0), ("step", train(1)))
-    assert lines[0] == "stage a: step 0 of ?"
-    assert lines[1] == "a 1/?: loss 1.23 · 12,346 tokens/s"
+def test_a_stage_that_time_ends_has_no_total_and_the_time_that_is_left():
+    lines = plain(("start", "a", Limits(seconds=180.0), 0), ("step", train(1)))
+    assert lines == ["stage a: step 0 of ?", "a 1/?: loss 1.23 · 12,346 tokens/s · ETA 2 min 58 s"]
+    file = Terminal()
+    with Console(rank=0, file=file) as console:
+        console.start("a", Limits(seconds=180.0), 0)
+        console.step(train(1))
+        (bar,) = console._progress.tasks
+    assert (bar.completed, bar.total) == (2.0, 180.0) and "1/?" in file.getvalue()
 
 
 def test_evaluations_are_held_against_the_best_before():
@@ -199,13 +212,13 @@ def test_long_work_between_steps_shows_how_far_it_is():
     clock = Clock()
     file = io.StringIO()
     console = Console(rank=0, file=file, clock=clock)
-    console.start("distil", 3, 0)
+    console.start("distil", Limits(3), 0)
     for done in (10, 20, 30, 40):
         console.working("sampling answers", done, 40)
         clock.seconds += 3.0
     assert file.getvalue().splitlines()[1:] == ["distil: sampling answers 10/40", "distil: sampling answers 30/40"]
     terminal = Terminal()
     with Console(rank=0, file=terminal, clock=clock) as console:
-        console.start("distil", 3, 0)
+        console.start("distil", Limits(3), 0)
         console.working("sampling answers", 10, 40)
     assert "sampling answers 10/40" in terminal.getvalue()

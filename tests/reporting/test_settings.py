@@ -41,9 +41,23 @@ def test_sets_by_name_and_stages_side_by_side():
     assert shown["`method.name`"] == ["–", "sft", "minillm"]
 
 
-def test_a_configuration_of_another_version_is_shown_as_it_was_written():
-    shown = rows(settings_table({"main": {**BASE, "train": {"max_steps": 10, "no_such_key": 3}}}))
-    assert shown["`train.no_such_key`"] == ["3"]
+def test_keys_of_another_version_stand_beside_those_of_today():
+    written = {"train": {"max_steps": 10, "no_such_key": 3}, "method": {"name": "minillm", "gamma": 0.9, "delta": 1}}
+    shown = rows(settings_table({"main": {**BASE, **written}}))
+    assert shown["`train.no_such_key`"] == ["–", "3"] and shown["`method.delta`"] == ["–", "1"]
+    assert shown["`method.gamma`"] == ["1.0", "0.9"] and shown["`train.max_steps`"] == ["none", "10"]
+    assert "`method.alpha`" not in shown
+
+
+def test_a_configuration_that_cannot_be_read_any_more_is_shown_as_it_was_written():
+    shown = rows(settings_table({"main": {"method": {"name": "forgotten", "depth": 3}, "train": {"max_steps": 10}}}))
+    assert shown == {"`method.name`": ["forgotten"], "`method.depth`": ["3"], "`train.max_steps`": ["10"]}
+
+
+def test_what_was_taken_out_is_not_changed_in_the_callers_keys():
+    settings = {**BASE, "train": {"max_steps": 10, "no_such_key": 3}}
+    settings_table({"main": settings})
+    assert settings["train"] == {"max_steps": 10, "no_such_key": 3}
 
 
 def test_differing_keys_are_those_on_which_runs_do_not_agree():

@@ -1,7 +1,4 @@
-"""One process at a time: the second is told who holds the folder, and nothing outlives the process that holds it.
-
-Run as a program it holds a folder until its input ends, and has a child that does not end before either: FOLDER.
-"""
+"""One process at a time: the second is told who holds the folder, and nothing outlives the process that holds it."""
 
 import errno
 import os
@@ -20,6 +17,18 @@ from minillm.storage import folder_lock
 from minillm.storage.folder_lock import LOCK, FolderInUseError, hold_folder
 from tests.runs import in_a_child
 
+# holds a folder until its input ends, and has a child that does not end before either; prints the child's id
+HOLDER = """
+import os, sys
+from pathlib import Path
+from minillm.storage.folder_lock import hold_folder
+
+with hold_folder(Path(sys.argv[1]), note=sys.exit):
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
 
 def hold(folder: Path):
     return hold_folder(folder, note=pytest.fail)
@@ -34,7 +43,7 @@ class Holder(NamedTuple):
 def other(tmp_path) -> Iterator[Holder]:
     """Another process that holds tmp_path / "run"."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, __file__, str(tmp_path / "run")], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], **pipes) as process:
         yield Holder(process, int(process.stdout.readline()))
         process.kill()
 
@@ -63,7 +72,8 @@ def test_the_lock_ends_with_its_process_however_that_ends(other, tmp_path):
 def test_a_folder_that_was_given_back_can_be_held_again(tmp_path):
     for _ in range(2):
         with hold(tmp_path / "deep" / "run"):
-            assert (tmp_path / "deep" / "run" / LOCK).is_file()
+            assert str(os.getpid()) in (tmp_path / "deep" / "run" / LOCK).read_text()
+        assert (tmp_path / "deep" / "run" / LOCK).read_text() == ""
     with pytest.raises(KeyError), hold(tmp_path / "run"):
         raise KeyError
     with hold(tmp_path / "run"):
@@ -106,10 +116,3 @@ def test_a_folder_that_cannot_be_made_is_the_persons_error(tmp_path):
     with pytest.raises(UserError, match="file/run cannot be written to: .*; choose another output_dir"):
         with hold(tmp_path / "file" / "run"):
             pass
-
-
-if __name__ == "__main__":
-    with hold(Path(sys.argv[1])):
-        if os.fork() == 0:
-            print(os.getpid(), flush=True)
-        sys.stdin.read()

@@ -33,6 +33,8 @@ def test_a_folder_as_it_was_signed_has_no_damage(folder):
     assert find_damage(folder) is None
     assert find_damage(folder, requires=("README.md",)) == "manifest.json does not name README.md"
     assert not is_signed(folder / "state")
+    sign(folder)
+    assert find_damage(folder, requires=("README.md",)) is None
 
 
 @given(st.sampled_from(sorted(FILES)), st.data())

@@ -25,9 +25,8 @@ PATH = Path("run/checkpoint-3/state/engine.pt")
 def test_an_error_of_any_kind_is_one_line_about_the_file(error, reason):
     with pytest.raises(UserError) as caught, reading_state(PATH):
         raise error
-    assert str(caught.value) == (
-        f"{PATH}: {reason}. It is not what this run has written; remove checkpoint-3 to go on from the checkpoint before it"
-    )
+    told = f"{PATH}: {reason}. It is not what this run has written; remove checkpoint-3 to go on from the checkpoint"
+    assert str(caught.value) == f"{told} before it"
     assert caught.value.__cause__ is error
 
 

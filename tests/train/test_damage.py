@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from minillm import UserError
 from minillm.cli.main import main
 from minillm.storage.folder_lock import LOCK, FolderInUseError
 from minillm.storage.manifest import MANIFEST, find_damage, sign
@@ -91,14 +90,14 @@ def test_a_second_run_in_the_same_folder_stops_before_it_touches_anything(two_st
 
 def test_a_run_that_was_killed_before_its_first_step_leaves_a_folder_to_begin_in(two_stages, tmp_path):
     def killed() -> None:
-        from minillm.engine.torch import TorchEngine
+        from minillm.train.trainer import StageTrainer
 
-        TorchEngine.step = lambda self, micro_batches: os.kill(os.getpid(), 9)
-        train(two_stages, "eval.sets={}")
+        StageTrainer.run = lambda self, **options: os.kill(os.getpid(), 9)
+        train(two_stages)
 
     assert os.WTERMSIG(in_a_child(killed)) == 9
-    assert (tmp_path / "run" / LOCK).exists()
-    assert main(["train", str(two_stages), "eval.sets={}"]) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} > {LOCK, "config.yaml"}
+    assert main(["train", str(two_stages)]) == 0
 
 
 def test_every_published_model_carries_its_checksums(two_stages, tmp_path):
@@ -122,22 +121,22 @@ def test_a_stage_does_not_read_a_damaged_model(two_stages, tmp_path, capsys):
 
 def test_a_damaged_model_that_its_checkpoint_still_holds_is_published_again(two_stages, tmp_path):
     final, _ = train(two_stages)
-    before = load_file(final / "model.safetensors")
+    before = (final / "model.safetensors").read_bytes()
     flip(final / "model.safetensors")
     _, console = train(two_stages, resume=True)
     assert "final is not whole (model.safetensors was altered)" in console.notes
     assert "final is written again, from checkpoint-8" in console.notes
-    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(final / "model.safetensors").items())
+    assert (final / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     "damage", [lambda best: flip(best / "model.safetensors"), shutil.rmtree], ids=["altered", "deleted"]
 )
 def test_a_lost_best_model_is_replaced_at_the_next_evaluation(two_stages, tmp_path, damage):
-    train(two_stages, "stages.distil.train.max_steps=4", "eval.metric=reverse_kl_nats")
+    train(two_stages, "stages.distil.train.max_steps=4")
     best = tmp_path / "run" / "best"
     damage(best)
-    _, console = train(two_stages, "stages.distil.train.max_steps=5", "eval.metric=reverse_kl_nats", resume=True)
+    _, console = train(two_stages, "stages.distil.train.max_steps=5", resume=True)
     assert any("it is replaced at the next evaluation" in note for note in console.notes)
     assert find_damage(best) is None
     assert (best / "model.safetensors").read_bytes() == (tmp_path / "run/final/model.safetensors").read_bytes()
@@ -178,7 +177,7 @@ def change_generator(path: Path) -> None:
     [
         ("trainer.json", change_json("position"), "progress.position: Input should be a valid integer"),
         ("trainer.json", lambda path: path.write_text("[]"), "it is not a JSON object"),
-        ("engine.pt", change_moment, "exp_avg of weight 0 is (3,), the weight (258, 16)"),
+        ("engine.pt", change_moment, "exp_avg of weight 0 is (3,), the weight (257, 16)"),
         ("engine.pt", change_generator, "TypeError: RNG state must be a torch.ByteTensor"),
         ("engine.pt", lambda path: torch.save({"optimizer": {}}, path), "it has no 'state'"),
         ("engine.pt", lambda path: path.write_text("no archive"), "UnpicklingError"),
@@ -192,8 +191,6 @@ def test_state_that_was_changed_and_signed_again_is_one_line_about_its_file(
     checkpoint = tmp_path / "run" / "checkpoint-8"
     change(checkpoint / "state" / name)
     sign(checkpoint)
-    with pytest.raises(UserError):
-        train(two_stages, "stages.distil.train.max_steps=9", resume=True)
     assert main(["train", str(two_stages), "stages.distil.train.max_steps=9", "--resume"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert f"{checkpoint / 'state' / name}: {words}" in error and "remove checkpoint-8" in error
@@ -206,6 +203,6 @@ def test_checkpoints_on_another_disk_behind_links_do_not_end_a_run(two_stages, t
         shutil.move(tmp_path / "run" / f"checkpoint-{step}", tmp_path / "disk" / f"checkpoint-{step}")
         (tmp_path / "run" / f"checkpoint-{step}").symlink_to(tmp_path / "disk" / f"checkpoint-{step}")
     final, _ = train(two_stages, "stages.distil.train.max_steps=9", "save.keep=1", resume=True)
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-9"]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-11"]
     assert len(list((tmp_path / "disk").iterdir())) == 2
     assert (final / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()

@@ -1,14 +1,16 @@
-"""Whether models are causal language models, and whether the architecture in `student.config` can be built.
+"""Checks of architectures: models are causal language models, and that of `student.config` can be built.
 
 An architecture is built as transformers builds it, on the meta device, which holds no weights. That imports torch and
 transformers, so that it is done only where `student.config` is given.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ _OTHER_TASKS = (
     "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification",
     "ForObjectDetection", "ForSemanticSegmentation", "ForCTC", "ForPreTraining",
 )  # fmt: skip
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KIND = ("student", "config", "model_type")
 _WANTED = "student and teacher must be causal language models (llama, gpt2, qwen2, ...)"
 
@@ -59,11 +61,11 @@ def fresh_architecture(facts: Facts, student: StudentConfig) -> Iterator[Found]:
         message = f"must be from 1 to {LARGEST:,}, not {show(student.config[key])}"
         yield Found(("student", "config", key), message)
     if not wrong:
-        yield from _build(keys, student.config)
+        yield from _wrong_keys(json.dumps(keys), json.dumps(student.config))
 
 
 def _is_size(value: Any) -> bool:
-    """Whether a value may be a size; other types than whole numbers are left to transformers, which knows what it takes."""
+    """True for a value that may be a size. Values of other types are left to transformers, which knows what it takes."""
     return not isinstance(value, int) or isinstance(value, bool) or 1 <= value <= LARGEST
 
 
@@ -79,13 +81,27 @@ def _all_keys(student: StudentConfig) -> dict[str, Any] | None:
     counts = {keys.get(name) for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")} - {None}
     # lists of one entry per layer are made anew with another number of layers
     per_layer = [key for key, value in keys.items() if isinstance(value, list) and len(value) in counts]
-    return {**{key: value for key, value in keys.items() if key not in per_layer}, **student.config}
+    return _merged({key: value for key, value in keys.items() if key not in per_layer}, student.config)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Two architectures merged, where `over` wins. Groups such as text_config are merged key by key."""
+    groups = {
+        key: _merged(under[key], value)
+        for key, value in over.items()
+        if isinstance(value, dict) and isinstance(under.get(key), dict)
+    }
+    return {**under, **over, **groups}
+
+
+@cache  # stages and arms of one file mostly have one architecture
+def _wrong_keys(keys: str, own: str) -> tuple[Found, ...]:
+    """The findings in an architecture. Both arguments are JSON: all of its keys, and those of student.config."""
+    return tuple(_build(json.loads(keys), json.loads(own)))
 
 
 def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
-    import torch
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = keys["model_type"]
@@ -112,17 +128,33 @@ def _build(keys: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Found]:
     if refused is not None:
         yield Found(_KIND, refused)
         return
+    wrong = _heads_problem(architecture.get_text_config()) or _failure(architecture)
+    if wrong is not None:
+        yield Found("student.config", f"no {kind} model can be built of these keys: {wrong}")
+
+
+def _heads_problem(architecture: Any) -> str | None:
+    """The problem with groups of heads that share keys and values, which only a forward pass would find; or None."""
+    heads, groups = (getattr(architecture, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        return f"the {heads} attention heads are no multiple of the {groups} key-value heads"
+    return None
+
+
+def _failure(architecture: Any) -> str | None:
+    """The reason why no model of this architecture can be built; None where one can, or has too many layers to try."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     if (architecture.get_text_config().num_hidden_layers or 0) > MOST_LAYERS:
-        return
+        return None
+    family = AutoModelForImageTextToText if _reads_images(architecture) else AutoModelForCausalLM
     try:
         with _quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture)
-            model(torch.zeros(1, 2, dtype=torch.long))
-    except NotImplementedError:  # an operation that the meta device does not have says nothing of the keys
-        return
-    except Exception as error:
-        if "meta" not in str(error):
-            yield Found("student.config", f"no {kind} model can be built of these keys: {_cause(error)}")
+            family.from_config(architecture)
+    except Exception as error:  # whatever a family's own code makes of its keys
+        return _cause(error)
+    return None
 
 
 def _not_causal(kind: str, architecture: Any) -> str | None:
@@ -134,11 +166,19 @@ def _not_causal(kind: str, architecture: Any) -> str | None:
 
     if architecture.is_encoder_decoder:
         return f"{kind} is an encoder-decoder; {_WANTED}"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _reads_images(architecture):
         return f"{kind} predicts no next token; {_WANTED}"
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(architecture, "is_decoder", False):
         return f"{kind} reads a text in both directions unless its is_decoder is true; {_WANTED}"
     return None
+
+
+def _reads_images(architecture: Any) -> bool:
+    """True for an architecture whose models take images beside text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    listed = architecture.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return listed and getattr(architecture, "vision_config", None) is not None
 
 
 def _misspelt(own: Mapping[str, Any], family: type) -> Iterator[Found]:
@@ -161,7 +201,7 @@ def _of_field(text: str, own: Mapping[str, Any]) -> Found | None:
         types = [] if found is None else re.findall(r"<class '(\w+)'>", found[2])
     if not types or found[1] not in own:
         return None
-    words = " or ".join(_TYPES.get(name, name) for name in types)
+    words = " or ".join(_TYPES.get(name, name) for name in types if name != "NoneType")
     return Found(("student", "config", found[1]), expected(words, own[found[1]]))
 
 

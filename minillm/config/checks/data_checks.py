@@ -1,4 +1,4 @@
-"""What must hold between the keys of each source of data."""
+"""Conditions between the keys of each source of data."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,13 @@ from minillm.config.method import Method
 
 
 def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
-    """The keys of the training prompts."""
+    """The keys of the training prompts go together."""
     if data.prompts is not None:
         yield from _system_message(("data", "prompts"), data.prompts.template)
 
 
 def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
-    """The keys of all held-out prompts and questions."""
+    """The keys of all held-out prompts and questions go together."""
     for group in ("sets", "calibration"):
         for name, source in getattr(eval, group).items():
             yield from _system_message(("eval", group, name), source.template)

@@ -14,14 +14,14 @@ NOWHERE = (None, "none")  # devices of DeepSpeed that mean no offload
 
 
 def deepspeed_installed(facts: Facts, engine: Engine) -> Iterator[Found]:
-    """The package is there."""
+    """DeepSpeed itself is installed."""
     if engine.type == "deepspeed" and not is_installed("deepspeed"):
         message = "deepspeed needs the package of that name: pip install -e '.[deepspeed]' in minillm's folder"
         yield Found("engine.type", message)
 
 
 def sharding_keys(facts: Facts, engine: Engine) -> Iterator[Found]:
-    """Keys that mean something for sharded weights alone stand beside stage 3, or a teacher that it shards."""
+    """Keys for sharded weights are used with stage 3, and those for a sharded teacher with one that is sharded."""
     teacher = facts.groups.get("teacher")
     if engine.type != "deepspeed":
         return
@@ -45,7 +45,7 @@ def sharding_keys(facts: Facts, engine: Engine) -> Iterator[Found]:
 
 
 def deepspeed_file(facts: Facts, engine: Engine) -> Iterator[Found]:
-    """The DeepSpeed file says nothing else than the YAML, and nothing that `train` decides."""
+    """The DeepSpeed file does not contradict the YAML, and leaves out what `train` decides."""
     if engine.type != "deepspeed":
         return
     try:
@@ -74,7 +74,7 @@ def deepspeed_file(facts: Facts, engine: Engine) -> Iterator[Found]:
 def _said_twice(
     given: dict[str, Any], engine: DeepSpeedEngine, train: TrainConfig | None
 ) -> dict[str, tuple[str, Any, Any]]:
-    """{our key: (DeepSpeed's key, its value there, ours)} of what both files can say; None where that one does not."""
+    """{our key: (DeepSpeed's key, its value or None, our value)} for all settings that both files can have."""
     zero = given.get("zero_optimization", {})
 
     def offload(part: str) -> tuple[str, bool | None, bool]:

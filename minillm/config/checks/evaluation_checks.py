@@ -1,4 +1,4 @@
-"""What must hold between the keys of `eval`, and of `eval` and the teacher."""
+"""Conditions between the keys of `eval`, and between `eval` and the teacher."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from minillm.config.training import TrainConfig
 
 
 def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherConfig | None) -> Iterator[Found]:
-    """What is asked for can be measured."""
+    """All that is asked for can be measured."""
     why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
     if eval.sets and "_kl_" in eval.metric and why is not None:
         yield Found("eval.metric", f"{eval.metric} is a distance to the teacher, and {why}", ("eval.teacher",))

@@ -1,7 +1,7 @@
 """The facts that checks look at: the keys of a stage, and the sizes of its models where a local config.json has them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,20 +21,20 @@ class Facts:
     """One stage, as far as it could be read."""
 
     name: str
-    data: dict[str, Any]  # its keys, plain, with paths expanded
+    data: dict[str, Any]  # plain keys, with paths expanded
     groups: dict[str, Any]  # the typed groups without what is in error
-    findings: list[Finding]  # of the schema
+    findings: list[Finding]  # what the schema finds
     earlier: Mapping[str, "Facts"]  # the stages before this one
     all_stages: tuple[str, ...]
-    tree: Node | None = None  # the same keys with where each was written
+    tree: Node | None = None  # the same keys, with the places where they were written
 
     @classmethod
     def unread(cls, name: str) -> "Facts":
-        """A stage of which nothing but its name is looked at."""
+        """A stage of which only the name is known."""
         return cls(name, {}, {}, [], {}, ())
 
     def together(self, first: str, second: str) -> bool:
-        """Whether two keys were written side by side, in a place that no other stage inherits from."""
+        """True for two keys that were written side by side, in a place that no other stage inherits from."""
         nodes = [self.tree and self.tree.at(tuple(key.split("."))) for key in (first, second)]
         if None in nodes:
             return False
@@ -43,13 +43,13 @@ class Facts:
 
 
 def beside(one: Node, other: Node) -> bool:
-    """Whether two values were written in the same group of the same file."""
+    """True for two values that were written in the same group of the same file."""
     return (one.origin.file, one.origin.path[:-1]) == (other.origin.file, other.origin.path[:-1])
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a check found: the key that it is said at, and the other keys that it comes from."""
+    """A mistake that a check found: the key that the message is about, and the other keys that it comes from."""
 
     key: str | KeyPath
     message: str
@@ -64,8 +64,8 @@ class Found:
 class Idle(Found):
     """A key, or a group, that does nothing in this stage because of the first key of `reads`.
 
-    Files may be shared between methods, so that most such keys are fine. What is not: a key of the command line, and
-    one that stands beside the very key that takes its effect away.
+    Files may be shared between methods, so that most such keys are fine. Mistakes are those of the command line, and
+    those that stand beside the very key that takes their effect away.
     """
 
     def __post_init__(self) -> None:
@@ -78,12 +78,6 @@ def as_path(key: str | KeyPath) -> KeyPath:
     return tuple(key.split(".")) if isinstance(key, str) else key
 
 
-def sets_of(data: Mapping[str, Any], group: str, key: str) -> Iterator[KeyPath]:
-    """The paths of freely named entries such as eval.sets.NAME."""
-    entries = (data.get(group) or {}).get(key) if isinstance(data.get(group), Mapping) else None
-    yield from ((group, key, name) for name in entries or ())
-
-
 @dataclass(frozen=True)
 class Architecture:
     """The sizes of a model, None where they are not known without loading it."""
@@ -93,7 +87,7 @@ class Architecture:
 
 
 def architecture_of(facts: Facts, who: Literal["student", "teacher"], *, pruned: bool = True) -> Architecture:
-    """Read from the config.json of a local folder, of an earlier stage's model, or from the keys of a random student.
+    """The sizes in the config.json of a local folder or of an earlier stage's model, or in the keys of a random student.
 
     With `pruned` false, a student that is to be pruned counts as it is before.
     """

@@ -1,4 +1,4 @@
-"""Whether prompts and answers fit into the models' contexts, where a local config.json tells how long these are."""
+"""Checks of lengths: prompts and answers fit into the models' contexts, as far as a local config.json has these."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ DATA = ("data", "prompts")
 
 
 def answers_fit(facts: Facts, data: DataConfig, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
-    """A prompt and its answer together, sampled or given."""
+    """A prompt and its answer, sampled or given, fit together."""
     if data.prompts is None:
         return
     needs = method.needs()
@@ -31,7 +31,7 @@ def answers_fit(facts: Facts, data: DataConfig, rollout: RolloutConfig, method: 
 
 
 def corpus_fits(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
-    """Blocks of plain text."""
+    """Blocks of plain text fit."""
     needs = method.needs()
     if data.corpus is None or not needs.corpus:
         return
@@ -44,7 +44,7 @@ def corpus_fits(facts: Facts, data: DataConfig, method: Method) -> Iterator[Foun
 
 
 def evaluation_fits(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
-    """Held-out prompts, with sampled answers and with references."""
+    """Held-out prompts fit, with sampled answers and with references."""
     readers, students = (_readers(facts, teacher=teacher) for teacher in (eval.teacher, False))
     for name, prompts in eval.sets.items():
         where = ("eval", "sets", name)

@@ -1,19 +1,18 @@
-"""What a method needs, as its configuration class declares it, is there: data, a teacher, and what it asks of both."""
+"""Checks of a method's declared needs: data, a teacher, and the abilities that it asks of both."""
 
 from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
-from minillm.config.data import DataConfig
+from minillm.config.data import DataConfig, PlainPrompts, PydocPrompts
 from minillm.config.method import Method
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.needs import ABILITIES
 
-# The needs that are data -> what the method does with them.
+# A need that is data -> the method's use of it, as in "method kd ...".
 MATERIAL = {
     "prompts": "trains on prompts",
     "pairs": "trains on pairs of a chosen and a rejected answer",
     "corpus": "reads plain text",
-    "images": "trains on prompts that show images",
 }
 
 
@@ -27,6 +26,14 @@ def material(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
         elif getattr(data, need) is None:
             why, reads = _why(method, need)
             yield Found(f"data.{need}", f"missing: method {method.name} {does}{why}", reads)
+
+
+def images_shown(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """Prompts come from where images may come from, where the method needs them."""
+    if method.needs().images and isinstance(data.prompts, PydocPrompts | PlainPrompts):
+        why, reads = _why(method, "images")
+        message = f"{data.prompts.type} prompts show no images, which method {method.name} trains on{why}"
+        yield Found("data.prompts.type", message, reads)
 
 
 def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) -> Iterator[Found]:
@@ -44,7 +51,7 @@ def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) 
 
 
 def _why(method: Method, need: str) -> tuple[str, tuple[str, ...]]:
-    """(words, keys) for a need that comes from one of the method's keys: which, and the value that does away with it."""
+    """(words, keys) on the key of the method that a need comes from, with the value that does away with it; or empty."""
     key = method.needs().because.get(need)
     if key is None:
         return "", ()
@@ -60,7 +67,7 @@ def adapters_trained(facts: Facts, student: StudentConfig, method: Method) -> It
 
 
 def own_keys(facts: Facts, method: Method) -> Iterator[Found]:
-    """The method's keys go together, by its own rules."""
+    """The method's own keys go together, as its configuration class says."""
     for key, message, others in method.findings():
         yield Found(f"method.{key}", message, tuple(f"method.{other}" for other in others))
     for key, message, because in method.idle_keys():

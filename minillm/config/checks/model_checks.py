@@ -1,5 +1,6 @@
-"""What a student or teacher needs beyond its path: the keys of its `init`, layers that exist, installed packages."""
+"""Checks of student and teacher: the keys of their `init`, layers that exist, and installed packages."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
-    """What each `init` needs, and keys that belong to another one."""
+    """The keys of the student's `init` are there, and none of another `init`."""
     written = facts.data.get("student", {})
     for key, init in OF_INIT.items():
         # one that is inherited may stand beside another init
@@ -51,7 +52,7 @@ def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
 
 
 def pruned_layers(facts: Facts, student: StudentConfig) -> Iterator[Found]:
-    """The layers to keep are there, each once."""
+    """The layers to keep exist, and each is named once."""
     if student.layers is None:
         return
     there = architecture_of(facts, "student", pruned=False).layers
@@ -85,7 +86,7 @@ def adapters(facts: Facts, student: StudentConfig) -> Iterator[Found]:
 
 
 def installed(facts: Facts) -> Iterator[Found]:
-    """The optional packages that the models' keys and files ask for."""
+    """The optional packages that the models' keys and files take are installed."""
     for who in ("student", "teacher"):
         model = facts.groups.get(who)
         if model is None:
@@ -100,8 +101,12 @@ def installed(facts: Facts) -> Iterator[Found]:
             yield Found(f"{who}.path", message)
         key = "path" if model.tokenizer is None else "tokenizer"
         folder = Path(getattr(model, key) or "")
-        vocabulary = next((name for name in _SENTENCEPIECE if (folder / name).is_file()), None)
-        if vocabulary is not None and not (folder / "tokenizer.json").is_file() and not is_installed("sentencepiece"):
+        vocabulary = next((name for name in _SENTENCEPIECE if os.path.isfile(folder / name)), None)
+        if (
+            vocabulary is not None
+            and not os.path.isfile(folder / "tokenizer.json")
+            and not is_installed("sentencepiece")
+        ):
             message = f"{folder / vocabulary} needs sentencepiece, which is not installed: pip install sentencepiece"
             yield Found(f"{who}.{key}", message)
 
@@ -120,7 +125,7 @@ def quantized(facts: Facts, teacher: TeacherConfig | None) -> Iterator[Found]:
 
 
 def revisions(facts: Facts) -> Iterator[Found]:
-    """Revisions are for hub names."""
+    """A revision stands beside a hub name."""
     for who in ("student", "teacher"):
         model = facts.groups.get(who)
         if model is not None and not is_hub_name(model.path or ""):

@@ -1,10 +1,10 @@
-"""Whether an optional package is installed, without importing it."""
+"""Installed packages, looked for without importing them."""
 
 from importlib import metadata
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether pip knows a distribution of this name."""
+    """True where pip knows a distribution of this name."""
     try:
         metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -13,5 +13,5 @@ def is_installed(distribution: str) -> bool:
 
 
 def missing_packages(*distributions: str) -> list[str]:
-    """Those that are not installed."""
+    """The distributions among these that are not installed."""
     return [name for name in distributions if not is_installed(name)]

@@ -1,4 +1,4 @@
-"""Whether the places that paths name exist: files, folders, hub names, files of packages, results of earlier stages."""
+"""Checks of paths: files, folders, hub names, files of packages, and results of earlier stages are there."""
 
 import difflib
 import os
@@ -39,16 +39,14 @@ def places_exist(facts: Facts) -> Iterator[Found]:
 
 
 def place_problem(place: Place, text: str, facts: Facts) -> str | None:
-    """What is wrong with an expanded path, None where it is right. Hub names are not looked up."""
+    """The problem with an expanded path, or None. Hub names are not looked up."""
     unset = unset_variables(text)
     if unset:
         return f"the environment variable {unset[0]} is not set"
     if "\0" in text:
         return f"{show(text)} holds the character NUL, which no path may"
     if place.kind == "folder":
-        return _folder_problem(text)
-    if text.startswith(STAGE) and place.kind == "files":
-        return stage_problem(text, facts, leaves="data")
+        return folder_problem(text)
     if place.kind == "files":
         if os.path.isdir(text):
             return f"{text} is a folder; name a file in it, or a pattern such as {Path(text) / '*'}"
@@ -64,38 +62,44 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
         return None
     if not os.path.exists(text):
         return _not_there(text, "no such folder")
-    if place.kind == "model" and not text.endswith(".gguf") and not (Path(text) / "config.json").is_file():
+    if place.kind == "model" and not text.endswith(".gguf") and not os.path.isfile(Path(text) / "config.json"):
         return (
             f"{text} is no model: expected a folder with a config.json, as save_pretrained writes it, or a .gguf file"
         )
     return None
 
 
-def _folder_problem(text: str) -> str | None:
-    """What is wrong with a folder that is to be written to, and made where it is missing."""
+def folder_problem(text: str) -> str | None:
+    """The problem with a folder that is to be written to, and made where it is missing; or None."""
     if not text:
         return "must not be empty; . is the current folder"
+    problem = name_problem(text)
+    if problem is not None:
+        return problem
+    above = next(folder for folder in (Path(text), *Path(os.path.abspath(text)).parents) if os.path.lexists(folder))
+    if not os.path.isdir(above):
+        return f"{above} is a file, not a folder"
+    return None if os.access(above, os.W_OK | os.X_OK) else f"{above} may not be written to"
+
+
+def name_problem(text: str) -> str | None:
+    """The problem with the name of a file or folder that is to be made, or None."""
     odd = [character for character in text if not character.isprintable()]
     if odd:
         return f"{show(text)} holds {odd[0]!r}, which commands and reports could not name; choose another name"
-    longest = max(Path(text).parts, key=lambda part: len(part.encode()))
+    longest = max(Path(text).parts, key=lambda part: len(part.encode()), default="")
     if len(longest.encode()) > NAME_MAX:
         return f"{show(longest)} has {len(longest.encode())} bytes; file systems take names of at most {NAME_MAX}"
     whole = len(os.path.abspath(text).encode())
     if whole > PATH_MAX:
         return f"the whole path has {whole} bytes, which leaves no room for the names of files below it"
-    above = next(folder for folder in (Path(text), *Path(os.path.abspath(text)).parents) if os.path.lexists(folder))
-    if not above.is_dir():
-        return f"{above} is a file, not a folder"
-    if not os.access(above, os.W_OK | os.X_OK):
-        return f"{above} may not be written to"
     return None
 
 
 def stage_problem(text: str, facts: Facts, *, leaves: Literal["model", "data"] | None = None) -> str | None:
-    """What is wrong with stage:NAME, None where it is right: only a stage that runs before this one has left anything.
+    """The problem with stage:NAME, or None. Only a stage that runs before this one has left anything.
 
-    `leaves` says what is to be taken from it: a model, from a stage that trains; data, from one that takes no step.
+    `leaves` says what is taken from it: a model, which a stage leaves that trains; or data, from one without steps.
     """
     name, earlier = text.removeprefix(STAGE), list(facts.earlier)
     if name in earlier:
@@ -128,7 +132,7 @@ def _package_problem(text: str) -> str | None:
 def _not_there(text: str, what: str) -> str:
     """The message for a path that leads nowhere, with the nearest name in the last of its folders that exists."""
     path = Path(text)
-    present = next((folder for folder in path.parents if folder.is_dir()), None)
+    present = next((folder for folder in path.parents if os.path.isdir(folder)), None)
     where = "" if path.is_absolute() else f" (from the current folder, {Path.cwd()})"
     if present is None or "*" in text:
         return f"{what}: {text}{where}"

@@ -1,4 +1,4 @@
-"""What must hold between `rollout` and the method, the batches and the engine."""
+"""Conditions between `rollout` and the method, the batches and the engine."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> It
 
 
 def one_temperature(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
-    """The temperature of the answers is set by one key."""
+    """Only one key sets the temperature of the answers."""
     needs = method.needs()
     if needs.samples and needs.temperature_key != "rollout.temperature" and rollout.temperature != 1.0:
         message = f"has no effect on method {method.name}: the temperature of its answers is {needs.temperature_key}"
@@ -55,7 +55,7 @@ def _multiples_around(number: int, step: int) -> str:
 
 
 def sampling_keys_used(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
-    """Keys of `rollout` are for a method that samples, and those of the buffer for one that has a buffer."""
+    """Keys of `rollout` are used with a method that samples, and the buffer's with a method that has one."""
     needs = method.needs()
     if not needs.samples:
         for key in ("buffer_size", "batch_size", "max_new_tokens", *NEUTRAL):
@@ -65,9 +65,9 @@ def sampling_keys_used(facts: Facts, rollout: RolloutConfig, method: Method) -> 
 
 
 def cuda_graphs_usable(facts: Facts, rollout: RolloutConfig, engine: Engine) -> Iterator[Found]:
-    """CUDA graphs are asked for where there can be any.
+    """CUDA graphs are asked for where they are possible.
 
-    Whether `device: auto` finds a GPU is only known when the run starts.
+    Only the run itself will know whether `device: auto` finds a GPU.
     """
     if not rollout.cuda_graphs:
         return

@@ -1,7 +1,7 @@
-"""All checks of a stage, and what is reported of what they find. None of them loads a weight.
+"""All checks of a stage, and the selection of what they report. None of them loads a weight.
 
-A check is a function of the facts and of the groups that its other parameters are called after. It is left out where
-one of these groups is itself in error, and nothing is said of a key that comes from another one in error.
+A check is a function of the facts, and of the groups that its other parameters are named after. It is left out where one
+of these groups is itself in error, and nothing is reported of a key that depends on another one in error.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from minillm.config.checks.deepspeed_checks import deepspeed_file, deepspeed_ins
 from minillm.config.checks.evaluation_checks import evaluation_keys_used, measurable, measured_after_training
 from minillm.config.checks.facts import Facts, Idle, as_path, beside
 from minillm.config.checks.length_checks import answers_fit, corpus_fits, evaluation_fits
-from minillm.config.checks.method_checks import adapters_trained, material, own_keys, teacher_needed
+from minillm.config.checks.method_checks import adapters_trained, images_shown, material, own_keys, teacher_needed
 from minillm.config.checks.model_checks import (
     adapters,
     installed,
@@ -51,6 +51,7 @@ CHECKS = (
     sharding_keys,
     deepspeed_file,
     material,
+    images_shown,
     corpus_used,
     training_prompts,
     teacher_needed,
@@ -73,7 +74,7 @@ CHECKS = (
 
 
 def check_stage(facts: Facts) -> list[Finding]:
-    """Everything that the checks find in a stage, each key without effect once."""
+    """The findings of all checks in a stage. A key without effect is reported once."""
     in_error = [finding.path for finding in facts.findings]
     meant = [finding.instead for finding in facts.findings if finding.instead is not None]
     in_error += [path for path in meant if walk(None, facts.data, path)[1] is None]  # else it is there as well
@@ -96,7 +97,7 @@ def check_stage(facts: Facts) -> list[Finding]:
 
 
 def _written_idle_keys(facts: Facts, found: Idle) -> Iterator[Finding]:
-    """The keys at or below that of `found` that someone wrote for this stage, as far as that is a mistake."""
+    """The keys at or below an idle one that someone wrote for this stage by mistake."""
     top = None if facts.tree is None else facts.tree.at(found.path)
     if top is None:
         return
@@ -110,7 +111,7 @@ def _written_idle_keys(facts: Facts, found: Idle) -> Iterator[Finding]:
 
 
 def _is_unset(facts: Facts, path: KeyPath, node: Node) -> bool:
-    """Whether a key has the value that it has where nobody gives one, as in a configuration that is written out."""
+    """True for a key with its default value, as in a configuration with all defaults written out."""
     if node.origin.file == COMMAND_LINE:
         return False
     group = group_of(*walk(STAGE_SHAPE, facts.data, path[:-1]))

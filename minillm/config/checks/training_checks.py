@@ -1,4 +1,4 @@
-"""What must hold between the keys of `train`: training ends, and its schedule has what it takes."""
+"""Conditions between the keys of `train`: training ends, and the schedule has its arguments."""
 
 from collections.abc import Iterator
 

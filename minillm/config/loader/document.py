@@ -1,4 +1,4 @@
-"""Configuration files and overrides as trees that remember where everything was written, and how they are merged."""
+"""Configuration files and overrides as trees that remember the place of everything, and the merging of such trees."""
 
 from pathlib import Path
 
@@ -44,6 +44,8 @@ def read_override(text: str, problems: list[Problem]) -> Node | None:
     if found and written.strip()[:1] not in tuple("[{'\""):  # such as *.txt, which YAML takes for an alias
         found, node = [], Node(written.strip(), origin)
     problems.extend(found)
+    if node is not None and node.value == {}:
+        problems.append(origin.problem("has no effect: nothing is merged into the group; null takes it away"))
     if node is None:
         return None
     for depth in reversed(range(len(path))):

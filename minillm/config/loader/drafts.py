@@ -1,4 +1,4 @@
-"""Stages on their way to a configuration, and what is wrong with them, said where it was written."""
+"""Drafts of stages, and the problems with them at the places where their keys were written."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from minillm.config.tree import COMMAND_LINE, Node, dotted
 
 @dataclass(frozen=True)
 class Draft:
-    """The keys of one stage, and what the schema finds in them."""
+    """The keys of one stage, and the findings of the schema in them."""
 
     tree: Node
     data: dict[str, Any]  # plain, with `$VAR` and `~` expanded, as the checks look at it
@@ -44,7 +44,7 @@ class Draft:
         return origin.problem(message, (*origin.path, *finding.path[depth:]))
 
     def knows(self, path: KeyPath) -> bool:
-        """Whether the schema has this key in this stage."""
+        """True where the schema has this key in this stage."""
         group = group_of(*walk(STAGE_SHAPE, self.data, path[:-1]))
         return group is not None and path[-1] in group.keys()
 
@@ -53,8 +53,8 @@ def stage_problems(drafts: Mapping[str, Draft], *, whole: bool) -> list[Problem]
     """The problems of all stages. What several stages inherit is said once.
 
     Args:
-        drafts: by name, in order.
-        whole: whether all files could be read. If not, what seems to be missing may stand in one that could not.
+        drafts: the stages by name, in order.
+        whole: False where a file could not be read; then what seems to be missing may stand in that file.
     """
     stages_of: dict[Problem, list[str]] = {}
     facts: dict[str, Facts] = {}
@@ -78,7 +78,7 @@ def stage_problems(drafts: Mapping[str, Draft], *, whole: bool) -> list[Problem]
 
 
 def _works(drafts: Mapping[str, Draft], findings: Mapping[str, list[Finding]], idle: Finding) -> bool:
-    """Whether a key that does nothing in one stage does something in another that inherits the same value."""
+    """True where a key that does nothing in one stage does something in another that inherits the same value."""
     idle_in = [name for name in drafts if any(one.kind == "idle" and one.path == idle.path for one in findings[name])]
     values = [drafts[name].tree.at(idle.path) for name in idle_in]
     return any(
@@ -88,7 +88,7 @@ def _works(drafts: Mapping[str, Draft], findings: Mapping[str, list[Finding]], i
 
 
 def _with_hint(problem: Problem, finding: Finding, draft: Draft, drafts: Mapping[str, Draft]) -> Problem:
-    """The problem of an unknown key of the command line with the stages that have such a key."""
+    """The problem, where it is an unknown key of the command line with the keys of the stages that know it."""
     node = draft.tree.at(finding.path)
     if (
         finding.kind != "unknown"

@@ -67,14 +67,14 @@ def load_evaluation(
 def checked_evaluation(
     tree: Node, problems: list[Problem], *, name: str, before: Sequence[str] = (), whole: bool = True
 ) -> EvaluationPlan | None:
-    """The groups of a stage that an evaluation needs; None, and what is wrong with them in `problems`.
+    """The groups of a stage that an evaluation needs; None where something is wrong with them.
 
     Args:
         tree: the stage's keys.
-        problems: what is wrong is added here.
-        name: of the stage.
+        problems: receives what is wrong.
+        name: the name of the stage.
         before: the stages before it, whose models are there.
-        whole: whether all files could be read. If not, what seems to be missing may stand in one that could not.
+        whole: False where a file could not be read; then what seems to be missing may stand in that file.
     """
     others = set(STAGE_SHAPE.keys()) - set(GROUPS)
     draft = Draft.of(Node({key: node for key, node in tree.value.items() if key not in others}, tree.origin))

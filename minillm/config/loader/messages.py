@@ -1,4 +1,4 @@
-"""What pydantic found, in the words of someone who writes YAML; and which key was probably meant."""
+"""Errors of pydantic in the words of someone who writes YAML, with the key that was probably meant."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,14 +19,14 @@ _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def explain(error: dict[str, Any], path: KeyPath, shape: Shape | None, root: Group, data: Any) -> Finding:
-    """The finding of one of pydantic's errors.
+    """The finding that one of pydantic's errors is.
 
     Args:
-        error: as ValidationError.errors() has it.
-        path: where it is, as keys alone.
-        shape: what the schema has there.
+        error: an item of ValidationError.errors().
+        path: its keys, without the alternatives that pydantic tried.
+        shape: the schema there.
         root: the schema of `data`.
-        data: what was validated.
+        data: the keys that were validated.
     """
     kind, context, given = error["type"], error.get("ctx", {}), error["input"]
     if kind == "missing":
@@ -84,12 +84,12 @@ def _missing(path: KeyPath, shape: Shape | None, root: Group, data: Any) -> str:
         return f"missing: {_one_of(shape.options)}, as {shape.key}: ..."
     said = _description(path, root, data)
     if isinstance(shape, Group):
-        said = shape.model.__doc__.strip().splitlines()[0].rstrip(".")
+        said = shape.model.__doc__.strip().splitlines()[0].partition(". ")[0].rstrip(".")
     return f"missing: {said[0].lower()}{said[1:]}" if said else "missing"
 
 
 def _description(path: KeyPath, root: Group, data: Any) -> str:
-    """What the schema says of a key."""
+    """The description of a key in the schema."""
     group = group_of(*walk(root, data, path[:-1]))
     field = group.model.model_fields.get(path[-1]) if group is not None else None
     return (field.description or "") if field is not None else ""

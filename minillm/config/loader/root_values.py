@@ -15,10 +15,10 @@ MOST_NAMED = 3  # keys that a message proposes
 
 
 def root_problems(shared: Node, drafts: Mapping[str, Draft]) -> list[Problem]:
-    """What is wrong with values that no stage takes.
+    """The problems with values that no stage takes.
 
-    They are checked as all values are. One of the command line is a problem whatever it is: whoever wrote it expects it
-    to change something.
+    They are checked as all values are. A value of the command line is a problem in any case: whoever writes one expects
+    it to change something.
 
     Args:
         shared: the keys that the stages share.
@@ -39,7 +39,7 @@ def root_problems(shared: Node, drafts: Mapping[str, Draft]) -> list[Problem]:
 
 
 def _wrong(path: KeyPath, node: Node, shared: Node, drafts: Mapping[str, Draft]) -> list[Finding]:
-    """What the schema finds in a value, at the root and in every stage; [] where it is right in one of them."""
+    """The findings of the schema in a value, at the root or in the first stage; [] where it is right in one of them."""
     value, wrong = node.plain(), []
     for keys in (shared.plain(), *(_with_value(draft.tree.plain(), path, value) for draft in drafts.values())):
         if group_of(*walk(STAGE_SHAPE, keys, path[:-1])) is None:  # the schema cannot tell what the value would be

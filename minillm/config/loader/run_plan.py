@@ -36,7 +36,7 @@ class RunPlan:
 
 
 def load_run(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunPlan:
-    """Merge, resolve the stages, validate and check.
+    """The plan that files and overrides say: merged, taken apart into stages, validated and checked.
 
     Args:
         files: YAML files, merged left to right.
@@ -52,12 +52,12 @@ def load_run(files: Sequence[Path], overrides: Sequence[str] = ()) -> RunPlan:
 
 
 def checked_stages(document: Node, problems: list[Problem], *, whole: bool = True) -> list[Stage]:
-    """The stages of a merged document, which mean nothing where `problems` has grown.
+    """The stages of a merged document. They mean nothing where something is added to `problems`.
 
     Args:
         document: as `load_document` returns it.
-        problems: what is wrong is added here.
-        whole: whether all files could be read. If not, what seems to be missing may stand in one that could not.
+        problems: receives what is wrong.
+        whole: False where a file could not be read; then what seems to be missing may stand in that file.
     """
     drafts = {name: Draft.of(tree) for name, tree in stage_trees(document, problems).items()}
     problems += stage_problems(drafts, whole=whole)

@@ -1,7 +1,7 @@
 """The JSON schema of a configuration file, for completion and hints in editors.
 
-Files are merged and stages inherit, so that no file need have every key: nothing is required here. What must be there,
-and what must hold between keys, is said by `minillm validate`.
+Files are merged and stages inherit, so that no file need have every key: nothing is required here. `minillm validate`
+says which keys are missing, and what must hold between them.
 """
 
 from typing import Any
@@ -48,9 +48,9 @@ def _without(group: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _relaxed(schema: Any) -> Any:
-    """Without required keys; where one of several groups is meant, any that fits will do.
+    """The schema without required keys, and with anyOf for every oneOf.
 
-    Without its required `type` a group fits several of them, which oneOf would refuse.
+    A group that need not give its `type` may fit several of the groups that it could be, which oneOf would refuse.
     """
     if isinstance(schema, list):
         return [_relaxed(item) for item in schema]

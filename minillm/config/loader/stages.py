@@ -15,14 +15,21 @@ MAIN = "main"  # the stage of a file without stages
 
 
 def stage_documents(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The plain document of each stage: its own keys merged over what the stages share."""
+    """The plain keys of each stage of a plain document: its own merged over those that the stages share."""
     return {name: tree.plain() for name, tree in stage_trees(wrap(document, Origin("")), []).items()}
 
 
 def load_document(
     files: list[Path], overrides: Sequence[str], problems: list[Problem], base: dict[str, Any] | None = None
 ) -> tuple[Node, bool]:
-    """The merged document, and whether all of it could be read."""
+    """(the merged document, True where all files and overrides could be read).
+
+    Args:
+        files: YAML files, merged left to right.
+        overrides: `group.key=value`, merged over the files.
+        problems: receives what is wrong.
+        base: keys that the files are merged over.
+    """
     document = wrap(base or {}, Origin(str(files[0]) if files else COMMAND_LINE))
     whole = True
     for file in files:
@@ -61,7 +68,7 @@ def shared_tree(node: Node) -> Node:
 
 
 def _known_stages(document: Node, written: Node, problems: list[Problem]) -> Node:
-    """The overrides without stages that no file has: a name misspelt, never a new stage at the end."""
+    """The overrides without stages that no file has: such a name is misspelt, and never a new stage."""
     known, asked = (child_value(node.plain(), "stages") for node in (document, written))
     if not isinstance(asked, dict):
         return written
@@ -76,7 +83,10 @@ def _known_stages(document: Node, written: Node, problems: list[Problem]) -> Nod
 
 
 def stage_trees(document: Node, problems: list[Problem]) -> dict[str, Node]:
-    """Each stage's own keys merged over what the stages share, in order; what is no stage is a problem and left out."""
+    """The keys of each stage, in order: its own merged over those that the stages share.
+
+    An entry that is no stage is left out, and added to `problems`.
+    """
     stages, shared = document.value.get("stages"), shared_tree(document)
     if stages is None or stages.value == {}:
         return {MAIN: shared}

@@ -1,4 +1,4 @@
-"""Keys against the schema: typed groups, and everything that is wrong in plain words."""
+"""Keys checked against the schema: typed groups, and everything that is wrong, in plain words."""
 
 import copy
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from minillm.config.wording import expected
 
 
 def _adapter(field: FieldInfo) -> TypeAdapter:
-    """A field's validator by itself: its discriminator first, so that what fills it in comes before it is read."""
+    """The validator of one field: its discriminator innermost, so that a default `type` is filled in before it is read."""
     group = field.annotation
     if field.discriminator is not None:
         group = Annotated[group, Field(discriminator=field.discriminator)]
@@ -31,12 +31,12 @@ def _group_adapter(name: str, annotation: Any) -> TypeAdapter:  # the annotation
 
 
 def validate_stage(data: Mapping[str, Any]) -> tuple[StageConfig | None, list[Finding]]:
-    """The configuration that `data` is, or None and all that is wrong with it."""
+    """The configuration that `data` is and [], or None and all that is wrong with it."""
     return validate_group(STAGE_SHAPE, data)
 
 
 def validate_group(root: Group, data: Mapping[str, Any]) -> tuple[Any, list[Finding]]:
-    """The instance of the group's class that `data` is, or None and all that is wrong with it."""
+    """The instance of the group's class that `data` is and [], or None and all that is wrong with it."""
     try:
         return root.model.model_validate(data), []
     except ValidationError as error:
@@ -44,7 +44,10 @@ def validate_group(root: Group, data: Mapping[str, Any]) -> tuple[Any, list[Find
 
 
 def usable_groups(data: Mapping[str, Any], findings: list[Finding]) -> dict[str, Any]:
-    """The typed groups by name, without what the findings are about; a group that is not there or useless is absent."""
+    """The typed groups by name, without the keys that the findings are about.
+
+    A group that is missing, or of which nothing can be used, is absent.
+    """
     kept = copy.deepcopy(dict(data))
     for finding in findings:
         above, _ = walk(STAGE_SHAPE, data, finding.path[:-1])
@@ -83,9 +86,9 @@ def _findings(error: ValidationError, root: Group, data: Mapping[str, Any]) -> l
 
 
 def _locate(location: KeyPath, root: Group, data: Mapping[str, Any]) -> tuple[KeyPath, Shape | None, KeyPath | None]:
-    """(path, shape there, path of the value of several types that it lies in or None) of a location as pydantic has it.
+    """The place that pydantic's location of an error means. Among the keys it has the alternatives that were tried.
 
-    pydantic puts the names of the alternatives that it tried among the keys.
+    Returns (path, shape there, path of the value that may be of several types and that the error lies in, or None).
     """
     path, shape, value, rest = (), root, data, list(location)
     while rest:
@@ -100,7 +103,7 @@ def _locate(location: KeyPath, root: Group, data: Mapping[str, Any]) -> tuple[Ke
 
 
 def _remove(data: Any, path: KeyPath) -> None:
-    """Take out what is at the path; of a list, the whole list."""
+    """Take out the value at a path; for an item of a list, the whole list."""
     while path:
         _, parent = walk(None, data, path[:-1])
         if isinstance(parent, dict):

@@ -30,7 +30,7 @@ _SCALARS = {
 
 
 def parse(text: str, origin: Origin, problems: list[Problem]) -> Node | None:
-    """The tree of a text; None where it is not YAML. Whatever is wrong with it goes to `problems`."""
+    """The tree of a text, or None where it is not YAML. `problems` receives what is wrong."""
     loader = None
     try:
         loader = _Loader(text)

@@ -111,11 +111,20 @@ def test_a_registered_method_is_checked_by_its_needs_alone(preference):
 def test_data_for_which_there_is_no_key_is_said_at_the_name_of_the_method(preference, monkeypatch):
     from minillm.config.data import DataConfig
 
-    without = {name: field for name, field in DataConfig.model_fields.items() if name not in ("pairs", "images")}
+    without = {name: field for name, field in DataConfig.model_fields.items() if name != "pairs"}
     monkeypatch.setattr(DataConfig, "__pydantic_fields__", without)
     assert preference(weight=0.5)["method.name"] == (
         "method preference trains on pairs of a chosen and a rejected answer, which no key of `data` gives"
     )
+
+
+def test_images_come_with_prompts_that_may_show_some(preference):
+    assert "data.prompts.type" not in preference(weight=0.1)
+    for prompts in ({"type": "pydoc"}, {"type": "text", "path": "data/book.txt"}):
+        found = preference(weight=0.1, data={"prompts": prompts, "corpus": {"path": "data/*.txt"}})
+        assert found["data.prompts.type"] == (
+            f"{prompts['type']} prompts show no images, which method preference trains on"
+        )
 
 
 def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):

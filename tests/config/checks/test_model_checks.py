@@ -91,6 +91,27 @@ def test_gguf_files_need_their_extra(recipe, installed):
     assert recipe.problems(teacher__path="model.gguf") == {}
 
 
+def test_a_sentencepiece_tokenizer_needs_its_package(recipe, installed):
+    folder = recipe.folder / "models" / "big"
+    (folder / "tokenizer.model").write_text("")
+    found = recipe.problems()
+    assert set(found) == {"student.path", "teacher.path"}
+    assert found["student.path"] == (
+        "models/big/tokenizer.model needs sentencepiece, which is not installed: pip install sentencepiece"
+    )
+    assert set(recipe.problems(student__tokenizer="byte", teacher__tokenizer="models/big")) == {"teacher.tokenizer"}
+    (folder / "tokenizer.json").write_text("")  # which is read without
+    assert recipe.problems() == {}
+    (folder / "tokenizer.json").unlink()
+    installed.add("sentencepiece")
+    assert recipe.problems() == {}
+
+
+def test_a_revision_is_for_hub_names(recipe):
+    assert "it is for hub names" in recipe.problems(student__revision="main")["student.revision"]
+    assert recipe.problems(student={"path": "org/model", "revision": "main"}) == {}
+
+
 def test_quantisation_needs_its_extra_and_a_folder(recipe, installed):
     assert recipe.problems(teacher__quantization="nf4") == {
         "teacher.quantization": "needs bitsandbytes and accelerate, not installed: pip install -e '.[quantization]' in minillm's folder"

@@ -110,3 +110,10 @@ def test_names_of_any_script_and_of_full_length_are_fine(recipe):
 def test_no_path_holds_the_character_nul(recipe):
     for key in ("student__path", "teacher__tokenizer", "data__prompts__path", "data__corpus__path"):
         assert "NUL" in recipe.problems(**{key: "a\0b"})[key.replace("__", ".")]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300 + "/b", "x" * 5_000])
+def test_names_that_no_file_can_have_are_not_there(recipe, name):
+    for key in ("student__path", "teacher__tokenizer", "data__prompts__path", "data__corpus__path"):
+        found = recipe.problems(**{key: f"./{name}"})
+        assert "no such" in found[key.replace("__", ".")]

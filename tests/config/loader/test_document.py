@@ -41,6 +41,12 @@ def test_an_override_that_is_not_yaml_is_text_unless_it_began_as_a_list():
     assert problems[0].path == "a"
 
 
+def test_an_empty_group_changes_nothing_and_is_no_override():
+    problems = []
+    read_override("train={}", problems)
+    assert problems[0].path == "train" and "null takes it away" in problems[0].message
+
+
 def merged(under, over):
     return merge(wrap(under, Origin("under")), wrap(over, Origin("over")), STAGE_SHAPE).plain()
 

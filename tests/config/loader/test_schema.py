@@ -109,4 +109,4 @@ def test_every_reference_is_there():
     text = json.dumps(SCHEMA)
     names = {part.partition('"')[0] for part in text.split('"#/$defs/')[1:]}
     assert names <= set(SCHEMA["$defs"])
-    assert "Share of the teacher" in text
+    assert "Mixture weight of the teacher" in text

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from minillm.planning.quantized import BLOCK, BLOCK_OF_SCALES
+from minillm.planning.quantized_layers import BLOCK, BLOCK_OF_SCALES
 from tests.planning.small import MATRICES, planned
 
 pytestmark = pytest.mark.skipif(

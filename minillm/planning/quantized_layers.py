@@ -1,4 +1,4 @@
-"""Twins of the layers of a quantised teacher: what bitsandbytes keeps of a layer, and what one forward pass allocates."""
+"""Twins of the layers of a quantised teacher: the same packed weights as bitsandbytes, and the same buffers in a pass."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ BLOCK, BLOCK_OF_SCALES = 64, 256  # nf4: weights that share a scale, scales that
 
 
 class _Twin(nn.Module):
-    """The numbers mean nothing; `elements` of the packed weight is how many weights it stands for."""
+    """A layer whose numbers mean nothing. `elements` of its packed weight is how many weights that stands for."""
 
     def __init__(self, layer: nn.Linear | Conv1D):
         super().__init__()
@@ -53,6 +53,6 @@ TWINS: dict[Quantization, type[_Twin]] = {"int8": Int8Layer, "nf4": Nf4Layer}
 
 
 def quantize(model: PreTrainedModel, kind: Quantization) -> None:
-    """Put twins in the place of all linear layers below the head, as transformers puts layers of bitsandbytes there."""
+    """Replace all linear layers below the head by twins, as transformers does by layers of bitsandbytes."""
     for name in target_names(model, "all-linear"):
         model.set_submodule(name, TWINS[kind](model.get_submodule(name)))

@@ -1,0 +1,53 @@
+"""What lies on the device, in the host's memory and gathered, phase by phase."""
+
+from tests.planning.small import ANSWER, EVALUATION, SHARDED, planned
+
+
+def test_the_buffer_is_counted_where_it_lies(recipe):
+    path = recipe()
+    bytes_of_buffer = 8 * ANSWER * (64 * 2 + 7 * 4)
+    for gpu, place in (("cpu", "device"), ("A100-80GB", "host")):
+        scoring = next(phase for phase in planned(path, gpu=gpu).memory if phase.phase == "scoring")
+        assert getattr(scoring, place)["rollout buffer"] == 2 * bytes_of_buffer  # the old one beside the new one
+
+
+def test_what_samples_and_scores_is_gathered_whole(recipe):
+    """As the engine does it: minillm.rollout gathers once, so that no rank waits for another at every token."""
+    stage = planned(recipe(), *SHARDED, gpu="A100-80GB", world_size=2)
+    gathered = {phase.phase: phase.device["gathered weights"] for phase in stage.memory}
+    student, teacher = stage.simulation.student, stage.simulation.teacher
+    both = 2 * (student.parameters + teacher.parameters)
+    assert gathered == {"rollout": both, "scoring": both, "update": 2 * student.parameters + 2 * 640 * 64}
+    for phase in stage.memory:  # beside the rank's own half
+        assert phase.device["gradients"] == student.parameters  # DeepSpeed keeps their place
+        assert abs(phase.device["teacher weights"] - teacher.parameters) < 1024
+
+
+def test_by_layers_only_the_heads_are_whole(recipe):
+    stage = planned(recipe(), *SHARDED, "engine.gather=layers", gpu="A100-80GB", world_size=2)
+    gathered = {phase.phase: phase.device["gathered weights"] for phase in stage.memory}
+    models = stage.simulation.student, stage.simulation.teacher
+    expected = sum(stage.sharding.layers(size) + 2 * size.head for size in models)
+    assert gathered["rollout"] == gathered["scoring"] == expected
+
+
+def test_supervised_teachers_are_gathered_layer_by_layer(recipe):
+    keys = ["student.config.num_hidden_layers=1"]
+    stage = planned(recipe(method={"name": "kd"}), *SHARDED, *keys, gpu="A100-80GB", world_size=2)
+    scoring = next(phase for phase in stage.memory if phase.phase == "scoring")
+    assert scoring.device["gathered weights"] == stage.sharding.layers(stage.simulation.teacher)
+
+
+def test_an_evaluation_has_caches_and_gathers_of_its_own(recipe):
+    stage = planned(recipe(eval=EVALUATION))
+    assert [phase.phase for phase in stage.memory] == ["rollout", "scoring", "update", "evaluation"]
+    timeline = stage.simulation.phases["evaluation"]
+    tokens = 6 * (30 + 50 - 1)
+    assert timeline.most("student KV cache") == tokens * 2 * 2 * 2 * 16 * 4
+    assert timeline.most("teacher KV cache") == tokens * 4 * 2 * 2 * 16 * 2
+    assert stage.simulation.losses["evaluation"].rows == 6 * 50
+    alone = planned(recipe(eval={**EVALUATION, "teacher": False})).simulation.phases["evaluation"]
+    assert alone.most("teacher KV cache") == 0 < alone.most("student KV cache")
+    sharded = planned(recipe(eval=EVALUATION), *SHARDED, gpu="A100-80GB", world_size=2)
+    gathered = {phase.phase: phase.device["gathered weights"] for phase in sharded.memory}
+    assert gathered["evaluation"] == gathered["scoring"] > gathered["update"]

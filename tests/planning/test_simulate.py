@@ -1,0 +1,63 @@
+"""The phases on fake tensors: counts that can be computed by hand."""
+
+from minillm.config.loader.run_plan import load_run
+from minillm.planning import simulate
+from minillm.planning.planner import plan_run
+from minillm.rollout.local.static_loop import static_room
+from tests.planning.small import ANSWER, PARAMETERS, PROMPT, SHARDED, planned
+
+
+def test_weights_gradients_moments_and_caches_are_counted(recipe):
+    stage = planned(recipe())
+    assert stage.simulation.student.parameters == PARAMETERS
+    assert stage.simulation.vocab_size == 512  # cut to what both heads have
+    rollout = next(phase for phase in stage.memory if phase.phase == "rollout").device
+    assert rollout["student weights"] >= 4 * PARAMETERS  # and the table of rotary frequencies
+    assert rollout["student weights"] - 4 * PARAMETERS < 1024
+    assert rollout["gradients"] == 0 and rollout["optimizer states"] == 8 * PARAMETERS
+    assert stage.simulation.phases["update"].most("gradients") == 4 * PARAMETERS
+    tokens = 4 * (PROMPT + ANSWER - 1)
+    timeline = stage.simulation.phases["rollout"]
+    assert (
+        timeline.most("student KV cache") == tokens * 2 * 2 * 2 * 16 * 4
+    )  # layers, keys and values, heads, size, fp32
+    assert timeline.most("teacher KV cache") == tokens * 4 * 2 * 2 * 16 * 2  # bf16, one layer of it extrapolated
+    assert stage.simulation.teacher.kv_bytes_per_token == 4 * 2 * 2 * 16 * 2
+
+
+def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
+    key, path = "rollout.cuda_graphs=true", recipe()
+    plain, graphs = (planned(path, *keys, gpu="A100-80GB") for keys in ((), (key,)))
+    for who in ("student", "teacher"):
+        part = f"{who} KV cache"
+        few, many = (stage.simulation.phases["rollout"].most(part) for stage in (plain, graphs))
+        assert many == few * static_room(PROMPT, ANSWER) // (PROMPT + ANSWER - 1) > few
+    few, many = (stage.simulation.phases["rollout"].most("activations") for stage in (plain, graphs))
+    assert many > few  # a step's memory stays beside that of the next prompts
+    methods = ({"name": "gkd"}, {"name": "seqkd"})
+    assert all(planned(recipe(method=method), key, gpu="A100-80GB").work.decodings[0].cuda_graphs for method in methods)
+
+
+def test_deepspeed_brings_the_gradients_together_in_fp32_before_the_step(recipe):
+    update = planned(recipe(), *SHARDED).simulation.phases["update"]
+    assert update.most("gradients") == (2 + 4) * PARAMETERS and update.most("fp32 master weights") == 4 * PARAMETERS
+
+
+def test_what_is_planned_twice_is_simulated_once(recipe, monkeypatch):
+    """A stage is planned for its ranks and for one; two stages of the same shapes are one."""
+    runs, run = [], simulate._Simulator.run
+    monkeypatch.setattr(simulate, "_DONE", {})
+    monkeypatch.setattr(simulate._Simulator, "run", lambda self, wanted: runs.append(wanted) or run(self, wanted))
+    plan_run(load_run([recipe(stages={"one": {}, "two": {"train": {"learning_rate": 1e-3}}})]), gpu="cpu")
+    assert len(runs) == 1
+
+
+def test_checkpointing_and_smaller_parts_need_less(recipe):
+    path = recipe(method={"name": "kd"})
+    keys = ["student.config.num_hidden_layers=6", "train.per_device_train_batch_size=16"]
+    whole = planned(path, *keys)
+    assert whole.activations(True) < whole.activations(False)
+    checkpointed = planned(path, *keys, "train.gradient_checkpointing=true")
+    assert checkpointed.peak.device_bytes < whole.peak.device_bytes
+    parts = planned(path, *keys, "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4")
+    assert parts.peak.device_bytes < whole.peak.device_bytes
