@@ -141,12 +141,3 @@ def two_stages(tmp_path, small_run) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
-
-
-def pytest_collection_modifyitems(items):
-    """Expect the failures of tests/known_failures.txt, which are reported as xfailed and never hidden."""
-    lines = Path(__file__).with_name("known_failures.txt").read_text(encoding="utf-8").splitlines()
-    known = {line for line in lines if line and not line.startswith("#")}
-    for item in items:
-        if item.nodeid.partition("[")[0] in known:
-            item.add_marker(pytest.mark.xfail(reason="tests/known_failures.txt", strict=False))
