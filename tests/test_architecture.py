@@ -52,18 +52,12 @@ IMPORT_EXCEPTIONS: set[tuple[str, str]] = set()
 # (file, the expression that knows a method by its name)
 METHOD_NAME_EXCEPTIONS = {
     ("benchmarks/cases.py", "case.loss == 'minillm'"),  # a loss among those that are measured
-    ("benchmarks/plan.py", "case.method != 'minillm'"),
-    ("benchmarks/plan.py", "case.method != 'sft'"),
-    ("benchmarks/plan.py", "case.method == 'sft'"),
-    ("benchmarks/plan_cases.py", "case.method != 'sft'"),
-    ("benchmarks/plan_cases.py", "{'minillm': {'ppo_epochs': 2}, 'gkd': {'on_policy': 1.0}}"),
-    ("benchmarks/plan_cases.py", "{'minillm': {'ppo_epochs': 2}, 'gkd': {'on_policy': 1.0}}.get(case.method, {})"),
     ("benchmarks/providers.py", "case.loss == 'minillm'"),
     ("benchmarks/step.py", "name == 'minillm'"),  # a trainer among those that are measured
     ("minillm/reporting/model_card.py", "name != 'minillm'"),  # the tag of the library, which one method has too
 }
 # names that two files have
-FILE_NAME_EXCEPTIONS = {"arguments.py", "open.py", "test_adapters.py", "test_open.py", "test_quantized.py"}
+FILE_NAME_EXCEPTIONS = {"arguments.py", "open.py", "test_adapters.py", "test_open.py"}
 
 
 def module_of(path: Path) -> str:
