@@ -4,11 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import ValidationError
-
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan
-from minillm.config.root import StageConfig
 from minillm.config.training import SCHEDULES
 from minillm.train.progress import Progress
 
@@ -24,7 +21,6 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
     Raises UserError where it, or a stage before it, differs in anything else.
     """
     stages = {stage.name: stage.config.model_dump(mode="json") for stage in plan.stages}
-    saved = _with_defaults(saved)
     if progress.stage not in stages:
         raise UserError(f"the checkpoint is in stage {progress.stage!r}, which this configuration does not have")
     longer = _is_longer(saved["train"], stages[progress.stage]["train"])
@@ -32,8 +28,7 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
         limits = {key: stages[progress.stage]["train"][key] for key in LIMITS}
         saved = {**saved, "train": {**saved["train"], **limits}}
     changed = []
-    of_stages = {name: _with_defaults(before) for name, before in progress.stage_configs.items()}
-    for name, before in {**of_stages, progress.stage: saved}.items():
+    for name, before in {**progress.stage_configs, progress.stage: saved}.items():
         if name not in stages:
             changed.append(f"stages.{name}, which is over and is not there now")
             continue
@@ -47,14 +42,6 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
             "student.path at the checkpoint. (What ends a stage may grow, where its schedule does not depend on it.)"
         )
     return longer
-
-
-def _with_defaults(config: dict) -> dict:
-    """A saved configuration with the keys that have been added since, at their defaults, which change nothing."""
-    try:
-        return StageConfig.model_validate(config).model_dump(mode="json")
-    except ValidationError:  # of another version: its differences are shown as they are
-        return config
 
 
 def _is_longer(before: dict, now: dict) -> bool:

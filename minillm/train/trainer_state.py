@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from minillm import UserError
+from minillm.config.root import StageConfig
 from minillm.storage.checkpoint import TRAINER_STATE
 from minillm.storage.state_file import reading_state
 from minillm.train.progress import Position, Progress
@@ -45,7 +46,7 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
                 raise UserError(f"config.{name} is not there")
         if type(world_size) is not int or world_size < 1:
             raise UserError(f"world_size is {world_size!r}, not a number of ranks")
-        return TrainerState(_read_progress(content["progress"]), config, world_size)
+        return TrainerState(_read_progress(content["progress"]), _with_defaults(config), world_size)
 
 
 def _read_progress(content: Any) -> Progress:
@@ -59,4 +60,13 @@ def _read_progress(content: Any) -> Progress:
         raise UserError(f"{where}: {first['msg']}") from None
     if progress.stage_step > progress.step:
         raise UserError(f"progress.stage_step is {progress.stage_step}, but progress.step only {progress.step}")
+    progress.stage_configs = {name: _with_defaults(config) for name, config in progress.stage_configs.items()}
     return progress
+
+
+def _with_defaults(config: dict) -> dict:
+    """A saved configuration with the keys that have been added since, at their defaults, which change nothing."""
+    try:
+        return StageConfig.model_validate(config).model_dump(mode="json")
+    except ValidationError:  # of another version: its differences are shown as they are
+        return config
