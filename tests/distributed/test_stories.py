@@ -1,4 +1,8 @@
-"""A real teacher and its pruned student, both sharded over two ranks: twenty MiniLLM steps are those of one process."""
+"""A real teacher and its pruned student, both sharded over two ranks: twelve MiniLLM steps are those of one process.
+
+Three buffers, the later two sampled by students that have trained. Their losses agree to 1e-6; many buffers later a
+token that is drawn at a near tie falls the other way, and the two are runs of their own from there on.
+"""
 
 import importlib.util
 import json
@@ -9,7 +13,7 @@ import yaml
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-STEPS = 20
+STEPS = 12
 
 
 @pytest.fixture
