@@ -196,6 +196,8 @@ def check_labels(labels: Any, shape: torch.Size, device: torch.device) -> Tensor
 def check_ignore_index(value: Any) -> int:
     if not is_int(value):
         raise ValueError(f"ignore_index must be an integer, the label of tokens to leave out, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, as labels do, got {value}")
     return int(value)
 
 

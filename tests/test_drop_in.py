@@ -1,7 +1,9 @@
 """The losses in somebody else's trainer: a plain PyTorch loop and a Hugging Face Trainer, beside eager ones."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +120,19 @@ def test_the_losses_load_torch_and_triton_alone():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_example_of_the_readme_takes_labels_as_a_hugging_face_loader_gives_them(make_models):
+    """Unshifted: the example shifts them itself, since nothing in the losses does."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "linear_divergence(" in block]
+    models = make_models()
+    for ids, shifted in batches(models):
+        labels = ids.clone()
+        labels[:, :4] = -100  # the prompt: its last token predicts the first of the answer
+        counted = int((shifted != -100).sum())
+        assert counted == int((labels[:, 1:] != -100).sum())
+        names = {"student": models.student, "teacher": models.teacher.model, "input_ids": ids, "labels": labels}
+        names["num_items_in_batch"] = counted
+        exec(example.replace("151_936", str(models.vocab_size)), names)
+        torch.testing.assert_close(names["loss"], eager(models, ids, shifted), rtol=1e-4, atol=1e-6)

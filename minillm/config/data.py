@@ -9,6 +9,18 @@ from minillm.config.keys import DatasetPath, FilesPath, Strict, default_type
 Template = Literal["alpaca", "chat", "none"]
 
 
+# Four million characters are about a million tokens.
+MaxCharacters = Annotated[
+    int,
+    Field(
+        ge=1,
+        description="Of a rendered prompt, and of an answer, before any is tokenised: a longer prompt is dropped, and counted, "
+        "and a longer answer is cut",
+    ),
+]
+MAX_CHARACTERS = 4_000_000
+
+
 class InstructionKeys(Strict):
     """The way from a record to a prompt and its references, whatever file it comes from.
 
@@ -28,6 +40,7 @@ class InstructionKeys(Strict):
     max_response_length: Annotated[int, Field(ge=1)] = Field(
         256, description="In tokens; for supervised training, reference answers are cut here"
     )
+    max_characters: MaxCharacters = MAX_CHARACTERS
     limit: Annotated[int, Field(ge=1)] | None = Field(
         None, description="The number of usable records that are taken, from the first on"
     )

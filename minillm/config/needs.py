@@ -55,6 +55,7 @@ class Needs:
     # models
     teacher: bool = False
     teacher_abilities: frozenset[Ability] = frozenset()
+    auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes
     because: dict[str, str] = field(default_factory=dict)
 

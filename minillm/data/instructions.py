@@ -29,6 +29,11 @@ FORMS = (
 )
 
 
+# Of a text whose first n tokens are asked for, so many characters are tokenised at a time, n or more of them as tokens; the
+# last tokens before the cut, which the text after it could change, are left out.
+_CHARACTERS, _PER_TOKEN, _NEAR_THE_CUT = 65_536, 16, 256
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt."""
@@ -55,7 +60,7 @@ class PromptSet(Sequence[Example]):
     """The usable prompts of a source."""
 
     examples: list[Example]
-    dropped_long: int  # prompts over max_prompt_length
+    dropped_long: int  # prompts over max_prompt_length, or max_characters
     source: str
 
     @property
@@ -111,7 +116,7 @@ def load_prompts(config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: s
     examples, dropped = [], 0
     loaded = _plain(config, tokenizer) if isinstance(config, PlainPrompts) else _instructions(config, tokenizer)
     for example in loaded:
-        if len(example.prompt_ids) > config.max_prompt_length:
+        if example is None:
             dropped += 1
             continue
         examples.append(example)
@@ -123,12 +128,13 @@ def load_prompts(config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: s
             raise DataError(f"{name}: no prompt in {source}")
         raise DataError(
             f"{name}: no usable prompt in {source}: all {dropped} are over max_prompt_length="
-            f"{config.max_prompt_length} tokens; raise it"
+            f"{config.max_prompt_length} tokens, or max_characters; raise it"
         )
     return PromptSet(examples, dropped, getattr(config, "path", config.type))
 
 
-def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example | None]:
+    """None stands for a prompt that is too long."""
     end = end_of_turn(tokenizer) if config.template == "chat" else None
     if end is None:
         end = tokenizer.eos_token_id
@@ -137,9 +143,13 @@ def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterat
     for index, (where, record) in enumerate(records_of(config)):
         messages, context, references = _parse(where, record)
         pictures = find_pictures(where, where.folder, record)
-        read = reader.read(messages, pictures, context=context, where=where)
+        read = reader.read(messages, pictures, context=context, where=where, limited=True)
+        if read is None:
+            yield None
+            continue
+        references = tuple(reference[: config.max_characters] for reference in references)
         response = references[0] if references else ""
-        ids = continuation_ids(tokenizer, read.text, read.text_ids, response, special)
+        ids = continuation_ids(tokenizer, read.text, read.text_ids, response, special, first=config.max_response_length)
         reader.check_answer(ids, where)
         response_ids = [*ids, end][: config.max_response_length] if references else []
         yield Example(index, read.ids, response_ids, read.text, references, read.extras)
@@ -171,8 +181,11 @@ class PromptReader:
         *,
         context: str = "",
         where: str = "this prompt",
-    ) -> ReadPrompt:
-        """Args: pictures: those that no part of a message names.
+        limited: bool = False,
+    ) -> ReadPrompt | None:
+        """Args:
+            pictures: those that no part of a message names.
+            limited: return None for a prompt that is over max_characters or max_prompt_length.
 
         Raises DataError for pictures that cannot be shown, to this model or at all.
         """
@@ -186,8 +199,12 @@ class PromptReader:
                 "of images and text, or take the pictures out of the data"
             )
         text = render(messages, self.config, self.tokenizer, context=context, where=where)
+        if limited and len(text) > self.config.max_characters:
+            return None
         special = self.config.template != "chat"
-        text_ids = ids = encode(self.tokenizer, text, special)
+        text_ids = ids = encode(self.tokenizer, text, special, first=self.config.max_prompt_length if limited else None)
+        if limited and len(ids) > self.config.max_prompt_length:  # pictures only add to them
+            return None
         extras: Mapping[str, Tensor] = {}
         if shown:
             ids, extras = self.pictures.read(where, text, shown, special=special)
@@ -197,6 +214,8 @@ class PromptReader:
             raise DataError(
                 f"{where}: its text says what stands for a picture ({self._said(ids)}), and it shows none; take that out"
             )
+        if limited and len(ids) > self.config.max_prompt_length:
+            return None
         return ReadPrompt(text, ids, text_ids, extras)
 
     def check_answer(self, ids: Sequence[int], where: str) -> None:
@@ -212,7 +231,7 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
     for index, (_, text) in enumerate(read_texts(config.path)):
         if index < config.skip:
             continue
-        ids = encode(tokenizer, text, True)
+        ids = encode(tokenizer, text, True, first=config.prompt_length + config.max_response_length)
         prompt_ids, rest = ids[: config.prompt_length], ids[config.prompt_length :]
         if not rest:
             continue
@@ -231,23 +250,51 @@ def require_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    """Ids of a text, never empty: a model needs a token to start from."""
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, *, first: int | None = None) -> list[int]:
+    """Ids of a text, never empty: a model needs a token to start from.
+
+    Args:
+        first: where only so many of them count, a long text is tokenised as far as that takes, and a few more are returned.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return _beginning(tokenizer, text, special, first) or [start]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, first: int | None) -> list[int]:
+    characters = len(text) if first is None else max(_CHARACTERS, _PER_TOKEN * first)
+    while characters < len(text):
+        ids = _encode(tokenizer, text[:characters], special)[:-_NEAR_THE_CUT]
+        if len(ids) > first:
+            return ids
+        characters *= 4  # long tokens, or spaces that make none
+    return _encode(tokenizer, text, special)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids  # long prompts are dropped, and counted
     if special and ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text
         ids = ids[:-1]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return ids or [start]
+    return ids
 
 
 def continuation_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], response: str, special: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    prompt_ids: list[int],
+    response: str,
+    special: bool,
+    *,
+    first: int | None = None,
 ) -> list[int]:
-    """The joint tokenisation less the prompt's, where the prompt's is its beginning; else the response's own."""
-    joint = encode(tokenizer, prompt + response, special)
+    """The joint tokenisation less the prompt's, where the prompt's is its beginning; else the response's own.
+
+    Args:
+        first: as for encode, of the response.
+    """
+    joint = encode(tokenizer, prompt + response, special, first=None if first is None else len(prompt_ids) + first)
     if joint[: len(prompt_ids)] == prompt_ids:
         return joint[len(prompt_ids) :]
-    return tokenizer(response, add_special_tokens=False).input_ids
+    return _beginning(tokenizer, response, False, first)
 
 
 def records_of(config: Prompts | Labels) -> Iterator[Record]:

@@ -46,7 +46,7 @@ def load_labels(config: Labels, tokenizer: PreTrainedTokenizerBase, *, name: str
             found = ", ".join(record)
             raise DataError(f"{where}: question {config.question!r}: no field {error}; there are {found}") from None
         prompt = render([{"role": "user", "content": text}], config, tokenizer, context="", where=where)
-        prompt_ids = encode(tokenizer, prompt, special)
+        prompt_ids = encode(tokenizer, prompt, special, first=config.max_prompt_length)
         if len(prompt_ids) > config.max_prompt_length:
             dropped += 1
             continue

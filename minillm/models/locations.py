@@ -85,6 +85,10 @@ def reading(text: str | None) -> Iterator[None]:
         local = text is None or Path(expand(text)).exists() or text.startswith((STAGE, PACKAGE))
         where = "" if local else f"no folder here (from {Path.cwd()}), and as a hub name: "
         raise UserError(f"{text}: {where}{_first_line(error)}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # which is what `tokenizers` raises
+            raise
+        raise UserError(f"{text}: its tokenizer.json is no tokenizer ({_first_line(error)})") from error
 
 
 def _value_error(error: ValueError) -> str:

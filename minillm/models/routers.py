@@ -8,6 +8,21 @@ from transformers import PreTrainedModel
 from minillm import UserError
 
 
+def balance_problem(model: PreTrainedModel, *, added: bool) -> str | None:
+    """The warning for a mixture of experts that trains without its balance loss; None for every other model.
+
+    Args:
+        added: that loss is part of the stage's.
+    """
+    experts = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+    if added or not experts:
+        return None
+    return (
+        f"the student, {type(model).__name__}, is a mixture of experts, and this method's loss leaves out what balances its "
+        "routers: watch that no expert falls out of use in a long run"
+    )
+
+
 def balance_loss(model: PreTrainedModel, output, attention_mask: Tensor) -> Tensor:  # (B, L) -> ()
     """The load-balancing loss of the architecture's own code over the router logits of a forward pass.
 

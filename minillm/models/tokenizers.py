@@ -93,13 +93,23 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[Messa
     Templates of models of images and text want contents as lists of parts, and most others as texts.
     """
     if processor_of(tokenizer) is None:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return _rendered(tokenizer, messages, **options)
     said = [text.strip() for text in message_texts(messages[-1])]
     for form in ([_in_parts(message) for message in messages], messages):
-        text = tokenizer.apply_chat_template(form, tokenize=False, **options)
+        text = _rendered(tokenizer, form, **options)
         if all(part in text for part in said):
             return text
     raise TemplateError("it leaves out what the last message says")
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
+    """What a template makes of a conversation. Whatever its code meets, such as a range without end, is a TemplateError."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, MemoryError):
+        raise
+    except Exception as error:  # of Python's operators, which templates are made of
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 def message_texts(message: Message) -> list[str]:

@@ -24,6 +24,7 @@ from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.models.adapters import FOLDER, load_adapter
 from minillm.models.locations import resolve_path
+from minillm.models.routers import balance_problem
 from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -79,6 +80,10 @@ class StageBuilder:
         require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
         models, rows = self.open_models(stage, read.tokenizer, checkpoint)
         self.console.preflight([*rows, *read.rows])
+        needs = stage.config.method.needs()
+        unbalanced = balance_problem(models.student, added=needs.auxiliary) if "student" in needs.trains else None
+        if unbalanced is not None:
+            self.console.note(unbalanced)
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
         return StageTrainer(
             stage,

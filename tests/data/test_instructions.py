@@ -1,9 +1,11 @@
 """Records of every form become prompts with references; what is dropped is counted."""
 
+import copy
 import gzip
 
 import pytest
 from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from minillm.config.data import JsonlPrompts, PlainPrompts
 from minillm.data.instructions import load_prompts
@@ -162,3 +164,65 @@ def test_real_instructions(byte, assets):
         assert file.readline()
     limited = load_prompts(JsonlPrompts(path=str(train), limit=5, max_prompt_length=2000), byte)
     assert len(limited) == 5
+
+
+class Counting:
+    """A tokenizer that counts the characters that it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        self.characters += len(text)
+        return self.tokenizer(text, **options)
+
+
+WORDS = "once upon a time there was a girl " * 60_000  # 2 million characters
+
+
+def test_what_is_too_long_in_any_case_is_not_tokenised(byte, jsonl):
+    """A record of 50 MB took 117 s and 6.8 GB, to be dropped or cut."""
+    path = jsonl({"prompt": WORDS, "completion": "x"}, {"prompt": "Why?", "completion": WORDS})
+    tokenizer = Counting(byte)
+    prompts = load(tokenizer, path, max_prompt_length=16, max_response_length=16)
+    assert (len(prompts), prompts.dropped_long) == (1, 1)
+    assert tokenizer.characters < 300_000
+    assert byte.decode(prompts[0].response_ids) == WORDS[:16]
+    assert prompts[0].references == (WORDS,)
+
+
+@pytest.mark.parametrize("model", ["models/stories260k", "models/babyllama105"])
+def test_the_beginning_of_a_long_answer_is_as_if_all_were_tokenised(assets, jsonl, model):
+    tokenizer = AutoTokenizer.from_pretrained(assets / model)
+    (example,) = load(tokenizer, jsonl({"prompt": "Once", "completion": WORDS[:200_000]}), max_response_length=500)
+    joint = tokenizer("Once" + WORDS[:200_000]).input_ids
+    start = len(example.prompt_ids)
+    assert joint[:start] == example.prompt_ids and example.response_ids == joint[start : start + 500]
+
+
+def test_an_answer_is_as_long_as_it_is_allowed_to_be_where_tokens_are_long(byte, jsonl):
+    """Sixteen characters and more a token: the text is tokenised further."""
+    tokenizer = copy.deepcopy(byte)
+    tokenizer.add_tokens([AddedToken("=" * 500, normalized=False)])
+    path = jsonl({"prompt": "Why?", "completion": "=" * 500 * 900 + "end"})
+    (example,) = load(tokenizer, path, max_prompt_length=1000, max_response_length=800)
+    assert example.response_ids == [len(byte)] * 800
+
+
+def test_a_bound_on_characters_that_no_token_stands_for(byte, jsonl):
+    path = jsonl({"prompt": "a" * 11, "completion": "x"}, {"prompt": "b" * 10, "completion": ["y" * 12, "z" * 12]})
+    prompts = load(byte, path, max_characters=10)
+    assert prompts.dropped_long == 1
+    assert prompts[0].references == ("y" * 10, "z" * 10)
+
+
+def test_texts_to_continue_are_read_as_far_as_they_are_used(byte, tmp_path):
+    (tmp_path / "book.txt").write_text(WORDS)
+    tokenizer = Counting(byte)
+    config = PlainPrompts(type="text", path=str(tmp_path / "book.txt"), prompt_length=8, max_response_length=9)
+    (example,) = load_prompts(config, tokenizer)
+    assert tokenizer.characters < 100_000
+    assert byte.decode(example.prompt_ids + example.response_ids) == WORDS[:17]

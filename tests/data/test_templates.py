@@ -1,10 +1,13 @@
 """How an instruction is put to a model."""
 
+import copy
+
 import pytest
 
 from minillm.config.data import InstructionKeys
 from minillm.data.sources import DataError
 from minillm.data.templates import alpaca, render
+from minillm.models.tokenizers import end_of_turn
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 
@@ -47,3 +50,19 @@ def test_context_goes_into_the_last_message_and_leaves_the_record_alone(byte):
 def test_chat_needs_a_template(merging):
     with pytest.raises(DataError, match="this one has none"):
         render(QUESTION, InstructionKeys(template="chat"), merging)
+
+
+@pytest.mark.parametrize(
+    "template, named",
+    [
+        ("{% for i in range(999999999999) %}{{ i }}{% endfor %}", "OverflowError: Range too big"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_the_record(byte, template, named):
+    tokenizer = copy.deepcopy(byte)
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"data.jsonl:3: the tokenizer's chat template .*{named}"):
+        render(QUESTION, InstructionKeys(template="chat"), tokenizer, where="data.jsonl:3")
+    assert end_of_turn(tokenizer) is None

@@ -60,6 +60,7 @@ WRONG = {
     "ignore_index None": (dict(ignore_index=None), "ignore_index must be an integer.*got None"),
     "ignore_index a string": (dict(ignore_index="-100"), "ignore_index must be an integer.*got '-100'"),
     "ignore_index a fraction": (dict(ignore_index=1.5), "ignore_index must be an integer"),
+    "ignore_index beyond 64 bits": (dict(ignore_index=2**63), "ignore_index must fit into 64 bits"),
     "ignore_index a truth": (dict(ignore_index=True), "ignore_index must be an integer"),
     "kept a string": (dict(kept="6"), "kept must be an integer from 0 to 6.*got '6'"),
     "kept too many": (dict(kept=N + 1), "kept must be an integer from 0 to 6"),

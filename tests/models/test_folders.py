@@ -152,3 +152,13 @@ def test_a_tokenizer_of_another_shape_is_said_before_any_model(folder):
     (folder / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(UserError, match=r"tokenizer\.json: model is 5; expected an object"):
         load_tokenizer(TeacherConfig(path=str(folder)), folder)
+
+
+@pytest.mark.parametrize("model", [{}, {"type": "BPE", "vocab": 3}])
+def test_a_tokenizer_that_its_library_cannot_read_is_one_line(folder, model):
+    content = json.loads((folder / "tokenizer.json").read_text()) | {"model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as found:
+        load_tokenizer(TeacherConfig(path=str(folder)), folder)
+    said = str(found.value)
+    assert said.startswith(f"{folder}: its tokenizer.json is no tokenizer (") and "\n" not in said

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm import UserError
 from minillm.models.access import forward_decoder
-from minillm.models.routers import balance_loss
+from minillm.models.routers import balance_loss, balance_problem
 
 EXPERTS, CHOSEN = 4, 2
 SHAPE = {
@@ -59,3 +59,14 @@ def test_a_model_without_routers_is_refused(build_model, ids):
     output = forward_decoder(model, ids, torch.ones_like(ids), None, use_cache=False)
     with pytest.raises(UserError, match="LlamaForCausalLM has no routers"):
         balance_loss(model, output, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_mixture_of_experts_without_its_balance_loss_is_told_of(name):
+    model = build(name)
+    assert f"the student, {type(model).__name__}, is a mixture of experts" in balance_problem(model, added=False)
+    assert balance_problem(model, added=True) is None
+
+
+def test_a_dense_model_is_not(build_model):
+    assert balance_problem(build_model("llama"), added=False) is None

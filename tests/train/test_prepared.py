@@ -44,7 +44,11 @@ def test_a_result_is_found_again(made, tmp_path):
 
 @pytest.mark.parametrize(
     "override, named",
-    [("seed=8", "seed"), ("data.prompts.max_prompt_length=15", "data"), ("student.dtype=bfloat16", "student")],
+    [
+        ("seed=8", "seed"),
+        ("data.prompts.max_prompt_length=15", "data"),
+        ("student.attn_implementation=eager", "student"),
+    ],
 )
 def test_one_of_another_configuration_is_refused(made, stage_of, override, named):
     stage, output_dir = made

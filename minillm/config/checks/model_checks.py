@@ -31,8 +31,9 @@ def student_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     for key, init in OF_INIT.items():
         # one that is inherited may stand beside another init
         together = "init" not in written or facts.together(f"student.{key}", "student.init")
-        if written.get(key) is not None and student.init != init and together:
-            yield Found(f"student.{key}", f"has no effect without init: {init}", ("student.init",))
+        if written.get(key) is not None and student.init != init:
+            kind = Found if together else Idle
+            yield kind(f"student.{key}", f"has no effect without init: {init}", ("student.init",))
     if student.init == "prune" and student.layers is None:
         yield Found(
             "student.layers", "missing: which layers init: prune keeps, as a list, or how many", ("student.init",)

@@ -30,7 +30,7 @@ from minillm.config.checks.rollout_checks import (
     sampling_keys_used,
     whole_batches,
 )
-from minillm.config.checks.training_checks import length_of_training, schedule_arguments
+from minillm.config.checks.training_checks import length_of_training, schedule_arguments, trainable_weights
 from minillm.config.errors import Finding
 from minillm.config.root import STAGE_SHAPE
 from minillm.config.shape import Group, KeyPath, Leaf, group_of, walk
@@ -65,6 +65,7 @@ CHECKS = (
     corpus_fits,
     evaluation_fits,
     length_of_training,
+    trainable_weights,
     schedule_arguments,
     measurable,
     evaluation_keys_used,

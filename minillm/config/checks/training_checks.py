@@ -1,10 +1,12 @@
-"""Conditions between the keys of `train`: training ends, and the schedule has its arguments."""
+"""Conditions between the keys of `train`: training ends, weights keep its updates, and the schedule has its arguments."""
 
 from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.checks.place_checks import stage_problem
-from minillm.config.training import SCHEDULES, TrainConfig
+from minillm.config.method import Method
+from minillm.config.models import StudentConfig
+from minillm.config.training import SCHEDULES, DeepSpeedEngine, TorchEngine, TrainConfig
 
 LIMITS = ("train.max_steps", "train.num_train_epochs", "train.max_seconds", "train.max_student_tokens")
 
@@ -26,6 +28,21 @@ def length_of_training(facts: Facts, train: TrainConfig) -> Iterator[Found]:
         problem = stage_problem(train.max_seconds, facts)
         if problem is not None:
             yield Found("train.max_seconds", problem)
+
+
+def trainable_weights(
+    facts: Facts, student: StudentConfig, method: Method, train: TrainConfig, engine: TorchEngine | DeepSpeedEngine
+) -> Iterator[Found]:
+    """The weights that are trained keep small updates: 16 bits round them away, unless the engine has fp32 masters."""
+    needs = method.needs()
+    trained = needs.takes_steps and "student" in needs.trains and student.lora is None
+    masters = engine.type == "deepspeed" and train.bf16
+    if trained and student.dtype != "float32" and not masters:
+        message = (
+            f"weights in {student.dtype} lose the updates of training to rounding; write float32, with train.bf16: true to "
+            "compute in bfloat16, or train adapters over them (student.lora)"
+        )
+        yield Found("student.dtype", message, ("train.bf16", "student.lora"))
 
 
 def schedule_arguments(facts: Facts, train: TrainConfig) -> Iterator[Found]:

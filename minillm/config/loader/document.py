@@ -41,6 +41,13 @@ def read_override(text: str, problems: list[Problem]) -> Node | None:
     origin = Origin(COMMAND_LINE, None, path)
     found: list[Problem] = []
     node = parse(written, origin, found)
+    if (
+        node is not None
+        and isinstance(node.value, str)
+        and "\n" in written.strip()
+        and written.strip()[0] not in "'\"|>"
+    ):
+        node = Node(written, origin)  # YAML would make a space of the line break, and another name of a folder's
     if found and written.strip()[:1] not in tuple("[{'\""):  # such as *.txt, which YAML takes for an alias
         found, node = [], Node(written.strip(), origin)
     problems.extend(found)

@@ -166,3 +166,11 @@ def test_a_stage_trains_all_weights_where_it_takes_the_adapters_back(recipe, ins
     stages = {"teacher": {"student": {"lora": None}}, "distil": {}}
     plan = recipe.load(student__lora={"r": 8, "alpha": 32}, stages=stages)
     assert [stage.config.student.lora is None for stage in plan.stages] == [True, False]
+
+
+@pytest.mark.parametrize("key, value, init", [("layers", "2", "prune"), ("config", "{hidden_size: 32}", "random")])
+def test_keys_of_another_init_on_the_command_line(recipe, key, value, init):
+    """Written in the file, a stage may inherit them; a word of the command line is expected to do something."""
+    assert recipe.problems(f"student.{key}={value}", student__init="pretrained")[f"student.{key}" + (".hidden_size" if key == "config" else "")] == f"has no effect without init: {init}"  # fmt: skip
+    stages = {"first": {"student": {"init": "prune", "layers": [0]}}, "second": {"student": {"init": "pretrained"}}}
+    assert recipe.problems(stages=stages) == {}

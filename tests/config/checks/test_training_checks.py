@@ -51,3 +51,21 @@ def test_the_table_of_schedules_is_what_transformers_has(kind):
     assert numbers == set(SCHEDULES[kind].takes)
     assert ("num_training_steps" in parameters) == SCHEDULES[kind].counts_steps
     assert ("num_warmup_steps" in parameters) == SCHEDULES[kind].warms_up
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_that_round_their_updates_away_are_not_trained(recipe, dtype):
+    """40 steps of kd at 1e-5 ended at a loss of 1.38 in float32, and of 3.57 in bfloat16; float16 diverged."""
+    found = recipe.problems(student__dtype=dtype)
+    assert list(found) == ["student.dtype"] and "write float32, with train.bf16: true" in found["student.dtype"]
+    assert list(recipe.problems(student__dtype=dtype, train__bf16=True)) == ["student.dtype"]  # autocast alone
+    assert recipe.problems(student__dtype="float32", train__bf16=True) == {}
+    assert recipe.problems(teacher__dtype=dtype) == {}
+
+
+def test_sixteen_bits_below_adapters_or_masters_in_32(recipe):
+    shards = {"type": "deepspeed", "stage": 2}
+    fine = {"student__lora": {"r": 8, "alpha": 32}}, {"train__bf16": True, "engine": shards}
+    for changes in fine:
+        assert "student.dtype" not in recipe.problems(student__dtype="bfloat16", **changes)
+    assert "student.dtype" in recipe.problems(student__dtype="bfloat16", engine=shards)

@@ -97,3 +97,14 @@ def test_merged_values_remember_where_they_were_written():
     )
     assert tree.closest(("train", "a"))[0].origin == Origin("under", 3, ("train", "a"))
     assert tree.closest(("train", "b"))[0].origin == Origin("over", 9, ("train", "b"))
+
+
+@pytest.mark.parametrize("written", ["a\nb", "a\n\nb", "a b\nc"])
+def test_a_line_break_of_the_command_line_stays_one(written):
+    """YAML would make a space of it: the run would land in another folder than the one that was named."""
+    problems = []
+    assert read_override(f"output_dir={written}", problems).plain() == {"output_dir": written}
+    assert read_override("train={max_steps: 3,\n bf16: true}", problems).plain() == {
+        "train": {"max_steps": 3, "bf16": True}
+    }
+    assert problems == []
