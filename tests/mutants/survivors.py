@@ -1,0 +1,219 @@
+"""make mutants: break one line at a time and list the changes that no test notices.
+
+    python -m tests.mutants.survivors --rooms methods,engine --sample 200 --seed 0
+
+A room's tests are run once to see which lines each of them reaches. A mutant then runs the tests that reach its lines,
+the namesake's first, and is killed by the first failure, or by its time. It lives in a copy of the tree, in a fork of a
+process that has imported the libraries, so that most mutants take a second. Lines that are run in other processes
+alone (ranks of a group, the command line) are not measured: their mutants are counted as not reached.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import accumulate
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tests.mutants.mutations import Mutant, mutants_of
+from tests.mutants.reached_lines import ChoicePlugin, Reached, ReachPlugin
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Room:
+    """A folder of source, and the tests that are asked."""
+
+    source: str
+    tests: tuple[str, ...]
+    without: tuple[str, ...] = ()  # file names that are not broken: patterns
+
+
+ROOMS = {
+    # Triton's kernels are compiled or interpreted line by line: hours, where a formula takes a second
+    "kernels": Room("kernels", ("tests/kernels",), ("*_triton.py",)),
+    "methods": Room("minillm/methods", ("tests/methods", "tests/engine/test_torch.py")),
+    "rollout": Room("minillm/rollout", ("tests/rollout", "tests/methods")),
+    "engine": Room("minillm/engine", ("tests/engine", "tests/methods")),
+    "evaluate": Room("minillm/evaluate", ("tests/evaluate",)),
+    "train": Room("minillm/train", ("tests/train",)),
+}
+OUTCOMES = ("killed", "too slow", "survived", "not reached")
+PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no")
+
+
+def in_fork(work: Callable[[], int], seconds: float) -> int | None:
+    """The exit status of `work` in a process of its own, whose output is dropped; None where it takes longer."""
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            os.setsid()
+            silent = os.open(os.devnull, os.O_RDWR)
+            for stream in range(3):
+                os.dup2(silent, stream)
+            status = int(work())
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+        time.sleep(0.01)
+
+
+class Run:
+    """One run over rooms, in a copy of the tree."""
+
+    def __init__(self, copy: Path, seconds: float):
+        """Args: seconds: of tests that a mutant is asked, as they took without it; one test always."""
+        self.copy, self.seconds = copy, seconds
+
+    def pytest(self, tests: Iterable[str], plugin: object, *options: str) -> int:
+        import pytest
+
+        os.chdir(self.copy)
+        sys.path[:] = [str(self.copy), *(path for path in sys.path if path not in ("", str(ROOT)))]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]  # those of this run; its own lie in the copy
+        return pytest.main([*PYTEST, f"--basetemp={self.copy}/.tmp", *options, *tests], plugins=[plugin])
+
+    def measure(self, room: Room) -> Reached:
+        """Run the room's tests once. The libraries that they import are imported here, for all forks to come."""
+        path = self.copy / "reached.json"
+        path.unlink(missing_ok=True)
+        plugin = ReachPlugin([self.copy / room.source], path)
+        in_fork(lambda: self.pytest(room.tests, plugin, "--maxfail=1000"), seconds=3600)
+        found = json.loads(path.read_text())
+        for name in found["modules"]:
+            with suppress(Exception):
+                import_module(name)
+        root = f"{self.copy.resolve()}{os.sep}"
+        contexts = {
+            file.removeprefix(root): {int(line): tests for line, tests in lines.items()}
+            for file, lines in found["contexts"].items()
+        }
+        return Reached(contexts, found["seconds"])
+
+    def outcome(self, file: str, mutant: Mutant, reached: Reached) -> str:
+        """One of OUTCOMES."""
+        tests = reached.tests_of(file, range(mutant.line, mutant.last_line + 1))
+        if not tests:
+            return "not reached"
+        spent = list(accumulate(reached.seconds[test] for test in tests))
+        tests = tests[: max(1, sum(so_far <= self.seconds for so_far in spent))]
+        path = self.copy / file
+        whole = path.read_bytes()
+        path.write_bytes(mutant.applied_to(whole))
+        try:
+            files = dict.fromkeys(test.partition("::")[0] for test in tests)
+            limit = 20 + 3 * sum(reached.seconds[test] for test in tests)
+            status = in_fork(lambda: self.pytest(files, ChoicePlugin(tests)), limit)
+        finally:
+            path.write_bytes(whole)
+        return {None: "too slow", 0: "survived"}.get(status, "killed")
+
+
+def candidates(room: Room) -> list[tuple[str, Mutant]]:
+    """(file, mutant) of all mutants of a room."""
+    files = sorted(path for path in (ROOT / room.source).rglob("*.py") if not any(map(path.match, room.without)))
+    return [(str(path.relative_to(ROOT)), mutant) for path in files for mutant in mutants_of(path.read_bytes())]
+
+
+def share(counts: Counter) -> str:
+    """The percentage of the reached mutants that were killed."""
+    reached = counts.total() - counts["not reached"]
+    return f"{(counts['killed'] + counts['too slow']) / reached:.0%}" if reached else "-"
+
+
+def table(title: str, rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown, of one line a row."""
+    lines = [" | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join(
+        [f"## {title}", "", f"| {lines[0]} |", "|---" * (lines[0].count(" | ") + 1) + "|"]
+        + [f"| {line} |" for line in lines[1:]]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rooms", default=",".join(ROOMS), help="rooms by name, with commas between")
+    parser.add_argument("--sample", type=int, default=100, help="mutants of a room, drawn at random; 0 takes all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--seconds", type=float, default=30, help="of tests a mutant, those of its namesake first")
+    parser.add_argument("--files", default="", help="only files whose path holds this text")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants.md", help="the table of survivors")
+    arguments = parser.parse_args()
+    unknown = set(arguments.rooms.split(",")) - ROOMS.keys()
+    if unknown:
+        parser.error(f"no rooms {sorted(unknown)}; there are {', '.join(ROOMS)}")
+    console = Console()
+    counts: dict[str, Counter] = {}
+    alive: list[tuple[str, int, str, str, str]] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".hypothesis")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        sys.dont_write_bytecode = True
+        run = Run(copy, arguments.seconds)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        # a thread that draws must not live while a process is forked
+        with Progress(*columns, console=console, auto_refresh=False) as progress:
+            for name in arguments.rooms.split(","):
+                room = ROOMS[name]
+                console.print(f"{name}: running {' '.join(room.tests)} once")
+                reached = run.measure(room)
+                found = [one for one in candidates(room) if arguments.files in one[0]]
+                size = min(arguments.sample or len(found), len(found))
+                chosen = sorted(random.Random(arguments.seed).sample(range(len(found)), size))
+                counts[name] = Counter()
+                task = progress.add_task(name, total=size)
+                for file, mutant in (found[place] for place in chosen):
+                    outcome = run.outcome(file, mutant, reached)
+                    counts[name][outcome] += 1
+                    if outcome in ("survived", "not reached"):
+                        alive.append((file, mutant.line, outcome, *mutant.difference()))
+                    progress.update(task, description=f"{name} {share(counts[name])}", advance=1, refresh=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [(name, *(found[outcome] for outcome in OUTCOMES), share(found)) for name, found in counts.items()]
+    header = ("room", *OUTCOMES, "killed of those reached")
+    text = "\n\n".join(
+        [
+            f"# Mutants: a sample of {arguments.sample or 'all'} a room, seed {arguments.seed}",
+            table("Rooms", [header, *rows]),
+            table("Alive", [("file", "line", "", "before", "after"), *alive]),
+        ]
+    )
+    arguments.out.write_text(text + "\n")
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*map(str, row))
+    console.print(shown)
+    console.print(f"survivors: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
