@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from minillm.config.root import StageConfig
+from minillm.config.training import TorchEngine as TorchEngineConfig
+from minillm.config.training import TrainConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
+from minillm.engine.torch import TorchEngine
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -106,6 +109,62 @@ def test_a_preset_is_its_formulas_in_value_and_gradient(preset, models, data):
     parameters = list(models.student.parameters())
     for ours, theirs in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-5 * float(theirs.abs().max()) + 1e-7)
+
+
+def moved_student(models, buffer):
+    """Move the student's weights, as a step does. Returns log q(y_t) of before and of now for each answer, (T,) each."""
+
+    def token_log_probs():
+        with torch.no_grad():
+            return [
+                full_log_probs(models.student, one).gather(1, torch.tensor(one.response)[:, None])[:, 0]
+                for one in buffer
+            ]
+
+    before = token_log_probs()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in models.student.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return before, token_log_probs()
+
+
+@pytest.mark.parametrize("in_clip", [True, False])
+def test_ratio_is_to_the_student_that_sampled(in_clip, models, data):
+    """The weights move between collecting and the step: from the second step of a buffer on, q is not q_old."""
+    method = build_method(stage(lm_coef=0.0, preset="paper", importance_weight_in_clip=in_clip))
+    buffer = method.collect(data, models, draw=0)
+    before, now = moved_student(models, buffer)
+    policies, divergences, entropies, silenced, loss = [], [], [], [], 0.0
+    for rollout, old, new in zip(buffer, before, now, strict=True):
+        log_q, log_p = (full_log_probs(one, rollout).detach() for one in (models.student, models.teacher.model))
+        token_p = log_p.gather(1, torch.tensor(rollout.response)[:, None])[:, 0]
+        w = (old - (0.8 * old.exp() + 0.2 * token_p.exp()).log()).exp()
+        for t in range(len(old)):
+            later = (token_p - old)[t + 1 :]
+            advantage = float(later.mean()) if len(later) else 0.0
+            ratio = float((new - old)[t].exp()) * (float(w[t]) if in_clip else 1.0)
+            bounded = min(max(ratio, 0.8), 1.2)
+            policies.append(-min(advantage * ratio, advantage * bounded) * (1.0 if in_clip else float(w[t])))
+            silenced.append(ratio > 1.2 if advantage > 0 else advantage < 0 and ratio < 0.8)
+            divergences.append(float((log_q[t].exp() * (log_q[t] - log_p[t])).sum()))
+            entropies.append(float(-(log_q[t].exp() * log_q[t]).sum()))
+            loss += policies[-1] + float(w[t]) * divergences[-1]
+    assert 0.1 < sum(silenced) / len(silenced) < 0.4  # far from what its opposite would be
+    train = TrainConfig(max_steps=1)
+    engine = TorchEngine(models, train, TorchEngineConfig(device="cpu"), total_steps=1)
+    # micro-batches of unequal length: a mean of their means is another number
+    parts = [list(buffer)[:1], list(buffer)[1:3], list(buffer)[3:]]
+    metrics = engine.step([method.terms(part, data, models) for part in parts]).metrics
+    want = {
+        "loss": loss / len(buffer),
+        "policy_loss": sum(policies) / len(policies),
+        "reverse_kl_nats": sum(divergences) / len(divergences),
+        "entropy_nats": sum(entropies) / len(entropies),
+        "clipped_share": sum(silenced) / len(silenced),
+    }
+    for name, value in want.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_advantages_are_constants_and_know_nothing_of_padding(models, data):

@@ -82,7 +82,9 @@ def _visit(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
     """(node, what takes its place) of a node and everything below it that behaviour depends on."""
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
         return
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in DECLARATIONS:
+    if isinstance(node, ast.Call | ast.Subscript) and ast.unparse(_head(node)) in DECLARATIONS:
+        return
+    if isinstance(node, ast.keyword) and node.arg in HARMLESS:
         return
     if isinstance(node, ast.expr):
         yield from ((node, other) for other in _expressions(node))
@@ -96,6 +98,10 @@ def _visit(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from _visit(child)
+
+
+def _head(node: ast.Call | ast.Subscript) -> ast.expr:
+    return node.func if isinstance(node, ast.Call) else node.value
 
 
 def _conditions(node: ast.AST) -> list[ast.expr]:

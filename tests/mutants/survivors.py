@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +49,8 @@ ROOMS = {
     "kernels": Room("kernels", ("tests/kernels",), ("*_triton.py",)),
     "methods": Room("minillm/methods", ("tests/methods", "tests/engine/test_torch.py")),
     "rollout": Room("minillm/rollout", ("tests/rollout", "tests/methods")),
-    "engine": Room("minillm/engine", ("tests/engine", "tests/methods")),
+    # that of several ranks is run by processes of a group alone
+    "engine": Room("minillm/engine", ("tests/engine", "tests/methods"), ("deepspeed.py",)),
     "evaluate": Room("minillm/evaluate", ("tests/evaluate",)),
     "train": Room("minillm/train", ("tests/train",)),
 }
@@ -135,10 +136,10 @@ class Run:
         return {None: "too slow", 0: "survived"}.get(status, "killed")
 
 
-def candidates(room: Room) -> list[tuple[str, Mutant]]:
+def candidates(tree: Path, room: Room) -> list[tuple[str, Mutant]]:
     """(file, mutant) of all mutants of a room."""
-    files = sorted(path for path in (ROOT / room.source).rglob("*.py") if not any(map(path.match, room.without)))
-    return [(str(path.relative_to(ROOT)), mutant) for path in files for mutant in mutants_of(path.read_bytes())]
+    files = sorted(path for path in (tree / room.source).rglob("*.py") if not any(map(path.match, room.without)))
+    return [(str(path.relative_to(tree)), mutant) for path in files for mutant in mutants_of(path.read_bytes())]
 
 
 def share(counts: Counter) -> str:
@@ -147,13 +148,45 @@ def share(counts: Counter) -> str:
     return f"{(counts['killed'] + counts['too slow']) / reached:.0%}" if reached else "-"
 
 
-def table(title: str, rows: Iterable[Iterable[object]]) -> str:
-    """A table in Markdown, of one line a row."""
-    lines = [" | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in row) for row in rows]
-    return "\n".join(
-        [f"## {title}", "", f"| {lines[0]} |", "|---" * (lines[0].count(" | ") + 1) + "|"]
-        + [f"| {line} |" for line in lines[1:]]
-    )
+class Report:
+    """The file with the shares and the survivors, written anew with every mutant: a run may be ended at any time."""
+
+    header = ("room", *OUTCOMES, "killed of those reached")
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.counts: dict[str, Counter] = defaultdict(Counter)
+        self.alive: list[tuple[object, ...]] = []
+
+    def add(self, room: str, file: str, mutant: Mutant, outcome: str) -> None:
+        self.counts[room][outcome] += 1
+        if outcome in ("survived", "not reached"):
+            self.alive.append((file, mutant.line, outcome, *mutant.difference()))
+        sample = f"a sample of {self.arguments.sample} mutants a room" if self.arguments.sample else "all mutants"
+        parts = (
+            f"# Mutants: {sample}, seed {self.arguments.seed}",
+            markdown(self.header, self.rows()),
+            markdown(("file", "line", "", "before", "after"), self.alive),
+        )
+        self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        self.arguments.out.write_text("\n\n".join(parts) + "\n")
+
+    def rows(self) -> list[tuple[object, ...]]:
+        return [(room, *(counts[one] for one in OUTCOMES), share(counts)) for room, counts in self.counts.items()]
+
+    def table(self) -> Table:
+        shown = Table(*self.header)
+        for row in self.rows():
+            shown.add_row(*map(str, row))
+        return shown
+
+
+def markdown(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    header = tuple(header)
+    lines = [header, ("---",) * len(header), *rows]
+    cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def main() -> None:
@@ -168,15 +201,14 @@ def main() -> None:
     unknown = set(arguments.rooms.split(",")) - ROOMS.keys()
     if unknown:
         parser.error(f"no rooms {sorted(unknown)}; there are {', '.join(ROOMS)}")
-    console = Console()
-    counts: dict[str, Counter] = {}
-    alive: list[tuple[str, int, str, str, str]] = []
+    console, report = Console(), Report(arguments)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "tree"
         ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".hypothesis")
         shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
         os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        # a file that changes twice in a second would be taken from its bytecode
         sys.dont_write_bytecode = True
         run = Run(copy, arguments.seconds)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -186,32 +218,15 @@ def main() -> None:
                 room = ROOMS[name]
                 console.print(f"{name}: running {' '.join(room.tests)} once")
                 reached = run.measure(room)
-                found = [one for one in candidates(room) if arguments.files in one[0]]
+                found = [one for one in candidates(copy, room) if arguments.files in one[0]]
                 size = min(arguments.sample or len(found), len(found))
                 chosen = sorted(random.Random(arguments.seed).sample(range(len(found)), size))
-                counts[name] = Counter()
                 task = progress.add_task(name, total=size)
                 for file, mutant in (found[place] for place in chosen):
-                    outcome = run.outcome(file, mutant, reached)
-                    counts[name][outcome] += 1
-                    if outcome in ("survived", "not reached"):
-                        alive.append((file, mutant.line, outcome, *mutant.difference()))
-                    progress.update(task, description=f"{name} {share(counts[name])}", advance=1, refresh=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [(name, *(found[outcome] for outcome in OUTCOMES), share(found)) for name, found in counts.items()]
-    header = ("room", *OUTCOMES, "killed of those reached")
-    text = "\n\n".join(
-        [
-            f"# Mutants: a sample of {arguments.sample or 'all'} a room, seed {arguments.seed}",
-            table("Rooms", [header, *rows]),
-            table("Alive", [("file", "line", "", "before", "after"), *alive]),
-        ]
-    )
-    arguments.out.write_text(text + "\n")
-    shown = Table(*header)
-    for row in rows:
-        shown.add_row(*map(str, row))
-    console.print(shown)
+                    report.add(name, file, mutant, run.outcome(file, mutant, reached))
+                    done = f"{name}: {share(report.counts[name])} killed"
+                    progress.update(task, description=done, advance=1, refresh=True)
+    console.print(report.table())
     console.print(f"survivors: {arguments.out}")
 
 
