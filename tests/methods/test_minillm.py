@@ -11,7 +11,11 @@ from minillm.data.stream import Stream
 from minillm.engine.torch import TorchEngine
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
+from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Sampling
+from tests.methods.conftest import SHOWN
 
 
 def stage(**method) -> StageConfig:
@@ -185,6 +189,28 @@ def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(models, tmp_pa
     buffer = build_method(stage(lm_coef=0.0)).collect(data, models, draw=0)
     assert sorted(rollout.key for rollout in buffer) == [0, 0, 1, 1, 2, 2]
     assert len({(rollout.key, *rollout.response) for rollout in buffer}) == 6
+
+
+@pytest.mark.parametrize("alpha, who", [(0.0, "student"), (0.3, "mixture"), (1.0, "mixture")])
+def test_a_buffer_is_sampled_from_the_mixture_and_scored_by_prompt(alpha, who, asked, monkeypatch):
+    one, scored = asked(name="minillm", alpha=alpha, lm_coef=0.0), []
+
+    def score(models, answers, *, keys, batch_size):
+        scored.append((models, answers, keys, batch_size))
+        return RolloutBuffer()
+
+    monkeypatch.setattr("minillm.methods.minillm.score", score)
+    build_method(one.config).collect(one.data, "models", draw=3)
+    (call,) = one.calls
+    numbers = [prompt[0] - 20 for prompt in call["prompts"]]  # Example 40 + i begins with token 60 + i
+    assert call["sampling"] == Sampling(9, alpha=alpha) and call["who"] == who
+    assert (call["seed"], call["draw"], call["batch_size"]) == (7, 3, 2) and call["extras"] == [SHOWN] * 5
+    assert call["keys"] == distinct_keys(numbers) and len(set(numbers)) == 3
+    ((models, answers, keys, batch_size),) = scored
+    assert models == "models" and keys == numbers and batch_size == 2
+    assert [answer.response[0] for answer in answers] == [key % 200 for key in call["keys"]]
+    assert one.told[-1] == ("sampling answers", 5, 5)
+    assert {"time/rollout_s", "time/scoring_s"} <= one.data.timing.read().keys()
 
 
 def test_inner_epochs_never_run_the_teacher(models, data, monkeypatch):

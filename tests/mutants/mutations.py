@@ -27,7 +27,7 @@ METHODS = NAMES | {"sum": "mean", "mean": "sum", "sqrt": "rsqrt", "rsqrt": "sqrt
 # methods that leave the shape as it is, and are left out
 ELEMENTWISE = {"detach", "abs", "clamp", "exp", "log", "double", "float"}
 # calls that declare, and compute nothing
-DECLARATIONS = {"field", "TypeVar", "Literal"}
+DECLARATIONS = {"field", "TypeVar", "Literal", "Callable"}
 # keyword arguments that say how and not what: without them nearly nothing changes
 HARMLESS = {"strict", "encoding", "progress", "non_blocking"}
 
