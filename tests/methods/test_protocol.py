@@ -5,12 +5,11 @@ import torch
 
 from minillm.config.root import StageConfig
 from minillm.distributed import collectives
-from minillm.losses import TopK
 from minillm.methods import build_method
 from minillm.methods.protocol import HiddenLoss, Term, sequences_of
 from minillm.models.batch import TokenSequence, collate
 from minillm.rollout.buffer import Rollout
-from minillm.teachers.teacher import TopKRows
+from minillm.teachers.teacher import HiddenRows
 
 META = torch.device("meta")
 
@@ -35,7 +34,7 @@ def test_needs_are_those_of_the_configuration():
 
 
 def test_a_term_moves_with_all_its_tensors():
-    teacher = TopKRows(TopK(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)))
+    teacher = HiddenRows(torch.zeros(2, 4), None)
     hidden = HiddenLoss((1,), lambda *_: None, {"target": torch.zeros(2)})
     batch = collate([TokenSequence([1], [2, 3])], 0)
     term = Term("one", batch, lambda stats: stats.student_logprob, (), 2.0, inputs={"advantage": torch.zeros(2)},

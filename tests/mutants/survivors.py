@@ -209,6 +209,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no rooms {sorted(unknown)}; there are {', '.join(ROOMS)}")
     console, report = Console(), Report(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copy is deleted
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "tree"
         ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".hypothesis")
