@@ -10,6 +10,7 @@ from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.torch import TorchEngine
 from minillm.methods import build_method
+from minillm.methods.minillm import VECTORS
 from minillm.methods.protocol import TrainingData
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -177,6 +178,7 @@ def test_advantages_are_constants_and_know_nothing_of_padding(models, data):
     for rollout in buffer:
         advantage = rollout.vectors["advantage"]
         assert len(advantage) == len(rollout.response)
+        assert {rollout.vectors[name].dtype for name in VECTORS} == {torch.float32}  # as checkpoints hold them
         assert not advantage.requires_grad
         reward = (rollout.vectors["teacher_logprob"] - rollout.vectors["student_logprob"]).double()
         later = [float(reward[t + 1 :].mean()) if t + 1 < len(reward) else 0.0 for t in range(len(reward))]
