@@ -87,7 +87,7 @@ class ReachPlugin:
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] += report.duration
-        if report.outcome != "passed":
+        if report.failed:
             self.failed.add(report.nodeid)
 
     def pytest_sessionfinish(self):
@@ -96,7 +96,8 @@ class ReachPlugin:
         contexts = {file: {line: list(found) for line, found in lines.items()} for file, lines in self.reached.items()}
         seconds = {test: spent for test, spent in self.seconds.items() if test not in self.failed}
         modules = [name for name in sys.modules if name.partition(".")[0] not in ("minillm", "tests", "__main__")]
-        self.path.write_text(json.dumps({"contexts": contexts, "seconds": seconds, "modules": modules}))
+        found = {"contexts": contexts, "seconds": seconds, "modules": modules, "failed": sorted(self.failed)}
+        self.path.write_text(json.dumps(found))
 
 
 class ChoicePlugin:
