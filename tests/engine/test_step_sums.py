@@ -64,3 +64,10 @@ def test_losses_are_the_numbers_that_are_no_metric_and_no_count():
 
 def test_divisors_add_up_by_name():
     assert divisors([POLICY, LONGER, TEXT]) == {"policy": 2.0, "pretraining": 4.0}
+
+
+def test_sums_keep_no_graph():
+    sums, loss = StepSums(torch.device("cpu")), torch.tensor(1.0, requires_grad=True)
+    for one in (POLICY, LONGER):
+        sums.add(one, loss * 2, {})
+    assert not any(value.requires_grad for value in sums._sums.values())
