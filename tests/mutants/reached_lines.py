@@ -63,7 +63,8 @@ class ReachPlugin:
 
         return line(frame, event, None)
 
-    def pytest_sessionstart(self):
+    def start(self) -> None:
+        """Begin before pytest does, whose first work is to import conftest files."""
         threading.settrace(self._call)
         sys.settrace(self._call)
 

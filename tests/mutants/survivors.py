@@ -128,7 +128,12 @@ class Run:
         path = self.copy / "reached.json"
         path.unlink(missing_ok=True)
         plugin = ReachPlugin([self.copy / room.source], path)
-        status = in_fork(lambda: self.pytest(room.tests, plugin, "--maxfail=1000", *room.options), seconds=3600)
+
+        def work() -> int:
+            plugin.start()
+            return self.pytest(room.tests, plugin, "--maxfail=1000", *room.options)
+
+        status = in_fork(work, seconds=3600)
         if status not in (0, 1):
             sys.exit(f"{' '.join(room.tests)} cannot be run: pytest ends with {status}")
         found = json.loads(path.read_text())

@@ -42,6 +42,7 @@ def reached(pytester, tmp_path) -> Reached:
     pytester.syspathinsert()
     path = tmp_path / "reached.json"
     plugin = ReachPlugin([pytester.path / "room"], path)
+    plugin.start()
     pytester.inline_run("-p", "no:cacheprovider", plugins=[plugin])
     found = json.loads(path.read_text())
     (lines,) = found["contexts"].values()
