@@ -94,6 +94,21 @@ def test_records_count_steps_tokens_and_passes(trainer, tmp_path):
     assert built.progress.stage_seconds == {"distil": seconds[-1]} and built.progress.finished
 
 
+def test_peak_memory_is_in_gib_of_what_the_device_counts(monkeypatch):
+    monkeypatch.setattr(trainer_module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**19))  # KiB
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**29)  # bytes
+    assert trainer_module.peak_memory_gib(torch.device("cpu")) == 1.5
+    assert trainer_module.peak_memory_gib(torch.device("cuda:0")) == 2.5
+
+
+def test_modules_beside_the_student_are_trained_at_their_own_rates(trainer, monkeypatch):
+    projector = torch.nn.Linear(2, 2, bias=False)
+    monkeypatch.setattr(SupervisedFineTuning, "modules", lambda self, models: {"projector": projector})
+    monkeypatch.setattr(SupervisedFineTuning, "learning_rates", lambda self: {"projector": 0.125})
+    *_, group = trainer().engine.optimizer.param_groups
+    assert group["params"] == [projector.weight] and group["initial_lr"] == 0.125
+
+
 def test_every_item_of_a_buffer_is_taken_once_in_each_inner_epoch(trainer, monkeypatch):
     seen, terms = [], MiniLLMMethod.terms
 
