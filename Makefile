@@ -7,7 +7,7 @@ MINILLM_ASSETS ?= $(wildcard $(abspath ../shared/assets))
 export MINILLM_ASSETS
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test tiny lint clean
+.PHONY: quickstart test tiny lint mutants clean
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/minillm train configs/quickstart.yaml $(ARGS)
@@ -18,6 +18,13 @@ tiny: $(VENV)/installed
 test: $(VENV)/test.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# breaks one line at a time and lists the changes that no test notices, in runs/mutants.md: an hour for all rooms
+SAMPLE ?= 100
+SEED ?= 0
+ROOMS ?= kernels,methods,rollout,engine,evaluate,train
+mutants: $(VENV)/test.installed
+	nice -n 10 $(BIN)/python -m tests.mutants.survivors --rooms $(ROOMS) --sample $(SAMPLE) --seed $(SEED) $(ARGS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -2,7 +2,11 @@
 
 import json
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +119,40 @@ def registered():
     yield register_method
     field.annotation = before
     StageConfig.model_rebuild(force=True)
+
+
+@pytest.fixture
+def in_ranks(monkeypatch):
+    """A function that runs work(rank) as each rank of a group, in threads that trade what processes would send."""
+    from minillm.distributed import collectives
+
+    me = threading.local()
+    number = lambda: getattr(me, "rank", 0)  # noqa: E731
+
+    def run(world_size: int, work: Callable[[int], Any]) -> list[Any]:
+        barrier, sent = threading.Barrier(world_size, timeout=60), {}
+
+        def trade(mine: Any) -> list[Any]:
+            sent[number()] = mine
+            barrier.wait()
+            everyones = [sent[rank] for rank in range(world_size)]
+            barrier.wait()
+            return everyones
+
+        def as_rank(rank: int) -> Any:
+            me.rank = rank
+            return work(rank)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(collectives, "rank", number)
+            patch.setattr(collectives, "world_size", lambda: world_size)
+            patch.setattr(collectives, "gather", trade)
+            patch.setattr(collectives, "gather_tensors", trade)
+            patch.setattr(collectives, "exchange", lambda outgoing: [parts[number()] for parts in trade(outgoing)])
+            with ThreadPoolExecutor(world_size) as pool:
+                return [done.result() for done in [pool.submit(as_rank, rank) for rank in range(world_size)]]
+
+    return run
 
 
 @pytest.fixture

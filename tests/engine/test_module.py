@@ -71,6 +71,19 @@ def test_hidden_states_are_what_each_layer_gives_and_the_last_what_the_head_read
     assert beside.weight.grad.norm() > 0 and model.model.embed_tokens.weight.grad.norm() > 0
 
 
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_coupled_objective_sees_all_rows_at_once(coupled):
+    seen = []
+
+    def objective(stats):
+        seen.append(len(stats.student_logprob))
+        return stats.student_logprob
+
+    one = term(objective=objective, coupled=coupled, options={"chunk_bytes": 1})  # chunks of one row
+    loss_of(tiny_llama(vocab_size=71), one)
+    assert set(seen) == ({4} if coupled else {1})
+
+
 @pytest.mark.parametrize("trains", ["student", "other"])
 def test_a_term_trains_the_model_that_it_names_and_no_other(trains):
     models = {"student": tiny_llama(vocab_size=71), "other": tiny_llama(vocab_size=71, hidden_size=48, seed=1)}

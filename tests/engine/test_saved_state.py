@@ -73,6 +73,7 @@ def test_nested_states_of_the_same_shapes_agree_whatever_else_they_hold():
     "change, words",
     [
         ({"flat": [torch.zeros(4), torch.zeros(1)]}, r"optimizer\.flat\.1 is \(1,\), this run's \(2,\)"),
+        ({"flat": (torch.zeros(4), torch.zeros(1))}, r"optimizer\.flat\.1 is \(1,\), this run's \(2,\)"),
         ({"flat": [torch.zeros(4)]}, r"optimizer\.flat has 1 parts, this run's 2"),
         (
             {"state": {0: {"exp_avg": None}}},

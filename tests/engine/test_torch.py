@@ -1,10 +1,12 @@
 """One optimiser step: normalisation over micro-batches, clipping, schedules, non-finite numbers, state."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from minillm import UserError
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
 from minillm.engine.engine import NonFiniteError
@@ -12,6 +14,7 @@ from minillm.engine.torch import TorchEngine
 from minillm.methods.protocol import Term
 from minillm.models.batch import TokenSequence, collate
 from minillm.models.device import pick_device
+from tests.conftest import tiny_llama
 
 SEQUENCES = [
     TokenSequence([5], [6, 7, 8, 9]),
@@ -149,3 +152,32 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
     assert pick_device("cuda").type == "cuda" and pick_device("cuda:1").index == 1
     with pytest.raises(ValueError, match="'cuda:2', but torch sees 2 GPUs here"):
         pick_device("cuda:2")
+
+
+def test_a_term_that_counts_nothing_divides_by_one(make_models):
+    nothing = replace(cross_entropy_term(SEQUENCES, name="empty"), count=0.0, weight=0.0)
+    result = engine(make_models(teacher=False)).step([[cross_entropy_term(SEQUENCES), nothing]])
+    assert result.metrics["loss/empty"] == 0.0 and result.metrics["loss"] == result.metrics["loss/supervised"] > 0
+
+
+def test_the_state_of_other_weights_is_refused_before_anything_is_changed(make_models, tmp_path):
+    models = make_models(teacher=False)
+    first = engine(models)
+    first.step([[cross_entropy_term(SEQUENCES)]])
+    first.save_state(tmp_path)
+    other = replace(models, student=tiny_llama(vocab_size=257, hidden_size=48))
+    with pytest.raises(UserError, match=r"engine.pt.*exp_avg of weight 0 is \(257, 32\), the weight \(257, 48\)"):
+        engine(other).load_state(tmp_path)
+
+
+class Harmful:
+    """What a pickle can do: call anything while it is read."""
+
+    def __reduce__(self):
+        return pytest.fail, ("the pickle was run",)
+
+
+def test_no_pickle_is_run(make_models, tmp_path):
+    torch.save({"optimizer": Harmful()}, tmp_path / "engine.pt")
+    with pytest.raises(UserError, match="engine.pt"):
+        engine(make_models(teacher=False)).load_state(tmp_path)

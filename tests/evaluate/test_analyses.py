@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minillm import UserError
 from minillm.config.evaluation import EvalConfig
 from minillm.data.instructions import Example, PromptSet
 from minillm.data.labels import LabelSet, Question
@@ -110,3 +111,11 @@ def test_the_evaluator_counts_n_grams_and_buckets_where_asked(make_models):
     found = Evaluator(SETS, keys, seed=0).evaluate(models, LocalRollouts(models)).sets["words"]
     assert 0 < found["distinct_1"] <= 100 and 0 < found["distinct_2"] <= 100
     assert found["rouge_l"] == pytest.approx((found["rouge_l_0_1"] + found["rouge_l_2_up"]) / 2)
+
+
+def test_exposure_bias_needs_a_teacher_that_answers(make_models):
+    models = make_models()
+    models.teacher.abilities = frozenset({"hidden", "evaluate"})
+    analyses = Analyses(SETS, {}, config(exposure_bias={"lengths": [1], "samples": 1}), seed=0)
+    with pytest.raises(UserError, match="eval.exposure_bias needs a teacher that can"):
+        add(analyses, Evaluation({"words": {}}, {}, []), models)

@@ -59,3 +59,29 @@ def test_no_graph_is_kept(make_models):
     models.student.train().requires_grad_(True)
     found = token_statistics(models, SEQUENCES, FIELDS, batch_size=2)
     assert not any(vector.requires_grad for vectors in found.values() for vector in vectors)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])  # the last one more than there are sequences
+def test_ranks_measure_a_slice_each_and_have_all_of_it(ranks, expected, make_models, in_ranks):
+    models = [make_models() for _ in range(ranks)]  # before the threads, which share one random generator
+    found = in_ranks(ranks, lambda rank: token_statistics(models[rank], SEQUENCES, FIELDS, batch_size=2))
+    for of_rank in found:
+        for field, exact in expected[1].items():
+            assert len(of_rank[field]) == len(exact)
+            for vector, one in zip(of_rank[field], exact, strict=True):
+                torch.testing.assert_close(vector.double(), one, atol=2e-5, rtol=2e-5, msg=field)
+
+
+def test_a_rank_keeps_the_teachers_rows_of_its_own_slice(make_models, in_ranks):
+    models = [make_models(), make_models()]
+
+    def kept(rank: int):
+        parts = kept_teacher_rows(models[rank], SEQUENCES, batch_size=2)
+        again = token_statistics(models[rank], SEQUENCES, ("forward_kl",), batch_size=2, teacher_parts=parts)
+        return [bool(part) for part in parts], again["forward_kl"]
+
+    whole = token_statistics(make_models(), SEQUENCES, ("forward_kl",), batch_size=2)["forward_kl"]
+    (first, one), (second, other) = in_ranks(2, kept)
+    assert first == [True, False, True, False] and second == [False, True, False, True]
+    torch.testing.assert_close(one, whole, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(other, whole, atol=2e-5, rtol=2e-5)

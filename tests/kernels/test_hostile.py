@@ -183,6 +183,22 @@ def _finite_difference(case, weights, kit):
     return result
 
 
+def test_the_entropy_alone_of_a_student_with_a_banned_id(backend, kit):
+    """Nothing else is asked that would look for -inf: q log q is 0 there, not NaN, in the gradient too."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 4, generator=generator).to(kit.device).requires_grad_()
+    weight, bias = torch.randn(7, 4, generator=generator).to(kit.device), torch.zeros(7, device=kit.device)
+    bias[2] = -math.inf
+    fields = ("student_entropy",)
+    found = linear_token_stats(hidden, LMHead(weight, bias), None, None, None, fields=fields, backend=backend)
+    exact = hidden.detach().double().requires_grad_()
+    log_q = (exact @ weight.double().T)[:, [0, 1, 3, 4, 5, 6]].log_softmax(-1)
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    torch.testing.assert_close(found.student_entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.student_entropy.sum(), hidden)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(entropy.sum(), exact)[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [0.0, -500.0])
 def test_an_id_banned_in_the_teacher_alone(bias, backend, kit):
     """The reverse KL is truly infinite, even where q underflows to 0; everything else is finite and right."""

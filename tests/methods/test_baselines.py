@@ -92,6 +92,13 @@ def test_the_loss_is_the_eager_one(method, divergence, ce_ratio, models, data):
     torch.testing.assert_close(loss_of(term, models), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("method, term", [("sft", "supervised"), ("kd", "distillation"), ("seqkd", "distillation")])
+def test_records_name_the_loss_by_its_term(method, term, models, data):
+    built = build_method(stage(name=method))
+    (one,) = built.terms(built.collect(data, models, draw=0), data, models)
+    assert one.name == term and one.weight == 1.0
+
+
 def test_gkd_trains_on_samples_of_the_student_or_on_references(models, data):
     references = {example.index: example.response_ids for example in EXAMPLES}
     off = build_method(stage(name="gkd", on_policy=0.0)).collect(data, models, draw=0)

@@ -4,11 +4,19 @@ import pytest
 import torch
 
 from minillm.config.root import StageConfig
+from minillm.config.training import TorchEngine as TorchEngineConfig
+from minillm.config.training import TrainConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
+from minillm.engine.torch import TorchEngine
 from minillm.methods import build_method
+from minillm.methods.minillm import VECTORS
 from minillm.methods.protocol import TrainingData
+from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Sampling
+from tests.methods.conftest import SHOWN
 
 
 def stage(**method) -> StageConfig:
@@ -108,12 +116,69 @@ def test_a_preset_is_its_formulas_in_value_and_gradient(preset, models, data):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-5 * float(theirs.abs().max()) + 1e-7)
 
 
+def moved_student(models, buffer):
+    """Move the student's weights, as a step does. Returns log q(y_t) of before and of now for each answer, (T,) each."""
+
+    def token_log_probs():
+        with torch.no_grad():
+            return [
+                full_log_probs(models.student, one).gather(1, torch.tensor(one.response)[:, None])[:, 0]
+                for one in buffer
+            ]
+
+    before = token_log_probs()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in models.student.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return before, token_log_probs()
+
+
+@pytest.mark.parametrize("in_clip", [True, False])
+def test_ratio_is_to_the_student_that_sampled(in_clip, models, data):
+    """The weights move between collecting and the step: from the second step of a buffer on, q is not q_old."""
+    method = build_method(stage(lm_coef=0.0, preset="paper", importance_weight_in_clip=in_clip))
+    buffer = method.collect(data, models, draw=0)
+    before, now = moved_student(models, buffer)
+    policies, divergences, entropies, silenced, loss = [], [], [], [], 0.0
+    for rollout, old, new in zip(buffer, before, now, strict=True):
+        log_q, log_p = (full_log_probs(one, rollout).detach() for one in (models.student, models.teacher.model))
+        token_p = log_p.gather(1, torch.tensor(rollout.response)[:, None])[:, 0]
+        w = (old - (0.8 * old.exp() + 0.2 * token_p.exp()).log()).exp()
+        for t in range(len(old)):
+            later = (token_p - old)[t + 1 :]
+            advantage = float(later.mean()) if len(later) else 0.0
+            ratio = float((new - old)[t].exp()) * (float(w[t]) if in_clip else 1.0)
+            bounded = min(max(ratio, 0.8), 1.2)
+            policies.append(-min(advantage * ratio, advantage * bounded) * (1.0 if in_clip else float(w[t])))
+            silenced.append(ratio > 1.2 if advantage > 0 else advantage < 0 and ratio < 0.8)
+            divergences.append(float((log_q[t].exp() * (log_q[t] - log_p[t])).sum()))
+            entropies.append(float(-(log_q[t].exp() * log_q[t]).sum()))
+            loss += policies[-1] + float(w[t]) * divergences[-1]
+    assert 0.1 < sum(silenced) / len(silenced) < 0.4  # far from what its opposite would be
+    train = TrainConfig(max_steps=1)
+    engine = TorchEngine(models, train, TorchEngineConfig(device="cpu"), total_steps=1)
+    # micro-batches of unequal length: a mean of their means is another number
+    parts = [list(buffer)[:1], list(buffer)[1:3], list(buffer)[3:]]
+    metrics = engine.step([method.terms(part, data, models) for part in parts]).metrics
+    want = {
+        "loss": loss / len(buffer),
+        "policy_loss": sum(policies) / len(policies),
+        "reverse_kl_nats": sum(divergences) / len(divergences),
+        "entropy_nats": sum(entropies) / len(entropies),
+        "clipped_share": sum(silenced) / len(silenced),
+    }
+    for name, value in want.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
 def test_advantages_are_constants_and_know_nothing_of_padding(models, data):
     method = build_method(stage(lm_coef=0.0))
     buffer = method.collect(data, models, draw=0)
     for rollout in buffer:
         advantage = rollout.vectors["advantage"]
         assert len(advantage) == len(rollout.response)
+        assert {rollout.vectors[name].dtype for name in VECTORS} == {torch.float32}  # as checkpoints hold them
         assert not advantage.requires_grad
         reward = (rollout.vectors["teacher_logprob"] - rollout.vectors["student_logprob"]).double()
         later = [float(reward[t + 1 :].mean()) if t + 1 < len(reward) else 0.0 for t in range(len(reward))]
@@ -126,6 +191,28 @@ def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(models, tmp_pa
     buffer = build_method(stage(lm_coef=0.0)).collect(data, models, draw=0)
     assert sorted(rollout.key for rollout in buffer) == [0, 0, 1, 1, 2, 2]
     assert len({(rollout.key, *rollout.response) for rollout in buffer}) == 6
+
+
+@pytest.mark.parametrize("alpha, who", [(0.0, "student"), (0.3, "mixture"), (1.0, "mixture")])
+def test_a_buffer_is_sampled_from_the_mixture_and_scored_by_prompt(alpha, who, asked, monkeypatch):
+    one, scored = asked(name="minillm", alpha=alpha, lm_coef=0.0), []
+
+    def score(models, answers, *, keys, batch_size):
+        scored.append((models, answers, keys, batch_size))
+        return RolloutBuffer()
+
+    monkeypatch.setattr("minillm.methods.minillm.score", score)
+    build_method(one.config).collect(one.data, "models", draw=3)
+    (call,) = one.calls
+    numbers = [prompt[0] - 20 for prompt in call["prompts"]]  # Example 40 + i begins with token 60 + i
+    assert call["sampling"] == Sampling(9, alpha=alpha) and call["who"] == who
+    assert (call["seed"], call["draw"], call["batch_size"]) == (7, 3, 2) and call["extras"] == [SHOWN] * 5
+    assert call["keys"] == distinct_keys(numbers) and len(set(numbers)) == 3
+    ((models, answers, keys, batch_size),) = scored
+    assert models == "models" and keys == numbers and batch_size == 2
+    assert [answer.response[0] for answer in answers] == [key % 200 for key in call["keys"]]
+    assert one.told[-1] == ("sampling answers", 5, 5)
+    assert {"time/rollout_s", "time/scoring_s"} <= one.data.timing.read().keys()
 
 
 def test_inner_epochs_never_run_the_teacher(models, data, monkeypatch):

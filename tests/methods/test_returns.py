@@ -37,6 +37,10 @@ def test_the_last_token_has_no_later_reward():
     assert discounted_returns(REWARDS[:1], start="next").tolist() == [0.0]
 
 
+def test_returns_are_undiscounted_means_of_later_rewards_where_nothing_is_said():
+    torch.testing.assert_close(discounted_returns(REWARDS), written_out(REWARDS, 1.0, "next", True))
+
+
 def test_discount_is_relative_to_the_token_and_not_to_the_absolute_position():
     ones = torch.ones(4, dtype=torch.float64)
     got = discounted_returns(ones, gamma=0.95, start="current", length_norm=False)
@@ -63,6 +67,21 @@ def test_whitening_valid_ignores_padding_and_all_counts_it():
     everything = torch.cat(whiten([long, short], over="all"))
     torch.testing.assert_close(everything, (both - padded.mean()) / (padded.var() + 1e-8).sqrt())
     assert whiten([long], over="none")[0] is long
+
+
+def test_whitening_needs_two_values():
+    one, two = torch.tensor([3.0], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    assert torch.equal(whiten([one], over="valid")[0], one)
+    torch.testing.assert_close(whiten([two], over="valid")[0], torch.tensor([-(0.5**0.5), 0.5**0.5]).double())
+    assert whiten([], over="valid") == []
+
+
+def test_weights_of_fp32_vectors_are_computed_in_float64():
+    student, mixture = torch.full((5000,), -0.1), torch.full((5000,), -0.1001)
+    _, _, single = importance_weights(student, mixture, "per_decision")
+    log_w = student.double() - mixture.double()
+    torch.testing.assert_close(single[-1], (4999 * log_w[0]).exp(), rtol=1e-9, atol=0)
+    assert importance_weights(student, mixture, "token")[1].dtype == torch.float64
 
 
 def test_importance_weights_are_the_named_products():

@@ -99,3 +99,17 @@ def test_what_cannot_be_scored(make_models, prompts):
     with pytest.raises(UserError, match="scoring answers needs a teacher, and there is none"):
         score(alone, answers, keys=range(7), batch_size=4)
     assert len(score(models, [], keys=[], batch_size=4)) == 0
+
+
+def test_ranks_score_a_slice_each_and_have_all_vectors(make_models, prompts, in_ranks):
+    answers = LocalRollouts(make_models()).sample(prompts, Sampling(6), keys=range(7), seed=1, batch_size=4)
+    whole = score(make_models(), answers, keys=range(7), batch_size=4)
+    models = [make_models(), make_models()]  # before the threads, which share one random generator
+    buffers = in_ranks(2, lambda rank: score(models[rank], answers, keys=range(7), batch_size=2))
+    for rank, buffer in enumerate(buffers):
+        assert [bool(rollout.teacher) for rollout in buffer] == [place % 2 == rank for place in range(7)]
+        for ours, one in zip(buffer, whole, strict=True):
+            assert (ours.sequence, ours.ended) == (one.sequence, one.ended)
+            torch.testing.assert_close(ours.vectors, one.vectors, atol=1e-5, rtol=1e-5)
+            if ours.teacher:
+                torch.testing.assert_close(ours.teacher, one.teacher, atol=1e-5, rtol=1e-5)

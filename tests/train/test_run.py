@@ -2,16 +2,19 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from minillm.cli.main import main
-from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.loader.run_plan import RunPlan, Stage
+from minillm.config.root import StageConfig
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.rollout.local import graph_preconditions, local_rollouts
 from minillm.teachers.preflight import PreflightError
-from minillm.train.stage import _same_weights
+from minillm.train.progress import Progress
+from minillm.train.run import _first_with_its_teacher, _measured_before, _next_progress
 from minillm.train.trainer import TrainingError
 from tests.runs import records, train
 
@@ -70,13 +73,6 @@ def test_the_last_step_of_a_stage_has_its_planned_memory_where_the_device_counts
     assert any("NotImplementedError: an operation without a shape" in note for note in console.notes)
     steps = [record for record in records(other) if record["kind"] == "train"]
     assert [record.get("memory/planned_peak_gib") for record in steps] == [None] * 7 + [1.5]
-
-
-def test_the_student_copies_the_teacher_only_where_it_would_read_the_same_weights():
-    student, teacher = StudentConfig(path="a/b"), TeacherConfig(path="a/b")
-    assert _same_weights(student, teacher)
-    for other in ({"revision": "v2"}, {"dtype": "bfloat16"}, {"path": "a/c"}):
-        assert not _same_weights(student, teacher.model_copy(update=other)), other
 
 
 def test_a_prompt_without_a_reference_is_an_error_before_any_step(two_stages, tmp_path):
@@ -172,3 +168,52 @@ def test_a_warm_up_that_outlasts_its_stage_is_said(two_stages):
     _, console = train(two_stages, "stages.distil.train.warmup_steps=12")
     (said,) = (note for note in console.notes if "warmup_steps" in note)
     assert "is 12, but stage 'distil' has 6 steps" in said and "42% of train.learning_rate" in said
+
+
+def plan_of(**stages) -> RunPlan:
+    """A plan of stages by name; their groups are those of the configuration."""
+    root = {"output_dir": "unused", "student": {"path": "unused"}, "method": {"name": "sft"}, "train": {"max_steps": 1}}
+    return RunPlan(
+        Path("unused"), [Stage(name, StageConfig(**{**root, **one})) for name, one in stages.items()], {}, []
+    )
+
+
+def test_a_teacher_is_evaluated_once_in_the_first_stage_that_measures_against_it():
+    one, other = {"path": "org/one"}, {"path": "org/other"}
+    longer = {"max_new_tokens": 7}
+    plan = plan_of(
+        alone={},
+        first={"teacher": one},
+        second={"teacher": one},
+        third={"teacher": other},
+        fourth={"teacher": one, "eval": longer},
+        unmeasured={"teacher": {"path": "org/third"}, "eval": {"teacher": False}},
+    )
+    judged = [stage.name for stage in plan.stages if _first_with_its_teacher(plan, stage)]
+    assert judged == ["first", "third", "fourth"]
+
+
+@pytest.mark.parametrize(
+    "change, measured",
+    [
+        ({}, True),
+        ({"student": {"path": "org/one"}}, False),
+        ({"student": {"path": "stage:warmup", "init": "prune", "layers": [0]}}, False),
+        ({"eval": {"max_new_tokens": 7}}, False),
+        ({"teacher": {"path": "org/one"}}, False),
+    ],
+)
+def test_a_student_that_comes_from_a_stage_was_measured_at_its_end(change, measured):
+    plan = plan_of(
+        other={"eval": {"max_new_tokens": 9}}, warmup={}, distil={"student": {"path": "stage:warmup"}, **change}
+    )
+    assert _measured_before(plan, plan.stages[-1]) is measured
+
+
+def test_a_stage_begins_where_the_one_before_it_ended():
+    assert _next_progress(None, "warmup") == Progress("warmup")
+    before = Progress("warmup", step=5, stage_step=5, draw=3, seconds=2.0, student_tokens=9, finished=True)
+    before.stage_seconds, before.stage_configs = {"warmup": 2.0}, {"warmup": {"seed": 1}}
+    assert _next_progress(before, "distil") == Progress(
+        "distil", step=5, stage_seconds={"warmup": 2.0}, stage_configs={"warmup": {"seed": 1}}
+    )

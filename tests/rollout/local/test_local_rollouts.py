@@ -215,6 +215,25 @@ def test_no_ngram_is_repeated(make_models, prompts):
         assert (repeats == 0) == bool(sampling.no_repeat_ngram_size)
 
 
+@pytest.mark.parametrize("ranks", [2, 9])  # nine ranks are more than there are prompts
+def test_ranks_sample_a_slice_each_and_have_all_answers(ranks, make_models, prompts, in_ranks):
+    sampling, heard = Sampling(6, alpha=0.3), []
+    whole = run(make_models(eos_ids=MANY_ENDS), prompts, sampling, who="mixture")
+
+    models = [make_models(eos_ids=MANY_ENDS) for _ in range(ranks)]  # before the threads, which share one generator
+
+    def sampled(rank: int) -> list[Answer]:
+        progress = heard.append if rank == 0 else None
+        return run(models[rank], prompts, sampling, who="mixture", batch_size=2, progress=progress)
+
+    for answers in in_ranks(ranks, sampled):
+        assert [answer.prompt for answer in answers] == prompts
+        assert [(one.response, one.ended) for one in answers] == [(one.response, one.ended) for one in whole]
+        for one, other in zip(answers, whole, strict=True):
+            torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=1e-4)
+    assert heard == {2: [4, 7], 9: [7]}[ranks]  # of all ranks together, and never more than there are
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")
 def test_modes_are_left_alone_and_checkpointing_does_no_harm(make_models, prompts):
     models = make_models()
