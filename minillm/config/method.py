@@ -257,7 +257,9 @@ class TAID(MethodConfig):
     )
     t_start: Probability = Field(0.4, description="The teacher's part t of the target at first (published: 0.4 or 0.2)")
     t_end: Probability = Field(1.0, description="The greatest t; 1 is the teacher alone")
-    adaptive: bool = Field(True, description="t may run ahead of the line where the loss falls; false: t is on the line")
+    adaptive: bool = Field(
+        True, description="t may run ahead of the line where the loss falls; false: t is on the line"
+    )
     alpha: Probability = Field(5e-4, description="The part of the way to 1 that t goes in a step, at most")
     beta: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.99, description="Momentum of the relative change of the loss, which sets the pace of t"

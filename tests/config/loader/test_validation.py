@@ -66,7 +66,7 @@ def test_values_never_change_after_loading():
         ("learning_rate", 3, "did you mean train.learning_rate?"),
         ("train.ppo_epochs", 3, "did you mean method.ppo_epochs?"),
         ("method.alpha", 0.2, "for name sft (minillm and taid have alpha)"),
-        ("method.betta", 0.2, "for name sft (kd, gkd and taid have beta)"),
+        ("method.betta", 0.2, "for name sft (kd and gkd and taid have beta)"),
         ("eval.sets.a.pth", "x", "did you mean path?"),
         ("engine.qqqqqq", 1, "there are type, device, backend"),
         ("method.name", "minilm", "is not one of minillm, sft, kd, seqkd, gkd, taid (did you mean minillm?)"),
