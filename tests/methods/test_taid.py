@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import signal
 from pathlib import Path
 
 import pytest
