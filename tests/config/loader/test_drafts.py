@@ -7,11 +7,11 @@ def test_a_key_of_the_command_line_that_only_another_stage_knows_names_that_stag
     stages = {"first": {}, "second": {"method": {"name": "minillm"}}}
     found = recipe.problems("method.alpha=0.5", method={"name": "sft"}, stages=stages)
     assert found == {
-        "method.alpha": "in stage first: unknown key for name sft (minillm has alpha); write stages.second.method.alpha"
+        "method.alpha": "in stage first: unknown key for name sft (minillm and taid have alpha); write stages.second.method.alpha"
     }
     # in a file the two stand apart, and what is wrong there is the file's
     found = recipe.problems(method={"name": "sft", "alpha": 0.5}, stages=stages)
-    assert found["method.alpha"].endswith("(minillm has alpha)")
+    assert found["method.alpha"].endswith("(minillm and taid have alpha)")
 
 
 def test_a_key_that_does_something_in_one_stage_is_not_called_without_effect(recipe):
