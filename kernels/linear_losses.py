@@ -12,6 +12,7 @@ from minillm.kernels.head import Head, Hidden
 from minillm.kernels.objective import Statistic, objective_sum
 from minillm.kernels.options import HeadOptions, LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
+from minillm.kernels.sparse_teacher import TopK
 from minillm.kernels.token_stats import token_stats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -78,7 +79,7 @@ def linear_divergence(
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if teacher_hidden is None or teacher_head is None:
+    if teacher_hidden is None or (teacher_head is None and not isinstance(teacher_hidden, TopK)):
         raise ValueError("teacher_hidden and teacher_head must be given: a divergence needs both models")
     problem, tensors = prepare(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=(divergence,)
