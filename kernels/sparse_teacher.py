@@ -1,7 +1,9 @@
 """TopK, a teacher that is known by k of its ids: what it can say, its checks, and its k + 1 outcomes.
 
 An outcome is one of the k ids, or "any other": the tail, with p_tail = 1 - sum p_i and q_tail = 1 - sum q_i. A
-divergence over outcomes is at most the one over the vocabulary, and equal to it where k = V.
+divergence over outcomes is at most the one over the vocabulary, and equal to it where k = V. The interpolated target is
+the softmax of the outcomes' interpolated logits: with the tail of the teacher filled in the student's proportions,
+q_j^(1-t) p_j^t adds up there to q_tail^(1-t) p_tail^t.
 
 What the log-probabilities leave of 1 is a difference of rounded numbers. A tail that is smaller than their rounding is
 taken to be as large as that (`_rounding`): of what lies below nothing is known, and a reverse KL to 0 would be infinite
@@ -35,11 +37,17 @@ OUTCOME_BUFFERS = 8  # numbers an outcome that are alive beside the logits of a 
 
 @dataclass(frozen=True)
 class TopK:
-    """What a teacher says of each token: k ids, and its log-probabilities of these. The rest of 1 is the tail.
+    """A teacher that is known by k ids of each token and its log-probabilities of these; the rest of 1 is the tail.
 
-    Passed as `teacher_hidden`, with `teacher_head=None`. The ids need not be the likeliest: the sampled one may stand
-    beside them. Where ids of the teacher lie outside of the vocabulary that it shares with the student, leave them out:
-    their probability is part of the tail. Rows of ignored tokens may hold anything.
+    Passed as `teacher_hidden`, with `teacher_head=None`, to linear_divergence, linear_token_stats and linear_objective;
+    the student's head may be a sum. Divergences are those of k + 1 outcomes, the ids and "any other": at most the ones
+    over the vocabulary, and equal to them where k = V. The cross-entropy to the interpolated target is over the same
+    outcomes, and its gradient is that of a teacher whose tail is shaped like the student's. The teacher's entropy cannot
+    be said, and its log-probability of a label only where the label is one of the ids. backend="tiled" takes no TopK.
+
+    The ids need not be the likeliest: the sampled one may stand beside them. Where ids of the teacher lie outside of the
+    vocabulary that it shares with the student, leave them out: their probability is part of the tail. Rows of ignored
+    tokens may hold anything.
     """
 
     ids: Tensor  # (..., k) int32 or int64 in [0, V), no id twice in a row
