@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--shape", nargs=3, type=int, metavar=("H_STUDENT", "H_TEACHER", "VOCABULARY"))
     shapes.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     shapes.add_argument("--ignored", nargs="+", type=float, help="shares of ignored tokens, 0 to 1")
+    shapes.add_argument("--top-k", nargs="+", type=int, metavar="K", help="ids that the teacher is known by; 0: all")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--repeats", type=int, default=3, help="processes per provider (default: %(default)s)")
     timing.add_argument("--runs", type=int, default=3, help="timed calls per process on a CPU (default: %(default)s)")
@@ -95,17 +96,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cases(arguments: argparse.Namespace, device: str) -> list[Case]:
     cases = list(goals.CASES) if arguments.goals else suite(device)
-    own = arguments.losses, arguments.tokens, arguments.shape, arguments.dtype, arguments.ignored
+    own = arguments.losses, arguments.tokens, arguments.shape, arguments.dtype, arguments.ignored, arguments.top_k
     if any(own) and arguments.goals:
         raise SystemExit("--goals has cases of its own; leave the options for cases out")
     if any(own):
         first = cases[0]
         shape = arguments.shape or (first.student_hidden, first.teacher_hidden, first.vocab)
         cases = [
-            Case(loss, tokens, *shape, arguments.dtype or first.dtype, ignored)
+            Case(loss, tokens, *shape, arguments.dtype or first.dtype, ignored, top_k=top_k)
             for loss in arguments.losses or [first.loss]
             for tokens in arguments.tokens or [first.tokens]
             for ignored in arguments.ignored or [0.0]
+            for top_k in arguments.top_k or [0]
+            if not (top_k and loss == "cross_entropy")
         ]
     cases = [replace(case, seed=arguments.seed) for case in cases]
     return [case for case in cases if arguments.match is None or arguments.match in case.name]

@@ -38,6 +38,8 @@ def _peer(module: str, name: str) -> Callable:
 
 
 def _only(inputs: Inputs, *offered: str, cuda: bool = False) -> None:
+    if inputs.case.top_k:
+        raise Unavailable("takes no top-k teacher")
     if inputs.case.loss not in offered:
         raise Unavailable(f"does not compute {inputs.case.loss}")
     if cuda and inputs.student_hidden.device.type != "cuda":

@@ -27,7 +27,7 @@ YARDSTICK = "matmuls"
 def _ours(backend: str, inputs: Inputs, **options: object) -> Call:
     case = inputs.case
     student = inputs.student_hidden, inputs.student_weight
-    teacher = inputs.teacher_hidden, inputs.teacher_weight
+    teacher = (inputs.top_k, None) if case.top_k else (inputs.teacher_hidden, inputs.teacher_weight)
     if backend != "torch" and student[0].device.type != "cuda":
         raise Unavailable("needs a CUDA device")
     # kept: how many labels count, which a trainer knows from its batch
@@ -53,18 +53,32 @@ def _ours(backend: str, inputs: Inputs, **options: object) -> Call:
             return total / case.kept
 
         return run
+    if backend == "tiled" and case.top_k:
+        raise Unavailable("backend='tiled' takes no top-k teacher")
     if backend == "tiled" and case.loss == "jsd":
         raise Unavailable("backend='tiled' does not offer jsd")
     return lambda: losses.linear_divergence(*student, *teacher, divergence=case.loss, beta=case.beta, **labels)
 
 
-def _rowwise(inputs: Inputs, weight: Tensor, hidden: Tensor, teacher: Tensor, labels: Tensor, advantages: Tensor):
+def _rows(inputs: Inputs) -> tuple[Tensor, ...]:
+    """What `_rowwise` takes of every kept token."""
+    hidden, teacher, labels, advantages = inputs.kept()
+    return hidden, labels, advantages, *(inputs.kept_top_k() if inputs.case.top_k else (teacher,))
+
+
+def _rowwise(
+    inputs: Inputs, weight: Tensor, hidden: Tensor, labels: Tensor, advantages: Tensor, *teacher: Tensor
+) -> Tensor:
     """The summed loss of rows, written as most trainers write it: logits in the dtype of the model, then fp32."""
     case = inputs.case
-    log_q = F.linear(hidden, weight).float().log_softmax(-1)
+    log_q = whole = F.linear(hidden, weight).float().log_softmax(-1)
     if case.loss == "cross_entropy":
         return F.nll_loss(log_q, labels, reduction="sum")
-    log_p = F.linear(teacher, inputs.teacher_weight).float().log_softmax(-1)
+    if case.top_k:  # the ids, and what they leave of 1
+        ids, log_p = teacher
+        log_q, log_p = _outcomes(log_q.gather(1, ids)), _outcomes(log_p)
+    else:
+        log_p = F.linear(*teacher, inputs.teacher_weight).float().log_softmax(-1)
     if case.loss == "forward_kl":
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     if case.loss == "jsd":
@@ -74,13 +88,17 @@ def _rowwise(inputs: Inputs, weight: Tensor, hidden: Tensor, teacher: Tensor, la
     reverse_kl = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
     if case.loss == "reverse_kl":
         return reverse_kl
-    return reverse_kl - (advantages * log_q.gather(1, labels[:, None])[:, 0]).sum()
+    return reverse_kl - (advantages * whole.gather(1, labels[:, None])[:, 0]).sum()
+
+
+def _outcomes(logprobs: Tensor) -> Tensor:  # (N, k) -> (N, k + 1)
+    tail = -torch.expm1(logprobs.logsumexp(1, keepdim=True))
+    return torch.cat((logprobs, tail.clamp(min=torch.finfo(tail.dtype).eps).log()), 1)
 
 
 def _eager(inputs: Inputs) -> Call:
     def run() -> Tensor:
-        hidden, teacher, labels, advantages = inputs.kept()
-        return _rowwise(inputs, inputs.student_weight, hidden, teacher, labels, advantages) / inputs.case.kept
+        return _rowwise(inputs, inputs.student_weight, *_rows(inputs)) / inputs.case.kept
 
     return run
 
@@ -89,15 +107,14 @@ def _compiled(inputs: Inputs) -> Call:
     rowwise = torch.compile(functools.partial(_rowwise, inputs), dynamic=False)
 
     def run() -> Tensor:
-        hidden, teacher, labels, advantages = inputs.kept()
-        return rowwise(inputs.student_weight, hidden, teacher, labels, advantages) / inputs.case.kept
+        return rowwise(inputs.student_weight, *_rows(inputs)) / inputs.case.kept
 
     return run
 
 
 def _checkpointed(inputs: Inputs) -> Call:
     def run() -> Tensor:
-        chunks = zip(*(tensor.split(CHECKPOINT_ROWS) for tensor in inputs.kept()), strict=True)
+        chunks = zip(*(tensor.split(CHECKPOINT_ROWS) for tensor in _rows(inputs)), strict=True)
         total = sum(
             checkpoint(_rowwise, inputs, inputs.student_weight, *chunk, use_reentrant=False) for chunk in chunks
         )

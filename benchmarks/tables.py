@@ -130,7 +130,8 @@ def write_plots(folder: Path, rows: list[Row]) -> list[Path]:
     families: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.mode == "full":
-            key = row.case.loss, row.case.student_hidden, row.case.teacher_hidden, row.case.vocab, row.case.ignored
+            case = row.case
+            key = case.loss, case.student_hidden, case.teacher_hidden, case.vocab, case.ignored, f"top{case.top_k}"
             families.setdefault(key, []).append(row)
     for key, group in families.items():
         if len({row.case.tokens for row in group}) < 2:

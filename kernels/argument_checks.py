@@ -159,12 +159,18 @@ def check_vocab_size(student: Model, teacher: Model | None, vocab_size: int | No
     return int(vocab_size)
 
 
-def check_fields(fields: str | Iterable[str] | None, *, has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
+def check_fields(
+    fields: str | Iterable[str] | None,
+    *,
+    has_teacher: bool,
+    has_labels: bool,
+    default: tuple[str, ...] = TOKEN_STATS,  # what None means, less what needs a teacher or labels that are not there
+) -> tuple[str, ...]:
     def available(name: str) -> bool:
         return (has_teacher or not FIELDS[name].teacher) and (has_labels or not FIELDS[name].labels)
 
     if fields is None:
-        return tuple(name for name in TOKEN_STATS if available(name))
+        return tuple(name for name in default if available(name))
     if not isinstance(fields, Iterable):
         raise ValueError(f"fields must be names of statistics, got a {type(fields).__name__}")
     fields = (fields,) if isinstance(fields, str) else tuple(fields)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minillm.kernels.argument_checks import (
+    TOKEN_STATS,
     Model,
     check_fields,
     check_ignore_index,
@@ -30,6 +31,15 @@ from minillm.kernels.head import Head, Hidden
 from minillm.kernels.model_logits import HeadSpec, HeadTensors, buffers
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.share_sums import SHARED_FIELDS
+from minillm.kernels.sparse_teacher import (
+    DEFAULT,
+    OUTCOME_BUFFERS,
+    RowChecks,
+    SparseRows,
+    TopK,
+    check_sayable,
+    check_top_k,
+)
 
 BACKENDS = ("auto", "torch", "triton", "tiled")
 
@@ -37,8 +47,8 @@ BACKENDS = ("auto", "torch", "triton", "tiled")
 def prepare(
     student_hidden: Hidden,  # (..., H_s)
     student_head: Head,
-    teacher_hidden: Hidden | None,  # (..., H_t)
-    teacher_head: Head | None,
+    teacher_hidden: Hidden | TopK | None,  # (..., H_t)
+    teacher_head: Head | None,  # None with a TopK
     labels: Tensor | None,  # (...)
     options: Mapping[str, Any],  # all that an entry point declares
     *,
@@ -48,33 +58,53 @@ def prepare(
     """Check everything and flatten. Raises ValueError naming the argument."""
     student = check_model(student_hidden, student_head, *names)
     shape, device = student.shape, student.device
-    if (teacher_hidden is None) != (teacher_head is None):
+    temperature = check_positive(options["temperature"], "temperature")
+    top_k = teacher_hidden if isinstance(teacher_hidden, TopK) else None
+    if top_k is None and (teacher_hidden is None) != (teacher_head is None):
         raise ValueError("teacher_hidden and teacher_head go together: pass both, or None for both")
     teacher = None
-    if teacher_head is not None:
+    if top_k is None and teacher_head is not None:
         teacher = check_model(teacher_hidden, teacher_head, "teacher_hidden", "teacher_head")
         check_same_tokens(teacher.hidden[0], student.hidden[0], "teacher_hidden", names[0])
     size = check_vocab_size(student, teacher, options["vocab_size"])
-    fields = check_fields(fields, has_teacher=teacher is not None, has_labels=labels is not None)
+    if top_k is not None:
+        check_top_k(top_k, teacher_head, shape, device, size, temperature)
+    fields = check_fields(
+        fields,
+        has_teacher=teacher_hidden is not None,
+        has_labels=labels is not None,
+        default=TOKEN_STATS if top_k is None else DEFAULT,
+    )
+    if top_k is not None:
+        check_sayable(fields)
     spec = RowSpec(
         fields=fields,
-        temperature=check_positive(options["temperature"], "temperature"),
+        temperature=temperature,
         **_transform("student", student),
         **_transform("teacher", teacher),
         **{name: check_weight(options[name], name) for name in ("beta", "alpha") if name in options},
         **{name: check_interpolation(options[name]) for name in ("interpolation",) if name in options},
     )
     if not spec.needs("teacher"):
-        teacher = None
+        teacher = top_k = None
     kept, ignore_index = check_kept(options["kept"], shape.numel()), check_ignore_index(options["ignore_index"])
+    vouched = kept is not None and device.type != "cpu"  # then nothing looks at labels and ids
     if labels is not None:
         labels = check_labels(labels, shape, device).reshape(-1).contiguous()
-        vouched = kept is not None and labels.device.type != "cpu"  # then nothing looked at them
-        index, kept = keep_rows(labels, ignore_index, size, kept)
+    sparse = checks = None
+    if top_k is not None:
+        sparse = SparseRows(_rows(_constant(top_k.ids)), _rows(_constant(top_k.logprobs)))
+        checks = RowChecks(sparse, size, labels if "teacher_logprob" in fields else None)
+    if labels is not None:
+        index, kept = keep_rows(labels, ignore_index, size, kept, checks)
     else:
         if kept not in (None, shape.numel()):
             raise ValueError(f"kept is {kept}, but without labels all {shape.numel()} tokens count")
-        index, kept, vouched = None, shape.numel(), False
+        index, kept = None, shape.numel()
+        if checks is not None and not vouched:
+            checks.report(torch.stack(checks.counts(None)).tolist(), kept)
+    if sparse is not None and vouched:
+        sparse = sparse._replace(ids=sparse.ids.clamp(0, size - 1))
     if not spec.needs("labels"):
         labels = None
     elif vouched:
@@ -84,13 +114,20 @@ def prepare(
     chunk_bytes = options["chunk_bytes"]
     if chunk_bytes is not None and not (is_int(chunk_bytes) and chunk_bytes > 0):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
-    backend = _backend(options["backend"], device, logits, fields, summed=_summed(student) or _summed(teacher))
+    backend = _backend(
+        options["backend"],
+        device,
+        logits,
+        fields,
+        summed=_summed(student) or _summed(teacher),
+        sparse=sparse is not None,
+    )
     student_specs = _specs(student, graded=torch.is_grad_enabled())
     teacher_specs = None if teacher is None else _specs(teacher, graded=False)
     if backend == "tiled":
         ids, chunk_bytes = min(size, TILE_IDS), chunk_bytes or TILE_BYTES
     else:
-        ids = size
+        ids = size if sparse is None else size + OUTCOME_BUFFERS * (sparse.ids.shape[1] + 1)
     problem = Problem(
         spec=spec,
         shape=shape,
@@ -108,13 +145,14 @@ def prepare(
         teacher=teacher_specs,
         logits=logits,
         backend=backend,
+        sparse_teacher=sparse is not None,
     )
     tensors = Tensors(
         student=tuple(
             HeadTensors(_rows(hidden), head.weight, head.bias)
             for hidden, head in zip(student.hidden, student.heads, strict=True)
         ),
-        teacher=None
+        teacher=sparse
         if teacher is None
         else tuple(
             HeadTensors(
@@ -215,13 +253,17 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _backend(backend: str, device: torch.device, logits: torch.dtype, fields: tuple[str, ...], *, summed: bool) -> str:
+def _backend(
+    backend: str, device: torch.device, logits: torch.dtype, fields: tuple[str, ...], *, summed: bool, sparse: bool
+) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     installed = importlib.util.find_spec("triton") is not None
     if backend in ("triton", "tiled") and not installed:
         raise ValueError(f"backend={backend!r} needs triton, which is not installed; use backend='torch'")
     if backend == "tiled":
+        if sparse:
+            raise ValueError("backend='tiled' does not offer a TopK as teacher_hidden; use backend='triton' or 'auto'")
         refused = [name for name in fields if name not in SHARED_FIELDS]
         if refused:
             raise ValueError(f"backend='tiled' does not offer {', '.join(refused)}; use backend='triton' or 'auto'")

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from minillm.kernels.sparse_teacher import RowChecks
+
 CPU_BUDGET = 96 * 2**20  # bytes of logits of both models: more is faster, by less and less
 DEVICE_BUDGET = 1280 * 2**20
 DEVICE_ROWS = (512, 4096)  # fewer starve the GEMMs, more save nothing
@@ -15,21 +17,25 @@ def keep_rows(
     ignore_index: int,
     vocab_size: int,
     kept: int | None,
+    checks: RowChecks | None = None,
 ) -> tuple[Tensor | None, int]:
     """The ascending indices (K,) of the rows whose label is not ignore_index (None: all of them), and K.
 
-    One host synchronisation, for the count and the range check together; none where the caller passes `kept`,
-    whose labels are then not checked on a GPU.
+    One host synchronisation, for the count, the range check and the teacher's checks together; none where the caller
+    passes `kept`, whose labels and ids are then not checked on a GPU.
     """
     mask = labels != ignore_index
     if kept is None or labels.device.type == "cpu":
         outside = mask & ((labels < 0) | (labels >= vocab_size))
-        count, wrong = torch.stack((mask.sum(), outside.sum())).tolist()
+        counts = mask.sum(), outside.sum(), *(() if checks is None else checks.counts(mask))
+        count, wrong, *broken = torch.stack(counts).tolist()
         if wrong:
             raise ValueError(
                 f"labels: {wrong} of {count} kept labels are outside [0, {vocab_size}), the vocabulary in use; "
                 f"set them to ignore_index={ignore_index} to leave their tokens out"
             )
+        if checks is not None:
+            checks.report(broken, count)
         if kept is not None and kept != count:
             raise ValueError(f"kept is {kept}, but {count} labels differ from ignore_index={ignore_index}")
         kept = count

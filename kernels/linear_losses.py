@@ -12,6 +12,7 @@ from minillm.kernels.head import Head, Hidden
 from minillm.kernels.objective import Statistic, objective_sum
 from minillm.kernels.options import HeadOptions, LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
+from minillm.kernels.sparse_teacher import TopK
 from minillm.kernels.token_stats import token_stats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -55,8 +56,8 @@ def linear_cross_entropy(
 def linear_divergence(
     student_hidden: Hidden,  # (..., H_s), N tokens
     student_head: Head,  # weight (V, H_s)
-    teacher_hidden: Hidden,  # (..., H_t)
-    teacher_head: Head,  # weight (V, H_t)
+    teacher_hidden: Hidden | TopK,  # (..., H_t)
+    teacher_head: Head | None,  # weight (V, H_t); None with a TopK
     *,
     divergence: str = "reverse_kl",
     labels: Tensor | None = None,  # (...) integers in the vocabulary, of which only the ignored ones matter
@@ -70,7 +71,8 @@ def linear_divergence(
     m = beta p + (1 - beta) q (GKD, arXiv 2306.13649); skew_forward_kl KL(p || alpha p + (1 - alpha) q) and
     skew_reverse_kl KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898); tvd, half the sum of |p - q|;
     interpolated_cross_entropy, of q under the constant target softmax((1 - t) z_s + t z_t), t the `interpolation` (TAID,
-    arXiv 2501.16937): the entropy of the target, not 0, where both models agree.
+    arXiv 2501.16937): the entropy of the target, not 0, where both models agree. Of a
+    TopK all are over its k ids and the tail.
 
     `reduction`: mean over tokens that are not ignored (all without labels), sum, or none: (...), 0 where ignored.
     `num_items` replaces the divisor of the mean where a batch is split over ranks or micro-batches. With mean and sum
@@ -78,7 +80,7 @@ def linear_divergence(
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if teacher_hidden is None or teacher_head is None:
+    if teacher_hidden is None or (teacher_head is None and not isinstance(teacher_hidden, TopK)):
         raise ValueError("teacher_hidden and teacher_head must be given: a divergence needs both models")
     problem, tensors = prepare(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, options, fields=(divergence,)

@@ -23,6 +23,7 @@ from minillm.kernels.objective_values import Objective, ObjectiveValues
 from minillm.kernels.options import LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.recompute import add_gradients, compute_statistics, fitted
+from minillm.kernels.sparse_teacher import TopK
 from minillm.kernels.token_stats import TokenStats
 
 
@@ -41,8 +42,8 @@ class Statistic:
 def linear_objective(
     student_hidden: Hidden,  # (..., H_s), N tokens
     student_head: Head,  # weight (V, H_s)
-    teacher_hidden: Hidden | None,  # (..., H_t)
-    teacher_head: Head | None,  # weight (V, H_t)
+    teacher_hidden: Hidden | TopK | None,  # (..., H_t)
+    teacher_head: Head | None,  # weight (V, H_t); None with a TopK
     labels: Tensor | None,  # (...) integers
     objective: Objective,
     *,
@@ -58,7 +59,7 @@ def linear_objective(
     backward pass; the teacher is a constant.
 
     Args:
-        teacher_hidden, teacher_head: None for both where no field needs them.
+        teacher_hidden, teacher_head: None for both where no field needs them; a TopK and None.
         labels: None keeps every token and offers no log-probabilities.
         objective: called as objective(stats, **inputs) with the TokenStats of a few tokens, C, and the same rows
             of every input, (C,) each; returns the loss of each token (C,), or (loss, {name: metric (C,)}). It must

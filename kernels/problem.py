@@ -12,13 +12,15 @@ from torch import Tensor
 from minillm.kernels.divergences import RowSpec
 from minillm.kernels.head import LMHead
 from minillm.kernels.model_logits import HeadSpec, HeadTensors, ModelLogits, StudentGradients
+from minillm.kernels.sparse_teacher import SparseRows
+from minillm.kernels.sparse_teacher_rows import OutcomeRows
 
 
 class Tensors(NamedTuple):
     """Every tensor of a call, flattened over tokens: a tree, whose leaves autograd saves. The student's come first."""
 
     student: tuple[HeadTensors, ...]  # one head, or those whose logits are added up
-    teacher: tuple[HeadTensors, ...] | None  # constants
+    teacher: tuple[HeadTensors, ...] | SparseRows | None  # constants
     labels: Tensor | None  # (N,) int64
     kept: Tensor | None  # (K,) int64 rows; None: all
 
@@ -42,7 +44,7 @@ class Chunk(NamedTuple):
     rows: Tensor | slice  # of the N rows
     labels: Tensor | None  # (C,)
     student: Tensor  # (C, V) raw logits
-    teacher: Tensor | None  # (C, V)
+    teacher: Tensor | SparseRows | None  # (C, V); of a TopK the chunk's rows
     student_logits: ModelLogits  # where the student's come from
 
 
@@ -59,12 +61,15 @@ class Problem:
     teacher: tuple[HeadSpec, ...] | None
     logits: torch.dtype
     backend: str  # torch | triton | tiled
+    sparse_teacher: bool = False  # the teacher is a TopK
 
     @property
-    def rows(self) -> ModuleType:
+    def rows(self) -> ModuleType | OutcomeRows:
         """The row operations of the backend."""
-        name = "rows_torch" if self.backend == "torch" else "rows_triton"
-        return importlib.import_module(f"minillm.kernels.{name}")
+        return self._module("sparse_teacher").ROWS if self.sparse_teacher else self._module("rows")
+
+    def _module(self, name: str) -> ModuleType:
+        return importlib.import_module(f"minillm.kernels.{name}_{'torch' if self.backend == 'torch' else 'triton'}")
 
     def slices(self) -> Iterator[slice]:
         """The kept rows of every chunk."""
@@ -78,16 +83,20 @@ class Problem:
         if not self.kept:
             return
         student_logits = self._logits(tensors.student, self.student, None if sums is None else sums.weight_values)
-        teacher_logits = self._logits(tensors.teacher, self.teacher) if teacher and tensors.teacher else None
+        teacher_logits = self._logits(tensors.teacher, self.teacher) if teacher and self.teacher else None
         for part in self.slices():
             rows = part if tensors.kept is None else tensors.kept[part]
             size = part.stop - part.start
+            if self.sparse_teacher:  # statistics of the student alone are in terms of its outcomes too
+                theirs = tensors.teacher.of(rows)
+            else:
+                theirs = None if teacher_logits is None else teacher_logits.of(rows, size)
             yield Chunk(
                 slice=part,
                 rows=rows,
                 labels=None if tensors.labels is None else tensors.labels[rows],
                 student=student_logits.of(rows, size),
-                teacher=None if teacher_logits is None else teacher_logits.of(rows, size),
+                teacher=theirs,
                 student_logits=student_logits,
             )
 
@@ -104,7 +113,7 @@ class Problem:
             chunk=self.chunk,
             vocab_size=self.vocab_size,
             dtype=self.logits,
-            operations=self.rows,
+            operations=self._module("rows"),
         )
 
     def gradients(

@@ -84,3 +84,46 @@ def token_stats(
     target = _interpolated(student.detach(), teacher, interpolation).softmax(-1)
     result["interpolated_cross_entropy"] = -_terms(target, log_q).sum(-1)
     return result
+
+
+def top_k_token_stats(
+    student: Tensor,  # (N, V) logits z_s
+    ids: Tensor,  # (N, k)
+    logprobs: Tensor,  # (N, k) log p of these ids, in the dtype that they were rounded to
+    labels: Tensor | None,  # (N,) in [0, V)
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    interpolation: float = 0.4,
+    least_tail: float = 2.0**-23,  # 2**-52 where everything is float64
+) -> dict[str, Tensor]:
+    """Every statistic of minillm.losses.TokenStats that a TopK can say, (N,) each, in nats.
+
+    Divergences are those of k + 1 outcomes: the ids, and all others together. teacher_logprob is NaN where the label is
+    not among the ids, teacher_argmax -1 where an id of the tail could be likelier.
+    """
+    inside = torch.zeros_like(student, dtype=torch.bool).scatter(1, ids, True)
+    tail = student.masked_fill(inside, -math.inf)
+    empty = (tail == -math.inf).all(1)
+    z_tail = tail.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -math.inf)
+
+    log_p = logprobs.to(torch.float64)
+    p = log_p.exp()
+    left = 1 - p.sum(1)
+    eps = torch.finfo(logprobs.dtype).eps
+    rounding = least_tail - eps / 2 * _terms(p, log_p).sum(1)
+    p_tail = torch.where(empty, torch.where(left > 1e-4 + 8 * eps, left, 0.0), torch.maximum(left, rounding))
+
+    outcomes = torch.cat((student.gather(1, ids), z_tail[:, None]), 1)
+    teacher = torch.cat((log_p, p_tail.log()[:, None]), 1).to(student.dtype)
+    divergences = token_stats(outcomes, teacher, None, beta=beta, alpha=alpha, interpolation=interpolation)
+    result = token_stats(student, None, labels)
+    result |= {name: value for name, value in divergences.items() if not name.startswith(("student_", "teacher_"))}
+    if labels is not None:
+        at = ids == labels[:, None]
+        known = torch.where(at, log_p, 0.0).sum(1)
+        result["teacher_logprob"] = known.masked_fill(~at.any(1), math.nan)
+    best, place = p.max(1)
+    certain = (best > left) | (ids.shape[1] == student.shape[1])
+    result["teacher_argmax"] = ids.gather(1, place[:, None])[:, 0].masked_fill(~certain, -1)
+    return result

@@ -36,7 +36,7 @@ def row_statistics(
             spec,
             graded=False,
         )[0]
-        for block in _blocks(student)
+        for block in row_blocks(student)
     ]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -57,12 +57,12 @@ def row_gradients(
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     if not any(FIELDS[name].teacher for name in coefficients):
         teacher = None
-    for block in _blocks(student):
+    for block in row_blocks(student):
         here = {name: value[block, None] for name, value in statistics.items()}
         chosen = {name: value[block, None] for name, value in coefficients.items()}
-        models = {"student": _Softmax.of(logits_from_raw(student[block], *_scaling(spec, "student")))}
+        models = {"student": Softmax.of(logits_from_raw(student[block], *_scaling(spec, "student")))}
         if teacher is not None:
-            models["teacher"] = _Softmax.of(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
+            models["teacher"] = Softmax.of(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
         rows = _rows(spec, **models, fields=set(chosen), values=False, slope=spec.student_softcap is not None)
         label = labels[block, None] if "student_logprob" in coefficients else None
         _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
@@ -84,7 +84,7 @@ def row_loss_gradients(
     """
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     found = False
-    for block in _blocks(student):
+    for block in row_blocks(student):
         label = None if labels is None else labels[block, None]
         statistics, rows = _block_statistics(
             student[block], None if teacher is None else teacher[block], label, spec, graded=True
@@ -117,7 +117,7 @@ def add_softcapped(
     first: bool,
 ) -> None:
     """total += softcap(scale * raw), or with `first` total = it."""
-    for block in _blocks(raw):
+    for block in row_blocks(raw):
         z = logits_from_raw(raw[block], scale, softcap, 1.0)
         total[block] = z if first else z.add_(total[block])
 
@@ -129,19 +129,19 @@ def softcap_gradient(
     softcap: float,
 ) -> Tensor:
     """d loss / d raw, (C, V), in the memory of `raw`; 0 where that is -inf."""
-    for block in _blocks(raw):
-        slope = _softcap_slope(raw[block], scale / softcap).mul_(scale)
+    for block in row_blocks(raw):
+        slope = softcap_slope(raw[block], scale / softcap).mul_(scale)
         torch.mul(slope, dz[block], out=raw[block])
     return raw
 
 
-def _softcap_slope(raw: Tensor, inner: float) -> Tensor:
+def softcap_slope(raw: Tensor, inner: float) -> Tensor:
     """1 - tanh(inner * raw)^2 without cancellation; 0 at an infinite raw."""
     e = (raw * (-2 * inner)).abs_().neg_().exp_()
     return e.mul(4.0).div_(e.add_(1.0).square_())
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def row_blocks(logits: Tensor) -> Iterator[slice]:
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     rows = max(1, budget // (logits.shape[1] * logits.element_size()))
     for start in range(0, logits.shape[0], rows):
@@ -149,7 +149,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 
 
 @dataclass
-class _Softmax:
+class Softmax:
     """A model's rows: logits z, their largest, and softmax(z), but for a factor close to 1 that its sum gives away.
 
     Torch's softmax goes over a row once for all of it, where the exponential alone takes longer than that; but it adds
@@ -163,7 +163,7 @@ class _Softmax:
     top: Tensor  # (B, 1), the largest probability: one over sum exp(z - largest)
 
     @classmethod
-    def of(cls, z: Tensor) -> "_Softmax":  # (B, V)
+    def of(cls, z: Tensor) -> "Softmax":  # (B, V)
         softmax = torch.softmax(z, 1)
         total = softmax.sum(1, keepdim=True)
         return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total)
@@ -183,9 +183,9 @@ def _block_statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, *, graded: bool
 ) -> tuple[dict[str, Tensor], Rows | None]:
     """The statistics, and the distributions that they and, where `graded`, the gradient are made of."""
-    models = {"student": _Softmax.of(logits_from_raw(student, *_scaling(spec, "student")))}
+    models = {"student": Softmax.of(logits_from_raw(student, *_scaling(spec, "student")))}
     if teacher is not None:
-        models["teacher"] = _Softmax.of(logits_from_raw(teacher, *_scaling(spec, "teacher")))
+        models["teacher"] = Softmax.of(logits_from_raw(teacher, *_scaling(spec, "teacher")))
     result = {}
     for who, model in models.items():
         result |= {f"{who}_max": model.largest, f"{who}_log_sum": -model.top.log()}
@@ -207,8 +207,8 @@ def _scaling(spec: RowSpec, who: str) -> tuple[float, float | None, float]:
 
 def _rows(
     spec: RowSpec,
-    student: _Softmax,
-    teacher: _Softmax | None = None,
+    student: Softmax,
+    teacher: Softmax | None = None,
     *,
     fields: set[str],
     values: bool,
@@ -244,14 +244,14 @@ def _rows(
     return rows
 
 
-def _interpolated(student: _Softmax, teacher: _Softmax, weight: float) -> Tensor:  # (B, V)
+def _interpolated(student: Softmax, teacher: Softmax, weight: float) -> Tensor:  # (B, V)
     """The softmax of (1 - weight) z_s + weight z_t; a model of weight 0 bans nothing."""
     if weight in (0, 1):
         model = teacher if weight else student
         z = model.z - model.largest
     else:  # from the largest, which costs no digits where both models' logits are
         z = (student.z - student.largest).mul_(1 - weight).add_((teacher.z - teacher.largest).mul_(weight))
-    return _Softmax.of(z).probabilities()
+    return Softmax.of(z).probabilities()
 
 
 def _banned(z: Tensor) -> Tensor | None:
@@ -292,7 +292,7 @@ def _block_gradients(
     c = coefficients if chain == 1.0 else {name: value * chain for name, value in coefficients.items()}
     slope = None
     if spec.student_softcap is not None:  # now: the gradient may take the memory of the logits
-        slope = _softcap_slope(student, spec.student_scale / spec.student_softcap)
+        slope = softcap_slope(student, spec.student_scale / spec.student_softcap)
     # what is constant in a row: minus the mean of u under q
     constant = torch.zeros_like(rows.q[:, :1])
     bracket = None

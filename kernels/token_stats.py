@@ -20,6 +20,7 @@ from minillm.kernels.head import Head, Hidden
 from minillm.kernels.options import LossOptions, WeightGrad
 from minillm.kernels.problem import Problem, Tensors
 from minillm.kernels.recompute import compute_gradients, compute_statistics
+from minillm.kernels.sparse_teacher import TopK
 
 
 class TokenStats:
@@ -82,8 +83,8 @@ class TokenStats:
 def linear_token_stats(
     student_hidden: Hidden,  # (..., H_s), N tokens
     student_head: Head,  # weight (V, H_s)
-    teacher_hidden: Hidden | None,  # (..., H_t)
-    teacher_head: Head | None,  # weight (V, H_t)
+    teacher_hidden: Hidden | TopK | None,  # (..., H_t)
+    teacher_head: Head | None,  # weight (V, H_t); None with a TopK
     labels: Tensor | None,  # (...) integers
     *,
     fields: Iterable[str] | None = None,
@@ -97,7 +98,7 @@ def linear_token_stats(
 
     Args:
         fields: the statistics to compute; None means the eight of TokenStats, less those that need a teacher or
-            labels that are None.
+            labels that are None, and those of them that a TopK can say.
 
     Raises:
         ValueError: shapes, dtypes, devices, vocabularies or labels that do not fit, a wrapped or sharded head.

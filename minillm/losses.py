@@ -6,11 +6,13 @@ No full [tokens, vocabulary] tensor ever exists. Importing this loads torch and 
 from minillm.kernels.head import LMHead
 from minillm.kernels.linear_losses import linear_cross_entropy, linear_divergence, linear_logprobs
 from minillm.kernels.objective import linear_objective
+from minillm.kernels.sparse_teacher import TopK
 from minillm.kernels.token_stats import TokenStats, linear_token_stats
 
 __all__ = [
     "LMHead",
     "TokenStats",
+    "TopK",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_logprobs",

@@ -50,6 +50,22 @@ def test_providers_compute_what_the_oracle_computes(tmp_path, provider, loss, ig
     assert measure.compare(wrong(), inputs, truth, "forward")["loss_error"] > 1e-3
 
 
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "cross_entropy"])
+@pytest.mark.parametrize("provider", ["minillm_torch", "eager", "checkpointed"])
+def test_providers_take_a_teacher_that_is_known_by_its_likeliest_ids(tmp_path, provider, loss):
+    case = Case(loss, ignored=0.5, top_k=7, **TINY)
+    inputs, truth = make_inputs(case, CPU), tmp_path / "truth.pt"
+    torch.save(oracle(inputs), truth)
+    run = measure.runner(PROVIDERS[provider](inputs), inputs, "full")
+    errors = measure.compare(run(), inputs, truth, "full")
+    assert set(errors) == set(tables.ERRORS) and max(errors.values()) < 1e-5, errors
+    dense = measure.runner(PROVIDERS[provider](make_inputs(Case(loss, ignored=0.5, **TINY), CPU)), inputs, "forward")
+    assert measure.compare(dense(), inputs, truth, "forward")["loss_error"] > 1e-4
+    for other in ("liger_chunked", "trl"):
+        with pytest.raises(Unavailable, match="takes no top-k teacher"):
+            PROVIDERS[other](inputs)
+
+
 def test_what_cannot_run_says_why():
     inputs = make_inputs(Case("reverse_kl", **TINY), CPU)
     for provider in ("minillm_triton", "minillm_tiled", "liger_fused"):
@@ -85,6 +101,7 @@ def test_floating_point_operations():
     assert case.flops("forward") == 2 * 5 * 7 * (3 + 5)
     assert case.flops("full") == 2 * 5 * 7 * (3 * 3 + 5)
     assert Case("cross_entropy", 10, 3, 5, 7).flops("full") == 2 * 10 * 7 * 3 * 3
+    assert Case("reverse_kl", 10, 3, 5, 7, top_k=2).flops("full") == 2 * 10 * 7 * 3 * 3
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "cross_entropy"])
@@ -121,13 +138,14 @@ def test_end_to_end(tmp_path, capsys):
     out = tmp_path / "results"
     status = kernels.main(
         "--device cpu --losses reverse_kl --tokens 24 48 --shape 16 24 90 --dtype float32 --ignored 0.5 --threads 1 "
+        "--top-k 0 5 "
         f"--repeats 1 --runs 2 --providers minillm_torch eager minillm_triton --output {out}".split()
     )
     assert status == 0
     page = (out / "results.md").read_text(encoding="utf-8")
     assert "minillm_triton: needs a CUDA device" in page
     assert torch.__version__ in page
-    assert "reverse_kl-48x16_24x90-float32-ignored50" in capsys.readouterr().out
+    assert "reverse_kl-48x16_24x90-float32-ignored50-top5" in capsys.readouterr().out
     with (out / "results.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert set(lines[0]) == set(tables.COLUMNS)
@@ -140,7 +158,7 @@ def test_end_to_end(tmp_path, capsys):
     for line in lines:
         assert float(line["y_value_20"]) <= float(line["y_value_50"]) <= float(line["y_value_80"])
     if _installed("matplotlib"):
-        assert len(list(out.glob("*.png"))) == 3  # a plot a case, and one over tokens
+        assert len(list(out.glob("*.png"))) == 6  # a plot a case, and two over tokens
 
 
 def test_a_provider_that_dies_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from minillm.losses import linear_divergence, linear_objective, linear_token_stats
+from minillm.losses import TopK, linear_divergence, linear_objective, linear_token_stats
+from tests.kernels.top_k import sparse
+
+
+@pytest.fixture(params=["hidden states", "top k"])
+def make_case(request, kit):
+    """Cases with a teacher of either kind."""
+    return kit.make_case if request.param == "hidden states" else lambda **options: sparse(kit.make_case(**options), 7)
 
 
 def losses(case):
@@ -24,8 +31,8 @@ KINDS = ["objective", "coupled", "token_stats", "mean"]
 
 @pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_upstream_factor_and_two_backward_passes(kind, factor, kit):
-    case = kit.make_case(bias=True)
+def test_upstream_factor_and_two_backward_passes(kind, factor, make_case, kit):
+    case = make_case(bias=True)
     once = torch.autograd.grad(losses(case)[kind](), list(case.leaves.values()))
     loss = losses(case)[kind]()
     for _ in range(2):  # grads accumulate: nothing saved may be scaled in place
@@ -35,8 +42,8 @@ def test_upstream_factor_and_two_backward_passes(kind, factor, kit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_double_backward_raises(kind, kit):
-    case = kit.make_case()
+def test_double_backward_raises(kind, make_case, kit):
+    case = make_case()
     leaves = list(case.leaves.values())
     first = torch.autograd.grad(losses(case)[kind](), leaves, create_graph=True)
     assert all(gradient.requires_grad for gradient in first)
@@ -51,8 +58,8 @@ def test_double_backward_raises(kind, kit):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_under_activation_checkpointing(kind, reentrant, kit):
-    case = kit.make_case()
+def test_under_activation_checkpointing(kind, reentrant, make_case, kit):
+    case = make_case()
     layer = torch.nn.Linear(16, 16).to(kit.device)
 
     def step(hidden):
@@ -71,8 +78,8 @@ def test_under_activation_checkpointing(kind, reentrant, kit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tied_embeddings_sum_their_gradients(kind, kit):
-    case = kit.make_case()
+def test_tied_embeddings_sum_their_gradients(kind, make_case, kit):
+    case = make_case()
     ids = torch.randint(0, 113, (13,), device=kit.device)
 
     def gradient(run):
@@ -113,8 +120,8 @@ def test_micro_batches_add_up_to_the_batch(kit):
 
 @pytest.mark.parametrize("kind", ["objective", "coupled", "token_stats"])
 @pytest.mark.parametrize("weight_grad", ["bf16", "tensor"])
-def test_where_the_weight_gradient_goes(kind, weight_grad, kit):
-    case = kit.make_case(dtype=torch.bfloat16, bias=True, vocab_size=100)
+def test_where_the_weight_gradient_goes(kind, weight_grad, make_case, kit):
+    case = make_case(dtype=torch.bfloat16, bias=True, vocab_size=100)
     exact = torch.autograd.grad(losses_with(case, kind), list(case.leaves.values()))
     # what a main_grad must get and bf16's 8 bits cannot hold; a GPU's products take dz in bf16
     wide = case.doubled()
@@ -167,8 +174,8 @@ def test_under_autocast_as_a_linear_layer_would(kind, kit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inside_a_compiled_model(kind, kit):
-    case = kit.make_case()
+def test_inside_a_compiled_model(kind, make_case, kit):
+    case = make_case()
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -187,6 +194,20 @@ def test_inside_a_compiled_model(kind, kit):
         results.append((loss, *torch.autograd.grad(loss, [*case.leaves.values(), *model.parameters()])))
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(plain, compiled)
+
+
+@pytest.mark.parametrize("kind", ["objective", "coupled", "token_stats"])
+def test_a_top_k_from_inference_mode(kind, kit):
+    case = sparse(kit.make_case(rows=12), 7)
+    expected = torch.autograd.grad(losses_with(case, kind), list(case.leaves.values()))
+    with torch.inference_mode():
+        case.top_k = TopK(case.top_k.ids * 1, case.top_k.logprobs * 1)
+    for found, wanted in zip(
+        torch.autograd.grad(losses_with(case, kind), list(case.leaves.values())), expected, strict=True
+    ):
+        assert torch.equal(found, wanted)
+    with torch.inference_mode():
+        assert losses_with(case, kind).isfinite()
 
 
 @pytest.mark.parametrize("kind", ["objective", "coupled", "token_stats"])

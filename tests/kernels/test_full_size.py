@@ -12,12 +12,20 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from minillm.benchmarks.goals import LARGE, LONG  # noqa: E402
 from minillm.benchmarks.providers import LEAN  # noqa: E402
-from minillm.kernels import head, rows_triton, tile_sums_triton, tiled_triton  # noqa: E402
+from minillm.kernels import (  # noqa: E402
+    head,
+    rows_triton,
+    sparse_teacher_triton,
+    tile_sums_triton,
+    tiled_triton,
+)
 from minillm.kernels.chunks import chunk_rows  # noqa: E402
 from minillm.kernels.divergences import DIVERGENCES, FIELDS  # noqa: E402
 from minillm.kernels.share_sums import SHARED_FIELDS  # noqa: E402
+from minillm.kernels.sparse_teacher import SAYABLE  # noqa: E402
 from minillm.losses import (  # noqa: E402
     LMHead,
+    TopK,
     linear_cross_entropy,
     linear_divergence,
     linear_logprobs,
@@ -50,6 +58,7 @@ def as_on_a_gpu(monkeypatch):
     names = ("statistics_kernel", "gradient_kernel", "both_kernel", "add_softcapped_kernel", "softcap_gradient_kernel")
     for name in names:
         monkeypatch.setattr(rows_triton, name, Unlaunched())
+    monkeypatch.setattr(sparse_teacher_triton, "tail_kernel", Unlaunched())
     monkeypatch.setattr(tiled_triton, "tiled_kernel", Unlaunched())
     monkeypatch.setattr(tile_sums_triton, "tile_sums_kernel", Unlaunched())
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
@@ -185,3 +194,64 @@ def test_counting_is_the_one_thing_that_waits(backend, monkeypatch):
     *arguments, labels = tensors(LARGE)
     linear_divergence(*arguments, labels=labels, backend=backend).backward()
     assert waited == [(2,)]
+
+
+def with_top_k(case, k=64):
+    """The student's tensors, a TopK and the labels."""
+    hidden, weight, *_, labels = tensors(case)
+    ids = torch.empty(case.tokens, k, dtype=torch.int32, device="meta")
+    return hidden, weight, TopK(ids, torch.empty(case.tokens, k, device="meta")), None, labels
+
+
+def test_a_top_k_costs_the_student_alone_and_a_few_vectors_more():
+    """A chunk of the student's logits, as many bytes as of both models'; the sum of the weight's gradient; gradients."""
+    *arguments, labels = with_top_k(LARGE)
+    with Live() as live:
+        linear_divergence(*arguments, labels=labels, kept=LARGE.tokens, backend="triton").backward()
+    dense, _ = gib_over_inputs(LARGE, backend="triton")
+    assert live.peak / GIB < dense + 0.03, (live.peak / GIB, dense)
+    peaks = []
+    for chunk_bytes in (2**28, 2**29):  # of what a chunk holds, logits are nearly all
+        *arguments, labels = with_top_k(LARGE)
+        with torch.no_grad(), Live() as live:
+            linear_token_stats(*arguments, labels, kept=LARGE.tokens, backend="triton", chunk_bytes=chunk_bytes)
+        peaks.append(live.peak)
+        assert live.peak < 1.05 * chunk_bytes + 2**26
+    assert peaks[1] - peaks[0] < 1.05 * 2**28
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_top_k_is_not_waited_for_where_the_count_is_known(backend):
+    *arguments, labels = with_top_k(LARGE)
+    known = dict(kept=LARGE.tokens // 2, backend=backend)
+    differentiable = [name for name in SAYABLE if FIELDS[name].differentiable]
+    calls = {
+        "token_stats": lambda: sum(
+            getattr(linear_token_stats(*arguments, labels, fields=SAYABLE, **known), name).sum()
+            for name in differentiable
+        ),
+        "objective": lambda: linear_objective(
+            *arguments, labels, lambda stats, w: w * stats.jsd, inputs={"w": labels}, fields=("jsd",), **known
+        )[0],
+        "divergence": lambda: linear_divergence(*arguments, labels=labels, **known),
+        "no labels": lambda: linear_divergence(*arguments, kept=LARGE.tokens, backend=backend),
+    }
+    for name, call in calls.items():
+        for leaf in arguments[:2]:
+            leaf.grad = None
+        call().backward()
+        assert all(leaf.grad is not None for leaf in arguments[:2]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_checks_of_a_top_k_come_over_with_the_count(backend, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waited.append(tensor.shape) or [LARGE.tokens // 2, 0])
+    *arguments, labels = with_top_k(LARGE)
+    linear_divergence(*arguments, labels=labels, backend=backend).backward()
+    assert waited == [(6,)]  # the count, labels and four rules
+    linear_token_stats(*arguments, labels, fields=("teacher_logprob",), backend=backend)
+    assert waited[1:] == [(7,)]
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waited.append(tensor.shape) or [0] * 4)
+    linear_divergence(*arguments, backend=backend).backward()
+    assert waited[2:] == [(4,)]
