@@ -43,12 +43,12 @@ def register_method(config_class: type[MethodConfig]) -> None:
 
     Raises ValueError for a name that is taken by another class.
     """
-    field = StageConfig.model_fields["method"]
-    name, known = _name_of(config_class), {_name_of(one): one for one in get_args(field.annotation)}
+    name, known = _name_of(config_class), method_classes()
     if known.get(name, config_class) is not config_class:
         raise ValueError(
             f"method.name {name!r} is {known[name].__qualname__} already; give {config_class.__qualname__} another"
         )
+    field = StageConfig.model_fields["method"]
     field.annotation = field.annotation | config_class
     StageConfig.model_rebuild(force=True)
 
@@ -75,5 +75,9 @@ def described_method(settings: Mapping[str, Any]) -> tuple[str, bool]:
 
 def method_class(name: str) -> type[MethodConfig] | None:
     """The keys of a method by its name, None where it is not known here."""
-    known = {_name_of(one): one for one in get_args(StageConfig.model_fields["method"].annotation)}
-    return known.get(name)
+    return method_classes().get(name)
+
+
+def method_classes() -> dict[str, type[MethodConfig]]:
+    """The keys of every method that is known here, by its name."""
+    return {_name_of(one): one for one in get_args(StageConfig.model_fields["method"].annotation)}

@@ -52,6 +52,11 @@ def explain(error: dict[str, Any], path: KeyPath, shape: Shape | None, root: Gro
     return Finding(path, expected(_TYPES.get(kind.partition("_")[0], "keys and values"), given))
 
 
+def _in_words(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def _unknown(path: KeyPath, root: Group, data: Any) -> Finding:
     name = str(path[-1])
     shape, value = walk(root, data, path[:-1])
@@ -66,8 +71,7 @@ def _unknown(path: KeyPath, root: Group, data: Any) -> Finding:
         having.pop(None, None)
         if having:
             others = ", ".join(
-                f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} {key}"
-                for key, options in having.items()
+                f"{_in_words(options)} {'have' if len(options) > 1 else 'has'} {key}" for key, options in having.items()
             )
             return Finding(path, f"unknown key for {shape.key} {this} ({others})", "unknown")
     known = list(dict.fromkeys(all_keys(root)))

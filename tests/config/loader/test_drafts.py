@@ -5,13 +5,14 @@ FIRST = {"method": {"name": "sft"}}
 
 def test_a_key_of_the_command_line_that_only_another_stage_knows_names_that_stage(recipe):
     stages = {"first": {}, "second": {"method": {"name": "minillm"}}}
-    found = recipe.problems("method.alpha=0.5", method={"name": "sft"}, stages=stages)
+    found = recipe.problems("method.length_norm=false", method={"name": "sft"}, stages=stages)
     assert found == {
-        "method.alpha": "in stage first: unknown key for name sft (minillm and taid have alpha); write stages.second.method.alpha"
+        "method.length_norm": "in stage first: unknown key for name sft (minillm has length_norm); "
+        "write stages.second.method.length_norm"
     }
     # in a file the two stand apart, and what is wrong there is the file's
-    found = recipe.problems(method={"name": "sft", "alpha": 0.5}, stages=stages)
-    assert found["method.alpha"].endswith("(minillm and taid have alpha)")
+    found = recipe.problems(method={"name": "sft", "length_norm": False}, stages=stages)
+    assert found["method.length_norm"].endswith("(minillm has length_norm)")
 
 
 def test_a_key_that_does_something_in_one_stage_is_not_called_without_effect(recipe):
