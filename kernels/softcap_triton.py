@@ -1,9 +1,20 @@
-"""The Triton kernels of a capped summand of the logits: adding it up, and the gradient on its way back."""
+"""The Triton kernels of a capped summand of the logits: adding it up, and the gradient on its way back.
+
+A program takes a block of a row, without a mask where all of the block is in the vocabulary: a mask forbids wide loads.
+"""
 
 import triton
 import triton.language as tl
 
 from minillm.kernels.logits_triton import CAPPED, NEG_INF, softcap_slope, to_logits
+
+
+@triton.jit
+def _add_block(total, raw, inside, inner, outer, FIRST: tl.constexpr):
+    z = to_logits(tl.load(raw, mask=inside), inner, outer, CAPPED)
+    if not FIRST:
+        z += tl.load(total, mask=inside)
+    tl.store(total, z, mask=inside)
 
 
 @triton.jit
@@ -15,15 +26,23 @@ def add_softcapped_kernel(
     FIRST: tl.constexpr,  # whether total holds nothing yet
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total (+)= softcap(scale * raw): one program takes a block of a row."""
+    """total (+)= softcap(scale * raw)."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < V
-    z = to_logits(tl.load(raw + row * raw_stride + columns, mask=inside), inner, outer, CAPPED)
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
     total += row * total_stride
-    if not FIRST:
-        z += tl.load(total + columns, mask=inside)
-    tl.store(total + columns, z, mask=inside)
+    raw += row * raw_stride
+    if start + BLOCK <= V:
+        _add_block(total + columns, raw + columns, None, inner, outer, FIRST)
+    else:
+        _add_block(total + columns, raw + columns, columns < V, inner, outer, FIRST)
+
+
+@triton.jit
+def _gradient_block(dz, raw, inside, inner, scale):
+    x = tl.load(raw, mask=inside)
+    gradient = tl.load(dz, mask=inside) * softcap_slope(x * inner) * scale
+    tl.store(raw, tl.where(x == NEG_INF, 0.0, gradient), mask=inside)
 
 
 @triton.jit
@@ -36,9 +55,11 @@ def softcap_gradient_kernel(
 ):  # fmt: skip
     """raw = d loss / d raw, from dz = d loss / d softcap(scale * raw)."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < V
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
+    dz += row * dz_stride
     raw += row * raw_stride
-    x = tl.load(raw + columns, mask=inside)
-    gradient = tl.load(dz + row * dz_stride + columns, mask=inside) * softcap_slope(x * inner) * scale
-    tl.store(raw + columns, tl.where(x == NEG_INF, 0.0, gradient), mask=inside)
+    if start + BLOCK <= V:
+        _gradient_block(dz + columns, raw + columns, None, inner, scale)
+    else:
+        _gradient_block(dz + columns, raw + columns, columns < V, inner, scale)

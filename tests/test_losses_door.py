@@ -8,6 +8,7 @@ import minillm.losses
 
 OFFERED = {
     "LMHead",
+    "TopK",
     "TokenStats",
     "linear_cross_entropy",
     "linear_divergence",
