@@ -1,12 +1,16 @@
-"""What the methods on fixed responses share: taking examples, and cross-entropy mixed with a divergence."""
+"""What methods share: taking examples, sampling answers to them, and cross-entropy mixed with a divergence."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from minillm.config.method import DPKD, MiniLLM
+from minillm.config.root import StageConfig
 from minillm.losses import TokenStats
 from minillm.methods.protocol import Item, Term, TrainingData, sequences_of
 from minillm.models.batch import TokenSequence, collate
+from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Sampling, Who
 from minillm.teachers.pair import Models
 from minillm.teachers.teacher import require_teacher
 
@@ -14,6 +18,29 @@ from minillm.teachers.teacher import require_teacher
 def take_references(data: TrainingData, size: int) -> list[TokenSequence]:
     """The next `size` prompts with their references as the response to imitate."""
     return [example.sequence for example in data.prompts.take(size)]
+
+
+def sample_answers(
+    prompts: Sequence[TokenSequence], config: StageConfig, data: TrainingData, *, draw: int, who: Who = "student"
+) -> list[TokenSequence]:
+    """An answer to each prompt in the place of its response, sampled as config.rollout says. All ranks together."""
+    rollout = config.rollout
+    with data.timing.of("rollout"):
+        answers = data.rollouts.sample(
+            [item.prompt for item in prompts],
+            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
+            keys=distinct_keys([item.key for item in prompts]),
+            extras=[item.extras for item in prompts],
+            seed=config.seed,
+            draw=draw,
+            who=who,
+            batch_size=rollout.batch_size,
+            progress=lambda done: data.report_progress("sampling answers", done, len(prompts)),
+        )
+    return [
+        TokenSequence(answer.prompt, answer.response, item.key, answer.extras)
+        for item, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def cross_entropy(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
@@ -50,3 +77,10 @@ def mixed_term(
     return Term(
         name, batch, objective, fields, count, weight, teacher=models.teacher.rows(batch), options=options or {}
     )
+
+
+def pretraining_term(blocks: int, data: TrainingData, models: Models, keys: MiniLLM | DPKD) -> Term:
+    """lm_coef times the loss on the next blocks of plain text: cross-entropy, mixed with the forward KL by pt_kd_ratio."""
+    texts = [TokenSequence(block[:1], block[1:]) for block in data.corpus.take(blocks)]
+    ratio = 1 - keys.pt_kd_ratio
+    return mixed_term(texts, models, divergence="forward_kl", ce_ratio=ratio, name="pretraining", weight=keys.lm_coef)
