@@ -31,7 +31,7 @@ from minillm.methods.preference import (
     preference_term,
     ratio_fields,
 )
-from minillm.methods.protocol import Item, Method, Observation, Term, TrainingData, sequences_of
+from minillm.methods.protocol import Item, Method, Objective, Observation, Term, TrainingData, sequences_of
 from minillm.methods.supervised import pretraining_term, sample_answers, take_references
 from minillm.models.batch import collate
 from minillm.rollout.scoring import batch_statistics
@@ -78,31 +78,35 @@ def token_term(items: Sequence[Item], models: Models, keys: DPKD) -> Term:
     with torch.no_grad(), models.reading("student"):
         stats = batch_statistics(models, batch, teacher, ("teacher_argmax", "student_argmax"))
     labels = [stats.teacher_argmax, stats.student_argmax, *[batch.labels] * (keys.ce_coef > 0)]
-    same = (stats.teacher_argmax == stats.student_argmax).float()
     times = len(labels)
+    return Term(
+        "preference",
+        replace(batch, rows=batch.rows.repeat(times), labels=torch.cat(labels)),
+        token_objective(keys),
+        ratio_fields(keys),
+        count=float(len(batch.labels)),
+        teacher=models.teacher.rows_of(
+            {name: part.repeat(times, *[1] * (part.dim() - 1)) for name, part in teacher.parts().items()}
+        ),
+        coupled=True,
+    )
 
-    def objective(stats: TokenStats, *, same: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # (times * N,)
+
+def token_objective(keys: DPKD) -> Objective:
+    """The loss of N tokens from the statistics of a block of N rows each for a, b and, with ce_coef, the text's own ids."""
+    times = 2 + (keys.ce_coef > 0)
+
+    def objective(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (times * N,)
         chosen, rejected = log_ratio(stats, keys).view(times, -1)[:2]  # (N,) each
         loss, margin = preference_loss(chosen, rejected, keys)
-        metrics = {"margin": margin, "argmax_agreement": same.view(times, -1)[0]}
+        metrics = {"margin": margin}
         if keys.ce_coef > 0:
             cross_entropy = -stats.student_logprob.view(times, -1)[2]
             loss = loss + keys.ce_coef * cross_entropy
             metrics["cross_entropy_nats"] = cross_entropy.detach()
         return loss, metrics
 
-    return Term(
-        "preference",
-        replace(batch, rows=batch.rows.repeat(times), labels=torch.cat(labels)),
-        objective,
-        ratio_fields(keys),
-        count=float(len(batch.labels)),
-        inputs={"same": same.repeat(times)},
-        teacher=models.teacher.rows_of(
-            {name: part.repeat(times, *[1] * (part.dim() - 1)) for name, part in teacher.parts().items()}
-        ),
-        coupled=True,
-    )
+    return objective
 
 
 METHOD = PreferenceDistillation
