@@ -112,7 +112,10 @@ def test_near_ties_are_decided_in_full_precision():
     said, arrays = released()
     student, teacher = (arrays[name].flatten(0, 1) for name in ("near_student", "near_teacher"))
     labels = torch.zeros(len(student), dtype=torch.int64)
-    loss, _, compared = token_form(student, teacher, labels, keys_of(pairs="token_argmax", ce_coef=0.0))
+    keys = keys_of(pairs="token_argmax", ce_coef=0.0)
+    _, _, compared = token_form(student, teacher, labels, keys)
+    counted = (arrays["labels"] != -100).flatten()
+    loss, _, _ = token_form(student[counted], teacher[counted], labels[counted], keys)
     assert loss.item() == pytest.approx(said["near_ties"]["loss_float64"], rel=1e-12)
     theirs = torch.stack([arrays[f"near_argmax_{who}_bf16"].flatten() for who in ("teacher", "student")])
     assert (compared != theirs).sum(1).tolist() == [
@@ -175,11 +178,14 @@ def test_the_teachers_answer_is_the_chosen_one(make_models, tmp_path):
     models = make_models()
     rollouts = LocalRollouts(models)
     data = TrainingData(Stream(EXAMPLES, seed=1), None, rollouts, tmp_path)
-    items = dpkd().collect(data, models, draw=2)
+    method = dpkd()
+    items = method.collect(data, models, draw=2)
     prompts = [item.chosen.prompt for item in items]
     for who, draw, name in (("teacher", 4, "chosen"), ("student", 5, "rejected")):
         keys = [item.key for item in items]
-        answers = rollouts.sample(prompts, Sampling(5), keys=keys, seed=42, draw=draw, who=who, batch_size=8)
+        answers = rollouts.sample(
+            prompts, Sampling(5), keys=keys, seed=method.config.seed, draw=draw, who=who, batch_size=8
+        )
         assert [getattr(item, name).response for item in items] == [answer.response for answer in answers], who
     assert any(item.chosen.response != item.rejected.response for item in items)
 
