@@ -69,7 +69,7 @@ def test_values_never_change_after_loading():
         ("method.betta", 0.2, "for name sft (kd and gkd and taid have beta)"),
         ("eval.sets.a.pth", "x", "did you mean path?"),
         ("engine.qqqqqq", 1, "there are type, device, backend"),
-        ("method.name", "minilm", "is not one of minillm, sft, kd, seqkd, gkd, taid (did you mean minillm?)"),
+        ("method.name", "minilm", "is not one of minillm, sft, kd, seqkd, gkd, taid, distillm (did you mean minillm?)"),
         ("data.prompts.type", "parket", "did you mean parquet?"),
         ("data.prompts.type", ["hf"], "is not one of jsonl"),
         ("engine.type", "fsdp", "'fsdp' is not one of torch, deepspeed"),
@@ -110,7 +110,7 @@ def test_one_mistake_is_one_message_in_plain_words(path, value, words):
 def test_a_missing_key_is_said_at_its_own_path():
     messages = found({"method": {"alpha": 0.2}, "teacher": {}})
     assert set(messages) == {"output_dir", "student", "train", "method.name", "teacher.path"}
-    assert "minillm, sft, kd, seqkd, gkd, taid" in messages["method.name"]
+    assert "minillm, sft, kd, seqkd, gkd, taid, distillm" in messages["method.name"]
     assert all(message.startswith("missing") for message in messages.values())
 
 
