@@ -305,9 +305,7 @@ class DistiLLM(MethodConfig):
     tolerance: Annotated[float, Field(ge=0.0)] = Field(0.1, description="The least rise of the loss that counts, nats")
     lm_coef: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Weight of the pre-training loss on data.corpus")
     summary: ClassVar[str] = "DistiLLM: a skew KL on references and on the student's own answers, with replay"
-    panels: ClassVar[dict[str, tuple[str, str]]] = {
-        "threshold": ("Share of steps on the student's answers", "0 to 1")
-    }
+    panels: ClassVar[dict[str, tuple[str, str]]] = {"threshold": ("Share of steps on the student's answers", "0 to 1")}
 
     def needs(self) -> Needs:
         answers, references = self._adapts or self.threshold_start > 0, self._adapts or self.threshold_start < 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from minillm import UserError
 from minillm.config.root import StageConfig
 from minillm.methods.protocol import Item, Method, Observation, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
@@ -102,7 +103,14 @@ class DistiLLM(Method):
         if observation.kind == "step":
             self.taken += 1
             return {"threshold": self.threshold, **self.source}
-        keys, loss = self.config.method, observation.metrics["loss_nats"]
+        keys, loss = self.config.method, observation.metrics.get("loss_nats")
+        if keys.threshold_step == 0 or self.threshold >= 1:
+            return {}  # nothing can move
+        if loss is None:
+            raise UserError(
+                "method distillm adapts its threshold to the evaluation's loss, but no set of eval.sets has references; "
+                "give one, or set method.threshold_step=0"
+            )
         if self.reference_loss is None:
             self.reference_loss = loss
         elif loss >= self.reference_loss + keys.tolerance:

@@ -81,7 +81,10 @@ def test_a_registered_method_loads_merges_and_is_explained(recipe, registered):
     assert stage_documents(document)["a"]["method"]["strength"] == 2.0
 
     found = recipe.problems(method={"name": "elswhere"})["method.name"]
-    assert found == "'elswhere' is not one of minillm, sft, kd, seqkd, gkd, taid, distillm, elsewhere (did you mean elsewhere?)"
+    assert (
+        found
+        == "'elswhere' is not one of minillm, sft, kd, seqkd, gkd, taid, distillm, elsewhere (did you mean elsewhere?)"
+    )
     assert recipe.problems(method={"name": "elsewhere", "strenght": 1.0}) == {
         "method.strenght": "unknown key (did you mean strength?)"
     }
