@@ -154,6 +154,28 @@ def recipe(tmp_path, small_run) -> Path:
 def steps(folder: Path) -> list[dict]:
     return [one for one in records(folder) if one["stage"] == "distil" and one["kind"] == "train"]
 
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(recipe, one_thread):
+    def work(name: str, *, events: int = 0, resume: bool = False):
+        def child():
+            if events:
+                die_after(events)
+            train(recipe, f"output_dir={recipe.parent / name}", resume=resume)
+
+        return in_a_child(child)
+
+    whole, broken = recipe.parent / "whole", recipe.parent / "broken"
+    assert work("whole") == 0
+    killed_at, events = set(), 60
+    while os.WIFSIGNALED(status := work("broken", events=events, resume=broken.is_dir())):
+        events += 20  # later each time: there is always progress
+        killed_at.add(len(steps(broken)) if (broken / "metrics.jsonl").is_file() else 0)
+        assert events < 600
+    assert status == 0
+    assert killed_at & {2, 3, 4, 5}, killed_at
+    assert records(broken) == records(whole)
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert {1.0} <= {one["replayed"] for one in steps(whole)} and {1.0} <= {one["fresh"] for one in steps(whole)}
 
 
