@@ -286,4 +286,23 @@ class TAID(MethodConfig):
                 yield key, "has no effect: with t_start equal to t_end t never moves", "t_start"
 
 
-Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID, Field(discriminator="name")]
+class LM(MethodConfig):
+    """Pre-training on the packed blocks of a corpus: (1 - kd_ratio) cross-entropy + kd_ratio forward KL to the teacher."""
+
+    name: Literal["lm"]
+    kd_ratio: Probability = Field(
+        0.0, description="Weight of the forward KL to the teacher (word-level distillation as in MiniPLM's tables: 0.5)"
+    )
+    summary: ClassVar[str] = "pre-training on plain text"
+
+    def needs(self) -> Needs:
+        return Needs(
+            (TermNeeds("pretraining", ("corpus",), teacher=self.kd_ratio > 0),),
+            prompts=False,
+            corpus=True,
+            teacher=self.kd_ratio > 0,
+            because={"teacher": "kd_ratio"},
+        )
+
+
+Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID | LM, Field(discriminator="name")]
