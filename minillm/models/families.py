@@ -143,6 +143,12 @@ def own_positions(
     return positions, shift.view(-1, 1)
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model takes a cache. Models swallow other names silently, and begin anew with every token."""
+    taken = _arguments(model)
+    return "cache_params" if "cache_params" in taken and "past_key_values" not in taken else "past_key_values"
+
+
 def _arguments(model: PreTrainedModel) -> frozenset[str]:
     return _parameters(type(decoder(model)))
 

@@ -24,7 +24,7 @@ from minillm import UserError
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
-from minillm.models.families import text_config
+from minillm.models.families import cache_argument, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
 from minillm.planning.ledger import Ledger, Timeline
@@ -219,7 +219,8 @@ class _Simulator:
         ids = torch.zeros(batch, fed, dtype=torch.int64)
         mask = torch.ones(batch, seen + fed, dtype=torch.int64)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)
-        forward_decoder(self.models[name], ids, mask, positions, past_key_values=cache, use_cache=True)
+        cached = {cache_argument(self.models[name]): cache, "use_cache": True}
+        forward_decoder(self.models[name], ids, mask, positions, **cached)
         self.ledger.relabel(_stored(cache), f"{name} KV cache")
 
     def _run_without_gradient(self, passes: tuple[Decoding | Forward, ...], phase: str) -> None:

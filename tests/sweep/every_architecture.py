@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -28,6 +29,17 @@ from tests.sweep.journey import FAILED, HELD, REFUSED, SKIPPED, STEPS, Journey, 
 from tests.sweep.tiny_models import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
+# what commands import when they run: once, for all processes to come
+IMPORTED = (
+    "cli.eval",
+    "cli.generate",
+    "cli.plan",
+    "cli.train",
+    "engine.torch",
+    "planning.planner",
+    "reporting.curves",
+    "train.run",
+)
 MARKS = {HELD: "held", REFUSED: "refused", FAILED: "FAILED", SKIPPED: "-"}
 
 
@@ -106,6 +118,8 @@ def main() -> int:
     unknown = sorted(set(chosen) - set(ARCHITECTURES))
     if unknown:
         parser.error(f"transformers has no decoder called {', '.join(unknown)}")
+    for module in IMPORTED:
+        import_module(f"minillm.{module}")
     console, found = Console(), {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     # a thread that draws must not live while a process is forked
