@@ -6,6 +6,7 @@ update    forward, loss and backward of every term, with checkpointing and autoc
 evaluation    between steps: answers of student and teacher, and forward passes over them
 """
 
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -80,7 +81,22 @@ def simulate(
                 f"no plan for {' and '.join(types)}: the architecture's code asks for values ({error}), and a plan has "
                 "nothing but shapes"
             ) from error
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            if not _in_transformers(error):
+                raise
+            types = sorted({one.model_type for one in (student, teacher) if one is not None})
+            raise UserError(
+                f"no plan for {' and '.join(types)}: the architecture's code refuses what a plan does with it "
+                f"({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
     return _DONE[key]
+
+
+def _in_transformers(error: Exception) -> bool:
+    """Whether an exception passed through an architecture's code, whatever that called, and not through ours alone."""
+    return any("/transformers/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 class _Simulator:

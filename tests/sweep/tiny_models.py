@@ -51,11 +51,12 @@ SIZES = {
     **dict.fromkeys("n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group".split(), 1),
     **dict.fromkeys("q_lora_rank kv_lora_rank o_lora_rank index_head_dim laurel_rank".split(), 8),
     **dict.fromkeys("qk_rope_head_dim qk_nope_head_dim rotary_dim".split(), 4),
+    "num_kv_shared_layers": 0,
     "index_n_heads": 2,
     "index_topk": 64,
     "qk_head_dim": 8,
     **dict.fromkeys("vocab_size vocab_size_per_layer_input padded_vocab_size decoder_vocab_size".split(), 264),
-    **dict.fromkeys("max_position_embeddings n_positions n_ctx max_seq_len context_length block_size".split(), 256),
+    **dict.fromkeys("max_position_embeddings n_positions n_ctx max_seq_len context_length".split(), 512),
     **dict.fromkeys("sliding_window window_size attention_window_size local_attention attention_chunk_size".split(), 8),
     "hidden_size_per_layer_input": 8,
     **dict.fromkeys("mamba_d_state state_size ssm_state_size time_step_rank mamba_dt_rank".split(), 8),
@@ -66,12 +67,18 @@ SIZES = {
     "image_size": 16,
     "patch_size": 8,
 }
+# keys that are given although their default says nothing
+UNSAID = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "topk_group", "n_group")
 # what the sizes of an architecture must be beside the others
 OF_ARCHITECTURE = {
     "mamba2": {"num_heads": 8, "head_dim": 8},  # expand * hidden_size of them
     "zamba2": {"n_mamba_heads": 1, "mamba_headdim": 64},
     "xlstm": {"num_heads": 2},
-    "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16], "is_decoder": True},
+    "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16], "is_decoder": True},
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    # by default none of few layers has attention
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
     "opt": {"word_embed_proj_dim": 32},
 }
 
@@ -89,21 +96,21 @@ def tiny_architecture(model_type: str) -> PreTrainedConfig:
 
 def _small(kind: type[PreTrainedConfig]) -> dict:
     default = kind()
-    names = {*default.to_dict(), *default.attribute_map}
+    values, others = default.to_dict(), default.attribute_map
+    # another name of a key is left out for the key's own, where that is known here
+    sizes = {others.get(name, name): size for name, size in SIZES.items() if name in others}
+    sizes |= {name: size for name, size in SIZES.items() if name not in others}
+    if "kv_lora_rank" in values:  # latent attention: every head has keys of its own, and rotates a part of them
+        sizes = {name: size for name, size in sizes.items() if name != "head_dim"} | {"num_key_value_heads": 4}
     keys = {
-        name: value
-        for name, value in SIZES.items()
-        if name in names and name not in default.attribute_map  # another name of a key that is here by its own
-        and not isinstance(getattr(default, name, None), (list, tuple, dict))
-        and (getattr(default, name, None) is not None or name in ("head_dim", "num_key_value_heads"))
-    }  # fmt: skip
-    for name, other in default.attribute_map.items():
-        if name in SIZES and other not in keys and isinstance(getattr(default, other, None), int):
-            keys[other] = SIZES[name]
-    for name, part in default.to_dict().items():
-        inner = getattr(default, name, None)
-        if isinstance(inner, PreTrainedConfig) and isinstance(part, dict):
-            keys[name] = {"model_type": inner.model_type, **_small(type(inner))}
+        name: size
+        for name, size in sizes.items()
+        if name in values and (isinstance(values[name], int) or values[name] is None and name in UNSAID)
+    }
+    for name, value in values.items():
+        part = vars(default).get(name)
+        if isinstance(part, PreTrainedConfig) and isinstance(value, dict):
+            keys[name] = {"model_type": part.model_type, **_small(type(part))}
     return keys
 
 
