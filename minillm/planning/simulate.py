@@ -25,7 +25,7 @@ from minillm import UserError
 from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
-from minillm.models.families import cache_argument, text_config
+from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
 from minillm.planning.ledger import Ledger, Timeline
@@ -233,7 +233,7 @@ class _Simulator:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
                 layer.use(seen)
         ids = torch.zeros(batch, fed, dtype=torch.int64)
-        mask = torch.ones(batch, seen + fed, dtype=torch.int64)
+        mask = cache_mask(self.models[name], torch.ones(batch, seen + fed, dtype=torch.int64), fed)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)
         cached = {cache_argument(self.models[name]): cache, "use_cache": True}
         forward_decoder(self.models[name], ids, mask, positions, **cached)

@@ -9,7 +9,7 @@ from minillm.models.families import auto_class
 from minillm.models.tokenizers import byte_tokenizer
 
 ARCHITECTURES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-MOST_WEIGHTS = 5_000_000
+MOST_WEIGHTS = 10_000_000
 LAYERS = 4
 SPREAD = 0.1  # added to all weights: initialisers leave some at 0 or 1, where what drops them would not show
 
@@ -68,7 +68,15 @@ SIZES = {
     "patch_size": 8,
 }
 # keys that are given although their default says nothing
-UNSAID = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "topk_group", "n_group")
+UNSAID = (
+    "head_dim",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "topk_group",
+    "n_group",
+    "n_shared_experts",
+)
 # what the sizes of an architecture must be beside the others
 OF_ARCHITECTURE = {
     "mamba2": {"num_heads": 8, "head_dim": 8},  # expand * hidden_size of them
