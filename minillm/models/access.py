@@ -22,6 +22,8 @@ from minillm.models.families import (
     token_kinds,
 )
 
+# What the code of an architecture raises where its configuration does not go together or its inputs are not what it takes.
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from transformers import PreTrainedConfig
 
 from minillm import UserError
-from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
+from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask, text_config
@@ -83,7 +83,7 @@ def simulate(
             ) from error
         except UserError:
             raise
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except REFUSALS as error:
             if not _in_transformers(error):
                 raise
             types = sorted({one.model_type for one in (student, teacher) if one is not None})

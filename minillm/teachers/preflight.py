@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm import UserError
-from minillm.models.access import head_error, lm_head, padding_error
+from minillm.models.access import REFUSALS, head_error, lm_head, padding_error
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.loading import is_hollow
 from minillm.models.processors import placeholder_ids, processor_of
@@ -115,7 +115,7 @@ def _check_model(who: str, model: PreTrainedModel) -> None:
         head, padding = head_error(model), padding_error(model)
     except UserError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+    except REFUSALS as error:
         raise PreflightError(
             f"{who}: {name} cannot be run on a few tokens ({type(error).__name__}: {error}); its configuration does not go "
             "together, or its code needs another environment"

@@ -6,6 +6,7 @@ import json
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,9 @@ class Journey:
     def decoding(self) -> None:
         """Log-probabilities as answers are sampled, prompts padded at the left, against full passes over each alone."""
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in PROMPTS]
-        rollouts = LocalRollouts(self.models)
+        # a sixth of all tokens ends an answer, so that rows leave the batch at different steps
+        ends = tuple({*self.models.eos_ids, *range(0, self.models.vocab_size, 6)})
+        rollouts = LocalRollouts(replace(self.models, eos_ids=ends))
         options = {"keys": range(len(prompts)), "seed": 1, "batch_size": len(prompts)}
         for answer in rollouts.sample(prompts, Sampling(NEW_TOKENS), **options):
             full = self._full_pass(answer.prompt, answer.response)[:, : self.models.vocab_size].log_softmax(-1)
