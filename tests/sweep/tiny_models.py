@@ -86,6 +86,7 @@ OF_ARCHITECTURE = {
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     # by default none of few layers has attention
     "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
     "opt": {"word_embed_proj_dim": 32},
 }
