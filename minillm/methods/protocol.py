@@ -100,7 +100,6 @@ class Observation:
     kind: Literal["step", "evaluation"]
     metrics: Mapping[str, float]  # of the step over all ranks, or the evaluation's means over its sets
     step: int  # of the stage: so many are taken
-    total_steps: int | None  # where they are known beforehand
 
 
 class Method(ABC):

@@ -184,7 +184,7 @@ class StageTrainer:
         progress.position += len(chosen)
         progress.seconds += seconds
         progress.student_tokens += result.rows
-        adapted = method.observe(Observation("step", result.metrics, progress.stage_step, self.total_steps))
+        adapted = method.observe(Observation("step", result.metrics, progress.stage_step))
         return {
             "kind": "train",
             "stage": self.name,
@@ -259,7 +259,7 @@ class StageTrainer:
             self.log.sample({"stage": self.name, "step": progress.step, **sample})
         self.console.evaluation(record, evaluation.samples)
         if who == "student":
-            self.method.observe(Observation("evaluation", evaluation.mean, progress.stage_step, self.total_steps))
+            self.method.observe(Observation("evaluation", evaluation.mean, progress.stage_step))
             self.best.keep(evaluation.mean, self.models, progress)
 
     def save(self) -> None:

@@ -43,7 +43,7 @@ def taid(*, teacher: bool = True, **keys):
 
 def told(method, losses, *, first: int = 1) -> list[dict[str, float]]:
     """What `method` records of steps with these losses."""
-    return [method.observe(Observation("step", {"loss": loss}, first + i, None)) for i, loss in enumerate(losses)]
+    return [method.observe(Observation("step", {"loss": loss}, first + i)) for i, loss in enumerate(losses)]
 
 
 @pytest.mark.parametrize("t", [0.0, 0.2, 0.75, 1.0])
@@ -117,7 +117,7 @@ def test_an_evaluation_moves_nothing():
     method = taid(alpha=0.5)
     told(method, [3.0, 2.0])
     before = method.state_dict()
-    assert method.observe(Observation("evaluation", {"rouge_l": 20.0}, 2, 20)) == {}
+    assert method.observe(Observation("evaluation", {"rouge_l": 20.0}, 2)) == {}
     assert method.state_dict() == before
 
 
