@@ -49,6 +49,7 @@ setup(
         "datasets>=4",
         "rouge-score>=0.1.2",
         "matplotlib>=3.9",
+        "pillow>=10.3",
         "tensorboard>=2.17",
     ],
     extras_require={
@@ -57,7 +58,7 @@ setup(
         "lora": ["peft>=0.21,<0.22"],
         "quantization": ["bitsandbytes>=0.49,<0.51", "accelerate>=1.1"],
         "flash": ["flash-attn>=2.7"],
-        "images": ["pillow>=10.3", "num2words>=0.5.12"],  # the latter for SmolVLM's processor alone
+        "images": ["num2words>=0.5.12"],  # for SmolVLM's processor alone
         "test": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
@@ -67,7 +68,6 @@ setup(
             "peft>=0.21,<0.22",
             "bitsandbytes>=0.49,<0.51",
             "accelerate>=1.1",
-            "pillow>=10.3",
         ],
     },
     entry_points={"console_scripts": ["minillm=minillm.cli.main:program"]},

@@ -71,8 +71,8 @@ def linear_divergence(
     m = beta p + (1 - beta) q (GKD, arXiv 2306.13649); skew_forward_kl KL(p || alpha p + (1 - alpha) q) and
     skew_reverse_kl KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898); tvd, half the sum of |p - q|;
     interpolated_cross_entropy, of q under the constant target softmax((1 - t) z_s + t z_t), t the `interpolation` (TAID,
-    arXiv 2501.16937): the entropy of the target, not 0, where both models agree. Of a
-    TopK all are over its k ids and the tail.
+    arXiv 2501.16937): the entropy of the target, not 0, where both models agree. Of a TopK all are over its k ids and
+    the tail.
 
     `reduction`: mean over tokens that are not ignored (all without labels), sum, or none: (...), 0 where ignored.
     `num_items` replaces the divisor of the mean where a batch is split over ranks or micro-batches. With mean and sum

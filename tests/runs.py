@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+TRAIN = ("-m", "minillm", "train")  # for another Python process
+TWO_RANKS = ("engine.type=deepspeed", "train.gradient_accumulation_steps=1")  # of two steps in one process
+
 
 class Silent:
     """A console that remembers its notes."""
@@ -77,6 +80,11 @@ def die_after(events: int) -> None:
         (metrics_log.MetricsLog, "write"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
+
+
+def every_record(folder: Path) -> list[dict]:
+    """All records of a run as they stand."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_clock(line: str) -> dict:

@@ -16,10 +16,10 @@ from minillm.config.loader.stages import stage_trees
 from minillm.config.models import TeacherConfig
 from minillm.config.shape import walk
 from minillm.data.images import find_pictures
-from minillm.data.instructions import PromptReader
+from minillm.data.prompt_reader import PromptReader
 from minillm.models.families import text_config
 from minillm.models.open import model_path
-from minillm.models.processors import processor_of, same_pictures
+from minillm.models.processors import unshared_pictures
 from minillm.models.tokenizers import load_tokenizer
 from minillm.reporting.console import Console
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -136,13 +136,9 @@ def generate(
     beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype)
     models, _ = open_named(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
     if images and beside is not None:
-        judges = processor_of(load_tokenizer(beside, Path(".")))
-        ours = processor_of(models.tokenizer)
-        different = None if judges is None or ours is None else same_pictures(ours, judges)
-        if different is not None:
-            raise UserError(
-                f"--image: student and teacher prepare pictures differently ({different}); ask one at a time"
-            )
+        unshared = unshared_pictures(models.tokenizer, load_tokenizer(beside, Path(".")))
+        if unshared is not None:
+            raise UserError(f"--image: these are pictures, and {unshared}")
     keys = prompt_keys(path, models.tokenizer, template=template, system=system)
     ask = Answerer(models, keys, sampling, seed=seed, images=images).ask
     converse(ask, console, prompts=prompts, read=lambda: input("> " if sys.stdin.isatty() else ""))

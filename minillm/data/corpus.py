@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import Corpus as CorpusConfig
-from minillm.data.instructions import require_end
 from minillm.data.pydoc import pydoc_documents
 from minillm.data.sources import DataError, read_hf, read_texts, texts_of
+from minillm.data.tokenization import require_end
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def shown_in(
     Raises DataError for a part that cannot be shown, and where there are more or fewer places than pictures.
     """
     left, placed, shown = list(pictures), [], []
-    split = [_parts(where, message["content"]) for message in messages]
+    split = [_parts(message["content"]) for message in messages]
     open_places = sum(part["type"] == "image" and _source(part) is None for parts in split for part in parts)
     for parts in split if pictures else ():  # without pictures the mark is a text like any other
         marks = sum(part["text"].count(MARK) for part in parts if part["type"] == "text")
@@ -228,7 +228,7 @@ class _Shown(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _parts(where: str, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 

@@ -3,20 +3,20 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
-from minillm.config.data import InstructionKeys, PlainPrompts, Prompts
-from minillm.data.images import Picture, PictureReader, as_texts, find_pictures, shown_in
+from minillm.config.data import PlainPrompts, Prompts
+from minillm.data.images import find_pictures
+from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
-from minillm.data.sources import DataError, Place, Record, read_hf, read_jsonl, read_parquet, read_texts
-from minillm.data.templates import render
+from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
+from minillm.data.tokenization import continuation_ids, encode, require_end
 from minillm.models.batch import TokenSequence
-from minillm.models.processors import placeholder_ids, processor_of, same_pictures
+from minillm.models.processors import unshared_pictures
 from minillm.models.tokenizers import Message, end_of_turn
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -27,11 +27,6 @@ FORMS = (
     ("prompt", "completion", None),
     ("question", "answer", None),
 )
-
-
-# Of a text whose first n tokens are asked for, so many characters are tokenised at a time, n or more of them as tokens; the
-# last tokens before the cut, which the text after it could change, are left out.
-_CHARACTERS, _PER_TOKEN, _NEAR_THE_CUT = 65_536, 16, 256
 
 
 @dataclass(frozen=True)
@@ -91,18 +86,10 @@ def require_shared_pictures(
         teacher: the teacher's tokenizer, None where there is no teacher.
     """
     pictured = {name: prompts for name, prompts in sets.items() if prompts.pictured}
+    unshared = unshared_pictures(student, teacher)
     for name, prompts in pictured.items():
-        if teacher is not None and processor_of(teacher) is None:
-            raise DataError(
-                f"{name}: its prompts show pictures, and the teacher reads text alone; choose a teacher of images and text, or "
-                "take the pictures out of the data"
-            )
-        different = None if teacher is None else same_pictures(processor_of(student), processor_of(teacher))
-        if different is not None:
-            raise DataError(
-                f"{name}: its prompts show pictures, and student and teacher prepare them differently ({different}); choose a "
-                "student of the teacher's family, or prune the teacher (student.init=prune)"
-            )
+        if unshared is not None:
+            raise DataError(f"{name}: its prompts show pictures, and {unshared}")
         if ranks > 1 and prompts.pictured < len(prompts):
             raise DataError(
                 f"{name}: {prompts.pictured} of {len(prompts)} prompts show pictures; on several ranks all must, or none, since "
@@ -155,78 +142,6 @@ def _instructions(config: Prompts, tokenizer: PreTrainedTokenizerBase) -> Iterat
         yield Example(index, read.ids, response_ids, read.text, references, read.extras)
 
 
-@dataclass(frozen=True)
-class ReadPrompt:
-    """One prompt as a model reads it."""
-
-    text: str
-    ids: list[int]
-    text_ids: list[int]  # of the text by itself: a picture is one token
-    extras: Mapping[str, Tensor]  # of its pictures
-
-
-class PromptReader:
-    """Puts messages to models: renders and tokenises them, with the pictures that they show."""
-
-    def __init__(self, config: InstructionKeys, tokenizer: PreTrainedTokenizerBase):
-        self.config, self.tokenizer = config, tokenizer
-        processor = processor_of(tokenizer)
-        self.placeholders = frozenset() if processor is None else placeholder_ids(processor)
-        self.pictures = None if processor is None else PictureReader(processor, max_pixels=config.max_image_pixels)
-
-    def read(
-        self,
-        messages: list[Message],
-        pictures: Sequence[Picture] = (),
-        *,
-        context: str = "",
-        where: str = "this prompt",
-        limited: bool = False,
-    ) -> ReadPrompt | None:
-        """Args:
-            pictures: those that no part of a message names.
-            limited: return None for a prompt that is over max_characters or max_prompt_length.
-
-        Raises DataError for pictures that cannot be shown, to this model or at all.
-        """
-        folder = where.folder if isinstance(where, Place) else Path(".")
-        messages, shown = shown_in(where, folder, messages, pictures)
-        if not shown:
-            messages = as_texts(messages, "")
-        elif self.pictures is None:
-            raise DataError(
-                f"{where}: it shows {len(shown)} pictures, and the tokenizer belongs to a model of text alone; choose a model "
-                "of images and text, or take the pictures out of the data"
-            )
-        text = render(messages, self.config, self.tokenizer, context=context, where=where)
-        if limited and len(text) > self.config.max_characters:
-            return None
-        special = self.config.template != "chat"
-        text_ids = ids = encode(self.tokenizer, text, special, first=self.config.max_prompt_length if limited else None)
-        if limited and len(ids) > self.config.max_prompt_length:  # pictures only add to them
-            return None
-        extras: Mapping[str, Tensor] = {}
-        if shown:
-            ids, extras = self.pictures.read(where, text, shown, special=special)
-            if special and ids and ids[-1] == self.tokenizer.eos_token_id and text_ids[-1] != ids[-1]:
-                ids = ids[:-1]  # as `encode` has it
-        elif self.placeholders & set(ids):
-            raise DataError(
-                f"{where}: its text says what stands for a picture ({self._said(ids)}), and it shows none; take that out"
-            )
-        if limited and len(ids) > self.config.max_prompt_length:
-            return None
-        return ReadPrompt(text, ids, text_ids, extras)
-
-    def check_answer(self, ids: Sequence[int], where: str) -> None:
-        """Raises DataError for an answer with what stands for a picture: none can be shown there."""
-        if self.placeholders & set(ids):
-            raise DataError(f"{where}: its answer says what stands for a picture ({self._said(ids)}); take that out")
-
-    def _said(self, ids: Sequence[int]) -> str:
-        return ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(self.placeholders & set(ids))))
-
-
 def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
     for index, (_, text) in enumerate(read_texts(config.path)):
         if index < config.skip:
@@ -239,62 +154,6 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
         prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
         reference = tokenizer.decode(rest[: config.max_response_length], skip_special_tokens=True)
         yield Example(index, prompt_ids, response_ids, prompt, (reference,))
-
-
-def require_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises DataError for a tokenizer with which no text could be closed."""
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"{name}: the tokenizer has no EOS token, and neither its chat template nor the model's generation "
-            "configuration names an end, so no answer could be closed; set eos_token in its tokenizer_config.json"
-        )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, *, first: int | None = None) -> list[int]:
-    """Ids of a text, never empty: a model needs a token to start from.
-
-    Args:
-        first: where only so many of them count, a long text is tokenised as far as that takes, and a few more are returned.
-    """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return _beginning(tokenizer, text, special, first) or [start]
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, first: int | None) -> list[int]:
-    characters = len(text) if first is None else max(_CHARACTERS, _PER_TOKEN * first)
-    while characters < len(text):
-        ids = _encode(tokenizer, text[:characters], special)[:-_NEAR_THE_CUT]
-        if len(ids) > first:
-            return ids
-        characters *= 4  # long tokens, or spaces that make none
-    return _encode(tokenizer, text, special)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids  # long prompts are dropped, and counted
-    if special and ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text
-        ids = ids[:-1]
-    return ids
-
-
-def continuation_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    prompt_ids: list[int],
-    response: str,
-    special: bool,
-    *,
-    first: int | None = None,
-) -> list[int]:
-    """The joint tokenisation less the prompt's, where the prompt's is its beginning; else the response's own.
-
-    Args:
-        first: as for encode, of the response.
-    """
-    joint = encode(tokenizer, prompt + response, special, first=None if first is None else len(prompt_ids) + first)
-    if joint[: len(prompt_ids)] == prompt_ids:
-        return joint[len(prompt_ids) :]
-    return _beginning(tokenizer, response, False, first)
 
 
 def records_of(config: Prompts | Labels) -> Iterator[Record]:

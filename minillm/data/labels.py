@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
 from minillm.data.images import find_pictures
-from minillm.data.instructions import continuation_ids, encode, records_of
+from minillm.data.instructions import records_of
 from minillm.data.sources import DataError
 from minillm.data.templates import render
+from minillm.data.tokenization import continuation_ids, encode
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class TAID(Method):
         super().__init__(config)
         self.t: float = config.method.t_start
         self.momentum = 0.0
-        self.losses: list[float] = []  # that of the last step, none before the first
+        self.loss: float | None = None  # of the last step, None before the first
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         return take_references(data, self.step_size)
@@ -43,13 +43,13 @@ class TAID(Method):
         if observation.kind != "step":
             return {}
         used, loss = self.t, observation.metrics["loss"]
-        if self.losses:
-            self._move(loss, observation.step - 1)
-        self.losses = [loss]
+        if self.loss is not None:
+            self._move(self.loss, loss, observation.step - 1)
+        self.loss = loss
         return {"interpolation": used}
 
-    def _move(self, loss: float, step: int) -> None:
-        keys, before = self.config.method, self.losses[-1]
+    def _move(self, before: float, loss: float, step: int) -> None:
+        keys = self.config.method
         self.momentum = keys.beta * self.momentum + (1 - keys.beta) * (before - loss) / (before + TINY)
         t = keys.t_start + (keys.t_end - keys.t_start) * step / keys.steps
         if keys.adaptive:
@@ -57,10 +57,10 @@ class TAID(Method):
         self.t = min(keys.t_end, t)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"t": self.t, "momentum": self.momentum, "losses": self.losses}
+        return {"t": self.t, "momentum": self.momentum, "loss": self.loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.t, self.momentum, self.losses = state["t"], state["momentum"], list(state["losses"])
+        self.t, self.momentum, self.loss = state["t"], state["momentum"], state["loss"]
 
 
 def _sigmoid(x: float) -> float:

@@ -68,6 +68,25 @@ def same_pictures(ours: ProcessorMixin, theirs: ProcessorMixin) -> str | None:
     return f"{changed[0]} is {settings[0].get(changed[0])!r} for the student and {settings[1].get(changed[0])!r} for the teacher"
 
 
+def unshared_pictures(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> str | None:
+    """The reason why a picture that the student sees would reach the teacher as another one, or not at all; None where
+    there is no such reason, or no teacher.
+
+    Args: the tokenizers of both. That of a text student has no pictures to share.
+    """
+    if teacher is None or processor_of(student) is None:
+        return None
+    if processor_of(teacher) is None:
+        return "the teacher reads text alone; choose a teacher of images and text, or take the pictures out"
+    different = same_pictures(processor_of(student), processor_of(teacher))
+    if different is None:
+        return None
+    return (
+        f"student and teacher prepare them differently ({different}); choose a student of the teacher's family, or prune "
+        "the teacher (student.init=prune)"
+    )
+
+
 class UnreadVideos(VideoProcessorMixin):
     """What stands in a processor for the part that reads videos, and keeps that part's settings."""
 

@@ -42,9 +42,9 @@ class AnswerArchive:
     ) -> None:
         """Let the teacher answer every prompt whose key has no answer yet; a kill loses the batch in hand at most.
 
-        `teacher` says which one it is, in words that JSON knows. `extras` are what each prompt shows. `progress` is called after every batch with the number
-        of answers there are of these prompts. Raises UserError where the file holds answers of another teacher, that
-        were sampled in another way or to other prompts, and for repeated keys.
+        `teacher` says which one it is, in words that JSON knows. `extras` are what each prompt shows. `progress` is called
+        after every batch with the number of answers there are of these prompts. Raises UserError where the file holds
+        answers of another teacher, that were sampled in another way or to other prompts, and for repeated keys.
         """
         if len(set(keys)) != len(keys) or len(keys) != len(prompts):
             raise UserError(f"{len(prompts)} prompts need as many different keys; there are {len(set(keys))}")

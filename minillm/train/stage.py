@@ -232,22 +232,22 @@ class StageBuilder:
         return evaluator
 
 
-def _require_pictures(stage: Stage, prompts: PromptSet) -> None:
-    bare = [example.index for example in prompts.examples if not example.extras]
-    if bare:
-        raise UserError(
-            f"stage {stage.name!r}: method {stage.config.method.name} reads the pictures of prompts, but {len(bare)} of "
-            f"{len(prompts)} prompts of data.prompts show none (the first is number {bare[0] + 1}); give them one"
-        )
-
-
 def _require_references(stage: Stage, prompts: PromptSet) -> None:
-    bare = [example.index for example in prompts.examples if not example.response_ids]
+    remedy = "give them an answer, or use a method that samples its own (minillm, seqkd)"
+    _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy)
+
+
+def _require_pictures(stage: Stage, prompts: PromptSet) -> None:
+    _require_of_each(stage, prompts, "extras", "reads the pictures of prompts", "give them one")
+
+
+def _require_of_each(stage: Stage, prompts: PromptSet, part: str, use: str, remedy: str) -> None:
+    """Raises UserError where a prompt lacks a part that the method needs, the name of a field of Example."""
+    bare = [example.index for example in prompts.examples if not getattr(example, part)]
     if bare:
         raise UserError(
-            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, but {len(bare)} of "
-            f"{len(prompts)} prompts of data.prompts have none (the first is number {bare[0] + 1}); give "
-            "them an answer, or use a method that samples its own (minillm, seqkd)"
+            f"stage {stage.name!r}: method {stage.config.method.name} {use}, but {len(bare)} of {len(prompts)} prompts of "
+            f"data.prompts have none (the first is number {bare[0] + 1}); {remedy}"
         )
 
 

@@ -4,8 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.runs import TRAIN, TWO_RANKS
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,14 @@ def finish():
         return outputs
 
     return finish
+
+
+@pytest.fixture(scope="module")
+def unbroken(request, recipe, start, finish) -> dict[str, Path]:
+    """The folders of the module's recipe: trained by `one` process, and on two ranks in each of the module's ways, HOW."""
+    how = request.module.HOW
+    folders = {name: recipe.parent / name for name in ("one", *how)}
+    finish(start(1, *TRAIN, str(recipe), f"output_dir={folders['one']}"))
+    for name, keys in how.items():
+        finish(start(2, *TRAIN, str(recipe), f"output_dir={folders[name]}", *TWO_RANKS, *keys))
+    return folders

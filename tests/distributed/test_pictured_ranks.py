@@ -10,12 +10,11 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.pictures import picture, save_seeing
+from tests.runs import TRAIN, TWO_RANKS, every_record
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-TWO = ("engine.type=deepspeed", "train.gradient_accumulation_steps=1")
 HOW = {"stage-3": (), "stage-3-by-layers": ("engine.gather=layers",), "stage-2": ("engine.stage=2",)}
-TRAIN = ("-m", "minillm", "train")
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +58,9 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def unbroken(recipe, start, finish) -> dict[str, Path]:
-    folders = {name: recipe.parent / name for name in ("one", *HOW)}
-    finish(start(1, *TRAIN, str(recipe), f"output_dir={folders['one']}"))
-    for name, keys in HOW.items():
-        finish(start(2, *TRAIN, str(recipe), f"output_dir={folders[name]}", *TWO, *keys))
-    return folders
-
-
 @pytest.mark.parametrize("how", HOW)
 def test_two_ranks_take_the_steps_of_one_process(unbroken, how):
-    ours, theirs = records(unbroken[how]), records(unbroken["one"])
+    ours, theirs = every_record(unbroken[how]), every_record(unbroken["one"])
     assert len(ours) == len(theirs) and {record["stage"] for record in ours} == {"kd", "seqkd", "distil", "told"}
     for mine, other in zip(ours, theirs, strict=True):
         where = mine["stage"], mine["kind"], mine["stage_step"]
@@ -98,7 +84,7 @@ def test_pictures_for_some_ranks_alone_are_refused(recipe, start):
     document["stages"] = {"kd": {"method": {"name": "kd"}, "data": {"prompts": {"path": str(mixed)}}}}
     path = recipe.with_name("mixed.yaml")
     path.write_text(yaml.safe_dump(document))
-    ranks = start(2, *TRAIN, str(path), f"output_dir={recipe.parent / 'mixed'}", *TWO)
+    ranks = start(2, *TRAIN, str(path), f"output_dir={recipe.parent / 'mixed'}", *TWO_RANKS)
     outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert "7 of 14 prompts show pictures; on several ranks all must, or none" in " ".join(outputs[0].split())

@@ -1,7 +1,6 @@
 """Two ranks of DeepSpeed against one process: the same recipe, the same steps, for every method and stage of ZeRO."""
 
 import importlib.util
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -11,9 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.runs import TRAIN, TWO_RANKS, every_record
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-TWO = ("engine.type=deepspeed", "train.gradient_accumulation_steps=1")
 HOW = {
     "stage-3": (),
     "stage-3-by-layers": ("engine.gather=layers",),
@@ -43,25 +43,9 @@ def recipe(tmp_path_factory, small_run) -> Path:
     return path
 
 
-TRAIN = ("-m", "minillm", "train")
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def unbroken(recipe, start, finish) -> dict[str, Path]:
-    folders = {name: recipe.parent / name for name in ("one", *HOW)}
-    finish(start(1, *TRAIN, str(recipe), f"output_dir={folders['one']}"))
-    for name, keys in HOW.items():
-        finish(start(2, *TRAIN, str(recipe), f"output_dir={folders[name]}", *TWO, *keys))
-    return folders
-
-
 @pytest.mark.parametrize("how", HOW)
 def test_two_ranks_take_the_steps_of_one_process(unbroken, how):
-    ours, theirs = records(unbroken[how]), records(unbroken["one"])
+    ours, theirs = every_record(unbroken[how]), every_record(unbroken["one"])
     assert len(ours) == len(theirs) and {record["stage"] for record in ours} >= {"teacher", "kd", "gkd", "distil"}
     for mine, other in zip(ours, theirs, strict=True):
         where = mine["stage"], mine["kind"], mine["stage_step"]
@@ -94,8 +78,8 @@ def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(recipe, start, fin
     short = recipe.with_name("short.yaml")
     short.write_text(yaml.safe_dump(document, sort_keys=False))
     folders = {name: recipe.parent / f"short-{name}" for name in ("unbroken", "killed")}
-    finish(start(2, *TRAIN, str(short), f"output_dir={folders['unbroken']}", *TWO))
-    arguments = (str(short), f"output_dir={folders['killed']}", *TWO, "--resume")
+    finish(start(2, *TRAIN, str(short), f"output_dir={folders['unbroken']}", *TWO_RANKS))
+    arguments = (str(short), f"output_dir={folders['killed']}", *TWO_RANKS, "--resume")
     for moment in MOMENTS:
         ranks = start(2, str(Path(__file__).with_name("dying_rank.py")), *moment, *arguments)
         dead, other = ranks[int(moment[0])], ranks[1 - int(moment[0])]
@@ -110,8 +94,8 @@ def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(recipe, start, fin
     finish(start(2, *TRAIN, *arguments))
     ours, theirs = (load_file(folders[name] / "final" / "model.safetensors") for name in ("killed", "unbroken"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [record["loss"] for record in records(folders["killed"]) if record["kind"] == "train"] == [
-        record["loss"] for record in records(folders["unbroken"]) if record["kind"] == "train"
+    assert [record["loss"] for record in every_record(folders["killed"]) if record["kind"] == "train"] == [
+        record["loss"] for record in every_record(folders["unbroken"]) if record["kind"] == "train"
     ]
     (said,) = finish(start(1, *TRAIN, arguments[0], f"output_dir={moved}", *arguments[2:]))
     assert "was written by 2 ranks, and there are 1: the weights go on" in said
@@ -129,7 +113,7 @@ def test_a_fault_that_rank_0_alone_can_see_stops_all_with_its_words(recipe, unbr
     document["stages"] = {"kd": {"teacher": {"path": str(broken)}, "method": {"name": "kd"}}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(document))
-    ranks = start(2, *TRAIN, str(path), f"output_dir={tmp_path / 'run'}", *TWO)
+    ranks = start(2, *TRAIN, str(path), f"output_dir={tmp_path / 'run'}", *TWO_RANKS)
     outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2] and "Traceback" not in "".join(outputs)
     assert "a weight is not finite" in outputs[0] and "rank 0: teacher" in outputs[1]

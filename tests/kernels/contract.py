@@ -21,6 +21,7 @@ FIELDS = (
     "tvd",
     "interpolated_cross_entropy",
 )
+ENTRIES = ["objective", "token_stats"]  # the ways to a loss of several statistics; "coupled" is a third
 DIFFERENTIABLE = tuple(name for name in FIELDS if not name.startswith("teacher"))
 
 
@@ -43,6 +44,13 @@ def objective_of(case, backend, weights, **options):
     return linear_objective(*case.arguments, objective, inputs=weights, backend=backend, **options)[0]
 
 
+def loss_by(entry, case, backend, weights, **options):
+    if entry != "token_stats":
+        return objective_of(case, backend, weights, coupled=entry == "coupled", **options)
+    stats = stats_of(case, backend, fields=tuple(weights), **options)
+    return sum((weight * getattr(stats, name).flatten()).sum() for name, weight in weights.items())
+
+
 def gradients(loss, case):
     leaves = case.leaves
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -58,3 +66,26 @@ def assert_close(actual, expected, tolerance, kit):
     for name, value in expected.items():
         assert actual[name].shape == value.shape, name
         assert kit.relative_error(actual[name], value) < tolerance, name
+
+
+def assert_statistics(stats, expected, kept, fields, kit):
+    """`fields` and both argmaxes are the oracle's in kept rows, 0 or -1 elsewhere."""
+    for name in fields:
+        value = getattr(stats, name)
+        assert value.dtype == torch.float32 and (value[~kept] == 0).all(), name
+        assert kit.relative_error(value[kept], expected[name]) < STATS, name
+    for name in ("student_argmax", "teacher_argmax"):
+        value = getattr(stats, name)
+        assert value.dtype == torch.int64 and (value[~kept] == -1).all(), name
+        assert torch.equal(value[kept], expected[name]), name
+
+
+def central_differences(value, at):
+    """d value(x) / d x at `at` in float64, element by element."""
+    at = at.detach().double()
+    result = torch.zeros_like(at)
+    for index in range(result.numel()):
+        shift = torch.zeros_like(result)
+        shift.view(-1)[index] = 1e-5
+        result.view(-1)[index] = (value(at + shift) - value(at - shift)) / 2e-5
+    return result

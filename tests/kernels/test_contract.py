@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 from minillm.losses import linear_cross_entropy, linear_divergence, linear_objective
 from tests.kernels.contract import (
     DIFFERENTIABLE,
+    ENTRIES,
     FIELDS,
     GRADIENT,
-    STATS,
     assert_close,
+    assert_statistics,
     coefficients,
     expected_gradients,
     gradients,
+    loss_by,
     objective_of,
     stats_of,
 )
@@ -39,25 +41,10 @@ def test_every_statistic_matches_float64(options, backend, kit):
     case = kit.make_case(**OPTIONS[options])
     stats = stats_of(case, backend, fields=(*FIELDS, "student_argmax", "teacher_argmax"), chunk_bytes=4000)
     expected, _ = kit.oracle(case)
-    for name in FIELDS:
-        value = getattr(stats, name)
-        assert value.dtype == torch.float32 and (value[~case.kept] == 0).all(), name
-        assert kit.relative_error(value[case.kept], expected[name]) < STATS, name
-    for name in ("student_argmax", "teacher_argmax"):
-        value = getattr(stats, name)
-        assert value.dtype == torch.int64 and (value[~case.kept] == -1).all(), name
-        assert torch.equal(value[case.kept], expected[name]), name
+    assert_statistics(stats, expected, case.kept, FIELDS, kit)
     assert torch.equal(stats.reward, stats.teacher_logprob - stats.student_logprob)
 
 
-def loss_by(entry, case, backend, weights, **options):
-    if entry != "token_stats":
-        return objective_of(case, backend, weights, coupled=entry == "coupled", **options)
-    stats = stats_of(case, backend, fields=tuple(weights), **options)
-    return sum((weight * getattr(stats, name).flatten()).sum() for name, weight in weights.items())
-
-
-ENTRIES = ["objective", "token_stats"]
 ALL_ENTRIES = [*ENTRIES, "coupled"]
 
 

@@ -12,6 +12,7 @@ from tests.kernels.contract import (
     GRADIENT,
     STATS,
     assert_close,
+    central_differences,
     coefficients,
     expected_gradients,
     gradients,
@@ -168,19 +169,13 @@ def test_an_id_banned_in_the_student_alone(backend, kit):
 
 
 def _finite_difference(case, weights, kit):
-    """d sum(weight * statistic) / d hidden in float64, central differences."""
+    """d sum(weight * statistic) / d hidden in float64."""
 
-    def value(shift):
-        moved = case.with_(student_hidden=case.student_hidden.detach().double() + shift)
-        found = kit.oracle(moved)[0]
+    def value(hidden):
+        found = kit.oracle(case.with_(student_hidden=hidden))[0]
         return sum((weight[case.kept].double() * found[name].detach()).sum() for name, weight in weights.items())
 
-    result = torch.zeros_like(case.student_hidden, dtype=torch.float64)
-    for index in range(result.numel()):
-        shift = torch.zeros_like(result)
-        shift.view(-1)[index] = 1e-5
-        result.view(-1)[index] = (value(shift) - value(-shift)) / 2e-5
-    return result
+    return central_differences(value, case.student_hidden)
 
 
 def test_the_entropy_alone_of_a_student_with_a_banned_id(backend, kit):

@@ -6,7 +6,17 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from minillm.losses import TopK, linear_divergence, linear_objective, linear_token_stats
-from tests.kernels.contract import GRADIENT, STATS, assert_close, gradients, objective_of, stats_of
+from tests.kernels.contract import (
+    ENTRIES,
+    GRADIENT,
+    STATS,
+    assert_close,
+    assert_statistics,
+    gradients,
+    loss_by,
+    objective_of,
+    stats_of,
+)
 from tests.kernels.top_k import DIVERGENCES, FIELDS, expected_gradients, oracle, sparse, weights_of
 
 OPTIONS = {
@@ -17,14 +27,6 @@ OPTIONS = {
     "everything": {"bias": True, "temperature": 0.7, "student_options": {"logit_scale": 0.6, "softcap": 6.0}},
     "vocab_size": {"vocab": 113, "teacher_vocab": 127, "vocab_size": 101, "bias": True},
 }
-ENTRIES = ["objective", "token_stats"]
-
-
-def loss_by(entry, case, backend, weights, **options):
-    if entry == "objective":
-        return objective_of(case, backend, weights, **options)
-    stats = stats_of(case, backend, fields=tuple(weights), **options)
-    return sum((weight * getattr(stats, name).flatten()).sum() for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("k", [1, 8, 101])
@@ -33,14 +35,7 @@ def test_every_statistic_matches_float64(options, k, backend, kit):
     case = sparse(kit.make_case(**OPTIONS[options]), k)
     stats = stats_of(case, backend, fields=(*FIELDS, "student_argmax", "teacher_argmax"), chunk_bytes=4000)
     expected, _ = oracle(case)
-    for name in FIELDS:
-        value = getattr(stats, name)
-        assert value.dtype == torch.float32 and (value[~case.kept] == 0).all(), name
-        assert kit.relative_error(value[case.kept], expected[name]) < STATS, name
-    for name in ("student_argmax", "teacher_argmax"):
-        value = getattr(stats, name)
-        assert value.dtype == torch.int64 and (value[~case.kept] == -1).all(), name
-        assert torch.equal(value[case.kept], expected[name]), name
+    assert_statistics(stats, expected, case.kept, FIELDS, kit)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

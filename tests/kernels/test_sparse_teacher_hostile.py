@@ -9,7 +9,7 @@ import torch
 from minillm.kernels.divergences import RowSpec
 from minillm.kernels.sparse_teacher import SparseRows
 from minillm.losses import TopK, linear_divergence, linear_logprobs, linear_objective, linear_token_stats
-from tests.kernels.contract import GRADIENT, STATS, assert_close, gradients, objective_of, stats_of
+from tests.kernels.contract import GRADIENT, STATS, assert_close, central_differences, gradients, objective_of, stats_of
 from tests.kernels.top_k import DIVERGENCES, FIELDS, SparseCase, expected_gradients, oracle, sparse, weights_of
 
 INTERPOLATED = "interpolated_cross_entropy"
@@ -96,19 +96,13 @@ def test_a_tail_below_the_rounding_of_half_precision(dtype, backend, kit):
 
 
 def _finite_difference(case, weights):
-    """d sum(weight * statistic) / d hidden in float64, central differences."""
+    """d sum(weight * statistic) / d hidden in float64."""
 
-    def value(shift):
-        hidden = case.student_hidden.detach().double() + shift
+    def value(hidden):
         found = oracle(SparseCase(case.case.with_(student_hidden=hidden), case.top_k))[0]
         return sum((weight.double() * found[name].detach()).sum() for name, weight in weights.items())
 
-    result = torch.zeros_like(case.student_hidden, dtype=torch.float64)
-    for index in range(result.numel()):
-        shift = torch.zeros_like(result)
-        shift.view(-1)[index] = 1e-5
-        result.view(-1)[index] = (value(shift) - value(-shift)) / 2e-5
-    return result
+    return central_differences(value, case.student_hidden)
 
 
 def banned(kit, ids, softcap=None, k=4, **options):
