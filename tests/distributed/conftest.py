@@ -2,12 +2,11 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Forked
 from tests.runs import TRAIN, TWO_RANKS
 
 
@@ -15,24 +14,12 @@ from tests.runs import TRAIN, TWO_RANKS
 def start():
     """A function that starts `python ARGUMENTS` on a number of ranks."""
 
-    def start(ranks: int, *arguments: str) -> list[subprocess.Popen]:
+    def start(ranks: int, *arguments: str) -> list[Forked]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        return [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    **({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
+        places = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+        return [Forked(arguments, {**os.environ, **place}) for place in places]
 
     return start
 
@@ -41,7 +28,7 @@ def start():
 def finish():
     """A function that waits for ranks to end well and returns what they printed."""
 
-    def finish(processes: list[subprocess.Popen], *, timeout: float = 180) -> list[str]:
+    def finish(processes: list[Forked], *, timeout: float = 180) -> list[str]:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
         for process, output in zip(processes, outputs, strict=True):
             assert process.returncode == 0, output[-3000:]

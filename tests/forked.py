@@ -1,0 +1,71 @@
+"""Python programs as processes that are forked from one which has imported what they need.
+
+Importing torch, transformers and DeepSpeed takes seconds, far more than the small runs of tests: the fork server of
+`multiprocessing` does it once for all of them. What is about a launcher or an interpreter of its own starts one itself.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    ["minillm.cli.main", "minillm.train.run", "minillm.train.stage", "transformers.models.llama.modeling_llama",
+     "rouge_score.rouge_scorer", "datasets", "matplotlib.figure", "deepspeed", "minillm.engine.deepspeed"]
+)  # fmt: skip
+
+
+class Forked:
+    """`python ARGUMENTS` in a process of its own, with an environment; ends with this process at the latest.
+
+    It has the names of `subprocess.Popen`; stdout and stderr are one text.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]):
+        handle, output = tempfile.mkstemp(prefix="forked-", suffix=".txt")
+        os.close(handle)
+        self._output = Path(output)
+        self._process = _forks.Process(target=_program, args=(arguments, dict(environment), output), daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, or the negative number of the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Wait for the end; returns what was printed. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        self._process.join(timeout)
+        printed = self._output.read_text()
+        if self.returncode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired(str(self.pid), timeout, printed)
+        self._output.unlink()
+        return printed, None
+
+
+def _program(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the server's own OMP_NUM_THREADS may have been another one
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    how, *rest = arguments
+    if how == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(how, run_name="__main__")
