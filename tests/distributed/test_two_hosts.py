@@ -1,4 +1,4 @@
-"""Two hosts under torchrun: the steps of one process; where a host or the cable is lost, the other host says so.
+"""Two hosts under torchrun: the steps of two ranks of one; where a host or the cable is lost, the other host says so.
 
 The hosts are namespaces of the network, of process ids and of the hostname on one machine. Nothing of them has a name
 in the system: they are gone as soon as their first process is, and that one dies with ours.
@@ -22,6 +22,7 @@ import yaml
 from safetensors.torch import load_file
 
 from minillm.cli.main import main
+from tests.runs import TRAIN
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -131,7 +132,7 @@ def recipe(tmp_path_factory, small_run) -> Path:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., list[Host]]]:
+def start_hosts() -> Iterator[Callable[..., list[Host]]]:
     """A function that starts a run on two hosts; whatever happens, both are gone afterwards."""
     reason = why_not()
     if reason:
@@ -155,11 +156,6 @@ def start() -> Iterator[Callable[..., list[Host]]]:
         host.remove()
 
 
-def finish(hosts: list[Host]) -> None:
-    for host in hosts:
-        assert host.wait(300) == 0, host.said()[-3000:]
-
-
 def wait_for(path: Path, hosts: list[Host]) -> None:
     deadline = time.monotonic() + 300
     while not path.exists():
@@ -172,22 +168,22 @@ def steps(folder: Path) -> list[dict]:
     return [line for line in lines if line["kind"] == "train"]
 
 
-def test_two_hosts_train_as_one_and_the_one_that_is_left_goes_on(recipe, start):
+def test_a_host_that_is_lost_ends_the_run_and_two_hosts_go_on_as_two_ranks_of_one(recipe, start, finish, start_hosts):
     one, unbroken, broken = (recipe.with_name(name) for name in ("one", "unbroken", "broken"))
-    finish(start(recipe, unbroken))
+    finish(start(2, *TRAIN, str(recipe), f"output_dir={unbroken}", "engine.type=deepspeed"))
     assert main(["train", str(recipe), f"output_dir={one}", "train.gradient_accumulation_steps=2"]) == 0
     assert len(steps(one)) == 11
     for ours, theirs in zip(steps(unbroken), steps(one), strict=True):
         for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
 
-    first, second = start(recipe, broken)
+    first, second = start_hosts(recipe, broken)
     wait_for(broken / "checkpoint-3", [first, second])
     second.kill()
     assert first.wait(60) != 0
     assert "on host-b) has given no sign of life for 10 s; the others stop" in first.said(), first.said()[-3000:]
 
-    first, second = start(recipe, broken, "--resume")
+    first, second = start_hosts(recipe, broken, "--resume")
     wait_for(broken / "checkpoint-6", [first, second])
     second.unplug()
     for host, told in (
@@ -198,7 +194,8 @@ def test_two_hosts_train_as_one_and_the_one_that_is_left_goes_on(recipe, start):
         assert told in host.said(), host.said()[-3000:]
     assert not (broken / "final").exists()
 
-    finish(start(recipe, broken, "--resume"))
+    for host in start_hosts(recipe, broken, "--resume"):
+        assert host.wait(300) == 0, host.said()[-3000:]
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, unbroken))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [step["loss"] for step in steps(broken)] == [step["loss"] for step in steps(unbroken)]

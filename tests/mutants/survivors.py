@@ -168,9 +168,14 @@ class Run:
         return {None: "too slow", 0: "survived"}.get(status, "killed")
 
 
+def sources(tree: Path, room: Room) -> list[Path]:
+    """The files of a room that are broken."""
+    return sorted(path for path in (tree / room.source).rglob("*.py") if not any(map(path.match, room.without)))
+
+
 def candidates(tree: Path, room: Room) -> list[tuple[str, Mutant]]:
     """(file, mutant) of all mutants of a room."""
-    files = sorted(path for path in (tree / room.source).rglob("*.py") if not any(map(path.match, room.without)))
+    files = sources(tree, room)
     return [(str(path.relative_to(tree)), mutant) for path in files for mutant in mutants_of(path.read_bytes())]
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.mutants.survivors import ROOMS, ROOT, Room, Run, candidates, in_fork, markdown, share
+from tests.mutants.survivors import ROOMS, ROOT, Room, Run, candidates, in_fork, markdown, share, sources
 
 SOURCE = """def bounded(x):
     if x > 3:
@@ -77,7 +77,7 @@ def test_a_fork_is_ended_when_its_time_is_up():
 
 def test_the_rooms_are_there():
     for room in ROOMS.values():
-        assert candidates(ROOT, room) and all((ROOT / test).exists() for test in room.tests)
+        assert sources(ROOT, room) and all((ROOT / test).exists() for test in room.tests)
 
 
 def test_the_percentage_is_of_the_mutants_that_were_reached():
