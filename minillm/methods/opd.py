@@ -1,0 +1,154 @@
+"""On-policy distillation (Thinking Machines, "On-Policy Distillation", 2025): the sampled reverse KL as a reward.
+
+    L = - mean over the tokens of the answers of rho_t A_t,    rho_t = q(y_t) / q_old(y_t),    y ~ q_old
+    A_t = log p(y_t) - log q_old(y_t) + task_reward_weight * r(prompt, answer)
+
+q_old is the student that sampled. Every token has its own log-ratio alone (a discount of 0) and no baseline; the task
+reward r, where there is one, is that of its answer. With clip_range the loss of a token is PPO's, the larger of -rho_t A_t
+and -clip(rho_t) A_t. In expectation the gradient at q_old is that of KL(q || p) at every sampled prefix, of which this is
+the estimate that needs no more of the teacher than one log-probability a token.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm import UserError
+from minillm.data.instructions import Example
+from minillm.distributed import collectives
+from minillm.losses import TokenStats
+from minillm.methods.protocol import Method, Observation, Term, TrainingData
+from minillm.models.batch import collate
+from minillm.rollout.buffer import Rollout, RolloutBuffer
+from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Sampling
+from minillm.rollout.scoring import score
+from minillm.teachers.pair import Models
+
+
+def policy_objective(clip_range: float | None) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """The loss of a token (the module's formula), with the ratio, and the share of tokens that the clip silences."""
+
+    def objective(
+        stats: TokenStats,  # of C tokens
+        *,
+        advantage: Tensor,  # (C,)
+        old_logprob: Tensor,  # (C,) log q_old(y_t)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        ratio = (stats.student_logprob - old_logprob).exp()
+        loss = -advantage * ratio
+        metrics = {"policy_ratio": ratio.detach()}
+        if clip_range is not None:
+            clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+            metrics["clipped_share"] = (clipped > loss).to(ratio.dtype)
+            loss = torch.maximum(loss, clipped)
+        return loss, metrics
+
+    return objective
+
+
+class OnPolicyDistillation(Method):
+    """See the module."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.task_reward = config.method.task_reward_function()
+        self.objective = policy_objective(config.method.clip_range)
+        self.means: dict[str, float] = {}  # over the answers of the buffer in use
+
+    def collect(self, data: TrainingData, models: Models, draw: int) -> RolloutBuffer:
+        """Sample answers from the student, score them once under both models, and keep their advantages."""
+        rollout = self.config.rollout
+        examples = data.prompts.take(rollout.buffer_size)
+        if self.task_reward is not None and not self.means:  # what is wrong with it, before the first answer is sampled
+            self._task_rewards(examples[:1], ["".join(examples[0].references[:1])], data)
+        keys = [example.index for example in examples]
+        with data.timing.of("rollout"):
+            answers = data.rollouts.sample(
+                [example.prompt_ids for example in examples],
+                Sampling(rollout.max_new_tokens),
+                keys=distinct_keys(keys),
+                extras=[example.extras for example in examples],
+                seed=self.config.seed,
+                draw=draw,
+                batch_size=rollout.batch_size,
+                progress=lambda done: data.report_progress("sampling answers", done, len(examples)),
+            )
+        rewards = None
+        with data.timing.of("scoring"):
+            buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
+            if self.task_reward is not None:
+                texts = [models.tokenizer.decode(answer.response, skip_special_tokens=True) for answer in answers]
+                rewards = self._task_rewards(examples, texts, data)
+        self.means = _means(buffer, rewards)
+        self._keep_advantages(buffer, rewards)
+        return buffer
+
+    def _task_rewards(self, examples: Sequence[Example], answers: Sequence[str], data: TrainingData) -> list[float]:
+        """The task reward of every answer: one call on one rank, so that it is the same number on all of them."""
+
+        def call() -> list[float]:
+            rewards = []
+            for example, answer in zip(examples, answers, strict=True):
+                rewards.append(self._task_reward(example, answer))
+                data.report_progress("rewarding answers", len(rewards), len(examples))
+            return rewards
+
+        return collectives.on_rank_0(call)
+
+    def _task_reward(self, example: Example, answer: str) -> float:
+        record = {"index": example.index, "references": list(example.references)}
+        named = f"method.task_reward: {self.config.method.task_reward}"
+        where = f"for an answer to prompt {example.index + 1} of data.prompts"
+        try:
+            reward: Any = self.task_reward(example.prompt, answer, record)
+        except Exception as problem:
+            message = f"{named} raised {type(problem).__name__} {where}: {problem}; it must return a number for any text"
+            raise UserError(message) from problem
+        if not isinstance(reward, Real) or not math.isfinite(reward):
+            raise UserError(
+                f"{named} returned {reward!r} ({type(reward).__name__}) {where}; it must return a finite number, such as 0.0 "
+                f"for an answer that it cannot judge. The answer: {answer[:80]!r}"
+            )
+        return float(reward)
+
+    def _keep_advantages(self, buffer: RolloutBuffer, rewards: Sequence[float] | None) -> None:
+        """Leave `advantage` and `old_logprob`, (T,) fp32 each, in the rollouts: a step needs nothing else of the teacher."""
+        weight = self.config.method.task_reward_weight
+        for rollout, reward in zip(buffer, rewards or [0.0] * len(buffer), strict=True):
+            old, judged = (rollout.vectors[f"{who}_logprob"] for who in ("student", "teacher"))
+            advantage = judged.double() - old.double() + weight * reward
+            rollout.vectors = {"advantage": advantage.float(), "old_logprob": old}
+            rollout.teacher = {}
+
+    def terms(self, items: Sequence[Rollout], data: TrainingData, models: Models) -> list[Term]:
+        batch = collate([item.sequence for item in items], models.pad_id)
+        vectors = {name: torch.cat([item.vectors[name] for item in items]) for name in ("advantage", "old_logprob")}
+        count = float(len(batch.labels))
+        return [Term("policy", batch, self.objective, ("student_logprob",), count, inputs=vectors)]
+
+    def observe(self, observation: Observation) -> dict[str, float]:
+        return dict(self.means) if observation.kind == "step" else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": self.means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.means = dict(state["means"])
+
+
+def _means(buffer: RolloutBuffer, rewards: Sequence[float] | None) -> dict[str, float]:
+    """Of a scored buffer: the reverse KL of its tokens, sampled and exact, and its task reward."""
+    vectors = {name: torch.cat([one.vectors[name] for one in buffer]).double() for name in buffer[0].vectors}
+    means = {
+        "sampled_reverse_kl_nats": (vectors["student_logprob"] - vectors["teacher_logprob"]).mean().item(),
+        "reverse_kl_nats": vectors["reverse_kl"].mean().item(),
+    }
+    return means if rewards is None else {**means, "task_reward": math.fsum(rewards) / len(rewards)}
+
+
+METHOD = OnPolicyDistillation
