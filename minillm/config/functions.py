@@ -13,6 +13,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zlib import crc32
 
 from minillm import UserError
 from minillm.config.nearest import nearest
@@ -63,23 +64,23 @@ def _module(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError as problem:
         raise UserError(f"{problem}; install it, or name a file: path/to/file.py:function") from problem
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:  # a script may end itself
         raise UserError(_failed(name, problem)) from problem
 
 
 @cache
 def _module_of_file(path: Path) -> ModuleType:
-    name = f"{path.stem}_{hash(path) & 0xFFFFFFFF:08x}"  # never that of a module which is imported by its name
+    name = f"{path.stem}_{crc32(bytes(path)):08x}"  # never that of a module which is imported by its name
     spec = spec_from_file_location(name, path)
     module = module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and others look for it there
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         del sys.modules[name]
         raise UserError(_failed(str(path), problem)) from problem
     return module
 
 
-def _failed(what: str, problem: Exception) -> str:
+def _failed(what: str, problem: BaseException) -> str:
     return f"{what} fails when it is imported: {type(problem).__name__}: {problem}"

@@ -107,7 +107,9 @@ class OnPolicyDistillation(Method):
         try:
             reward: Any = self.task_reward(example.prompt, answer, record)
         except Exception as problem:
-            message = f"{named} raised {type(problem).__name__} {where}: {problem}; it must return a number for any text"
+            message = (
+                f"{named} raised {type(problem).__name__} {where}: {problem}; it must return a number for any text"
+            )
             raise UserError(message) from problem
         if not isinstance(reward, Real) or not math.isfinite(reward):
             raise UserError(
