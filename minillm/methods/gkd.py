@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minillm.methods.on_policy import sample_answers
 from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.batch import TokenSequence
-from minillm.rollout.noise import distinct_keys
-from minillm.rollout.rollouts import Sampling
 from minillm.teachers.pair import Models
 
 
@@ -31,18 +30,7 @@ class GeneralisedDistillation(Method):
         coin = np.random.default_rng([self.config.seed, draw]).random()  # one a step, keyed like everything random
         if coin >= self.config.method.on_policy:
             return references
-        rollout = self.config.rollout
-        with data.timing.of("rollout"):
-            answers = data.rollouts.sample(
-                [item.prompt for item in references],
-                Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p),
-                keys=distinct_keys([item.key for item in references]),
-                extras=[item.extras for item in references],
-                seed=self.config.seed,
-                draw=draw,
-                batch_size=rollout.batch_size,
-                progress=lambda done: data.report_progress("sampling answers", done, len(references)),
-            )
+        answers = sample_answers(references, data, self.config, draw=draw)
         return [
             TokenSequence(answer.prompt, answer.response, item.key, answer.extras)
             for item, answer in zip(references, answers, strict=True)

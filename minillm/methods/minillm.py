@@ -16,13 +16,12 @@ from torch import Tensor
 
 from minillm.config.method import MiniLLM
 from minillm.losses import TokenStats
+from minillm.methods.on_policy import clipped_policy_loss, sample_answers
 from minillm.methods.protocol import Method, Term, TrainingData
 from minillm.methods.returns import discounted_returns, importance_weights, shape_rewards, whiten
 from minillm.methods.supervised import mixed_term
 from minillm.models.batch import TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
-from minillm.rollout.noise import distinct_keys
-from minillm.rollout.rollouts import Sampling
 from minillm.rollout.scoring import score
 from minillm.teachers.pair import Models
 
@@ -71,13 +70,7 @@ def policy_objective(method: MiniLLM):
         ratio = (stats.student_logprob - old_logprob).exp()
         if method.importance_weight_in_clip:
             ratio = ratio * policy_weight
-        policy = -advantage * ratio
-        if method.cliprange is not None:
-            clipped = -advantage * ratio.clamp(1 - method.cliprange, 1 + method.cliprange)
-            silenced = clipped > policy
-            policy = torch.maximum(policy, clipped)
-        else:
-            silenced = torch.zeros_like(ratio, dtype=torch.bool)
+        policy, silenced = clipped_policy_loss(ratio, advantage, method.cliprange)
         if not method.importance_weight_in_clip:
             policy = policy * policy_weight
         loss = policy
@@ -102,21 +95,11 @@ class MiniLLMMethod(Method):
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> RolloutBuffer:
         """Sample answers from p~, score them once under both models, and compute their advantages."""
-        rollout = self.config.rollout
-        examples = data.prompts.take(rollout.buffer_size)
-        keys = [example.index for example in examples]
-        with data.timing.of("rollout"):
-            answers = data.rollouts.sample(
-                [example.prompt_ids for example in examples],
-                Sampling(rollout.max_new_tokens, alpha=self.config.method.alpha),
-                keys=distinct_keys(keys),
-                extras=[example.extras for example in examples],
-                seed=self.config.seed,
-                draw=draw,
-                who="mixture" if self.config.method.alpha > 0 else "student",
-                batch_size=rollout.batch_size,
-                progress=lambda done: data.report_progress("sampling answers", done, len(examples)),
-            )
+        rollout, alpha = self.config.rollout, self.config.method.alpha
+        prompts = [example.sequence for example in data.prompts.take(rollout.buffer_size)]
+        keys = [prompt.key for prompt in prompts]
+        who = "mixture" if alpha > 0 else "student"
+        answers = sample_answers(prompts, data, self.config, draw=draw, alpha=alpha, who=who)
         with data.timing.of("scoring"):
             buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
         add_advantages(buffer, self.config.method)

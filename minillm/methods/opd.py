@@ -21,11 +21,10 @@ from minillm import UserError
 from minillm.data.instructions import Example
 from minillm.distributed import collectives
 from minillm.losses import TokenStats
+from minillm.methods.on_policy import clipped_policy_loss, sample_answers
 from minillm.methods.protocol import Method, Observation, Term, TrainingData
 from minillm.models.batch import collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
-from minillm.rollout.noise import distinct_keys
-from minillm.rollout.rollouts import Sampling
 from minillm.rollout.scoring import score
 from minillm.teachers.pair import Models
 
@@ -40,12 +39,10 @@ def policy_objective(clip_range: float | None) -> Callable[..., tuple[Tensor, di
         old_logprob: Tensor,  # (C,) log q_old(y_t)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         ratio = (stats.student_logprob - old_logprob).exp()
-        loss = -advantage * ratio
+        loss, silenced = clipped_policy_loss(ratio, advantage, clip_range)
         metrics = {"policy_ratio": ratio.detach()}
         if clip_range is not None:
-            clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
-            metrics["clipped_share"] = (clipped > loss).to(ratio.dtype)
-            loss = torch.maximum(loss, clipped)
+            metrics["clipped_share"] = silenced.to(ratio.dtype)
         return loss, metrics
 
     return objective
@@ -67,17 +64,7 @@ class OnPolicyDistillation(Method):
         if self.task_reward is not None and not self.means:  # what is wrong with it, before the first answer is sampled
             self._task_rewards(examples[:1], ["".join(examples[0].references[:1])], data)
         keys = [example.index for example in examples]
-        with data.timing.of("rollout"):
-            answers = data.rollouts.sample(
-                [example.prompt_ids for example in examples],
-                Sampling(rollout.max_new_tokens),
-                keys=distinct_keys(keys),
-                extras=[example.extras for example in examples],
-                seed=self.config.seed,
-                draw=draw,
-                batch_size=rollout.batch_size,
-                progress=lambda done: data.report_progress("sampling answers", done, len(examples)),
-            )
+        answers = sample_answers([example.sequence for example in examples], data, self.config, draw=draw)
         rewards = None
         with data.timing.of("scoring"):
             buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)

@@ -1,0 +1,59 @@
+"""What the methods on sampled answers share: asking for the answers, and the clipped policy gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minillm.config.root import StageConfig
+from minillm.methods.protocol import TrainingData
+from minillm.models.batch import TokenSequence
+from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Answer, Sampling, Who
+
+
+def sample_answers(
+    prompts: Sequence[TokenSequence],
+    data: TrainingData,
+    config: StageConfig,
+    *,
+    draw: int,
+    alpha: float = 0.0,
+    who: Who = "student",
+) -> list[Answer]:
+    """One answer to each prompt, in their order, sampled as `rollout` says; a prompt that comes twice is answered anew.
+
+    Args:
+        draw: what `collect` was given: with the seed and the prompt it decides the answer, so that a resumed run samples
+            the same ones.
+        alpha: the teacher's weight, where `who` is the mixture.
+    """
+    rollout = config.rollout
+    with data.timing.of("rollout"):
+        return data.rollouts.sample(
+            [prompt.prompt for prompt in prompts],
+            Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p, alpha),
+            keys=distinct_keys([prompt.key for prompt in prompts]),
+            extras=[prompt.extras for prompt in prompts],
+            seed=config.seed,
+            draw=draw,
+            who=who,
+            batch_size=rollout.batch_size,
+            progress=lambda done: data.report_progress("sampling answers", done, len(prompts)),
+        )
+
+
+def clipped_policy_loss(
+    ratio: Tensor,  # (C,) of the student to the one that sampled; carries the gradient
+    advantage: Tensor,  # (C,)
+    clip_range: float | None,
+) -> tuple[Tensor, Tensor]:  # (C,) each
+    """PPO's loss of a token (arXiv 1707.06347, equation 7), and which tokens it gives no gradient.
+
+    max(-ratio A, -clip(ratio, 1 - clip_range, 1 + clip_range) A); without a clip range -ratio A, of which no token is silent.
+    """
+    loss = -advantage * ratio
+    if clip_range is None:
+        return loss, torch.zeros_like(ratio, dtype=torch.bool)
+    clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(loss, clipped), clipped > loss
