@@ -321,7 +321,9 @@ class OPD(MethodConfig):
 
     def task_reward_function(self) -> Callable[[str, str, dict[str, Any]], float] | None:
         """The function that `task_reward` names, imported; None without one. Raises UserError where that fails."""
-        return self.task_reward and load_function(self.task_reward, "prompt_text", "answer_text", "record")
+        if self.task_reward is None:
+            return None
+        return load_function(self.task_reward, "prompt_text", "answer_text", "record")
 
     def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         try:

@@ -10,6 +10,7 @@ the estimate that needs no more of the teacher than one log-probability a token.
 """
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -62,7 +63,7 @@ class OnPolicyDistillation(Method):
         rollout = self.config.rollout
         examples = data.prompts.take(rollout.buffer_size)
         if self.task_reward is not None and not self.means:  # what is wrong with it, before the first answer is sampled
-            self._task_rewards(examples[:1], ["".join(examples[0].references[:1])], data)
+            self._rewards(examples[:1], ["".join(examples[0].references[:1])], data)
         keys = [example.index for example in examples]
         answers = sample_answers([example.sequence for example in examples], data, self.config, draw=draw)
         rewards = None
@@ -70,34 +71,35 @@ class OnPolicyDistillation(Method):
             buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
             if self.task_reward is not None:
                 texts = [models.tokenizer.decode(answer.response, skip_special_tokens=True) for answer in answers]
-                rewards = self._task_rewards(examples, texts, data)
+                rewards = self._rewards(examples, texts, data)
         self.means = _means(buffer, rewards)
         self._keep_advantages(buffer, rewards)
         return buffer
 
-    def _task_rewards(self, examples: Sequence[Example], answers: Sequence[str], data: TrainingData) -> list[float]:
+    def _rewards(self, examples: Sequence[Example], answers: Sequence[str], data: TrainingData) -> list[float]:
         """The task reward of every answer: one call on one rank, so that it is the same number on all of them."""
 
         def call() -> list[float]:
             rewards = []
             for example, answer in zip(examples, answers, strict=True):
-                rewards.append(self._task_reward(example, answer))
+                rewards.append(self._reward(example, answer))
                 data.report_progress("rewarding answers", len(rewards), len(examples))
             return rewards
 
         return collectives.on_rank_0(call)
 
-    def _task_reward(self, example: Example, answer: str) -> float:
+    def _reward(self, example: Example, answer: str) -> float:
         record = {"index": example.index, "references": list(example.references)}
         named = f"method.task_reward: {self.config.method.task_reward}"
         where = f"for an answer to prompt {example.index + 1} of data.prompts"
         try:
             reward: Any = self.task_reward(example.prompt, answer, record)
         except Exception as problem:
-            message = (
-                f"{named} raised {type(problem).__name__} {where}: {problem}; it must return a number for any text"
-            )
-            raise UserError(message) from problem
+            place = traceback.extract_tb(problem.__traceback__)[-1]
+            raise UserError(
+                f"{named} raised {type(problem).__name__} {where}: {problem} ({place.filename}, line {place.lineno}); it must "
+                "return a number for any text"
+            ) from problem
         if not isinstance(reward, Real) or not math.isfinite(reward):
             raise UserError(
                 f"{named} returned {reward!r} ({type(reward).__name__}) {where}; it must return a finite number, such as 0.0 "

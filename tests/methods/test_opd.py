@@ -111,12 +111,13 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(clip_range, weigh
     found = torch.autograd.grad(loss, list(student.parameters()))
 
     student.double()
-    want, tokens, silenced = 0.0, 0, 0
+    want, tokens, silenced, ratios = 0.0, 0, 0, 0.0
     for item, before, of_teacher, reward in zip(buffer, old, judged, rewards, strict=True):
         now = token_log_probs(student, item)
         for t in range(len(item.response)):
             advantage = float(of_teacher[t] - before[t]) + (weight or 0.0) * reward
             ratio = (now[t] - before[t]).exp()
+            ratios += ratio.item()
             token = -advantage * ratio
             if clip_range is not None:  # no gradient where the ratio has gone too far in the direction of the advantage
                 too_far = ratio > 1 + clip_range if advantage > 0 else ratio < 1 - clip_range
@@ -128,6 +129,7 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(clip_range, weigh
     student.float()
     assert tokens > len(buffer)
     assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert metrics["policy_ratio"].item() == pytest.approx(ratios, rel=1e-4)
     for ours, theirs in zip(found, gradients, strict=True):
         assert theirs.abs().max() > 1e-4
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=2e-5 * float(theirs.abs().max()) + 1e-7)
@@ -220,7 +222,10 @@ def test_it_records_the_reverse_kl_and_the_reward_of_its_answers(models, data, j
         ("return 'good'", r"returned 'good' \(str\)"),
         ("return float('nan')", r"returned nan \(float\)"),
         ("return float('inf')", r"returned inf \(float\)"),
-        ("return 1 / 0", r"raised ZeroDivisionError for .* prompt \d .*: division by zero; it must return a number"),
+        (
+            "return 1 / 0",
+            r"raised ZeroDivisionError for .* prompt \d .*: division by zero \(.*wrong.py, line 2\); it must return",
+        ),
     ],
 )
 def test_a_reward_that_is_no_number_is_said_before_anything_is_sampled(body, message, models, data, tmp_path):
@@ -256,6 +261,7 @@ def test_whatever_is_a_number_is_a_reward(reward, models, data, tmp_path):
 def test_keys_that_are_wrong_or_do_nothing_are_named(judge):
     assert [*OPD(name="opd", task_reward=judge).findings(), *OPD(name="opd", task_reward=judge).idle_keys()] == []
     assert [key for key, *_ in OPD(name="opd").idle_keys()] == ["task_reward_weight"]
+    assert [key for key, *_ in OPD(name="opd", task_reward="").findings()] == ["task_reward"]
     ((key, message, _),) = OPD(name="opd", task_reward=judge.replace("judge", "jugde")).findings()
     assert key == "task_reward" and "did you mean judge?" in message
 
