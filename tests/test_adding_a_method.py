@@ -21,13 +21,18 @@ def page():
     blocks = re.findall(r"```(python|yaml)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     (keys, method), (recipe,) = ([text for kind, text in blocks if kind == wanted] for wanted in ("python", "yaml"))
     import minillm.config.method as home
+    from minillm.config.root import StageConfig
 
     names = dict(vars(home))  # the class stands in that file
     exec(compile(keys, str(PAGE), "exec"), names)
     module: dict = {}
     exec(compile(method, str(PAGE), "exec"), module)
+    field = StageConfig.model_fields["method"]
+    before = field.annotation
     register(names["Annealed"], module["METHOD"])
-    return recipe
+    yield recipe
+    field.annotation = before  # messages that list the methods are other tests'
+    StageConfig.model_rebuild(force=True)
 
 
 def test_the_method_of_the_page_trains_and_goes_on_bit_for_bit(page, tmp_path):
