@@ -292,7 +292,7 @@ class OPD(MethodConfig):
     """On-policy distillation: policy gradient of the reverse KL at the student's own tokens, each with its own reward."""
 
     name: Literal["opd"]
-    clip_range: Annotated[float, Field(gt=0.0)] | None = Field(
+    cliprange: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="PPO's clip range of the ratio to the student that sampled; null (published): no clip"
     )
     task_reward: str | None = Field(

@@ -46,14 +46,14 @@ def sample_answers(
 def clipped_policy_loss(
     ratio: Tensor,  # (C,) of the student to the one that sampled; carries the gradient
     advantage: Tensor,  # (C,)
-    clip_range: float | None,
+    cliprange: float | None,
 ) -> tuple[Tensor, Tensor]:  # (C,) each
     """PPO's loss of a token (arXiv 1707.06347, equation 7), and which tokens it gives no gradient.
 
-    max(-ratio A, -clip(ratio, 1 - clip_range, 1 + clip_range) A); without a clip range -ratio A, of which no token is silent.
+    max(-ratio A, -clip(ratio, 1 - cliprange, 1 + cliprange) A); without a clip range -ratio A, of which no token is silent.
     """
     loss = -advantage * ratio
-    if clip_range is None:
+    if cliprange is None:
         return loss, torch.zeros_like(ratio, dtype=torch.bool)
-    clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = -advantage * ratio.clamp(1 - cliprange, 1 + cliprange)
     return torch.maximum(loss, clipped), clipped > loss

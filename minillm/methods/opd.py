@@ -4,7 +4,7 @@
     A_t = log p(y_t) - log q_old(y_t) + task_reward_weight * r(prompt, answer)
 
 q_old is the student that sampled. Every token has its own log-ratio alone (a discount of 0) and no baseline; the task
-reward r, where there is one, is that of its answer. With clip_range the loss of a token is PPO's, the larger of -rho_t A_t
+reward r, where there is one, is that of its answer. With cliprange the loss of a token is PPO's, the larger of -rho_t A_t
 and -clip(rho_t) A_t. In expectation the gradient at q_old is that of KL(q || p) at every sampled prefix, of which this is
 the estimate that needs no more of the teacher than one log-probability a token.
 """
@@ -30,7 +30,7 @@ from minillm.rollout.scoring import score
 from minillm.teachers.pair import Models
 
 
-def policy_objective(clip_range: float | None) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+def policy_objective(cliprange: float | None) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """The loss of a token (the module's formula), with the ratio, and the share of tokens that the clip silences."""
 
     def objective(
@@ -40,9 +40,9 @@ def policy_objective(clip_range: float | None) -> Callable[..., tuple[Tensor, di
         old_logprob: Tensor,  # (C,) log q_old(y_t)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         ratio = (stats.student_logprob - old_logprob).exp()
-        loss, silenced = clipped_policy_loss(ratio, advantage, clip_range)
+        loss, silenced = clipped_policy_loss(ratio, advantage, cliprange)
         metrics = {"policy_ratio": ratio.detach()}
-        if clip_range is not None:
+        if cliprange is not None:
             metrics["clipped_share"] = silenced.to(ratio.dtype)
         return loss, metrics
 
@@ -55,7 +55,7 @@ class OnPolicyDistillation(Method):
     def __init__(self, config):
         super().__init__(config)
         self.task_reward = config.method.task_reward_function()
-        self.objective = policy_objective(config.method.clip_range)
+        self.objective = policy_objective(config.method.cliprange)
         self.means: dict[str, float] = {}  # over the answers of the buffer in use
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> RolloutBuffer:

@@ -233,7 +233,7 @@ class StageBuilder:
 
 
 def _require_references(stage: Stage, prompts: PromptSet) -> None:
-    remedy = "give them an answer, or use a method that samples its own (minillm, seqkd)"
+    remedy = "give them an answer, or use a method that samples its answers"
     _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy)
 
 

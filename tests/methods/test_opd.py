@@ -87,10 +87,10 @@ def answer_rewards(buffer, data, models):
 
 
 @pytest.mark.parametrize("weight", [None, 0.5])
-@pytest.mark.parametrize("clip_range", [None, 0.1])
-def test_loss_and_gradient_are_those_of_full_logits_in_float64(clip_range, weight, models, data, judge):
+@pytest.mark.parametrize("cliprange", [None, 0.1])
+def test_loss_and_gradient_are_those_of_full_logits_in_float64(cliprange, weight, models, data, judge):
     rewarded = {} if weight is None else {"task_reward": judge, "task_reward_weight": weight}
-    method = build_method(stage(clip_range=clip_range, **rewarded))
+    method = build_method(stage(cliprange=cliprange, **rewarded))
     buffer = method.collect(data, models, draw=0)
     student, teacher = models.student, models.teacher.model
     rewards = [0.0] * len(buffer) if weight is None else answer_rewards(buffer, data, models)
@@ -119,9 +119,9 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(clip_range, weigh
             ratio = (now[t] - before[t]).exp()
             ratios += ratio.item()
             token = -advantage * ratio
-            if clip_range is not None:  # no gradient where the ratio has gone too far in the direction of the advantage
-                too_far = ratio > 1 + clip_range if advantage > 0 else ratio < 1 - clip_range
-                token = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range) if too_far else token
+            if cliprange is not None:  # no gradient where the ratio has gone too far in the direction of the advantage
+                too_far = ratio > 1 + cliprange if advantage > 0 else ratio < 1 - cliprange
+                token = -advantage * ratio.clamp(1 - cliprange, 1 + cliprange) if too_far else token
                 silenced += bool(too_far)
             want, tokens = want + token, tokens + 1
     want = want / tokens
@@ -133,7 +133,7 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(clip_range, weigh
     for ours, theirs in zip(found, gradients, strict=True):
         assert theirs.abs().max() > 1e-4
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=2e-5 * float(theirs.abs().max()) + 1e-7)
-    if clip_range is None:
+    if cliprange is None:
         assert "clipped_share" not in metrics
     else:
         assert 0 < silenced < tokens and metrics["clipped_share"].item() == silenced
@@ -282,7 +282,7 @@ def whole(tmp_path_factory, small_run) -> Path:
         "teacher": {"student": {"config": {"hidden_size": 24}}, "train": {"max_steps": 2}},
         "distil": {
             "teacher": {"path": "stage:teacher"},
-            "method": {"name": "opd", "clip_range": 0.2, "task_reward": f"{folder}/rewards.py:judge"},
+            "method": {"name": "opd", "cliprange": 0.2, "task_reward": f"{folder}/rewards.py:judge"},
         },
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
