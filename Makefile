@@ -7,7 +7,7 @@ MINILLM_ASSETS ?= $(wildcard $(abspath ../shared/assets))
 export MINILLM_ASSETS
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test tiny lint mutants clean
+.PHONY: quickstart test tiny lint mutants sweep clean
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/minillm train configs/quickstart.yaml $(ARGS)
@@ -25,6 +25,11 @@ SEED ?= 0
 ROOMS ?= kernels,methods,rollout,engine,evaluate,train
 mutants: $(VENV)/test.installed
 	nice -n 10 $(BIN)/python -m tests.mutants.survivors --rooms $(ROOMS) --sample $(SAMPLE) --seed $(SEED) $(ARGS)
+
+# takes every decoder of transformers, tiny, through all that is done with a model, into runs/sweep.md: ten minutes
+ONLY ?=
+sweep: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m tests.sweep.every_architecture --only "$(ONLY)" $(ARGS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -22,6 +22,8 @@ from minillm.models.families import (
     token_kinds,
 )
 
+# What the code of an architecture raises where its configuration does not go together or its inputs are not what it takes.
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -152,3 +154,17 @@ def head_error(model: PreTrainedModel) -> float:
     difference = torch.where(ours == expected, 0.0, (ours - expected).abs()).max()  # banned ids are -inf in both
     largest = expected.masked_fill(expected == -torch.inf, 0.0).abs().max()
     return (difference / largest).item() if difference != 0 else 0.0
+
+
+@torch.no_grad()
+def padding_error(model: PreTrainedModel) -> float:
+    """How far the last hidden states of a text beside a longer one are from those of the text alone: the norm of the
+    difference as a part of theirs. Not 0 to rounding where an architecture reads the padding at the right as text."""
+    ids = torch.arange(8, device=model.device)[None] % _plain_head(model).weight.shape[0]
+    short = ids[:, :5]
+    alone = last_hidden(model, short, torch.ones_like(short)).float()
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[0, 5:] = 0
+    positions = torch.arange(8, device=model.device).expand(2, 8)
+    beside = last_hidden(model, ids.repeat(2, 1).masked_fill(mask == 0, 0), mask, positions)[:1, :5].float()
+    return ((beside - alone).norm() / alone.norm().clamp_min(1e-30)).item()

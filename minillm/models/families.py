@@ -143,6 +143,24 @@ def own_positions(
     return positions, shift.view(-1, 1)
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model takes a cache. Models swallow other names silently, and begin anew with every token."""
+    return "cache_params" if _recurrent(model) else "past_key_values"
+
+
+def cache_mask(
+    model: PreTrainedModel,
+    attention_mask: Tensor,  # (B, tokens so far)
+    fed: int,
+) -> Tensor:  # (B, tokens so far) or (B, fed)
+    """The mask beside a cache: of all tokens so far, for a model that keeps a state and no tokens of those that are fed."""
+    return attention_mask[:, -fed:] if _recurrent(model) else attention_mask
+
+
+def _recurrent(model: PreTrainedModel) -> bool:
+    return "cache_params" in _arguments(model) and "past_key_values" not in _arguments(model)
+
+
 def _arguments(model: PreTrainedModel) -> frozenset[str]:
     return _parameters(type(decoder(model)))
 

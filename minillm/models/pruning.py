@@ -206,7 +206,13 @@ def _rewrite(config: PreTrainedConfig, keep: Sequence[int]) -> None:
     for key, value in changed.items():
         setattr(config, key, value)
     if layer_count(config) != len(keep):  # some configurations count an entry of a list
-        config.num_hidden_layers = len(keep)
+        try:
+            config.num_hidden_layers = len(keep)
+        except NotImplementedError as error:
+            raise UserError(
+                f"student.init=prune: the configuration of {config.model_type} takes no number of layers ({error}); choose "
+                "another model"
+            ) from error
     if of_layers:
         config.per_layer_config = {
             place[int(index)]: different for index, different in of_layers.items() if int(index) in place

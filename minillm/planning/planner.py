@@ -30,7 +30,8 @@ class StagePlan:
     work: Work
     simulation: Simulation
     memory: list[PhaseMemory]
-    activations: Callable[[bool], int]  # the most of the update, bytes, with gradient_checkpointing and without
+    # the most of the update, bytes, with gradient_checkpointing and without; None with it where the architecture refuses it
+    activations: Callable[[bool], int | None]
     speed: Speed | None  # None where the stage takes no step
     memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; UserError where the buffer does not divide
     not_counted: tuple[str, ...]  # what the method needs beside what the plan holds
@@ -112,8 +113,13 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         setting = Setting.of(config, checkpointing=checkpointing)
         return simulate(setting, work.moment, student, teacher, device, phases=phases)
 
-    def activations(checkpointing: bool) -> int:
-        update = simulated(work, checkpointing, PHASES if checkpointing == asked else ("update",))
+    def activations(checkpointing: bool) -> int | None:
+        try:
+            update = simulated(work, checkpointing, PHASES if checkpointing == asked else ("update",))
+        except UserError:
+            if checkpointing == asked or not checkpointing:
+                raise
+            return None
         return update.phases["update"].most("activations")
 
     def memory(size: int) -> list[PhaseMemory]:

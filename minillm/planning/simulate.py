@@ -6,6 +6,7 @@ update    forward, loss and backward of every term, with checkpointing and autoc
 evaluation    between steps: answers of student and teacher, and forward passes over them
 """
 
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from torch._subclasses.fake_tensor import (
 from transformers import PreTrainedConfig
 
 from minillm import UserError
-from minillm.models.access import checkpoint_activations, forward_decoder, lm_head, row_hidden
+from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
-from minillm.models.families import text_config
+from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
 from minillm.planning.ledger import Ledger, Timeline
@@ -80,7 +81,22 @@ def simulate(
                 f"no plan for {' and '.join(types)}: the architecture's code asks for values ({error}), and a plan has "
                 "nothing but shapes"
             ) from error
+        except UserError:
+            raise
+        except REFUSALS as error:
+            if not _in_transformers(error):
+                raise
+            types = sorted({one.model_type for one in (student, teacher) if one is not None})
+            raise UserError(
+                f"no plan for {' and '.join(types)}: the architecture's code refuses what a plan does with it "
+                f"({type(error).__name__}: {' '.join(str(error).split())})"
+            ) from error
     return _DONE[key]
+
+
+def _in_transformers(error: Exception) -> bool:
+    """Whether an exception passed through an architecture's code, whatever that called, and not through ours alone."""
+    return any("/transformers/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 class _Simulator:
@@ -217,9 +233,10 @@ class _Simulator:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
                 layer.use(seen)
         ids = torch.zeros(batch, fed, dtype=torch.int64)
-        mask = torch.ones(batch, seen + fed, dtype=torch.int64)
+        mask = cache_mask(self.models[name], torch.ones(batch, seen + fed, dtype=torch.int64), fed)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)
-        forward_decoder(self.models[name], ids, mask, positions, past_key_values=cache, use_cache=True)
+        cached = {cache_argument(self.models[name]): cache, "use_cache": True}
+        forward_decoder(self.models[name], ids, mask, positions, **cached)
         self.ledger.relabel(_stored(cache), f"{name} KV cache")
 
     def _run_without_gradient(self, passes: tuple[Decoding | Forward, ...], phase: str) -> None:

@@ -149,9 +149,10 @@ def _memory(stage: StagePlan) -> Table:
 
 def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     if stage.work.terms:
+        without, beside = stage.activations(False), stage.activations(True)
         yield Text(
-            f"activations of the update: {_gib(stage.activations(False))} GiB without gradient_checkpointing, "
-            f"{_gib(stage.activations(True))} GiB with it"
+            f"activations of the update: {_gib(without)} GiB without gradient_checkpointing, "
+            + ("which the architecture does not offer" if beside is None else f"{_gib(beside)} GiB with it")
         )
     for name, shape in stage.simulation.losses.items():
         full = shape.full_logits_bytes(gradient=name not in ("scoring", "evaluation"))

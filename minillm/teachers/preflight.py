@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm import UserError
-from minillm.models.access import head_error, lm_head
+from minillm.models.access import REFUSALS, head_error, lm_head, padding_error
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.loading import is_hollow
 from minillm.models.processors import placeholder_ids, processor_of
@@ -55,7 +55,7 @@ def preflight(
     for who, model in (("student", student), ("teacher", teacher_model)):
         # one that is sharded over the ranks was looked at when it was loaded; one without weights is rank 0's to look at
         if model is not None and not is_sharded(model) and not is_hollow(model):
-            _check_head(who, model)
+            _check_model(who, model)
     ends = [*end_ids(student, student_tokenizer)]
     if teacher_model is not None:
         ends += end_ids(teacher_model, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
@@ -109,13 +109,29 @@ def _look_at_pictures(
             answer_beside_pictures(model, all(seeing) and len(ids) == 1)
 
 
-def _check_head(who: str, model: PreTrainedModel) -> None:
-    error = head_error(model)
-    if not error <= (1e-4 if model.dtype in (torch.float32, torch.float64) else 0.05):
+def _check_model(who: str, model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    try:
+        head, padding = head_error(model), padding_error(model)
+    except UserError:
+        raise
+    except REFUSALS as error:
         raise PreflightError(
-            f"{who}: the logits of {type(model).__name__} differ from its LM head on its last hidden states by {error:.1%}, "
+            f"{who}: {name} cannot be run on a few tokens ({type(error).__name__}: {error}); its configuration does not go "
+            "together, or its code needs another environment"
+        ) from error
+    exact = model.dtype in (torch.float32, torch.float64)
+    if not head <= (1e-4 if exact else 0.05):
+        raise PreflightError(
+            f"{who}: the logits of {name} differ from its LM head on its last hidden states by {head:.1%}, "
             "so a loss on those would be of another model. Either a weight is not finite, or the architecture does "
             "something to its logits that minillm does not know; choose another model"
+        )
+    # in 16 bits rounding can send a token to other experts
+    if not padding <= (1e-3 if exact and not is_quantized(model) else 0.2):
+        raise PreflightError(
+            f"{who}: {name} computes something else for a text beside a longer one than for the text alone (by "
+            f"{padding:.1%}): it reads the padding of a batch as text; choose another model"
         )
 
 

@@ -1,7 +1,7 @@
 """One stage from its configuration: read data, open models, make the evaluator, make the trainer."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,12 +28,12 @@ from minillm.models.routers import balance_problem
 from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.local_rollouts import LocalRollouts
-from minillm.rollout.rollouts import Rollouts, require_rollouts
+from minillm.rollout.rollouts import Rollouts, Who, require_rollouts
 from minillm.storage.atomic import write_folder
 from minillm.storage.manifest import sign
 from minillm.storage.metrics_log import MetricsLog
 from minillm.teachers.open import open_models
-from minillm.teachers.pair import Models
+from minillm.teachers.pair import Models, Role
 from minillm.teachers.preflight import Row, require_same_tokenizer
 from minillm.teachers.teacher import require_ability
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
@@ -85,6 +85,8 @@ class StageBuilder:
         if unbalanced is not None:
             self.console.note(unbalanced)
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
+        asked = _asked(needs.samples) | ({"student"} if held_out else set())
+        collectives.together(lambda: rollouts.check(*sorted(asked)))
         return StageTrainer(
             stage,
             models,
@@ -230,6 +232,11 @@ class StageBuilder:
         )
         evaluator.report_progress = self.console.working  # an evaluator may outlive the run it was made for
         return evaluator
+
+
+def _asked(samples: Sequence[Who]) -> set[Role]:
+    """The models that answer prompts while a stage runs."""
+    return {role for who in samples for role in (("student", "teacher") if who == "mixture" else (who,))}
 
 
 def _require_references(stage: Stage, prompts: PromptSet) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from minillm.models.access import head_error, last_hidden, lm_head
+from minillm.models.access import head_error, last_hidden, lm_head, padding_error
+from tests.models.conftest import CONFIGS
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt", "gemma2", "cohere", "granite", "phi", "bloom")
 
@@ -85,3 +86,21 @@ def test_a_banned_id_is_no_difference_and_a_nan_is(build_model):
         assert head_error(model) <= 1e-5
         model.lm_head.weight[6] = torch.nan
     assert math.isnan(head_error(model))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_at_the_right_changes_no_text(build_model, name):
+    assert padding_error(build_model(name)) < 1e-5
+
+
+def test_padding_that_is_read_as_text_is_measured(build_model, monkeypatch):
+    model = build_model("llama")
+    forward = model.model.forward
+
+    def reversed_in_time(input_ids, attention_mask=None, **rest):  # the first token sees what stands at the right
+        output = forward(input_ids=input_ids.flip(1), **rest)
+        output.last_hidden_state = output.last_hidden_state.flip(1)
+        return output
+
+    monkeypatch.setattr(model.model, "forward", reversed_in_time)
+    assert padding_error(model) > 0.05

@@ -1,5 +1,8 @@
 """The phases on fake tensors: counts that can be computed by hand."""
 
+import pytest
+
+from minillm import UserError
 from minillm.config.loader.run_plan import load_run
 from minillm.planning import simulate
 from minillm.planning.planner import plan_run
@@ -61,3 +64,17 @@ def test_checkpointing_and_smaller_parts_need_less(recipe):
     assert checkpointed.peak.device_bytes < whole.peak.device_bytes
     parts = planned(path, *keys, "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4")
     assert parts.peak.device_bytes < whole.peak.device_bytes
+
+
+def test_an_architecture_without_gradient_checkpointing_is_planned_all_the_same(recipe):
+    path = recipe(method={"name": "kd"})
+    own = ["model_type: ctrl", "n_embd: 32", "n_layer: 2", "n_head: 2", "dff: 32", "n_positions: 256"]
+    stage = planned(path, f"student.config={{{', '.join(own)}}}", "student.attn_implementation=eager")
+    assert stage.activations(False) > 0 and stage.activations(True) is None
+    with pytest.raises(UserError, match="no plan for .*ctrl.*: the architecture's code refuses .* checkpointing"):
+        planned(
+            path,
+            f"student.config={{{', '.join(own)}}}",
+            "student.attn_implementation=eager",
+            "train.gradient_checkpointing=true",
+        )

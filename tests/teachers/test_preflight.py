@@ -168,3 +168,23 @@ def test_a_tokenizer_that_spells_pictures_otherwise_than_the_model_is_refused():
     student = build_seeing("llava", processor, image_token_id=3)
     with pytest.raises(PreflightError, match="student: a picture stands in prompts as id 257 .* and as 3 by the model"):
         preflight(student, None, processor.tokenizer, None, CPU)
+
+
+def test_a_model_that_reads_padding_as_text_is_refused(build_model, monkeypatch):
+    model = build_model("llama", vocab_size=257)
+    monkeypatch.setattr("minillm.teachers.preflight.padding_error", lambda model: 0.3)
+    with pytest.raises(PreflightError, match=r"student: LlamaForCausalLM computes something else .* \(by 30.0%\)"):
+        preflight(model, None, byte_tokenizer(), None, CPU)
+
+
+def test_a_model_that_cannot_be_run_is_one_sentence(build_model, monkeypatch):
+    model = build_model("llama", vocab_size=257)
+
+    def refuse(*args, **kwargs):
+        raise TypeError("topk(): argument 'k' must be int, not NoneType")
+
+    monkeypatch.setattr(model.model, "forward", refuse)
+    with pytest.raises(
+        PreflightError, match=r"student: LlamaForCausalLM cannot be run on a few tokens \(TypeError: topk"
+    ):
+        preflight(model, None, byte_tokenizer(), None, CPU)

@@ -14,6 +14,7 @@ from minillm.rollout.rollouts import Rollouts
 from minillm.train.stage import (
     StageBuilder,
     StageData,
+    _asked,
     _require_pictures,
     _require_references,
     _same_weights,
@@ -126,3 +127,11 @@ def test_data_of_a_stage_are_the_files_that_it_left(tmp_path):
     assert _with_stage_files(prompts, tmp_path).path == str(folder / "*.jsonl*")
     plain = prompts.model_copy(update={"path": "here.jsonl"})
     assert _with_stage_files(plain, tmp_path) is plain
+
+
+@pytest.mark.parametrize(
+    "samples, asked",
+    [((), set()), (("student",), {"student"}), (("teacher",), {"teacher"}), (("mixture",), {"student", "teacher"})],
+)
+def test_the_models_that_answer_are_looked_at_before_the_first_step(samples, asked):
+    assert _asked(samples) == asked

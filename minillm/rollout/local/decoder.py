@@ -11,7 +11,7 @@ from minillm import UserError
 from minillm.kernels.head import project, ready
 from minillm.kernels.rows_torch import logits_from_raw
 from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_head
-from minillm.models.families import text_config
+from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.rollout.local.distribution import padded_size
 
 
@@ -39,7 +39,7 @@ class Decoder:
         extras: Mapping[str, Tensor] = NOTHING,  # what prompts show, with the prompts alone
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""
-        cached = {"past_key_values": self.cache, "use_cache": True}
+        cached = {cache_argument(self.model): self.cache, "use_cache": True}
         if extras or input_ids.shape[1] > 1:  # the prompts
             prompt = attention_mask.bool()
             output, self._shift = forward_shown(
@@ -47,7 +47,8 @@ class Decoder:
             )
         else:
             positions = position_ids if self._shift is None else position_ids + self._shift
-            output = forward_decoder(self.model, input_ids, attention_mask, positions, **cached)
+            mask = cache_mask(self.model, attention_mask, input_ids.shape[1])
+            output = forward_decoder(self.model, input_ids, mask, positions, **cached)
         return self._project(output.last_hidden_state[:, -1])
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64

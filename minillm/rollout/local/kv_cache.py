@@ -47,6 +47,8 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # (rows to keep,) int64
         """Keep these rows of the batch, in this order."""
+        if not self.is_initialized:  # a model that swallows its cache
+            return
         used = self.keys.shape[-2]
         for place, stored in enumerate(self._stored):
             kept = stored.new_empty((len(beam_idx), *stored.shape[1:]))

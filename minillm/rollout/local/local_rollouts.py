@@ -15,11 +15,12 @@ from minillm.distributed import collectives
 from minillm.rollout.local import growing_loop
 from minillm.rollout.local.cuda_graphs import CudaGraphs
 from minillm.rollout.local.decoder import check_positions
+from minillm.rollout.local.decoding_check import require_exact_decoding
 from minillm.rollout.local.graph_preconditions import require_cuda_graphs
 from minillm.rollout.local.static_loop import StaticLoop
 from minillm.rollout.noise import uniforms
 from minillm.rollout.rollouts import Answer, Sampling, Who
-from minillm.teachers.pair import Models
+from minillm.teachers.pair import Models, Role
 from minillm.teachers.teacher import require_ability
 
 Decode = Callable[[Sequence[list[int]], Tensor, Sequence[Mapping[str, Tensor]]], list[Answer]]
@@ -42,6 +43,17 @@ class LocalRollouts:
         if cuda_graphs:
             require_cuda_graphs(models)
         self.models, self.cuda_graphs = models, cuda_graphs
+        self._checked: set[Role] = set()
+
+    def check(self, *roles: Role) -> None:
+        """Look at whether these models answer as they score, each once; `sample` looks at those that it asks.
+
+        Raises UserError for one that does not.
+        """
+        for role in roles:
+            if role not in self._checked:
+                require_exact_decoding(role, self.models.model(role))
+                self._checked.add(role)
 
     def weights_changed(self) -> None:
         """Nothing to do: there is no copy of the weights."""
@@ -67,6 +79,7 @@ class LocalRollouts:
         """
         models, roles = self.models, _roles(self.models, sampling, who)
         _check(models, prompts, sampling, keys, batch_size, roles)
+        self.check(*roles)
         extras = [{}] * len(prompts) if extras is None else extras
         mine = collectives.rank_slice(len(prompts))
         todo = collectives.even_rank_slice(len(prompts)) if models.by_layers else mine

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from minillm.rollout.local import growing_loop
+from minillm.rollout.local import growing_loop, local_rollouts
 from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Answer, Sampling
@@ -36,6 +36,9 @@ def fed_rows(monkeypatch) -> list[int]:
         return forward(self, input_ids, *others)
 
     monkeypatch.setattr(Decoder, "forward", counting)
+    monkeypatch.setattr(
+        local_rollouts, "require_exact_decoding", lambda role, model: None
+    )  # whose passes are no answers
     return rows
 
 

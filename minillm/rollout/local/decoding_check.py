@@ -1,0 +1,99 @@
+"""Whether answers are drawn as a model scores them: cached steps over prompts padded at the left, against full passes.
+
+Some architectures swallow a cache under a name of its own, number positions without a look at the padding, or read the
+padding as if it were text; all of them answer without a word, as a model that is not the one that is trained.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minillm import UserError
+from minillm.kernels.reference import logits as head_logits
+from minillm.models.access import REFUSALS, lm_head, row_hidden
+from minillm.models.batch import TokenSequence, collate
+from minillm.models.families import text_config
+from minillm.models.loading import is_hollow
+from minillm.models.modes import sampling_mode
+from minillm.models.quantization import is_quantized
+from minillm.models.sharded import is_sharded
+from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
+from minillm.rollout.local.token_drawing import pad_left
+
+PROMPTS = (4, 2)  # tokens
+STEPS = 3  # tokens of an answer; before the last of them the first row leaves the batch
+# Parts of the logits' norm. In 16 bits rounding can send a token to other experts; a lost cache is off by the whole.
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.2
+
+
+def require_exact_decoding(role: str, model: PreTrainedModel) -> None:
+    """Raises UserError for a model whose cached steps give other logits than its full passes, or cannot be taken.
+
+    One that is sharded over the ranks or whose weights are not there yet is not looked at.
+    """
+    if is_sharded(model) or is_hollow(model):
+        return
+    name = type(model).__name__
+    try:
+        error = decoding_error(model)
+    except UserError:
+        raise
+    except REFUSALS as reason:
+        raise UserError(
+            f"{role}: answers of {name} cannot be drawn token by token with a cache ({type(reason).__name__}: {reason}); "
+            "choose another model, or a method and an evaluation that draw none"
+        ) from reason
+    exact = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    if not error <= (TOLERANCE if exact else TOLERANCE_16_BITS):
+        raise UserError(
+            f"{role}: the logits of {name} in a batch of prompts padded at the left, token by token with a cache, differ "
+            f"from those of whole texts by {error:.1%}, so answers would be of another model. Its code loses the cache, or "
+            "reads padding as text; choose another model, or a method and an evaluation that draw no answers"
+        )
+
+
+@torch.no_grad()
+def decoding_error(model: PreTrainedModel) -> float:
+    """The difference between the logits of a few cached steps and those of full passes over each text alone, as a part
+    of the norm of the latter; the largest of all tokens, 0 where the model's own are NaN."""
+    head = lm_head(model)
+    size = min(len(head.weight), text_config(model.config).vocab_size)
+    numbers = iter(range(1, 99))
+    texts = [TokenSequence(*([next(numbers) % size for _ in range(n)] for n in (one, STEPS))) for one in PROMPTS]
+    with sampling_mode([model]):
+        stepwise = _stepwise(model, texts, size)
+        errors = []
+        for text, ours in zip(texts, stepwise, strict=True):
+            batch = collate([text], 0).to(model.device)
+            hidden = row_hidden(model, batch)
+            options = {"logit_scale": head.logit_scale, "softcap": head.softcap}
+            theirs = head_logits(hidden, head.weight, head.bias, **options)[: len(ours), :size].float()
+            if theirs.isnan().any():  # of weights that are not finite, which the decode loop names by their token
+                return 0.0
+            banned = theirs == -torch.inf
+            apart = (ours - theirs).masked_fill(banned & (ours == theirs), 0.0)
+            errors.append((apart.norm(dim=-1) / theirs.masked_fill(banned, 0.0).norm(dim=-1).clamp_min(1e-30)).max())
+    return torch.stack(errors).max().item()
+
+
+def _stepwise(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> list[Tensor]:  # (tokens, size) each
+    """The logits of every text's answer as the growing decode loop has them; the first text's without the last token."""
+    width = max(len(text.prompt) for text in texts)
+    room = width + STEPS - 1
+    decoder = Decoder(model, make_cache(model.config, lambda: RoomyLayer(room)), vocab_size=size)
+    parts = pad_left([text.prompt for text in texts], width, 0)
+    fed, padding, position = (part.to(model.device) for part in parts)
+    mask = (torch.arange(room, device=model.device) >= padding).long()
+    answers = torch.tensor([text.response for text in texts], device=model.device)
+    rows, found = list(range(len(texts))), [[] for _ in texts]
+    for step in range(STEPS):
+        logits = decoder.forward(fed, mask[:, : width + step], position)[:, :size]
+        for row, one in zip(rows, logits.clone(), strict=True):
+            found[row].append(one)
+        if step + 2 == STEPS:
+            kept = torch.tensor([1], device=model.device)
+            decoder.keep(kept)
+            rows, mask, position, answers = [1], mask[kept], position[kept], answers[kept]
+        fed, position = answers[:, step : step + 1], position[:, -1:] + 1
+    return [torch.stack(one) for one in found]

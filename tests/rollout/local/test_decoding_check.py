@@ -1,0 +1,80 @@
+"""What answers otherwise than it scores is refused by name, before a step is taken; what answers alike is not."""
+
+import pytest
+import torch
+
+from minillm import UserError
+from minillm.models.tokenizers import byte_tokenizer
+from minillm.rollout.local.decoding_check import decoding_error, require_exact_decoding
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.rollouts import Sampling
+from minillm.teachers.pair import Models
+from tests.sweep.tiny_models import tiny_architecture, tiny_model
+
+ENDS = tuple(range(0, 264, 4))  # a quarter of all tokens, so that rows leave at different steps
+
+
+def pair(model_type):
+    return Models(tiny_model(tiny_architecture(model_type)), None, byte_tokenizer(), 264, ENDS, 0, torch.device("cpu"))
+
+
+# rotary and learned positions, windows, a softcap, ALiBi, recurrent states alone and beside attention, experts
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "opt", "gemma2", "bloom", "mamba", "mamba2", "falcon_mamba", "bamba", "qwen3_moe"]
+)
+def test_answers_are_drawn_from_what_full_passes_say(kind):
+    models = pair(kind)
+    prompts = [list(range(5, 16)), [7, 9], list(range(40, 46))]
+    answers = LocalRollouts(models).sample(prompts, Sampling(8), keys=range(3), seed=2, batch_size=3)
+    assert len({len(answer.response) for answer in answers}) > 1, "some rows have left before others"
+    for answer in answers:
+        ids = torch.tensor([answer.prompt + answer.response[:-1]])
+        with torch.no_grad():
+            logits = models.student(input_ids=ids, use_cache=False).logits[0, len(answer.prompt) - 1 :].float()
+        expected = logits[:, :264].log_softmax(-1).gather(-1, torch.tensor(answer.response)[:, None])[:, 0]
+        torch.testing.assert_close(answer.logprobs, expected, rtol=0, atol=1e-4)
+
+
+# positions without a look at the padding; no mask at all
+@pytest.mark.parametrize("kind", ["bart", "rwkv"])
+def test_what_reads_padding_as_text_is_refused(kind):
+    models = pair(kind)
+    with pytest.raises(UserError, match=rf"student: the logits of {type(models.student).__name__} .* differ .* by \d"):
+        LocalRollouts(models).sample([[3, 4]], Sampling(1), keys=[0], seed=0, batch_size=1)
+
+
+def test_a_cache_that_is_swallowed_is_refused(monkeypatch):
+    model = pair("llama").student
+    exact = decoding_error(model)
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, past_key_values=None, **rest: forward(*args, **rest))
+    assert exact < 1e-5 < 0.05 < decoding_error(model)
+    with pytest.raises(UserError, match="teacher: the logits of LlamaForCausalLM"):
+        require_exact_decoding("teacher", model)
+
+
+def test_a_cache_that_cannot_be_used_is_one_sentence(monkeypatch):
+    models = pair("llama")
+
+    def refuse(*args, **kwargs):
+        raise ValueError("no such cache")
+
+    monkeypatch.setattr(models.student.model, "forward", refuse)
+    with pytest.raises(UserError, match=r"cannot be drawn token by token with a cache \(ValueError: no such cache\)"):
+        LocalRollouts(models).check("student")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gemma2"])
+def test_rounding_to_16_bits_is_no_difference(kind):
+    require_exact_decoding("student", pair(kind).student.bfloat16())
+
+
+def test_a_model_is_looked_at_once(monkeypatch):
+    models = pair("llama")
+    rollouts, asked = LocalRollouts(models), []
+    monkeypatch.setattr(
+        "minillm.rollout.local.local_rollouts.require_exact_decoding", lambda role, model: asked.append(role)
+    )
+    for _ in range(2):
+        rollouts.sample([[3, 4]], Sampling(1), keys=[0], seed=0, batch_size=1)
+    assert asked == ["student"]
