@@ -29,7 +29,10 @@ class ModelConfig(Strict):
         None, description="A folder or hub name of the tokenizer; default: the model's own"
     )
     dtype: Dtype = Field("float32", description="The dtype of the weights in memory")
-    attn_implementation: AttnImplementation = Field("sdpa", description="The attention kernel that transformers uses")
+    attn_implementation: AttnImplementation = Field(
+        "sdpa",
+        description="The attention kernel that transformers uses; an architecture without sdpa gets eager in its place",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model")
 
 

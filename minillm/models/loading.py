@@ -1,6 +1,7 @@
 """Teacher and student from a folder, a hub name, a GGUF file, an earlier stage, or fresh weights."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
@@ -20,6 +21,7 @@ from minillm import UserError
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import expand, is_hub_name
 from minillm.models.adapters import add_adapters
+from minillm.models.attention import with_attention
 from minillm.models.families import auto_class, opens_pictures
 from minillm.models.folders import check_folder, check_size, require_all_weights
 from minillm.models.locations import hub_arguments, reading
@@ -73,7 +75,7 @@ def load_student(
         model = _fresh(start, output_dir, seed, hollow)
     elif source is not None:
         model = copy.deepcopy(source).to(getattr(torch, config.dtype))
-        model.set_attn_implementation(config.attn_implementation)
+        model = with_attention(partial(_attending, model), config.attn_implementation)
     else:
         model = _load(start, output_dir, hollow)
     if start.init == "prune":
@@ -114,6 +116,11 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _attending(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    model.set_attn_implementation(attention)
+    return model
+
+
 def _load(config: ModelConfig, output_dir: Path, hollow: bool = False, **quantization) -> PreTrainedModel:
     with reading(config.path):
         return _read(config, output_dir, hollow, quantization)
@@ -121,13 +128,10 @@ def _load(config: ModelConfig, output_dir: Path, hollow: bool = False, **quantiz
 
 def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dict) -> PreTrainedModel:
     where, place = hub_arguments(config.path, output_dir, config.revision)
-    options = {
-        "dtype": getattr(torch, config.dtype),
-        "attn_implementation": config.attn_implementation,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     if "gguf_file" in place:  # small on disk, and what it holds is only known once it is read
-        return _from_gguf(config.path, where, {**place, **options})
+        make = partial(_from_gguf, config.path, where, {**place, **options})
+        return with_attention(make, config.attn_implementation)
     if isinstance(where, Path):
         check_folder(where)
     architecture = AutoConfig.from_pretrained(where, **place, trust_remote_code=config.trust_remote_code)
@@ -139,12 +143,17 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dic
     if isinstance(where, Path):
         check_size(where, architecture, trust_remote_code=config.trust_remote_code)
     if not hollow:
-        opened, found = auto_class(architecture).from_pretrained(
-            where, **place, **options, **quantization, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        require_all_weights(config.path, opened, found)
-        return opened
-    model = _hollow(architecture, **options).eval()
+
+        def make(attention: str) -> PreTrainedModel:
+            opened, found = auto_class(architecture).from_pretrained(
+                where, attn_implementation=attention, **place, **options, **quantization,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+            require_all_weights(config.path, opened, found)
+            return opened
+
+        return with_attention(make, config.attn_implementation)
+    model = _hollow(architecture, config.attn_implementation, **options).eval()
     try:
         model.generation_config = GenerationConfig.from_pretrained(where, **place)
     except OSError:  # as from_pretrained: then the one of the architecture
@@ -152,17 +161,22 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dic
     return model
 
 
-def _hollow(architecture: PreTrainedConfig, **options) -> PreTrainedModel:
+def _hollow(architecture: PreTrainedConfig, attention: str, **options) -> PreTrainedModel:
     with no_init_weights():
-        model = auto_class(architecture).from_config(architecture, **options)
+        model = with_attention(partial(_from_config, architecture, **options), attention)
     model.tie_weights()
     _hollow_models.add(model)
     return model
 
 
-def _from_gguf(path: str, folder: Path, options: dict) -> PreTrainedModel:
+def _from_config(architecture: PreTrainedConfig, attention: str, **options) -> PreTrainedModel:
+    return auto_class(architecture).from_config(architecture, attn_implementation=attention, **options)
+
+
+def _from_gguf(path: str, folder: Path, options: dict, attention: str) -> PreTrainedModel:
     """A plain model of the dequantised weights: what transformers returns still calls itself quantised and refuses to
     be saved."""
+    options = {**options, "attn_implementation": attention}
     loaded, found = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
     require_all_weights(path, loaded, found)
     config = copy.deepcopy(loaded.config)
@@ -170,9 +184,7 @@ def _from_gguf(path: str, folder: Path, options: dict) -> PreTrainedModel:
         if hasattr(config, name):
             delattr(config, name)
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(
-            config, dtype=options["dtype"], attn_implementation=options["attn_implementation"]
-        )
+        plain = AutoModelForCausalLM.from_config(config, dtype=options["dtype"], attn_implementation=attention)
     plain = plain.to_empty(device="cpu")
     plain.load_state_dict(loaded.state_dict())
     # buffers that no state dict carries (rotary frequencies) come from the loaded model
@@ -213,12 +225,16 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
     if config.path is None or config.tokenizer is not None:
         keys = _tokenizer_keys(architecture, load_tokenizer(config, output_dir), keys)
     architecture = changed_architecture(architecture, keys)
-    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    dtype = getattr(torch, config.dtype)
     if hollow:
-        return _hollow(architecture, **options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return auto_class(architecture).from_config(architecture, **options)
+        return _hollow(architecture, config.attn_implementation, dtype=dtype)
+
+    def make(attention: str) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _from_config(architecture, attention, dtype=dtype)
+
+    return with_attention(make, config.attn_implementation)
 
 
 def _tokenizer_keys(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, keys: dict) -> dict:

@@ -10,8 +10,10 @@ import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -21,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import PreTrainedConfig
 
+import minillm
 from minillm import UserError
 from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
@@ -95,8 +98,13 @@ def simulate(
 
 
 def _in_transformers(error: Exception) -> bool:
-    """Whether an exception passed through an architecture's code, whatever that called, and not through ours alone."""
-    return any("/transformers/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    """Whether an architecture's code raised it, or had torch raise it, and not ours, which it may have called."""
+    packages = [str(Path(module.__file__).parent) for module in (transformers, minillm)]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        for package in packages:
+            if Path(frame.filename).is_relative_to(package):
+                return package == packages[0]
+    return False
 
 
 class _Simulator:

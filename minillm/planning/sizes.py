@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 
 from minillm import UserError
 from minillm.models.access import lm_head
+from minillm.models.attention import with_attention
 from minillm.models.families import auto_class
 from minillm.models.pruning import layers_of
 from minillm.planning.experts import IMPLEMENTATION, idle_weights
@@ -49,19 +50,22 @@ def build(architecture: PreTrainedConfig, dtype: str, attention: str) -> PreTrai
     architecture = copy.deepcopy(architecture)  # a model writes its dtype into the one it has
     # a class of elsewhere has been loaded because the configuration allows it
     elsewhere = not type(architecture).__module__.startswith("transformers.")
-    try:
+
+    def make(attention: str) -> PreTrainedModel:
         with no_init_weights():  # some initialisers read values, and fake tensors have none
-            model = auto_class(architecture).from_config(
+            return auto_class(architecture).from_config(
                 architecture,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
                 experts_implementation=IMPLEMENTATION,
                 trust_remote_code=elsewhere,
             )
+
+    try:
+        model = with_attention(make, attention)
     except (ValueError, ImportError, OSError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        hint = "; attn_implementation: eager is what it has" if "attention implementation" in reason else ""
-        raise UserError(f"a model of type {architecture.model_type} cannot be planned: {reason}{hint}") from error
+        raise UserError(f"a model of type {architecture.model_type} cannot be planned: {reason}") from error
     model.tie_weights()
     return model
 

@@ -185,7 +185,8 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
         return [
             type(model).__name__,
             _counts(model),
-            f"{_precision(model)}, {config._attn_implementation}",
+            f"{_precision(model)}, {config._attn_implementation}"
+            + ("" if model._supports_sdpa else " (it has no sdpa)"),
             f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",
             ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer))

@@ -69,12 +69,7 @@ def test_checkpointing_and_smaller_parts_need_less(recipe):
 def test_an_architecture_without_gradient_checkpointing_is_planned_all_the_same(recipe):
     path = recipe(method={"name": "kd"})
     own = ["model_type: ctrl", "n_embd: 32", "n_layer: 2", "n_head: 2", "dff: 32", "n_positions: 256"]
-    stage = planned(path, f"student.config={{{', '.join(own)}}}", "student.attn_implementation=eager")
+    stage = planned(path, f"student.config={{{', '.join(own)}}}")
     assert stage.activations(False) > 0 and stage.activations(True) is None
     with pytest.raises(UserError, match="no plan for .*ctrl.*: the architecture's code refuses .* checkpointing"):
-        planned(
-            path,
-            f"student.config={{{', '.join(own)}}}",
-            "student.attn_implementation=eager",
-            "train.gradient_checkpointing=true",
-        )
+        planned(path, f"student.config={{{', '.join(own)}}}", "train.gradient_checkpointing=true")

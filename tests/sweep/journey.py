@@ -82,7 +82,7 @@ class Journey:
 
     def open(self) -> None:
         """The folder as a teacher, with what preflight looks at."""
-        config = TeacherConfig(path=str(self.folder / "model"), attn_implementation=self.attention)
+        config = TeacherConfig(path=str(self.folder / "model"))
         model = load_teacher(config, output_dir=self.folder, device=CPU)
         for (name, ours), (_, theirs) in zip(self.model.state_dict().items(), model.state_dict().items(), strict=True):
             if not torch.equal(ours, theirs):
@@ -116,9 +116,7 @@ class Journey:
 
     def prune(self) -> None:
         """Half of the layers, saved, and read again: the same weights and the same function."""
-        config = StudentConfig(
-            path=str(self.folder / "model"), init="prune", layers=LAYERS // 2, attn_implementation=self.attention
-        )
+        config = StudentConfig(path=str(self.folder / "model"), init="prune", layers=LAYERS // 2)
         pruned = load_student(config, output_dir=self.folder, device=CPU, seed=0).eval()
         save_model(pruned, self.tokenizer, self.folder / "pruned")
         self._same_after_reading(pruned, self.folder / "pruned")
@@ -132,8 +130,8 @@ class Journey:
                    "max_prompt_length": 32, "max_response_length": 16}  # fmt: skip
         document = {
             "output_dir": str(self.folder / "run"),
-            "student": student | {"attn_implementation": self.attention},
-            "teacher": {"path": path, "attn_implementation": self.attention},
+            "student": student,
+            "teacher": {"path": path},
             "data": {"prompts": prompts},
             "rollout": {"batch_size": 4, "max_new_tokens": NEW_TOKENS},
             "method": {"name": "gkd"},
@@ -146,7 +144,7 @@ class Journey:
     def reload(self) -> None:
         """The trained model as a student of another run."""
         final = self.folder / "run" / "final"
-        config = StudentConfig(path=str(final), attn_implementation=self.attention)
+        config = StudentConfig(path=str(final))
         model = load_student(config, output_dir=self.folder, device=CPU, seed=0).eval()
         self._same_after_reading(model, final)
 
@@ -158,10 +156,6 @@ class Journey:
 
     def plan(self) -> None:
         _command("plan", self.folder / "run.yaml")
-
-    @property
-    def attention(self) -> str:
-        return "sdpa" if self.model._supports_sdpa else "eager"
 
     def _best(self) -> Path:
         final = self.folder / "run" / "final"
@@ -187,7 +181,7 @@ class Journey:
 
     @torch.no_grad()
     def _same_after_reading(self, model: PreTrainedModel, folder: Path) -> None:
-        config = StudentConfig(path=str(folder), attn_implementation=self.attention)
+        config = StudentConfig(path=str(folder))
         again = load_student(config, output_dir=self.folder, device=CPU, seed=0).eval()
         ours, theirs = model.state_dict(), again.state_dict()
         if ours.keys() != theirs.keys():

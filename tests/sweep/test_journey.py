@@ -12,14 +12,14 @@ JOURNEYS = {
     "llama": set(),
     "gpt2": set(),
     "opt": set(),  # learned positions with an offset
-    "gpt_neo": {"eval", "generate"},  # without sdpa, which these two take
-    "mpt": {"eval", "generate"},  # ALiBi
+    "gpt_neo": set(),  # without sdpa
+    "mpt": set(),  # ALiBi
     "qwen3": set(),
     "gemma3_text": set(),  # windows
     "gemma4_text": set(),  # a table of all layers
     "qwen3_moe": set(),
     "deepseek_v3": set(),  # latent attention
-    "mamba2": {"eval", "generate"},
+    "mamba2": set(),  # a state
     "bamba": set(),  # a state and attention
     "bart": {"decoding", "prune", "train", "eval", "generate"},  # positions without a look at the padding
 }
