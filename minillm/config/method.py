@@ -392,4 +392,24 @@ class DPKD(PreferenceKeys, MethodConfig):
             yield "pt_kd_ratio", "has no effect: with lm_coef 0 there is no pre-training loss", "lm_coef"
 
 
-Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD, Field(discriminator="name")]
+class LM(MethodConfig):
+    """Pre-training on the packed blocks of a corpus: (1 - kd_ratio) cross-entropy + kd_ratio forward KL to the teacher."""
+
+    name: Literal["lm"]
+    kd_ratio: Probability = Field(
+        0.0, description="Weight of the forward KL to the teacher (word-level distillation as in MiniPLM's tables: 0.5)"
+    )
+    summary: ClassVar[str] = "pre-training on plain text"
+    panels: ClassVar[dict[str, tuple[str, str]]] = {"cross_entropy_nats": ("Cross-entropy on the text", "nats/token")}
+
+    def needs(self) -> Needs:
+        return Needs(
+            (TermNeeds("pretraining", ("corpus",), teacher=self.kd_ratio > 0),),
+            prompts=False,
+            corpus=True,
+            teacher=self.kd_ratio > 0,
+            because={"teacher": "kd_ratio"},
+        )
+
+
+Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | LM, Field(discriminator="name")]

@@ -192,7 +192,7 @@ def test_paths_stay_as_written_and_the_output_folder_is_expanded(recipe, monkeyp
     assert plan.stages[0].config.teacher.path == "${HERE}/models/big"
 
 
-@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd"])
+@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd", "dpkd", "lm"])
 def test_every_default_may_be_written_out(recipe, name):
     plan = recipe.load(method={"name": name})
     assert load_run([recipe.write(dump(resolved(plan)))]).stages == plan.stages
