@@ -6,6 +6,7 @@ import signal
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 
 TRAIN = ("-m", "minillm", "train")  # for another Python process
@@ -96,3 +97,20 @@ def without_clock(line: str) -> dict:
 def records(folder: Path) -> list[dict]:
     """All records of a run, comparable with those of another one."""
     return [without_clock(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def panels(folder: Path) -> dict[str, list]:
+    """The lines of the panels that a run's picture has, by their titles; the picture itself is not written."""
+    from minillm.reporting import curves
+    from minillm.reporting.run_files import read_run
+
+    found = {}
+
+    def keep(figure, path):
+        titles = [(panel, panel.get_title(loc="left")) for panel in figure.axes]
+        found.update({title: panel.lines for panel, title in titles if title})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "save", keep)
+        curves.draw_run(read_run(folder), folder / "curves.png")
+    return found

@@ -10,6 +10,7 @@ from minillm import UserError
 from minillm.config.functions import load_function
 from minillm.config.keys import Strict
 from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
+from minillm.config.preference_keys import PreferenceKeys
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -336,4 +337,79 @@ class OPD(MethodConfig):
             yield "task_reward_weight", "has no effect: there is no task_reward", "task_reward"
 
 
-Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD, Field(discriminator="name")]
+class DPKD(PreferenceKeys, MethodConfig):
+    """Direct preference knowledge distillation (arXiv 2406.19774): the teacher's choice is preferred to the student's."""
+
+    name: Literal["dpkd"]
+    pairs: Literal["sequence", "token_argmax"] = Field(
+        "sequence",
+        description="sequence: sampled answers of teacher and student (the paper); token_argmax: their likeliest ids at "
+        "every token of the references (the released code)",
+    )
+    ce_coef: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="token_argmax: weight of the cross-entropy on the references"
+    )
+    lm_coef: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Weight of the pre-training loss on data.corpus")
+    pt_kd_ratio: Probability = Field(
+        0.0, description="Weight of the forward KL to the teacher in the pre-training loss (released: 0.5)"
+    )
+    summary: ClassVar[str] = (
+        "direct preference knowledge distillation (DPKD): the teacher's choice before the student's"
+    )
+    panels: ClassVar[dict[str, tuple[str, str]]] = {
+        "margin": ("Margin of the teacher's choice over the student's", "reward")
+    }
+
+    def needs(self) -> Needs:
+        token = self.pairs == "token_argmax"
+        compared = not self.reference_free
+        first = (
+            TermNeeds("preference", ("references",), teacher=True, labels=2 + (self.ce_coef > 0), scored=True)
+            if token
+            else TermNeeds("preference", ("answers",), teacher=compared, sequences=2)
+        )
+        pretraining = TermNeeds("pretraining", ("corpus",), teacher=self.pt_kd_ratio > 0)
+        return Needs(
+            (first, pretraining) if self.lm_coef > 0 else (first,),
+            references=token,
+            corpus=self.lm_coef > 0,
+            samples=() if token else ("teacher", "student"),
+            teacher=True,
+            teacher_abilities=frozenset() if token else frozenset({"sample"}),
+            because={"corpus": "lm_coef", "references": "pairs"},
+        )
+
+    def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        yield from self.preference_findings()
+
+    def idle_keys(self) -> Iterator[tuple[str, str, str]]:
+        yield from self.idle_preference_keys()
+        if self.pairs == "token_argmax":
+            yield "length_norm", "has no effect on pairs token_argmax: every token is a pair of its own", "pairs"
+        else:
+            yield "ce_coef", "has no effect on pairs sequence; it is for token_argmax", "pairs"
+        if self.lm_coef == 0:
+            yield "pt_kd_ratio", "has no effect: with lm_coef 0 there is no pre-training loss", "lm_coef"
+
+
+class LM(MethodConfig):
+    """Pre-training on the packed blocks of a corpus: (1 - kd_ratio) cross-entropy + kd_ratio forward KL to the teacher."""
+
+    name: Literal["lm"]
+    kd_ratio: Probability = Field(
+        0.0, description="Weight of the forward KL to the teacher (word-level distillation as in MiniPLM's tables: 0.5)"
+    )
+    summary: ClassVar[str] = "pre-training on plain text"
+    panels: ClassVar[dict[str, tuple[str, str]]] = {"cross_entropy_nats": ("Cross-entropy on the text", "nats/token")}
+
+    def needs(self) -> Needs:
+        return Needs(
+            (TermNeeds("pretraining", ("corpus",), teacher=self.kd_ratio > 0),),
+            prompts=False,
+            corpus=True,
+            teacher=self.kd_ratio > 0,
+            because={"teacher": "kd_ratio"},
+        )
+
+
+Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | LM, Field(discriminator="name")]

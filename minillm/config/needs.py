@@ -28,6 +28,9 @@ class TermNeeds:
     name: str
     rows: tuple[Rows, ...]  # more than one where steps differ; the longest texts count
     teacher: bool = False
+    sequences: int = 1  # of one item: a pair of sampled answers has two
+    labels: int = 1  # ids that are scored at every position
+    scored: bool = False  # both models are run over the rows without a gradient first
 
 
 @dataclass(frozen=True)

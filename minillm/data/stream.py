@@ -30,6 +30,12 @@ class Stream(Generic[T]):
         self.taken += n * world_size
         return [self.items[self._index(first + rank * n + offset)] for offset in range(n)]
 
+    def take_numbered(self, n: int) -> list[tuple[int, T]]:
+        """The next n items with their places in the data: those of all ranks together, the same on every rank."""
+        first = self.taken
+        places = [self._index(first + offset) for offset in range(n)]
+        return list(zip(places, self.take(n), strict=True))
+
     def _index(self, position: int) -> int:
         turn, offset = divmod(position, len(self.items))
         if self._order is None or self._order[0] != turn:
@@ -63,6 +69,10 @@ class RankSlice(Generic[T]):
     def take(self, n: int) -> list[T]:
         """The rank's n of the next n * world_size items."""
         return self.stream.take(n, self.rank, self.world_size)
+
+    def take_numbered(self, n: int) -> list[tuple[int, T]]:
+        """The next n items of all ranks together with their places in the data, the same on every rank."""
+        return self.stream.take_numbered(n)
 
     @property
     def items(self) -> Sequence[T]:

@@ -64,7 +64,7 @@ class TermLoss(nn.Module):
             balance = balance_loss(model, output, batch.attention_mask)
             loss = loss + term.auxiliary * term.count * balance
             # a mean over tokens, and metrics are sums over rows
-            metrics = {**metrics, "auxiliary_loss": balance.detach() * len(batch.labels)}
+            metrics = {**metrics, "auxiliary_loss": balance.detach() * batch.tokens}
         return loss, metrics
 
     @contextmanager

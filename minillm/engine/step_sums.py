@@ -29,7 +29,7 @@ class StepSums:
         """A term's weighted loss, already divided, and its metrics summed over rows."""
         self._sums["loss"] += loss.detach()
         self._sums[f"loss/{term.name}"] += loss.detach()
-        self._rows[f":{term.name}"] += len(term.batch.labels)
+        self._rows[f":{term.name}"] += term.batch.tokens
         for name, value in metrics.items():
             self._sums[f"{term.name}:{name}"] += value
 

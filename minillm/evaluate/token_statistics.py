@@ -1,17 +1,14 @@
 """Per-token statistics of student and teacher on given answers: one pass each, no full logits, no gradient."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from minillm.distributed import collectives
-from minillm.losses import TokenStats, linear_token_stats
-from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenBatch, TokenSequence, collate
+from minillm.rollout.scoring import batch_statistics
 from minillm.teachers.pair import Models
-from minillm.teachers.teacher import TeacherRows
 
 Parts = dict[str, Tensor]  # (T, ...) each: of the teacher's rows of a sequence
 NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
@@ -45,7 +42,7 @@ def token_statistics(
                     for name in teacher_parts[chosen[0]]
                 }
                 rows = models.teacher.rows_of(joined)
-            stats = _statistics(models, batch, rows, fields)
+            stats = batch_statistics(models, batch, rows, fields)
             for field in fields:
                 _put(results[field], chosen, batch, getattr(stats, field))
     if collectives.world_size() == 1:
@@ -62,19 +59,6 @@ def token_statistics(
         )
         for field in fields
     }
-
-
-def _statistics(models: Models, batch: TokenBatch, rows: TeacherRows | None, fields: tuple[str, ...]) -> TokenStats:
-    with nullcontext((None, None)) if rows is None else rows.for_losses() as (said, head):
-        return linear_token_stats(
-            row_hidden(models.student, batch),  # (N, H_s)
-            lm_head(models.student),
-            said,
-            head,
-            batch.labels,
-            fields=fields,
-            vocab_size=models.vocab_size,
-        )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minillm.methods.on_policy import sample_answers
+from minillm.methods.on_policy import answered, sample_answers
 from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
 from minillm.models.batch import TokenSequence
@@ -30,11 +30,7 @@ class GeneralisedDistillation(Method):
         coin = np.random.default_rng([self.config.seed, draw]).random()  # one a step, keyed like everything random
         if coin >= self.config.method.on_policy:
             return references
-        answers = sample_answers(references, data, self.config, draw=draw)
-        return [
-            TokenSequence(answer.prompt, answer.response, item.key, answer.extras)
-            for item, answer in zip(references, answers, strict=True)
-        ]
+        return answered(references, sample_answers(references, data, self.config, draw=draw))
 
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         return [mixed_term(items, models, divergence=self.divergence, ce_ratio=0.0, options=self.options)]

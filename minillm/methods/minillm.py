@@ -19,8 +19,8 @@ from minillm.losses import TokenStats
 from minillm.methods.on_policy import clipped_policy_loss, sample_answers
 from minillm.methods.protocol import Method, Term, TrainingData
 from minillm.methods.returns import discounted_returns, importance_weights, shape_rewards, whiten
-from minillm.methods.supervised import mixed_term
-from minillm.models.batch import TokenSequence, collate
+from minillm.methods.supervised import pretraining_term
+from minillm.models.batch import collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.scoring import score
 from minillm.teachers.pair import Models
@@ -123,16 +123,7 @@ class MiniLLMMethod(Method):
         )
         if method.lm_coef == 0:
             return [policy]
-        blocks = [TokenSequence(block[:1], block[1:]) for block in data.corpus.take(len(items))]
-        pretraining = mixed_term(
-            blocks,
-            models,
-            divergence="forward_kl",
-            ce_ratio=1 - method.pt_kd_ratio,
-            name="pretraining",
-            weight=method.lm_coef,
-        )
-        return [policy, pretraining]
+        return [policy, pretraining_term(len(items), data, models, method)]
 
 
 METHOD = MiniLLMMethod

@@ -43,6 +43,14 @@ def sample_answers(
         )
 
 
+def answered(prompts: Sequence[TokenSequence], answers: Sequence[Answer]) -> list[TokenSequence]:
+    """The prompts with these answers as the response to be trained on."""
+    return [
+        TokenSequence(answer.prompt, answer.response, prompt.key, answer.extras)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
 def clipped_policy_loss(
     ratio: Tensor,  # (C,) of the student to the one that sampled; carries the gradient
     advantage: Tensor,  # (C,)

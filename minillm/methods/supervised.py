@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from minillm.config.method import DPKD, MiniLLM
 from minillm.losses import TokenStats
 from minillm.methods.protocol import Item, Term, TrainingData, sequences_of
 from minillm.models.batch import TokenSequence, collate
@@ -50,3 +51,10 @@ def mixed_term(
     return Term(
         name, batch, objective, fields, count, weight, teacher=models.teacher.rows(batch), options=options or {}
     )
+
+
+def pretraining_term(blocks: int, data: TrainingData, models: Models, keys: MiniLLM | DPKD) -> Term:
+    """lm_coef times the loss on the next blocks of plain text: cross-entropy, mixed with the forward KL by pt_kd_ratio."""
+    texts = [TokenSequence(block[:1], block[1:]) for block in data.corpus.take(blocks)]
+    ratio = 1 - keys.pt_kd_ratio
+    return mixed_term(texts, models, divergence="forward_kl", ce_ratio=ratio, name="pretraining", weight=keys.lm_coef)

@@ -31,7 +31,8 @@ class TokenBatch:
     """What a model's forward needs, and the N predictions that count.
 
     Predictions are named by their row, so that EOS used as padding can never hide a real EOS: a row counts because
-    it stands in `rows`, not because of the id it holds. Rows run over the responses in order, token by token.
+    it stands in `rows`, not because of the id it holds. Rows run over the responses in order, token by token. A term that
+    scores several ids at every position repeats them, all of them at a time: then N is a multiple of `tokens`.
     """
 
     input_ids: Tensor  # (B, L) int64, right-padded; the last response token is predicted, never fed
@@ -39,8 +40,13 @@ class TokenBatch:
     position_ids: Tensor  # (B, L) int64
     rows: Tensor  # (N,) int64 indices into the flattened (B * L) positions
     labels: Tensor  # (N,) int64, the id that each row predicts
-    lengths: tuple[int, ...]  # response tokens of each sequence; sums to N
+    lengths: tuple[int, ...]  # response tokens of each sequence
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # of all sequences, for the forward pass
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens of all sequences."""
+        return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         moved = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from minillm import UserError
 from minillm.config.data import PlainPrompts, Prompts
-from minillm.config.needs import Needs, Rows, Sampler
+from minillm.config.needs import Needs, Rows, Sampler, TermNeeds
 from minillm.config.root import StageConfig
 from minillm.rollout.local.static_loop import static_room
 
@@ -163,10 +163,12 @@ def work_of(config: StageConfig, world_size: int) -> Work:
 def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
     micro, terms = config.train.per_device_train_batch_size, []
     for term in needs.terms:
-        text = _longest(term.rows, config)
+        text = _longest(term, config)
         batch = micro * text.sequences
         from_buffer = needs.buffered and "answers" in term.rows
-        terms.append(TermShape(term.name, batch, text.length, batch * text.rows, term.teacher, from_buffer))
+        terms.append(
+            TermShape(term.name, batch, text.length, batch * text.rows * term.labels, term.teacher, from_buffer)
+        )
     return tuple(terms)
 
 
@@ -178,8 +180,13 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
         answers = _text("answers", config)
         return (answers.forward(judges, side_by_side, statistics=True, total=prompts * len(needs.samples)),)
     if needs.takes_steps:
-        read = [_longest(term.rows, config) for term in needs.terms if term.teacher]
-        return tuple(text.forward(("teacher",), micro, statistics=False, total=step) for text in read)
+        return tuple(
+            _longest(term, config).forward(
+                ("teacher", "student") if term.scored else ("teacher",), micro, statistics=term.scored, total=step
+            )
+            for term in needs.terms
+            if term.teacher
+        )
     declared: dict[Rows, bool] = {"answers": bool(needs.samples), "references": needs.references, "pairs": needs.pairs,
                                   "corpus": needs.corpus}  # fmt: skip
     read = [_text(kind, config) for kind, there in declared.items() if there]
@@ -190,8 +197,10 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
     return tuple(text.forward(judges, micro, statistics=True, total=step) for text in read)
 
 
-def _longest(kinds: tuple[Rows, ...], config: StageConfig) -> _Text:
-    return max((_text(kind, config) for kind in kinds), key=lambda text: text.sequences * text.length)
+def _longest(term: TermNeeds, config: StageConfig) -> _Text:
+    texts = (_text(kind, config) for kind in term.rows)
+    longest = max(texts, key=lambda text: text.sequences * text.length)
+    return replace(longest, sequences=longest.sequences * term.sequences)
 
 
 def _text(kind: Rows, config: StageConfig) -> _Text:

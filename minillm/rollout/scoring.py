@@ -1,12 +1,13 @@
 """One pass of each model over sampled answers: what the buffer keeps, so that inner epochs never run the teacher."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor
 
 from minillm.distributed import collectives
-from minillm.losses import linear_token_stats
+from minillm.losses import TokenStats, linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
@@ -69,16 +70,26 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     return RolloutBuffer(everyones)
 
 
-def _measure(models: Models, batch: TokenBatch) -> tuple[dict[str, list[Tensor]], TeacherRows]:
-    rows = models.teacher.rows(batch)
-    with rows.for_losses() as (said, head):
-        stats = linear_token_stats(
-            row_hidden(models.student, batch),
+def batch_statistics(
+    models: Models, batch: TokenBatch, rows: TeacherRows | None, fields: tuple[str, ...]
+) -> TokenStats:  # (N,) each
+    """Statistics of the rows of a batch, at temperature 1, from one forward pass of the student.
+
+    Args: rows: what the teacher says of them, None where no field needs it.
+    """
+    with nullcontext((None, None)) if rows is None else rows.for_losses() as (said, head):
+        return linear_token_stats(
+            row_hidden(models.student, batch),  # (N, H_s)
             lm_head(models.student),
             said,
             head,
             batch.labels,
-            fields=FIELDS,
+            fields=fields,
             vocab_size=models.vocab_size,
         )
+
+
+def _measure(models: Models, batch: TokenBatch) -> tuple[dict[str, list[Tensor]], TeacherRows]:
+    rows = models.teacher.rows(batch)
+    stats = batch_statistics(models, batch, rows, FIELDS)
     return {name: batch.split(getattr(stats, name).cpu()) for name in FIELDS}, rows

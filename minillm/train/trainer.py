@@ -167,10 +167,11 @@ class StageTrainer:
             with timing.of("update"):
                 result = self.engine.step(terms)
         except NonFiniteError as error:
+            items = "prompts" if self.data.prompts is not None else "blocks of data.corpus"
             raise TrainingError(
-                f"step {progress.step + 1} of stage {self.name!r}: {error}. Prompts of the batch (by index): "
+                f"step {progress.step + 1} of stage {self.name!r}: {error}. The {items} of the batch (by index): "
                 f"{[self.items[index].key for index in chosen]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
-                "those prompts, at train.learning_rate and at the last lines of metrics.jsonl"
+                f"those {items}, at train.learning_rate and at the last lines of metrics.jsonl"
             ) from None
         self.data.rollouts.weights_changed()
         seconds, peak = time.perf_counter() - started, peak_memory_gib(self.models.device)

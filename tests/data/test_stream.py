@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.data.stream import Stream
+from minillm.data.stream import RankSlice, Stream
 
 SIZES = st.integers(1, 12)
 
@@ -37,6 +37,20 @@ def test_the_union_of_all_ranks_does_not_depend_on_their_number(items, n, ranks)
         dealt = [item for rank, stream in enumerate(streams) for item in stream.take(n, rank, ranks)]
         assert dealt == alone.take(n * ranks)
     assert {stream.passes for stream in streams} == {alone.passes}
+
+
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4))
+def test_what_is_taken_together_is_numbered_and_the_same_on_every_rank(items, n, ranks):
+    data = [f"item {place}" for place in range(items)]
+    alone, slices = (
+        Stream(data, seed=3),
+        [RankSlice(Stream(data, seed=3), rank=r, world_size=ranks) for r in range(ranks)],
+    )
+    for _ in range(3):
+        taken = alone.take(n)
+        for numbered in (one.take_numbered(n) for one in slices):
+            assert [item for _, item in numbered] == taken == [data[place] for place, _ in numbered]
+    assert {one.passes for one in slices} == {alone.passes}
 
 
 @given(st.integers(1, 20), st.lists(SIZES, max_size=5), st.lists(SIZES, min_size=1, max_size=5))

@@ -1,5 +1,7 @@
-"""Rollouts that remember what they were asked, for the methods that sample."""
+"""Rollouts that remember what they were asked, and small runs of a method: unbroken, killed, and on two ranks."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +12,10 @@ from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.methods.protocol import TrainingData
+from minillm.reporting import report
 from minillm.rollout.rollouts import Answer
+from tests.distributed.conftest import finish, start  # noqa: F401  fixtures of `two_ranks`
+from tests.runs import TRAIN, die_after, in_a_child, records, train
 
 SHOWN = {"pixel_values": torch.zeros(1, 2)}
 
@@ -70,3 +75,60 @@ def asked(tmp_path):
         return Asked(data, config, told)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Runs of this process and its children without their picture, which takes longer than all else in a small one."""
+    import minillm.train.run  # noqa: F401  once, not in every child
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw_run", lambda run, path: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, undrawn) -> Path:
+    """The folder of the module's `recipe`, trained in one go."""
+    folder = recipe.parent / "unbroken"
+    assert in_a_child(lambda: train(recipe, f"output_dir={folder}")) == 0
+    return folder
+
+
+@pytest.fixture
+def killed(recipe, undrawn) -> Callable[..., tuple[Path, set[tuple[str, int]]]]:
+    """A function that trains the module's `recipe`, killed over and over, each time a few events later than the last.
+
+    It returns the folder of the run and, of each kill, the stage and its steps that stood in the record by then.
+    """
+
+    def kill(*, first: int, later: int) -> tuple[Path, set[tuple[str, int]]]:
+        folder, events, places = recipe.parent / "killed", first, set()
+
+        def child():
+            die_after(events)
+            train(recipe, f"output_dir={folder}", resume=folder.is_dir())
+
+        while os.WIFSIGNALED(status := in_a_child(child)):
+            taken = [one["stage"] for one in records(folder) if one["kind"] == "train"]
+            places |= {(stage, taken.count(stage)) for stage in taken[-1:]}
+            events += later
+            assert events < first + 20 * later, "it never ends"
+        assert status == 0
+        return folder, places
+
+    return kill
+
+
+@pytest.fixture(scope="module")
+def two_ranks(recipe, start, finish) -> Path:  # noqa: F811
+    """The folder of the module's `recipe`, trained on two ranks of ZeRO-3 with micro-batches of one."""
+    folder = recipe.parent / "two_ranks"
+    ranks = ("engine.type=deepspeed", "engine.stage=3", "train.per_device_train_batch_size=1")
+    finish(start(2, *TRAIN, str(recipe), f"output_dir={folder}", *ranks))
+    return folder
+
+
+def steps_of(folder: Path, stage: str) -> list[dict]:
+    """The records of a stage's steps, without what depends on the clock."""
+    return [one for one in records(folder) if one["stage"] == stage and one["kind"] == "train"]

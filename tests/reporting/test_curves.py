@@ -7,9 +7,8 @@ from PIL import Image
 
 from minillm.config.method import MethodConfig
 from minillm.config.needs import Needs, TermNeeds
-from minillm.reporting import curves
-from minillm.reporting.run_files import read_run
 from tests.reporting.made_up import DOCUMENT, Run, arms
+from tests.runs import panels
 
 
 def test_the_picture_is_a_picture_whatever_the_numbers(tmp_path, picture):
@@ -36,56 +35,38 @@ class Tempered(MethodConfig):
         return Needs((TermNeeds("imitation", ("references",)),))
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """The titles and lines of the panels that a run's picture has."""
-
-    def draw(run: Run) -> dict[str, list]:
-        found = {}
-
-        def keep(figure, path):
-            found.update(
-                {panel.get_title(loc="left"): panel.lines for panel in figure.axes if panel.get_title(loc="left")}
-            )
-
-        monkeypatch.setattr(curves, "save", keep)
-        curves.draw_run(read_run(run.folder), tmp_path / "curves.png")
-        return found
-
-    return draw
-
-
 def tempered_run(folder, method: str) -> Run:
     run = Run(folder, {**DOCUMENT, "method": {"name": method}})
     run.train("main", 3, **{"tempered/temperature": 0.25, "reverse_kl_nats": 2.0})
     return run
 
 
-def test_a_method_brings_panels_of_its_own(tmp_path, drawn, registered):
+def test_a_method_brings_panels_of_its_own(tmp_path, registered):
     registered(Tempered)
-    panels = drawn(tempered_run(tmp_path / "run", "tempered"))
-    assert list(panels) == ["Reverse KL", "Temperature", "Training loss"]
-    (line,) = panels["Temperature"]
+    found = panels(tempered_run(tmp_path / "run", "tempered").folder)
+    assert list(found) == ["Reverse KL", "Temperature", "Training loss"]
+    (line,) = found["Temperature"]
     assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [0.25] * 3
 
 
 @pytest.mark.parametrize("method", ["tempered", "minillm"])
-def test_other_methods_do_without(tmp_path, drawn, method):
+def test_other_methods_do_without(tmp_path, method):
     """Whether they are known here or not: nothing is drawn of metrics that no one declared."""
-    assert list(drawn(tempered_run(tmp_path / "run", method))) == ["Reverse KL", "Training loss"]
+    assert list(panels(tempered_run(tmp_path / "run", method).folder)) == ["Reverse KL", "Training loss"]
 
 
-def test_stages_are_drawn_one_after_the_other(tmp_path, drawn):
+def test_stages_are_drawn_one_after_the_other(tmp_path):
     """A stage begins where the one that its student came from ended: warmup has 2 steps."""
-    losses = drawn(arms(tmp_path / "run", stages={"warmup": {"method": {"name": "sft"}, "train": {"max_steps": 2}},
-                                                  "minillm": {"student": {"path": "stage:warmup"}}}))  # fmt: skip
+    run = arms(tmp_path / "run", stages={"warmup": {"method": {"name": "sft"}, "train": {"max_steps": 2}},
+                                         "minillm": {"student": {"path": "stage:warmup"}}})  # fmt: skip
+    losses = panels(run.folder)
     ends = [line.get_xdata()[-1] for line in losses["Reverse KL"] if len(line.get_xdata()) > 1]
     assert 2 in ends and 6 in ends
 
 
-def test_stages_of_equal_time_are_drawn_over_time(tmp_path, drawn):
+def test_stages_of_equal_time_are_drawn_over_time(tmp_path):
     """kd has as long as minillm, so that the axis is of seconds: 2 of warmup and 120 of each."""
-    panels = drawn(arms(tmp_path / "run"))
-    axes = {line.axes.get_xlabel() for line in panels["Reverse KL"]}
+    found = panels(arms(tmp_path / "run").folder)
+    axes = {line.axes.get_xlabel() for line in found["Reverse KL"]}
     assert axes == {"training time (s)"}
-    assert max(line.get_xdata()[-1] for line in panels["Reverse KL"]) == 122
+    assert max(line.get_xdata()[-1] for line in found["Reverse KL"]) == 122

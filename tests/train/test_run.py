@@ -120,7 +120,7 @@ def test_a_stage_ends_with_the_step_that_uses_up_its_tokens(two_stages, tmp_path
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_to_look_at(two_stages, tmp_path):
-    with pytest.raises(TrainingError, match="Prompts of the batch") as error:
+    with pytest.raises(TrainingError, match="The prompts of the batch") as error:
         train(two_stages, "stages.distil.train.learning_rate=1e30", "stages.distil.train.max_grad_norm=null")
     assert "learning_rate" in str(error.value) and "stage 'distil'" in str(error.value)
     assert list((tmp_path / "run").glob("checkpoint-*"))

@@ -10,13 +10,13 @@ from minillm.config.models import TeacherConfig
 from minillm.config.needs import Needs, TermNeeds
 
 
-@pytest.mark.parametrize("name", ["minillm", "kd", "seqkd", "gkd", "opd"])
+@pytest.mark.parametrize("name", ["minillm", "kd", "seqkd", "gkd", "opd", "dpkd"])
 def test_methods_that_need_a_teacher(recipe, name):
     assert recipe.problems(teacher=..., method={"name": name}) == {"teacher": f"missing: method {name} needs one"}
     assert recipe.problems(teacher=None, method={"name": "sft"}) == {}
 
 
-@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd"])
+@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd", "dpkd"])
 def test_every_method_needs_prompts(recipe, name):
     found = recipe.problems(method={"name": name}, data={"corpus": {"path": "data/*.txt"}})
     assert found == {"data.prompts": f"missing: method {name} trains on prompts"}

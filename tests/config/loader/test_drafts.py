@@ -5,14 +5,14 @@ FIRST = {"method": {"name": "sft"}}
 
 def test_a_key_of_the_command_line_that_only_another_stage_knows_names_that_stage(recipe):
     stages = {"first": {}, "second": {"method": {"name": "minillm"}}}
-    found = recipe.problems("method.length_norm=false", method={"name": "sft"}, stages=stages)
+    found = recipe.problems("method.ppo_epochs=3", method={"name": "sft"}, stages=stages)
     assert found == {
-        "method.length_norm": "in stage first: unknown key for name sft (minillm has length_norm); "
-        "write stages.second.method.length_norm"
+        "method.ppo_epochs": "in stage first: unknown key for name sft (minillm has ppo_epochs); "
+        "write stages.second.method.ppo_epochs"
     }
     # in a file the two stand apart, and what is wrong there is the file's
-    found = recipe.problems(method={"name": "sft", "length_norm": False}, stages=stages)
-    assert found["method.length_norm"].endswith("(minillm has length_norm)")
+    found = recipe.problems(method={"name": "sft", "ppo_epochs": 3}, stages=stages)
+    assert found["method.ppo_epochs"].endswith("(minillm has ppo_epochs)")
 
 
 def test_a_key_that_does_something_in_one_stage_is_not_called_without_effect(recipe):

@@ -123,7 +123,7 @@ method:
 train:
   max_steps: ten
 stages:
-  first: {method: {name: sft, length_norm: true}}
+  first: {method: {name: sft, ppo_epochs: 3}}
   second: {rollout: {buffer_size: 100}}
 """
     )
@@ -133,7 +133,7 @@ stages:
         "run.yaml:3: teacher.path: no such folder: models/bog (did you mean models/big?)",
         "run.yaml:7: method.lenght_norm: in stage second: unknown key (did you mean length_norm?)",
         "run.yaml:9: train.max_steps: expected a whole number, not 'ten'",
-        "run.yaml:11: stages.first.method.length_norm: unknown key for name sft (minillm has length_norm)",
+        "run.yaml:11: stages.first.method.ppo_epochs: unknown key for name sft (minillm has ppo_epochs)",
         "run.yaml:12: stages.second.rollout.buffer_size: 100 answers do not divide into steps of 8 "
         "(per_device_train_batch_size 8 x gradient_accumulation_steps 1); the nearest that do: 96 and 104",
         "more.yaml:1: data.prompts.templat: unknown key (did you mean template?)",
@@ -192,7 +192,7 @@ def test_paths_stay_as_written_and_the_output_folder_is_expanded(recipe, monkeyp
     assert plan.stages[0].config.teacher.path == "${HERE}/models/big"
 
 
-@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd"])
+@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd", "dpkd", "lm"])
 def test_every_default_may_be_written_out(recipe, name):
     plan = recipe.load(method={"name": name})
     assert load_run([recipe.write(dump(resolved(plan)))]).stages == plan.stages

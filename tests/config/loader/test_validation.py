@@ -66,7 +66,7 @@ def test_values_never_change_after_loading():
         ("trian.max_steps", 3, "did you mean train?"),
         ("learning_rate", 3, "did you mean train.learning_rate?"),
         ("train.ppo_epochs", 3, "did you mean method.ppo_epochs?"),
-        ("method.length_norm", True, "for name sft (minillm has length_norm)"),
+        ("method.ppo_epochs", 3, "for name sft (minillm has ppo_epochs)"),
         ("method.betta", 0.2, "beta)"),
         ("eval.sets.a.pth", "x", "did you mean path?"),
         ("engine.qqqqqq", 1, "there are type, device, backend"),

@@ -1,0 +1,113 @@
+"""Direct preference knowledge distillation (DPKD, arXiv 2406.19774), as published and as released.
+
+The paper (equation 15, algorithm 1) prefers an answer of the teacher to one of the student, both sampled, with the
+teacher as the reference and every log-ratio divided by the length of its answer. The released code samples nothing. It
+compares, at every token of given texts, the id a that the teacher finds likeliest with the one, b, that the student does:
+
+    L = -log sigmoid(beta (log q(a)/p(a) - log q(b)/p(b))) - ce_coef * log q(y), mean over response tokens
+
+Where a is b the first part is log 2 without a gradient. Both forms add a loss on plain text with weight lm_coef; the
+released weights of the three parts, 1/2 each, are ce_coef 1, lm_coef 1 and pt_kd_ratio 0.5 at half the size.
+
+Differences from the released code. It takes log-softmaxes in bf16, which changes the ids on near ties; here they are
+fp32. It takes an id with a logit of -inf for the student's likeliest; here it is never one. Its DPOP adds
+lambda max(0, log p(a)/q(a)) beside the sigmoid, where the paper of DPOP, and this, subtracts it inside. Its SimPO
+multiplies the loss by 51.2 and is not offered; reference_free and target_margin are SimPO's own form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minillm.config.method import DPKD
+from minillm.losses import TokenStats
+from minillm.methods.on_policy import answered, sample_answers
+from minillm.methods.preference import (
+    AnswerPair,
+    log_ratio,
+    pair_means,
+    preference_loss,
+    preference_term,
+    ratio_fields,
+)
+from minillm.methods.protocol import Item, Method, Objective, Observation, Term, TrainingData, sequences_of
+from minillm.methods.supervised import pretraining_term, take_references
+from minillm.models.batch import collate
+from minillm.rollout.scoring import batch_statistics
+from minillm.teachers.pair import Models
+from minillm.teachers.teacher import require_teacher
+
+
+class PreferenceDistillation(Method):
+    """See the module; method.pairs chooses between the two forms."""
+
+    def collect(self, data: TrainingData, models: Models, draw: int) -> Sequence[Item]:
+        """Texts for the token form; for the sequence form an answer of each model to each of the next prompts."""
+        if self.config.method.pairs == "token_argmax":
+            return take_references(data, self.step_size)
+        prompts = take_references(data, self.step_size)
+        # noise of their own: with the same, two models that are near each other would give the same answer
+        chosen = answered(prompts, sample_answers(prompts, data, self.config, draw=2 * draw, who="teacher"))
+        rejected = answered(prompts, sample_answers(prompts, data, self.config, draw=2 * draw + 1, who="student"))
+        return [AnswerPair(one.key, one, other) for one, other in zip(chosen, rejected, strict=True)]
+
+    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
+        keys = self.config.method
+        token = keys.pairs == "token_argmax"
+        terms = [token_term(items, models, keys) if token else preference_term(items, models, keys)]
+        if keys.lm_coef > 0:
+            terms.append(pretraining_term(len(items), data, models, keys))
+        return terms
+
+    def observe(self, observation: Observation) -> dict[str, float]:
+        """The margin of the step: the sequence form's is a mean over pairs, not over tokens."""
+        if observation.kind != "step" or self.config.method.pairs == "token_argmax":
+            return {}
+        return pair_means(observation.metrics)
+
+
+def token_term(items: Sequence[Item], models: Models, keys: DPKD) -> Term:
+    """The token form's loss. One forward pass of each model says which ids are compared, another of the student what they cost.
+
+    Every row is predicted two or three times: a, b and, with ce_coef, the text's own id.
+    """
+    require_teacher(models.teacher, "the term 'preference'")
+    batch = collate(sequences_of(items), models.pad_id).to(models.device)
+    teacher = models.teacher.rows(batch)
+    with torch.no_grad(), models.reading("student"):
+        stats = batch_statistics(models, batch, teacher, ("teacher_argmax", "student_argmax"))
+    labels = [stats.teacher_argmax, stats.student_argmax, *[batch.labels] * (keys.ce_coef > 0)]
+    times = len(labels)
+    return Term(
+        "preference",
+        replace(batch, rows=batch.rows.repeat(times), labels=torch.cat(labels)),
+        token_objective(keys),
+        ratio_fields(keys),
+        count=float(len(batch.labels)),
+        teacher=models.teacher.rows_of(
+            {name: part.repeat(times, *[1] * (part.dim() - 1)) for name, part in teacher.parts().items()}
+        ),
+        coupled=True,
+    )
+
+
+def token_objective(keys: DPKD) -> Objective:
+    """The loss of N tokens from the statistics of a block of N rows each for a, b and, with ce_coef, the text's own ids."""
+    times = 2 + (keys.ce_coef > 0)
+
+    def objective(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (times * N,)
+        chosen, rejected = log_ratio(stats, keys).view(times, -1)[:2]  # (N,) each
+        loss, margin = preference_loss(chosen, rejected, keys)
+        metrics = {"margin": margin}
+        if keys.ce_coef > 0:
+            cross_entropy = -stats.student_logprob.view(times, -1)[2]
+            loss = loss + keys.ce_coef * cross_entropy
+            metrics["cross_entropy_nats"] = cross_entropy.detach()
+        return loss, metrics
+
+    return objective
+
+
+METHOD = PreferenceDistillation
