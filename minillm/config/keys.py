@@ -35,7 +35,7 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 def default_type(name: str) -> BeforeValidator:
-    """For a union discriminated by `type`: a group that does not give its type has this one."""
+    """Give a group without a `type` this one, in a union discriminated by it."""
 
     def add(value: Any) -> Any:
         return {"type": name, **value} if isinstance(value, dict) else value

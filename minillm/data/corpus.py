@@ -12,7 +12,7 @@ from minillm.data.tokenization import require_end
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the pre-training loss is taken on. A block's first token is fed; the others are predicted."""
+    """The blocks that the pre-training loss is taken on. A block's first token is fed; the others are predicted."""
 
     blocks: list[list[int]]  # of block_size tokens each; the remainder of the last document is left out
     documents: int

@@ -139,7 +139,7 @@ def as_texts(messages: list[Message], image: str) -> list[Message]:
 
 
 class PictureReader:
-    """What a processor makes of prompts that show pictures."""
+    """The tensors that a processor makes of prompts that show pictures."""
 
     def __init__(self, processor: ProcessorMixin, *, max_pixels: int):
         self.processor, self.max_pixels = processor, max_pixels
@@ -165,7 +165,7 @@ class PictureReader:
         return ids, _Shown(self, key, tuple(inputs), lambda: self._process(where, text, pictures, special)[1])
 
     def get(self, key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What is kept under a key, or made again."""
+        """Return what is kept under a key, or make it again."""
         if key not in self._kept:
             self._keep(key, make())
         self._kept.move_to_end(key)
@@ -233,7 +233,7 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _source(part: Mapping[str, Any]) -> Any:
-    """What a part of type image shows: under the names that templates and APIs have for it; None where it says nothing."""
+    """The picture that a part of type image shows, under the names that templates and APIs have for it; None where it says nothing."""
     for name in ("image", "path", "url", "image_url"):
         value = part.get(name)
         if isinstance(value, dict) and "url" in value:

@@ -44,7 +44,7 @@ class Stream(Generic[T]):
 
     @property
     def passes(self) -> float:
-        """How often the items have been gone through."""
+        """The number of times that the items have been gone through."""
         return self.taken / len(self.items)
 
     def state_dict(self) -> dict[str, int]:
@@ -80,7 +80,7 @@ class RankSlice(Generic[T]):
 
     @property
     def passes(self) -> float:
-        """How often the items have been gone through, by all ranks together."""
+        """The number of times that the items have been gone through, by all ranks together."""
         return self.stream.passes
 
     def state_dict(self) -> dict[str, int]:

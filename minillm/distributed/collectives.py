@@ -62,7 +62,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def anywhere(value: bool) -> bool:
-    """Whether the value is true on any rank."""
+    """True where the value is true on any rank."""
     return value if world_size() == 1 else any(gather(value))
 
 

@@ -163,7 +163,7 @@ class HeartbeatMonitor:
         return LostRank(text, explained=all(words.get(peer) for peer in gone))
 
     def _last_words_are_read(self) -> bool:
-        """Whether the store was read after a death was noticed, or cannot be: the words of the dead may be in it."""
+        """True where the store was read after a death was noticed, or cannot be: the words of the dead may be in it."""
         if self._asked_at_death is None:
             self._asked_at_death = self._asked
             self._due.set()

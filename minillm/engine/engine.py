@@ -1,4 +1,4 @@
-"""What an engine is to the trainer: it turns terms into one optimiser step, and saves what it alone knows.
+"""The protocol of an engine, as the trainer sees it: it turns terms into one optimiser step, and saves what it alone knows.
 
 A method never learns which engine runs it; an engine never learns which method it runs.
 """
@@ -16,13 +16,13 @@ class NonFiniteError(RuntimeError):
 
     @classmethod
     def of(cls, numbers: Mapping[str, float]) -> "NonFiniteError":
-        """With the losses and the norm that were found."""
+        """The result with the losses and the norm that were found."""
         return cls(", ".join(f"{name} {value}" for name, value in numbers.items()))
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step reports: numbers over the global batch."""
+    """The report of one optimiser step: numbers over the global batch."""
 
     metrics: dict[str, float]  # loss, loss/<term>, grad_norm, learning_rate, and the means of the terms' metrics
     rows: int  # predictions that received a gradient

@@ -69,7 +69,7 @@ class TermLoss(nn.Module):
 
     @contextmanager
     def _teacher_side(self, rows: TeacherRows | None) -> Iterator[tuple[object, LMHead | None]]:
-        """What the losses take for the teacher. A head of this module is gathered by reading it, as the student's is."""
+        """The teacher's side of the losses. A head of this module is gathered by reading it, as the student's is."""
         if rows is None:
             yield None, None
         elif isinstance(rows, HiddenRows) and any(rows.source.model is one for one in self.children_that_train()):

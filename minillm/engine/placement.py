@@ -1,4 +1,4 @@
-"""Where an engine's models are, and where they are read to first."""
+"""The devices that an engine's models live on, and those that they are read to first."""
 
 import os
 
@@ -11,7 +11,7 @@ from minillm.models.device import pick_device
 
 
 def engine_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
-    """Where the engine's models go: a rank of DeepSpeed has the GPU that its launcher counts it to."""
+    """The device of the engine's models: a rank of DeepSpeed has the GPU that its launcher counts it to."""
     if engine.type == "torch":
         return pick_device(engine.device)
     return pick_device(f"cuda:{launched_local_rank()}" if torch.cuda.is_available() else "cpu")
@@ -27,5 +27,5 @@ def check_backend(engine: TorchEngine | DeepSpeedEngine, device: torch.device) -
 
 
 def loading_device(engine: TorchEngine | DeepSpeedEngine, *, sharded: bool) -> torch.device:
-    """Where a model is read to: one that will be sharded to the host, from which each rank's device gets its shard."""
+    """The device that a model is read to: one that will be sharded to the host, from which each rank's device gets its shard."""
     return torch.device("cpu") if sharded else engine_device(engine)

@@ -1,4 +1,4 @@
-"""What an engine reads back from a checkpoint, held against what it is read into, before anything is changed.
+"""The state that an engine reads from a checkpoint, compared with what it is read into before anything is changed.
 
 torch takes moments of any shape for an optimiser's, and anything for a schedule's; the next step would fail on them.
 """

@@ -1,4 +1,4 @@
-"""What the terms of a step add up to, and what is reported of it: the same numbers whichever engine adds them up."""
+"""The sums over the terms of a step, and what is reported of them: the same numbers whichever engine adds them up."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

@@ -92,4 +92,4 @@ class TorchEngine:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
     def close(self) -> None:
-        """Nothing else holds them: they go with the engine and its models."""
+        """Do nothing: no one else holds them, and they go with the engine and its models."""

@@ -1,1 +1,1 @@
-"""What a model's answers are worth, and how far it is from its teacher: evaluator.py puts the pieces together."""
+"""The worth of a model's answers, and its distance from its teacher: evaluator.py puts the pieces together."""

@@ -16,7 +16,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the confidence of a classifier is worth."""
+    """The worth of a classifier's confidence."""
 
     accuracy: float  # per cent
     ece: float  # expected calibration error (Naeini et al., 2015), 0 to 1

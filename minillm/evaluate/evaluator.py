@@ -46,7 +46,7 @@ Measurements = dict[str, list[float]]  # metric -> a value a seed, or the one va
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found."""
+    """The findings of one evaluation."""
 
     sets: dict[str, dict[str, float]]  # set -> metric -> value
     mean: dict[str, float]  # metric -> mean over the sets that have it
@@ -164,7 +164,7 @@ class Evaluator:
         answers: list[Answer],
         rouge: list[float | None] | None,
     ) -> None:
-        """What the answers of one seed are as a whole."""
+        """Measure the answers of one seed as a whole."""
         for size in self.config.distinct:
             _add(measured, f"distinct_{size}", distinct([answer.response for answer in answers], size))
         if rouge is not None and self.config.length_buckets:

@@ -1,4 +1,4 @@
-"""Whether an answer is one of its references, whatever the case, the punctuation and the spaces."""
+"""Exact match: an answer is one of its references, whatever the case, the punctuation and the spaces."""
 
 import string
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What was measured once a seed, as a mean and a deviation: the seeds of an evaluation, and those of whole runs."""
+"""Measurements that were taken once a seed, as a mean and a deviation: the seeds of an evaluation, and those of whole runs."""
 
 import math
 import statistics

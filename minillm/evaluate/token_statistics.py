@@ -63,7 +63,7 @@ def token_statistics(
 
 @torch.no_grad()
 def kept_teacher_rows(models: Models, sequences: Sequence[TokenSequence], *, batch_size: int) -> list[Parts]:
-    """What the teacher says at the response tokens, to be kept: the parts of its rows, (T, ...) CPU tensors a sequence.
+    """The teacher's words at the response tokens, to be kept: the parts of its rows, (T, ...) CPU tensors a sequence.
 
     Of several ranks each has those of its own slice, which are the ones that `token_statistics` asks it for.
     """

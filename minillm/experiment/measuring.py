@@ -37,7 +37,7 @@ class Measuring:
         self._evaluators: tuple[Any, Evaluators | None] = (None, None)
 
     def is_done(self, job: Job) -> bool:
-        """Whether nothing of a job is left to do."""
+        """True where nothing of a job is left to do."""
         trained = not job.trained or (job.folder / FINAL).is_dir()
         return trained and (not job.measured or self._is_measured(job.folder))
 

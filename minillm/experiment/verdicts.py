@@ -41,7 +41,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
 
 
 def _holds(claim: Claim, left: float, right: float) -> bool:
-    """Whether one pair of values agrees with the claim, whose margin helps at_most and at_least; a NaN never does."""
+    """True where one pair of values agrees with the claim, whose margin helps at_most and at_least; a NaN never does."""
     slack = claim.margin * abs(right)
     return {
         "below": left < right - slack,

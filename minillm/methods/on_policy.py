@@ -1,4 +1,4 @@
-"""What the methods on sampled answers share: asking for the answers, and the clipped policy gradient."""
+"""The common part of the methods on sampled answers: asking for the answers, and the clipped policy gradient."""
 
 from collections.abc import Sequence
 

@@ -133,7 +133,7 @@ class OnPolicyDistillation(Method):
 
 
 def _means(buffer: RolloutBuffer, rewards: Sequence[float] | None) -> dict[str, float]:
-    """Of a scored buffer: the reverse KL of its tokens, sampled and exact, and its task reward."""
+    """The means of a scored buffer: the reverse KL of its tokens, sampled and exact, and its task reward."""
     vectors = {name: torch.cat([one.vectors[name] for one in buffer]).double() for name in buffer[0].vectors}
     means = {
         "sampled_reverse_kl_nats": (vectors["student_logprob"] - vectors["teacher_logprob"]).mean().item(),

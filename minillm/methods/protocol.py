@@ -1,4 +1,4 @@
-"""What a method is: what to train on, and the terms of its loss. docs/methods.md says every planned method in it.
+"""The protocol of a method: what to train on, and the terms of its loss. docs/methods.md says every planned method in it.
 
 A method never runs a backward pass, reads no file of its own, knows no rank, and never asks which engine runs it.
 """
@@ -77,7 +77,7 @@ class Term:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Where a method gets its material. The streams carry their own position."""
+    """The material of a method. The streams carry their own position."""
 
     prompts: Stream | None  # of minillm.data.instructions.Example
     corpus: Stream | RankSlice | None  # of token blocks: list[int]
@@ -88,14 +88,14 @@ class TrainingData:
 
 
 class Item(Protocol):
-    """What one example of a step is made of: a TokenSequence, a Rollout, a pair of answers, or a method's own."""
+    """The parts of one example of a step: a TokenSequence, a Rollout, a pair of answers, or a method's own."""
 
     key: int  # of its prompt: named where something is wrong with it
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a method hears of: a step that was taken, or an evaluation of the student."""
+    """An event that a method hears of: a step that was taken, or an evaluation of the student."""
 
     kind: Literal["step", "evaluation"]
     metrics: Mapping[str, float]  # of the step over all ranks, or the evaluation's means over its sets
@@ -142,7 +142,7 @@ class Method(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `observe` and replay buffers keep: tensors, numbers, texts, lists and dicts, alike on every rank."""
+        """The state that `observe` and replay buffers keep: tensors, numbers, texts, lists and dicts, alike on every rank."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

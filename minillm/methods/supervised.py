@@ -1,4 +1,4 @@
-"""What the methods on fixed responses share: taking examples, and cross-entropy mixed with a divergence."""
+"""The common part of the methods on fixed responses: taking examples, and cross-entropy mixed with a divergence."""
 
 from collections.abc import Sequence
 

@@ -33,7 +33,7 @@ def last_hidden(
     attention_mask: Tensor,  # (B, L)
     position_ids: Tensor | None = None,  # (B, L)
 ) -> Tensor:  # (B, L, H)
-    """What the head is applied to, at every position of a text."""
+    """The hidden states that the head is applied to, at every position of a text."""
     return forward_decoder(model, input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
 
 
@@ -141,7 +141,7 @@ def _plain_head(model: PreTrainedModel) -> LMHead:
 
 @torch.no_grad()
 def head_error(model: PreTrainedModel) -> float:
-    """How far the head of `lm_head` on `last_hidden` is from the logits of the model itself: the largest difference, as a
+    """The distance of the head of `lm_head` on `last_hidden` from the logits of the model: the largest difference, as a
     share of the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits
     that `lm_head` does not know."""
     head = _plain_head(model)
@@ -158,7 +158,7 @@ def head_error(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def padding_error(model: PreTrainedModel) -> float:
-    """How far the last hidden states of a text beside a longer one are from those of the text alone: the norm of the
+    """The distance of the last hidden states of a text beside a longer one from those of it alone: the norm of the
     difference as a part of theirs. Not 0 to rounding where an architecture reads the padding at the right as text."""
     ids = torch.arange(8, device=model.device)[None] % _plain_head(model).weight.shape[0]
     short = ids[:, :5]

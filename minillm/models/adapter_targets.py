@@ -1,4 +1,4 @@
-"""Which modules `student.lora.target_modules` names, found in the model itself, before anything is trained."""
+"""The modules that `student.lora.target_modules` names, found in the model itself, before anything is trained."""
 
 import difflib
 

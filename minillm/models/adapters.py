@@ -63,7 +63,7 @@ def add_adapters(
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether add_adapters was called on it."""
+    """True where add_adapters was called on it."""
     return _NAME in getattr(model, "peft_config", {})
 
 

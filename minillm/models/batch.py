@@ -28,7 +28,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a model's forward needs, and the N predictions that count.
+    """The inputs of a model's forward, and the N predictions that count.
 
     Predictions are named by their row, so that EOS used as padding can never hide a real EOS: a row counts because
     it stands in `rows`, not because of the id it holds. Rows run over the responses in order, token by token. A term that
@@ -61,7 +61,7 @@ class TokenBatch:
         return list(vector.split(self.lengths))
 
     def prompt_mask(self) -> Tensor:  # (B, L) bool
-        """Which tokens are the prompts'."""
+        """The tokens of the prompts."""
         width = self.input_ids.shape[1]
         prompts = self.attention_mask.sum(1)  # with the fed part of the answers
         fed = torch.tensor([max(length - 1, 0) for length in self.lengths], device=prompts.device)

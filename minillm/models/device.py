@@ -1,4 +1,4 @@
-"""Where a device's name leads."""
+"""Devices by their names."""
 
 import torch
 

@@ -22,13 +22,13 @@ _answering_beside_pictures: WeakSet[nn.Module] = WeakSet()
 
 
 def opens_pictures(architecture: PreTrainedConfig) -> bool:
-    """Whether models of an architecture take pictures beside text."""
+    """True where models of an architecture take pictures beside text."""
     listed = architecture.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return listed and getattr(architecture, "vision_config", None) is not None
 
 
 def auto_class(architecture: PreTrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
-    """What of transformers opens a model of an architecture."""
+    """The class of transformers that opens models of an architecture."""
     return AutoModelForImageTextToText if opens_pictures(architecture) else AutoModelForCausalLM
 
 
@@ -66,7 +66,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sees_pictures(model: PreTrainedModel) -> bool:
-    """Whether a model takes pictures in its prompts."""
+    """True where a model takes pictures in its prompts."""
     return opens_pictures(model.config) and placeholder_id(model.config) is not None
 
 
@@ -76,7 +76,7 @@ def placeholder_id(config: PreTrainedConfig) -> int | None:
 
 
 def picture_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:  # (B, L) int64 -> (B, L) bool
-    """Where a model reads parts of pictures in the place of tokens."""
+    """The places at which a model reads parts of pictures instead of tokens."""
     return input_ids == placeholder_id(model.config)
 
 
@@ -116,7 +116,7 @@ def token_kinds(
     input_ids: Tensor,  # (B, L) int64
     prompt: Tensor | None,  # (B, L) bool, which tokens are the prompt's; None where that is not known
 ) -> dict[str, Tensor]:  # (B, L) int64 each
-    """What a model of images and text wants to be told of every token, by the names of its arguments."""
+    """The marks of every token that a model of images and text asks for, by the names of its arguments."""
     if not sees_pictures(model):
         return {}
     taken = _arguments(model) & {"mm_token_type_ids", "token_type_ids"}

@@ -90,7 +90,7 @@ def load_student(
 
 
 def is_hollow(model: PreTrainedModel) -> bool:
-    """Whether the weights hold nothing yet: they will come from rank 0, one at a time, when the model is sharded over
+    """True where the weights hold nothing yet: they will come from rank 0, one at a time, when the model is sharded over
     the ranks. Memory that is allocated and never written takes no room, so that a host holds a large model once."""
     return model in _hollow_models
 

@@ -1,4 +1,4 @@
-"""What a model of images and text reads prompts with: its image processor, and how a picture is spelled in ids."""
+"""The processor of a model of images and text: its image processor, and how a picture is spelled in ids."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def unshared_pictures(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 
 class UnreadVideos(VideoProcessorMixin):
-    """What stands in a processor for the part that reads videos, and keeps that part's settings."""
+    """A stand-in for the part of a processor that reads videos, which keeps that part's settings."""
 
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings

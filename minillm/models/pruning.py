@@ -73,7 +73,7 @@ def layers_of(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
 
 
 def chosen_layers(layers: int | Sequence[int], total: int) -> list[int]:
-    """Which of `total` layers stay: the list itself, or as many as `layers` says, evenly spaced with first and last."""
+    """The layers of `total` that stay: the list itself, or as many as `layers` says, evenly spaced with first and last."""
     if isinstance(layers, int):
         if layers > total:
             raise UserError(f"student.layers is {layers}, but the model has {total} layers; give at most {total}")
@@ -231,7 +231,7 @@ def _keep_blocks(module: nn.Module, dimension: int, keep: Sequence[int], total: 
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module was told when it was made, as far as it can be compared."""
+    """The settings that a module was made with, as far as they can be compared."""
     plain = (bool, int, float, str)
     return {
         name: value

@@ -17,7 +17,7 @@ CPU_OUTPUTS, CPU_INPUTS = 32, 64  # bitsandbytes packs such multiples alone in 4
 
 
 def quantization_options(kind: "Quantization", dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What from_pretrained takes beside a dtype to quantise each layer on its way to the device.
+    """The arguments of from_pretrained, beside a dtype, that quantise each layer on its way to the device.
 
     int8 is LLM.int8 (arXiv 2208.07339), with columns beyond its threshold in fp16; nf4 the 4-bit NormalFloat of QLoRA
     (arXiv 2305.14314), its scales quantised once more, computing in `dtype`.
@@ -58,12 +58,12 @@ def check_quantized(model: PreTrainedModel) -> None:
 
 
 def is_quantized(model: nn.Module | None) -> bool:
-    """Whether its weights are no plain tensors any more."""
+    """True where its weights are no plain tensors any more."""
     return getattr(model, "is_quantized", False)
 
 
 def quantization_name(model: PreTrainedModel) -> str:
-    """As teacher.quantization names it."""
+    """The value of teacher.quantization that names it."""
     config = model.config.quantization_config
     return "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
 

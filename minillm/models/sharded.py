@@ -16,7 +16,7 @@ _gathered: WeakSet[nn.Module] = WeakSet()  # by a context that is open
 
 
 def is_sharded(model: nn.Module | None) -> bool:
-    """Whether the model's weights lie in pieces, gathered now or not."""
+    """True where the model's weights lie in pieces, gathered now or not."""
     return model is not None and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

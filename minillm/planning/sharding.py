@@ -24,7 +24,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """Where each part of the memory lies. Stage 0 is one process without DeepSpeed."""
+    """The place of each part of the memory. Stage 0 is one process without DeepSpeed."""
 
     world_size: int = 1
     stage: int = 0
@@ -61,11 +61,11 @@ class Sharding:
         }
 
     def is_sharded(self, who: str) -> bool:
-        """Whether a rank holds no more than a shard of the student or teacher."""
+        """True where a rank holds no more than a shard of the student or teacher."""
         return self.stage == 3 if who == "student" else self.teacher != "replicated"
 
     def gathers(self, who: str) -> bool:
-        """Whether its weights must be gathered before they are used."""
+        """True where its weights must be gathered before they are used."""
         return self.is_sharded(who) and (self.world_size > 1 or self.offload_param)
 
     def layers(self, size: ModelSize) -> int:

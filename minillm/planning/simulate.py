@@ -98,7 +98,7 @@ def simulate(
 
 
 def _in_transformers(error: Exception) -> bool:
-    """Whether an architecture's code raised it, or had torch raise it, and not ours, which it may have called."""
+    """True for an error that an architecture's code raised, or had torch raise, and not ours, which it may have called."""
     packages = [str(Path(module.__file__).parent) for module in (transformers, minillm)]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         for package in packages:

@@ -40,7 +40,7 @@ class Decoding:
 
     @property
     def reads_heads(self) -> bool:
-        """Whether the LM heads take part."""
+        """True where the LM heads take part."""
         return True
 
 
@@ -57,7 +57,7 @@ class Forward:
 
     @property
     def reads_heads(self) -> bool:
-        """Whether the LM heads take part; without them it is the teacher of a supervised step."""
+        """True where the LM heads take part; without them it is the teacher of a supervised step."""
         return self.statistics
 
 

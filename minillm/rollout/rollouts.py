@@ -17,7 +17,7 @@ ProgressCallback = Callable[[str, int, int], None]  # (what is being done, how m
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. The defaults are neutral: the model's own distribution.
+    """The way tokens are drawn. The defaults are neutral: the model's own distribution.
 
     temperature 0 takes the likeliest token. top_k 0 and top_p 1 ban nothing. alpha is the teacher's weight in a mixture.
     no_repeat_ngram_size bans tokens that would repeat an n-gram of prompt and answer; 0 bans none.

@@ -109,7 +109,7 @@ def _raise_if_full(parent: Path, error: Exception) -> None:
 
 
 def _says_full(error: BaseException | None) -> bool:
-    """Whether an error, or its cause, is the system's for a full disk or quota; some libraries say so in text alone."""
+    """True where an error, or its cause, is the system's for a full disk or quota; some libraries say so in text alone."""
     while error is not None:
         numbers = {int(number) for number in _SYSTEM_ERROR.findall(str(error))}
         if FULL & {getattr(error, "errno", None), *numbers}:
@@ -119,7 +119,7 @@ def _says_full(error: BaseException | None) -> bool:
 
 
 def _has_room(parent: Path) -> bool:
-    """Whether the disk takes ROOM bytes more: torch's writer does not say why it failed."""
+    """True where the disk takes ROOM bytes more: torch's writer does not say why it failed."""
     try:
         with tempfile.TemporaryFile(dir=parent) as probe:
             probe.write(bytes(ROOM))

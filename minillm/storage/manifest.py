@@ -24,7 +24,7 @@ def sign(folder: Path) -> None:
 
 
 def is_signed(folder: Path) -> bool:
-    """Whether the folder has a manifest; published models of earlier versions have none."""
+    """True where the folder has a manifest; published models of earlier versions have none."""
     return (folder / MANIFEST).exists()
 
 

@@ -50,7 +50,7 @@ class HiddenRows:
 
     @contextmanager
     def for_losses(self) -> Iterator[tuple[Tensor, LMHead]]:
-        """What the losses take for the teacher: hidden states and head, which is gathered while the context is open.
+        """The teacher's side of the losses: hidden states and head, which is gathered while the context is open.
 
         All ranks enter and leave together.
         """
@@ -60,7 +60,7 @@ class HiddenRows:
 
 @dataclass(frozen=True)
 class TopKRows:
-    """What a teacher says of N rows by its k likeliest ids."""
+    """The teacher's word on N rows by its k likeliest ids."""
 
     top_k: "TopK"  # ids and log-probabilities, (N, k) each
 
@@ -77,7 +77,7 @@ class TopKRows:
 
     @contextmanager
     def for_losses(self) -> Iterator[tuple["TopK", None]]:
-        """What the losses take for the teacher."""
+        """The teacher's side of the losses."""
         yield self.top_k, None
 
 
@@ -92,7 +92,7 @@ class Teacher(Protocol):
     vocab_size: int  # ids that it speaks of
 
     def rows(self, batch: TokenBatch) -> TeacherRows:
-        """What it says of the N rows of a batch, on the device of the student, without a gradient."""
+        """The teacher's word on the N rows of a batch, on the device of the student, without a gradient."""
 
     def rows_of(self, parts: Mapping[str, Tensor]) -> TeacherRows:  # (N, ...) each
         """Rows of the tensors that `TeacherRows.parts` gave earlier."""

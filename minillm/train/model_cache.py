@@ -1,4 +1,4 @@
-"""What stages and runs of one process have in common, opened once: the last teacher, and the evaluator that keeps its
+"""The models that stages and runs of one process share, opened once: the last teacher, and the evaluator that keeps its
 answers."""
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ def mark_prepared(stage: Stage, folder: Path) -> None:
 
 
 def is_prepared(stage: Stage, output_dir: Path) -> bool:
-    """Whether the stage's result is there.
+    """True where the stage's result is there.
 
     Raises UserError where it is damaged, or was made by another configuration.
     """
@@ -41,5 +41,5 @@ def is_prepared(stage: Stage, output_dir: Path) -> bool:
 
 
 def has_no_model(folder: Path) -> bool:
-    """Whether a folder below stages/ is the result of a stage that trained nothing."""
+    """True for a folder below stages/ that is the result of a stage that trained nothing."""
     return (folder / MARK).is_file()

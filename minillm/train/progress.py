@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint says beside weights, optimiser and buffer."""
+"""The progress of a run: what a checkpoint says beside weights, optimiser and buffer."""
 
 from dataclasses import field
 from typing import Any
@@ -18,7 +18,7 @@ class Best(TypedDict):
 
 
 class Position(TypedDict):
-    """How far a stream of data has been used."""
+    """The place in a stream of data."""
 
     taken: NonNegativeInt
     items: NonNegativeInt
@@ -26,7 +26,7 @@ class Position(TypedDict):
 
 @dataclass(config=ConfigDict(strict=True, extra="forbid"))
 class Progress:
-    """Where a run stands. Together with the weights, engine.pt and the buffer this is all that resuming needs.
+    """The progress of a run. Together with the weights, engine.pt and the buffer this is all that resuming needs.
 
     Raises pydantic.ValidationError where it is made of other values: a checkpoint is read into it.
     """

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what of its configuration must be as it was, and what may grow."""
+"""The conditions under which a run may go on from a checkpoint: what of its configuration must be as it was, and what may grow."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ LIMITS = ("max_steps", "num_train_epochs", "max_seconds", "max_student_tokens")
 
 
 def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
-    """Whether the checkpoint's stage is to be longer than it was.
+    """Return True where the checkpoint's stage is to be longer than it was.
 
     Raises UserError where it, or a stage before it, differs in anything else.
     """
@@ -45,7 +45,7 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
 
 
 def _is_longer(before: dict, now: dict) -> bool:
-    """Whether limits of `train` grew or went, none came or shrank, and the steps so far would have been the same."""
+    """True where limits of `train` grew or went, none came or shrank, and the steps so far would have been the same."""
     pairs = [(before.get(key), now[key]) for key in LIMITS if before.get(key) != now[key]]
     grew = all(
         then is not None and (later is None or _is_number(then, later) and later > then) for then, later in pairs

@@ -189,7 +189,7 @@ def _next_progress(before: Progress | None, stage: str) -> Progress:
 
 
 def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
-    """Whether the teacher's own answers are evaluated in this stage: once a teacher and evaluation."""
+    """True where the teacher's own answers are evaluated in this stage: once a teacher and evaluation."""
     if stage.config.teacher is None or not stage.config.eval.teacher:
         return False
 

@@ -47,7 +47,7 @@ Keys = TypeVar("Keys")
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
+    """The data that a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
 
     tokenizer: PreTrainedTokenizerBase  # the student's
     teacher_tokenizer: PreTrainedTokenizerBase | None
@@ -273,7 +273,7 @@ def _rank_slice(stream: Stream) -> Stream | RankSlice:
 
 
 def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:
-    """Whether the loaded teacher holds exactly what the student would be read from."""
+    """True where the loaded teacher holds exactly what the student would be read from."""
     return teacher.quantization is None and (student.path, student.revision, student.dtype) == (
         teacher.path,
         teacher.revision,

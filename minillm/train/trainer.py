@@ -49,7 +49,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def counts_allocations(device: torch.device) -> bool:
-    """Whether `peak_memory_gib` is of what torch allocated there, which is what a plan counts."""
+    """True where `peak_memory_gib` is of what torch allocated there, which is what a plan counts."""
     return device.type == "cuda"
 
 
@@ -220,7 +220,7 @@ class StageTrainer:
         return min(limits, default=None)
 
     def done(self) -> bool:
-        """Whether the stage has all its steps."""
+        """True where the stage has all its steps."""
         progress, limit = self.progress, self._max_seconds()
         if self.total_steps is not None and progress.stage_step >= self.total_steps:
             return True

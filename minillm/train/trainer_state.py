@@ -23,7 +23,7 @@ class TrainerState:
     world_size: int  # of the run that wrote it
 
     def position(self, stream: str, checkpoint: Path) -> Position:
-        """How far a stream was used. Raises UserError where the stage had no such stream."""
+        """The place in a stream. Raises UserError where the stage had no such stream."""
         with reading_state(checkpoint / TRAINER_STATE):
             return self.progress.streams[stream]
 

@@ -1,4 +1,4 @@
-"""From files and overrides to a plan of typed stages, or to every problem at once, before any model loads.
+"""The way from files and overrides to a plan of typed stages, or to every problem at once, before any model loads.
 
 files, left to right  ->  then group.key=value  ->  one document  ->  its stages, each merged over the rest
 """

@@ -1,4 +1,4 @@
-"""Whether answers are drawn as a model scores them: cached steps over prompts padded at the left, against full passes.
+"""The check that answers are drawn as a model scores them: cached steps over prompts padded at the left, against full passes.
 
 Some architectures swallow a cache under a name of its own, number positions without a look at the padding, or read the
 padding as if it were text; all of them answer without a word, as a model that is not the one that is trained.

@@ -1,4 +1,4 @@
-"""From logits to a sampled token: one model's distribution, or the mixture of two, by the inverse of its CDF.
+"""The way from logits to a sampled token: one model's distribution, or the mixture of two, by the inverse of its CDF.
 
 p~ = alpha p + (1 - alpha) q mixes probabilities, each model's after its own temperature, top-k and top-p (MiniLLM,
 arXiv 2306.08543, section 2.2). One uniform decides a token: the first one whose cumulative probability exceeds it. The

@@ -1,4 +1,4 @@
-"""What sampling with CUDA graphs is for: the device, and models whose pass over one token is the same at every length."""
+"""The conditions of sampling with CUDA graphs: the device, and models whose pass over one token is the same at every length."""
 
 import torch
 from transformers import PreTrainedModel

@@ -56,7 +56,7 @@ class LocalRollouts:
                 self._checked.add(role)
 
     def weights_changed(self) -> None:
-        """Nothing to do: there is no copy of the weights."""
+        """Do nothing: there is no copy of the weights."""
 
     def sample(
         self,
@@ -107,7 +107,7 @@ class LocalRollouts:
         prompts: Sequence[list[int]],  # of this rank
         batch_size: int,
     ) -> Decode:
-        """What decodes a batch: its prompts, its noise, (B, max_new_tokens) float64 on the CPU, and what they show."""
+        """The loop that decodes a batch: its prompts, its noise, (B, max_new_tokens) float64 on the CPU, and what they show."""
         # n-grams are looked up on the host; graphs live for this call alone, in which no weight moves
         if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
             sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}

@@ -1,4 +1,4 @@
-"""What every decode loop weights: how a token is drawn, and the answers as they are written, on the models' device."""
+"""The common part of the decode loops: drawing a token, and the answers as they are written, on the models' device."""
 
 from collections.abc import Iterable, Sequence
 
@@ -47,7 +47,7 @@ class PartialAnswers:
         self.ended[rows] = ended | ends_now
 
     def look(self, first: int, end: int) -> int:
-        """How many answers go on after the tokens from `first` up to `end`.
+        """The number of answers that go on after the tokens from `first` up to `end`.
 
         Raises UserError where one of these tokens of an answer was drawn from logits that are not finite.
         """
