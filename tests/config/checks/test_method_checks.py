@@ -8,17 +8,23 @@ from pydantic import Field
 from minillm.config.method import MethodConfig
 from minillm.config.models import TeacherConfig
 from minillm.config.needs import Needs, TermNeeds
+from minillm.config.root import method_classes
+from tests.config.shortest import shortest_method
+
+NEEDS = {name: method(**shortest_method(name)).needs() for name, method in method_classes().items()}
 
 
-@pytest.mark.parametrize("name", ["minillm", "kd", "seqkd", "gkd", "opd", "dpkd"])
+@pytest.mark.parametrize("name", [name for name, needs in NEEDS.items() if needs.teacher])
 def test_methods_that_need_a_teacher(recipe, name):
-    assert recipe.problems(teacher=..., method={"name": name}) == {"teacher": f"missing: method {name} needs one"}
+    assert recipe.problems(teacher=..., method=shortest_method(name)) == {
+        "teacher": f"missing: method {name} needs one"
+    }
     assert recipe.problems(teacher=None, method={"name": "sft"}) == {}
 
 
-@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd", "dpkd"])
-def test_every_method_needs_prompts(recipe, name):
-    found = recipe.problems(method={"name": name}, data={"corpus": {"path": "data/*.txt"}})
+@pytest.mark.parametrize("name", [name for name, needs in NEEDS.items() if needs.prompts])
+def test_methods_that_need_prompts(recipe, name):
+    found = recipe.problems(method=shortest_method(name), data={"corpus": {"path": "data/*.txt"}})
     assert found == {"data.prompts": f"missing: method {name} trains on prompts"}
 
 

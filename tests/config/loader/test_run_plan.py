@@ -13,8 +13,9 @@ from minillm.config.errors import ConfigErrors
 from minillm.config.loader.evaluation_plan import load_evaluation
 from minillm.config.loader.run_plan import load_run, resolved
 from minillm.config.loader.yaml_text import dump
-from minillm.config.root import StageConfig
+from minillm.config.root import StageConfig, method_classes
 from minillm.config.shape import Group, all_keys
+from tests.config.shortest import shortest_method
 
 EXAMPLE = """
 output_dir: runs/stories
@@ -192,9 +193,9 @@ def test_paths_stay_as_written_and_the_output_folder_is_expanded(recipe, monkeyp
     assert plan.stages[0].config.teacher.path == "${HERE}/models/big"
 
 
-@pytest.mark.parametrize("name", ["minillm", "sft", "kd", "seqkd", "gkd", "opd", "dpkd", "lm"])
+@pytest.mark.parametrize("name", method_classes())
 def test_every_default_may_be_written_out(recipe, name):
-    plan = recipe.load(method={"name": name})
+    plan = recipe.load(method=shortest_method(name))
     assert load_run([recipe.write(dump(resolved(plan)))]).stages == plan.stages
 
 

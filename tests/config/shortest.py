@@ -1,0 +1,11 @@
+"""The shortest group that chooses a method: for tests that go through all of them."""
+
+from typing import Any
+
+from minillm.config.root import method_classes
+
+
+def shortest_method(name: str) -> dict[str, Any]:
+    """Its name, and 1 for every key that has no default."""
+    fields = method_classes()[name].model_fields
+    return {key: name if key == "name" else 1 for key, field in fields.items() if field.is_required()}
