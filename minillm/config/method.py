@@ -392,6 +392,31 @@ class DPKD(PreferenceKeys, MethodConfig):
             yield "pt_kd_ratio", "has no effect: with lm_coef 0 there is no pre-training loss", "lm_coef"
 
 
+class DistiLLM2(MethodConfig):
+    """Contrastive distillation (arXiv 2503.07067): a skew KL on the teacher's answers, a skew reverse KL on the student's."""
+
+    name: Literal["distillm2"]
+    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="alpha of both: KL(p || alpha p + (1 - alpha) q) and KL(q || (1 - alpha) p + alpha q)"
+    )
+    student_weight: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="Weight of the loss on the student's answers beside that on the teacher's (released: 1)"
+    )
+    summary: ClassVar[str] = "contrastive distillation on the teacher's answers and the student's (DistiLLM-2)"
+    panels: ClassVar[dict[str, tuple[str, str]]] = {
+        "skew_forward_kl_nats": ("Skew KL on the teacher's answers", "nats/token"),
+        "skew_reverse_kl_nats": ("Skew reverse KL on the student's answers", "nats/token"),
+    }
+
+    def needs(self) -> Needs:
+        return Needs(
+            tuple(TermNeeds(name, ("answers",), teacher=True) for name in ("teacher_answers", "student_answers")),
+            samples=("teacher", "student"),
+            teacher=True,
+            teacher_abilities=frozenset({"sample"}),
+        )
+
+
 class LM(MethodConfig):
     """Pre-training on the packed blocks of a corpus: (1 - kd_ratio) cross-entropy + kd_ratio forward KL to the teacher."""
 
@@ -412,4 +437,4 @@ class LM(MethodConfig):
         )
 
 
-Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | LM, Field(discriminator="name")]
+Method = Annotated[MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | DistiLLM2 | LM, Field(discriminator="name")]

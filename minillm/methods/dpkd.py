@@ -23,9 +23,8 @@ from torch import Tensor
 
 from minillm.config.method import DPKD
 from minillm.losses import TokenStats
-from minillm.methods.on_policy import answered, sample_answers
+from minillm.methods.on_policy import sampled_pairs
 from minillm.methods.preference import (
-    AnswerPair,
     log_ratio,
     pair_means,
     preference_loss,
@@ -47,11 +46,7 @@ class PreferenceDistillation(Method):
         """Texts for the token form; for the sequence form an answer of each model to each of the next prompts."""
         if self.config.method.pairs == "token_argmax":
             return take_references(data, self.step_size)
-        prompts = take_references(data, self.step_size)
-        # noise of their own: with the same, two models that are near each other would give the same answer
-        chosen = answered(prompts, sample_answers(prompts, data, self.config, draw=2 * draw, who="teacher"))
-        rejected = answered(prompts, sample_answers(prompts, data, self.config, draw=2 * draw + 1, who="student"))
-        return [AnswerPair(one.key, one, other) for one, other in zip(chosen, rejected, strict=True)]
+        return sampled_pairs(take_references(data, self.step_size), data, self.config, draw=draw)
 
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         keys = self.config.method

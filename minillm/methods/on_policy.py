@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minillm.config.root import StageConfig
+from minillm.methods.preference import AnswerPair
 from minillm.methods.protocol import TrainingData
 from minillm.models.batch import TokenSequence
 from minillm.rollout.noise import distinct_keys
@@ -49,6 +50,16 @@ def answered(prompts: Sequence[TokenSequence], answers: Sequence[Answer]) -> lis
         TokenSequence(answer.prompt, answer.response, prompt.key, answer.extras)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+def sampled_pairs(
+    prompts: Sequence[TokenSequence], data: TrainingData, config: StageConfig, *, draw: int
+) -> list[AnswerPair]:
+    """An answer of the teacher, which is preferred, and one of the student to each prompt."""
+    # noise of their own: with the same, two models that are near each other would give the same answer
+    chosen = answered(prompts, sample_answers(prompts, data, config, draw=2 * draw, who="teacher"))
+    rejected = answered(prompts, sample_answers(prompts, data, config, draw=2 * draw + 1, who="student"))
+    return [AnswerPair(one.key, one, other) for one, other in zip(chosen, rejected, strict=True)]
 
 
 def clipped_policy_loss(

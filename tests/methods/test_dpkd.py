@@ -235,7 +235,7 @@ def test_runs_that_are_killed_go_on_bit_for_bit(trained, killed):
         found = steps_of(trained, form)
         assert all({"margin", "loss/preference", "loss/pretraining"} <= one.keys() for one in found)
         assert len({one["margin"] for one in found}) == 3
-    broken, places = killed(first=40, later=15)
+    broken, places = killed(first=40, later=8)
     assert {stage for stage, steps in places if steps < 3} >= set(PAIRS), places
     assert records(broken) == records(trained)
     for form in PAIRS:
