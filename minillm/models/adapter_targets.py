@@ -2,7 +2,9 @@
 
 import difflib
 
+import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -12,6 +14,7 @@ from minillm.models.families import text_model
 
 KEY = "student.lora.target_modules"
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight lies the other way
+FORWARDS = tuple(kind.forward for kind in LINEAR)
 
 
 def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
@@ -31,7 +34,7 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
     linear = [
         name
         for name, module in modules.items()
-        if isinstance(module, LINEAR) and id(module) in below and module is not head
+        if isinstance(module, LINEAR) and id(module) in below and module is not head and _is_plain(module)
     ]
     if asked == "all-linear":
         return linear
@@ -57,6 +60,23 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
             raise UserError(f"{KEY}: {wrong[0]} is a {type(modules[wrong[0]]).__name__}, not a linear layer; {hint}")
         chosen |= found.keys()
     return [name for name in linear if name in chosen]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer gives `(1, outputs)` for `(1, inputs)`, to which an adapter's product can be added.
+
+    Routers (Llama 4, PhiMoE) and grouped products (DeepSeek-V4) are classes of architectures that extend nn.Linear.
+    """
+    own = type(module).__module__.startswith("transformers") and type(module).forward not in FORWARDS
+    if not own:  # those of quantised weights among them
+        return True
+    weights = {name: torch.empty_like(one, device="meta") for name, one in module.named_parameters()}
+    row = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        result = functional_call(module, weights, (row,))
+    except Exception:  # whatever a row is to it, it is not the input of a linear layer
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (1, module.out_features)
 
 
 def _endings(names: list[str]) -> str:

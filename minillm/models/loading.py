@@ -24,6 +24,7 @@ from minillm.models.adapters import add_adapters
 from minillm.models.attention import with_attention
 from minillm.models.families import auto_class, opens_pictures
 from minillm.models.folders import check_folder, check_size, require_all_weights
+from minillm.models.loaded_embeddings import embeddings_kept
 from minillm.models.locations import hub_arguments, reading
 from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
@@ -145,10 +146,11 @@ def _read(config: ModelConfig, output_dir: Path, hollow: bool, quantization: dic
     if not hollow:
 
         def make(attention: str) -> PreTrainedModel:
-            opened, found = auto_class(architecture).from_pretrained(
-                where, attn_implementation=attention, **place, **options, **quantization,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            with embeddings_kept():
+                opened, found = auto_class(architecture).from_pretrained(
+                    where, attn_implementation=attention, **place, **options, **quantization,
+                    output_loading_info=True, ignore_mismatched_sizes=True,
+                )  # fmt: skip
             require_all_weights(config.path, opened, found)
             return opened
 

@@ -3,6 +3,7 @@
 import pytest
 
 from minillm.models.adapter_targets import target_names
+from tests.sweep.tiny_models import tiny_architecture, tiny_model
 
 KEY = r"^student\.lora\.target_modules: "
 
@@ -51,3 +52,17 @@ def test_a_name_is_the_end_of_a_path(build_model, asked, count):
 def test_what_is_refused_says_what_to_write(build_model, name, asked, words):
     with pytest.raises(ValueError, match=KEY + ".*" + words):
         target_names(build_model(name), asked)
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "phimoe"])
+def test_a_router_gets_no_adapter(kind):
+    model = tiny_model(tiny_architecture(kind))
+    names = target_names(model, "all-linear")
+    assert any(one.endswith("q_proj") for one in names) and not any("router" in one for one in names)
+    with pytest.raises(ValueError, match=KEY + r".*router is a \w+Router, not a linear layer"):
+        target_names(model, ["router"])
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_gets_one():
+    names = target_names(tiny_model(tiny_architecture("falcon")), "all-linear")
+    assert {one.rpartition(".")[2] for one in names} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
