@@ -23,8 +23,9 @@ from minillm.rollout.local.token_drawing import pad_left
 
 PROMPTS = (4, 2)  # tokens
 STEPS = 3  # tokens of an answer; before the last of them the first row leaves the batch
-# Parts of the norm of the logits less their mean. In 16 bits rounding can send a token to other experts; a lost cache is off by the whole.
-TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.2
+# Parts of the norm of the logits less their mean. In 16 bits right models were off by 0.002 to 0.011, and small trained
+# ones that lose their cache by 0.14 to 0.6.
+TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 
 
 def require_exact_decoding(role: str, model: PreTrainedModel) -> None:

@@ -53,6 +53,15 @@ def test_a_cache_that_is_swallowed_is_refused(monkeypatch):
         require_exact_decoding("teacher", model)
 
 
+def test_a_constant_that_all_logits_share_hides_no_difference(monkeypatch):
+    model = pair("phi").student  # whose head has a bias
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, past_key_values=None, **rest: forward(*args, **rest))
+    error = decoding_error(model)
+    model.lm_head.bias.data += 1000
+    assert decoding_error(model) == pytest.approx(error, rel=0.01) and error > 0.01
+
+
 def test_a_cache_that_cannot_be_used_is_one_sentence(monkeypatch):
     models = pair("llama")
 
