@@ -98,9 +98,14 @@ def simulate(
 
 
 def _in_transformers(error: Exception) -> bool:
-    """True for an error that an architecture's code raised, or had torch raise, and not ours, which it may have called."""
+    """True for an error that an architecture's code raised, or had torch raise, and not ours, which it may have called.
+
+    The ledger's dispatch lies between torch and every operation, whoever asked for that, so it says nothing.
+    """
     packages = [str(Path(module.__file__).parent) for module in (transformers, minillm)]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.name == "__torch_dispatch__":
+            continue
         for package in packages:
             if Path(frame.filename).is_relative_to(package):
                 return package == packages[0]

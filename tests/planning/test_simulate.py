@@ -73,3 +73,9 @@ def test_an_architecture_without_gradient_checkpointing_is_planned_all_the_same(
     assert stage.activations(False) > 0 and stage.activations(True) is None
     with pytest.raises(UserError, match="no plan for .*ctrl.*: the architecture's code refuses .* checkpointing"):
         planned(path, f"student.config={{{', '.join(own)}}}", "train.gradient_checkpointing=true")
+
+
+def test_an_architecture_that_swallows_the_cache_is_refused_in_a_sentence(recipe):
+    own = ["model_type: openai-gpt", "n_embd: 32", "n_layer: 2", "n_head: 2", "n_positions: 256"]
+    with pytest.raises(UserError, match="no plan for .*openai-gpt.*: the architecture's code refuses what a plan does"):
+        planned(recipe(method={"name": "gkd"}), f"student.config={{{', '.join(own)}}}")
