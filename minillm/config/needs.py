@@ -48,6 +48,7 @@ class Needs:
     pairs: bool = False  # prompts come with a chosen and a rejected answer
     corpus: bool = False  # plain text in blocks
     images: bool = False  # prompts show images
+    evaluations: bool = False  # the method adapts to evaluations while it trains
     # sampling
     samples: tuple[Sampler, ...] = ()  # the samplers that answer prompts while the stage runs, one after the other
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk

@@ -53,7 +53,7 @@ class PreferenceDistillation(Method):
         token = keys.pairs == "token_argmax"
         terms = [token_term(items, models, keys) if token else preference_term(items, models, keys)]
         if keys.lm_coef > 0:
-            terms.append(pretraining_term(len(items), data, models, keys))
+            terms.append(pretraining_term(len(items), data, models, weight=keys.lm_coef, kd_ratio=keys.pt_kd_ratio))
         return terms
 
     def observe(self, observation: Observation) -> dict[str, float]:

@@ -123,7 +123,8 @@ class MiniLLMMethod(Method):
         )
         if method.lm_coef == 0:
             return [policy]
-        return [policy, pretraining_term(len(items), data, models, method)]
+        keys = {"weight": method.lm_coef, "kd_ratio": method.pt_kd_ratio}
+        return [policy, pretraining_term(len(items), data, models, **keys)]
 
 
 METHOD = MiniLLMMethod

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minillm.config.method import DPKD, MiniLLM
 from minillm.losses import TokenStats
 from minillm.methods.protocol import Item, Term, TrainingData, sequences_of
 from minillm.models.batch import TokenSequence, collate
@@ -53,8 +52,7 @@ def mixed_term(
     )
 
 
-def pretraining_term(blocks: int, data: TrainingData, models: Models, keys: MiniLLM | DPKD) -> Term:
-    """lm_coef times the loss on the next blocks of plain text: cross-entropy, mixed with the forward KL by pt_kd_ratio."""
+def pretraining_term(blocks: int, data: TrainingData, models: Models, *, weight: float, kd_ratio: float = 0.0) -> Term:
+    """weight times the loss on the next blocks of plain text: cross-entropy, mixed with the forward KL by kd_ratio."""
     texts = [TokenSequence(block[:1], block[1:]) for block in data.corpus.take(blocks)]
-    ratio = 1 - keys.pt_kd_ratio
-    return mixed_term(texts, models, divergence="forward_kl", ce_ratio=ratio, name="pretraining", weight=keys.lm_coef)
+    return mixed_term(texts, models, divergence="forward_kl", ce_ratio=1 - kd_ratio, name="pretraining", weight=weight)

@@ -14,6 +14,8 @@ from minillm.data.stream import Stream
 from minillm.methods.protocol import TrainingData
 from minillm.reporting import report
 from minillm.rollout.rollouts import Answer
+from minillm.storage.checkpoint import newest_whole
+from minillm.train.trainer_state import read_trainer_state
 from tests.distributed.conftest import finish, start  # noqa: F401  fixtures of `two_ranks`
 from tests.runs import TRAIN, die_after, in_a_child, records, train
 
@@ -99,7 +101,7 @@ def trained(recipe, undrawn) -> Path:
 def killed(recipe, undrawn) -> Callable[..., tuple[Path, set[tuple[str, int]]]]:
     """A function that trains the module's `recipe`, killed over and over, each time a few events later than the last.
 
-    It returns the folder of the run and, of each kill, the stage and its steps that stood in the record by then.
+    It returns the folder of the run, and the checkpoints that it was gone on from: (stage, steps of it).
     """
 
     def kill(*, first: int, later: int) -> tuple[Path, set[tuple[str, int]]]:
@@ -110,8 +112,10 @@ def killed(recipe, undrawn) -> Callable[..., tuple[Path, set[tuple[str, int]]]]:
             train(recipe, f"output_dir={folder}", resume=folder.is_dir())
 
         while os.WIFSIGNALED(status := in_a_child(child)):
-            taken = [one["stage"] for one in records(folder) if one["kind"] == "train"]
-            places |= {(stage, taken.count(stage)) for stage in taken[-1:]}
+            checkpoint = newest_whole(folder, lambda note: None)
+            if checkpoint is not None:
+                progress = read_trainer_state(checkpoint).progress
+                places.add((progress.stage, progress.stage_step))
             events += later
             assert events < first + 20 * later, "it never ends"
         assert status == 0
@@ -124,7 +128,7 @@ def killed(recipe, undrawn) -> Callable[..., tuple[Path, set[tuple[str, int]]]]:
 def two_ranks(recipe, start, finish) -> Path:  # noqa: F811
     """The folder of the module's `recipe`, trained on two ranks of ZeRO-3 with micro-batches of one."""
     folder = recipe.parent / "two_ranks"
-    ranks = ("engine.type=deepspeed", "engine.stage=3", "train.per_device_train_batch_size=1")
+    ranks = ("engine.type=deepspeed", "engine.stage=3", "train.per_device_train_batch_size=1", "save.steps=100")
     finish(start(2, *TRAIN, str(recipe), f"output_dir={folder}", *ranks))
     return folder
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.data import DataConfig, PlainPrompts, PydocPrompts
+from minillm.config.evaluation import EvalConfig
 from minillm.config.method import Method
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.needs import ABILITIES
@@ -48,6 +49,18 @@ def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) 
         what = ABILITIES.get(ability, ability)
         message = f"method {method.name} needs a teacher that can {what}, which this one cannot"
         yield Found("teacher", message, ("method.name",))
+
+
+def evaluations_made(facts: Facts, eval: EvalConfig, method: Method) -> Iterator[Found]:
+    """A stage is evaluated while it trains where the method adapts to that."""
+    if not method.needs().evaluations:
+        return
+    for key in ("sets", "steps"):
+        if not getattr(eval, key):
+            why, reads = _why(method, "evaluations")
+            yield Found(
+                f"eval.{key}", f"missing: method {method.name} adapts to its evaluations in training{why}", reads
+            )
 
 
 def _why(method: Method, need: str) -> tuple[str, tuple[str, ...]]:

@@ -13,7 +13,14 @@ from minillm.config.checks.deepspeed_checks import deepspeed_file, deepspeed_ins
 from minillm.config.checks.evaluation_checks import evaluation_keys_used, measurable, measured_after_training
 from minillm.config.checks.facts import Facts, Idle, as_path, beside
 from minillm.config.checks.length_checks import answers_fit, corpus_fits, evaluation_fits
-from minillm.config.checks.method_checks import adapters_trained, images_shown, material, own_keys, teacher_needed
+from minillm.config.checks.method_checks import (
+    adapters_trained,
+    evaluations_made,
+    images_shown,
+    material,
+    own_keys,
+    teacher_needed,
+)
 from minillm.config.checks.model_checks import (
     adapters,
     installed,
@@ -56,6 +63,7 @@ CHECKS = (
     training_prompts,
     teacher_needed,
     own_keys,
+    evaluations_made,
     neutral_sampling,
     one_temperature,
     whole_batches,

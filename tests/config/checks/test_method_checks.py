@@ -9,14 +9,14 @@ from minillm.config.method import MethodConfig
 from minillm.config.models import TeacherConfig
 from minillm.config.needs import Needs, TermNeeds
 from minillm.config.root import method_classes
-from tests.config.shortest import shortest_method
+from tests.config.shortest import EVALUATED, shortest_method
 
 NEEDS = {name: method(**shortest_method(name)).needs() for name, method in method_classes().items()}
 
 
 @pytest.mark.parametrize("name", [name for name, needs in NEEDS.items() if needs.teacher])
 def test_methods_that_need_a_teacher(recipe, name):
-    assert recipe.problems(teacher=..., method=shortest_method(name)) == {
+    assert recipe.problems(teacher=..., method=shortest_method(name), eval=EVALUATED) == {
         "teacher": f"missing: method {name} needs one"
     }
     assert recipe.problems(teacher=None, method={"name": "sft"}) == {}
@@ -24,7 +24,7 @@ def test_methods_that_need_a_teacher(recipe, name):
 
 @pytest.mark.parametrize("name", [name for name, needs in NEEDS.items() if needs.prompts])
 def test_methods_that_need_prompts(recipe, name):
-    found = recipe.problems(method=shortest_method(name), data={"corpus": {"path": "data/*.txt"}})
+    found = recipe.problems(method=shortest_method(name), data={"corpus": {"path": "data/*.txt"}}, eval=EVALUATED)
     assert found == {"data.prompts": f"missing: method {name} trains on prompts"}
 
 
@@ -177,3 +177,13 @@ def test_adapters_are_for_a_student_that_is_trained(recipe, registered):
 def recipe_with_long_blocks(recipe, method):
     recipe.model("models/small", max_position_embeddings=300)
     return recipe.problems(method=method, teacher__path="models/small", data__corpus__block_size=400)
+
+
+def test_a_method_that_adapts_to_evaluations_needs_them(recipe):
+    method = {"name": "distillm", "steps": 9}
+    for key in ("sets", "steps"):
+        found = recipe.problems(method=method, eval={other: EVALUATED[other] for other in EVALUATED if other != key})
+        assert found[f"eval.{key}"].startswith("missing: method distillm adapts to its evaluations in training while")
+        assert found[f"eval.{key}"].endswith("or set method.threshold_step to 0")
+    assert recipe.problems(method=method, eval=EVALUATED) == {}
+    assert recipe.problems(method={**method, "threshold_step": 0, "threshold_start": 0.5}) == {}

@@ -15,7 +15,7 @@ from minillm.config.loader.run_plan import load_run, resolved
 from minillm.config.loader.yaml_text import dump
 from minillm.config.root import StageConfig, method_classes
 from minillm.config.shape import Group, all_keys
-from tests.config.shortest import shortest_method
+from tests.config.shortest import EVALUATED, shortest_method
 
 EXAMPLE = """
 output_dir: runs/stories
@@ -195,7 +195,7 @@ def test_paths_stay_as_written_and_the_output_folder_is_expanded(recipe, monkeyp
 
 @pytest.mark.parametrize("name", method_classes())
 def test_every_default_may_be_written_out(recipe, name):
-    plan = recipe.load(method=shortest_method(name))
+    plan = recipe.load(method=shortest_method(name), eval=EVALUATED)
     assert load_run([recipe.write(dump(resolved(plan)))]).stages == plan.stages
 
 
