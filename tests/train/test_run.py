@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,16 @@ def test_a_run_leaves_what_it_promises(two_stages, tmp_path):
     assert {"checkpoint-7", "checkpoint-8", "stages", "final"} <= names
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert (final / "README.md").exists() and not (final / "state").exists()
+    assert "minillm" in (final / "README.md").read_text() and not (final / "state").exists()
     kinds = [(record["kind"], record["stage"], record.get("who")) for record in records(folder)]
     assert kinds.count(("eval", "distil", "teacher")) == 1
-    assert kinds.count(("train", "distil", None)) == 6
+    assert kinds.count(("eval", "distil", "student")) == 4, "before the first step, and after every second one"
 
 
 def test_every_step_says_where_its_time_went(two_stages, tmp_path):
+    started = time.perf_counter()
     train(two_stages)
+    whole = time.perf_counter() - started
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in lines if record["kind"] == "train" and record["stage"] == "distil"]
     for place, record in enumerate(steps):
@@ -48,7 +51,7 @@ def test_every_step_says_where_its_time_went(two_stages, tmp_path):
         assert parts == {"time/scoring_s", "time/update_s"} | collected | saved
     spent = sum(record[key] for record in steps for key in record if key.startswith("time/") and "saving" not in key)
     assert 0 < spent <= steps[-1]["seconds"]
-    assert all(record["time/evaluation_s"] > 0 for record in lines if record["kind"] == "eval")
+    assert all(0 < record["time/evaluation_s"] < whole for record in lines if record["kind"] == "eval")
     assert "## Where the time went" in (tmp_path / "run" / "report.md").read_text()
 
 
