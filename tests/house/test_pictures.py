@@ -12,14 +12,19 @@ from minillm.cli.eval import evaluate_model, evaluation_plan
 from minillm.cli.generate import Answerer
 from minillm.config.data import InstructionKeys, JsonlPrompts
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.data.instructions import load_prompts
+from minillm.data.instructions import PromptSet, load_prompts
 from minillm.engine.module import TermLoss
+from minillm.evaluate.token_statistics import token_statistics
 from minillm.methods.supervised import mixed_term
+from minillm.models.batch import TokenSequence
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.tokenizers import load_tokenizer
+from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
+from minillm.rollout.scoring import score
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.open import open_named
+from minillm.teachers.pair import Models
 from minillm.teachers.preflight import preflight
 from tests.pictures import picture, save_seeing
 from tests.runs import Silent, die_after, in_a_child, records, train
@@ -120,8 +125,8 @@ def eager_loss(model, teacher, processor, files, answers) -> torch.Tensor:
     return total / count
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "idefics3"])
-def test_the_loss_is_that_of_the_picture(data, kind):
+def opened(data, kind: str) -> tuple[Models, PromptSet]:
+    """A pair of models that see, and the first three prompts."""
     student_path, teacher_path = save_seeing(kind, data / "s"), save_seeing(kind, data / "t", width=48, seed=1)
     options = {"output_dir": data, "device": CPU}
     config = StudentConfig(path=str(student_path))
@@ -129,9 +134,29 @@ def test_the_loss_is_that_of_the_picture(data, kind):
     teacher = LocalTeacher(load_teacher(TeacherConfig(path=str(teacher_path)), **options))
     tokenizer = load_tokenizer(config, data)
     models, _ = preflight(student, teacher, tokenizer, tokenizer, CPU)
-    prompts = load_prompts(
-        JsonlPrompts(path=str(data / "seen.jsonl"), template="chat", limit=3, max_response_length=20), tokenizer
-    )
+    keys = JsonlPrompts(path=str(data / "seen.jsonl"), template="chat", limit=3, max_response_length=20)
+    return models, load_prompts(keys, tokenizer)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_answers_are_scored_and_measured_with_the_pictures_that_they_were_sampled_with(data, who):
+    models, prompts = opened(data, "llava")
+    keys = [example.index for example in prompts]
+    options = {"keys": keys, "seed": 1, "draw": 0, "who": who, "batch_size": 2}
+    extras = [example.extras for example in prompts]
+    answers = LocalRollouts(models).sample([one.prompt_ids for one in prompts], Sampling(6), extras=extras, **options)
+    buffer = score(models, answers, keys=keys, batch_size=2)
+    sequences = [TokenSequence(one.prompt, one.response, extras=one.extras) for one in answers]
+    measured = token_statistics(models, sequences, fields=(f"{who}_logprob",), batch_size=2)[f"{who}_logprob"]
+    for answer, rollout, one in zip(answers, buffer, measured, strict=True):
+        torch.testing.assert_close(rollout.vectors[f"{who}_logprob"], answer.logprobs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one, answer.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "idefics3"])
+def test_the_loss_is_that_of_the_picture(data, kind):
+    models, prompts = opened(data, kind)
+    student, teacher, tokenizer = models.student, models.teacher, models.tokenizer
     loss_of = TermLoss(student, vocab_size=models.vocab_size, backend="auto")
 
     def loss(examples) -> torch.Tensor:
