@@ -26,8 +26,8 @@ from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.noise import distinct_keys
 from minillm.rollout.rollouts import Sampling
-from tests.methods.conftest import SHOWN
-from tests.runs import in_a_child, records, train
+from tests.methods.conftest import SHOWN, steps_of
+from tests.runs import in_a_child, panels, records, train
 
 ROOT = Path(__file__).parents[2]
 # a reward that depends on everything that it is given, and differs from answer to answer
@@ -267,15 +267,13 @@ def test_keys_that_are_wrong_or_do_nothing_are_named(judge):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_run) -> Path:
-    """The folder of a run of five steps, three buffers; beside it its recipe, and a file with a dot for every reward."""
-    import minillm.train.run  # noqa: F401  once, and not in every child
-
+def recipe(tmp_path_factory, small_run) -> Path:
+    """A run of five steps, three buffers; beside it `calls`, a file with a dot for every reward."""
     folder = tmp_path_factory.mktemp("opd")
     text = JUDGE.replace("    return ", f"    open({str(folder / 'calls')!r}, 'a').write('.')\n    return ")
     (folder / "rewards.py").write_text(text)
     document = small_run(folder, layers=1)
-    del document["eval"]  # whose panels take most of the time
+    del document["eval"]
     # with a large epsilon AdamW does not turn a gradient that is rounding into a whole step
     document["train"] |= {"max_steps": 5, "adam_epsilon": 1e-3}
     document["stages"] = {
@@ -285,16 +283,12 @@ def whole(tmp_path_factory, small_run) -> Path:
             "method": {"name": "opd", "cliprange": 0.2, "task_reward": f"{folder}/rewards.py:judge"},
         },
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    assert in_a_child(lambda: train(folder / "recipe.yaml")) == 0
-    return folder / "run"
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
 
 
-def steps(folder: Path) -> list[dict]:
-    return [one for one in records(folder) if one["stage"] == "distil" and one["kind"] == "train"]
-
-
-def test_a_run_that_was_killed_inside_a_buffer_goes_on_bit_for_bit(whole, tmp_path):
+def test_a_run_that_was_killed_inside_a_buffer_goes_on_bit_for_bit(recipe, trained, tmp_path):
     broken = tmp_path / "broken"
 
     def work(*, dies_at: int = 0) -> int:
@@ -307,43 +301,34 @@ def test_a_run_that_was_killed_inside_a_buffer_goes_on_bit_for_bit(whole, tmp_pa
                 return os.kill(os.getpid(), signal.SIGKILL) if left[0] == 0 else take(*arguments)
 
             TorchEngine.step = step
-            train(whole.parent / "recipe.yaml", f"output_dir={broken}", resume=broken.is_dir())
+            train(recipe, f"output_dir={broken}", resume=broken.is_dir())
 
         return in_a_child(child)
 
     for dies_at, taken in ((4, 1), (3, 3)):  # a buffer is of two steps; the teacher's stage takes two before
-        assert os.WIFSIGNALED(work(dies_at=dies_at)) and len(steps(broken)) == taken
+        assert os.WIFSIGNALED(work(dies_at=dies_at)) and len(steps_of(broken, "distil")) == taken
     assert work() == 0
-    assert records(broken) == records(whole)
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, whole))
+    assert records(broken) == records(trained)
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, trained))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_two_ranks_of_zero_3_take_the_same_steps_and_ask_once_for_a_reward(whole, tmp_path):
-    from tests.distributed.conftest import finish, start
-
-    start, finish = start.__wrapped__(), finish.__wrapped__()
-    calls = whole.parent / "calls"
+def test_two_ranks_of_zero_3_take_the_same_steps_and_ask_once_for_a_reward(recipe, trained, request):
+    calls = recipe.with_name("calls")
     calls.write_text("")
-    ranks = ("engine.type=deepspeed", "engine.stage=3", "train.per_device_train_batch_size=1")
-    recipe = str(whole.parent / "recipe.yaml")
-    finish(start(2, "-m", "minillm", "train", recipe, f"output_dir={tmp_path / 'two'}", *ranks), timeout=400)
-    for ours, theirs in zip(steps(tmp_path / "two"), steps(whole), strict=True):
+    two = request.getfixturevalue("two_ranks")  # only now: the calls are counted
+    for ours, theirs in zip(steps_of(two, "distil"), steps_of(trained, "distil"), strict=True):
         for key in ("loss", "policy_ratio", *OPD.panels):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
     assert len(calls.read_text()) == 3 * 4 + 1  # three buffers of four answers, and one call before the first
 
 
-def test_its_picture_has_panels_of_its_own(whole, tmp_path, monkeypatch):
-    from minillm.reporting import curves
-    from minillm.reporting.run_files import read_run
-
-    titles = []
-    monkeypatch.setattr(curves, "dress", lambda panel, title, *rest: titles.append(title))
-    assert curves.draw_run(read_run(whole), tmp_path / "curves.png")
-    assert {title for title, _ in OPD.panels.values()} <= set(titles)
-    assert len({one["task_reward"] for one in steps(whole)}) == 3  # one a buffer
+def test_the_picture_has_panels_of_its_own(trained):
+    drawn, steps = panels(trained), steps_of(trained, "distil")
+    for name, (title, _) in OPD.panels.items():
+        assert [one[name] for one in steps] in [list(line.get_ydata()) for line in drawn[title]]
+    assert len({one["task_reward"] for one in steps}) == 3  # one a buffer
 
 
 def test_its_recipe_is_planned(monkeypatch):

@@ -21,7 +21,8 @@ from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.protocol import Observation, TrainingData
 from minillm.rollout.local.local_rollouts import LocalRollouts
-from tests.runs import die_after, in_a_child, records, train
+from tests.methods.conftest import steps_of
+from tests.runs import panels, records
 
 GOLDEN = Path(os.environ.get("MINILLM_GOLDEN", ""))
 EXAMPLES = [Example(i, [60 + i, 70][: 1 + i % 2], [90 + i, 91, 256][: 2 + i % 2], "", ()) for i in range(4)]
@@ -150,9 +151,10 @@ def test_without_a_teacher_it_says_so(make_models, tmp_path):
         method.terms(method.collect(data, models, draw=0), data, models)
 
 
-@pytest.fixture
-def recipe(tmp_path, small_run) -> Path:
-    document = small_run(tmp_path, layers=1)
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, small_run) -> Path:
+    folder = tmp_path_factory.mktemp("taid")
+    document = small_run(folder, layers=1)
     # with a large epsilon AdamW does not turn a gradient that is rounding into a whole step
     document["train"] |= {"max_steps": 6, "adam_epsilon": 1e-3}
     document["stages"] = {
@@ -162,58 +164,34 @@ def recipe(tmp_path, small_run) -> Path:
             "method": {"name": "taid", "steps": 60, "t_start": 0.2, "alpha": 0.3, "beta": 0.5},
         },
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
 
 
-def steps(folder: Path) -> list[dict]:
-    return [one for one in records(folder) if one["stage"] == "distil" and one["kind"] == "train"]
-
-
-def test_a_run_that_was_killed_goes_on_bit_for_bit_and_draws_t(recipe, one_thread):
-    def work(name: str, *, events: int = 0, resume: bool = False):
-        def child():
-            if events:
-                die_after(events)
-            train(recipe, f"output_dir={recipe.parent / name}", resume=resume)
-
-        return in_a_child(child)
-
-    whole, broken = recipe.parent / "whole", recipe.parent / "broken"
-    assert work("whole") == 0
-    killed_at, events = set(), 60
-    while os.WIFSIGNALED(status := work("broken", events=events, resume=broken.is_dir())):
-        events += 20  # later each time: there is always progress
-        killed_at.add(len(steps(broken)) if (broken / "metrics.jsonl").is_file() else 0)
-        assert events < 600
-    assert status == 0
-    assert killed_at & {2, 3, 4, 5}, killed_at
-    assert records(broken) == records(whole)
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, whole))
+def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed, one_thread):
+    broken, places = killed(first=60, later=20)
+    assert places & {("distil", steps) for steps in (2, 3, 4, 5)}, places
+    assert records(broken) == records(trained)
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, trained))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    used = [one["interpolation"] for one in steps(whole)]
-    assert used[0] == used[1] == 0.2 and sorted(used) == used and used[-1] > 0.5, used
-    assert (whole / "curves.png").is_file()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_two_ranks_of_zero_3_take_the_same_steps(recipe):
-    from tests.distributed.conftest import finish, start
-
-    start, finish = start.__wrapped__(), finish.__wrapped__()
-    one, two = recipe.parent / "one", recipe.parent / "two"
-    arguments = ("-m", "minillm", "train", str(recipe))
-    finish(start(1, *arguments, f"output_dir={one}"))
-    ranks = ("engine.type=deepspeed", "engine.stage=3", "train.per_device_train_batch_size=1")
-    finish(start(2, *arguments, f"output_dir={two}", *ranks), timeout=400)
-    for ours, theirs in zip(steps(two), steps(one), strict=True):
+def test_two_ranks_of_zero_3_take_the_same_steps(trained, two_ranks):
+    for ours, theirs in zip(steps_of(two_ranks, "distil"), steps_of(trained, "distil"), strict=True):
         for key in ("loss", "interpolation"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
-    assert steps(two)[-1]["interpolation"] > 0.5
 
 
-def test_its_picture_has_t_and_its_recipe_is_planned(monkeypatch):
+def test_the_picture_has_t_of_every_step(trained):
+    used = [one["interpolation"] for one in steps_of(trained, "distil")]
+    assert used[0] == used[1] == 0.2 and sorted(used) == used and used[-1] > 0.5, used
+    ((title, _),) = TAID.panels.values()
+    assert used in [list(line.get_ydata()) for line in panels(trained)[title]]
+
+
+def test_its_recipe_is_planned(monkeypatch):
     from minillm.config.loader.run_plan import load_run
     from minillm.planning.planner import plan_run
 
