@@ -17,6 +17,7 @@ from minillm.config.models import TeacherConfig
 from minillm.config.shape import walk
 from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
+from minillm.data.records import Conversation
 from minillm.models.families import text_config
 from minillm.models.open import model_path
 from minillm.models.processors import unshared_pictures
@@ -68,7 +69,7 @@ class Answerer:
         tokenizer = self.models.tokenizer
         if not _is_text(question):
             raise UserError(f"the prompt is not text in UTF-8: {question[:40]!r}")
-        prompt = self.reader.read([{"role": "user", "content": question}], self.pictures)
+        prompt = self.reader.read(Conversation([{"role": "user", "content": question}]), self.pictures)
         draw, self._asked = self._asked, self._asked + 1
         answers = {}
         for who in ("student", "teacher") if self.models.teacher is not None else ("student",):
@@ -173,7 +174,12 @@ def prompt_keys(
     """
     trained = _trained_with(Path(model))
     if template == "auto" and trained is not None and (system is None or trained.template == "chat"):
-        return InstructionKeys(template=trained.template, system=trained.system if system is None else system)
+        return InstructionKeys(
+            template=trained.template,
+            system=trained.system if system is None else system,
+            template_kwargs=trained.template_kwargs,
+            special_tokens=trained.special_tokens,
+        )
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "none"
     if system is not None and template != "chat":

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minillm.config.data import Template
+from minillm.config.data import TemplateKeys
 from minillm.config.keys import DatasetPath, FilesPath, Strict, default_type
 
 Positive = Annotated[int, Field(ge=1)]
@@ -19,7 +19,7 @@ class ExposureBias(Strict):
     samples: Positive = Field(1, description="Answers that each model gives to each prompt (the paper: 10)")
 
 
-class LabelKeys(Strict):
+class LabelKeys(TemplateKeys):
     """The way from a record to a question and one of several label words, whatever file it comes from."""
 
     question: str = Field(description="The instruction, with {FIELD} for fields of the record")
@@ -30,8 +30,6 @@ class LabelKeys(Strict):
         min_length=2,
         description="The answers that are compared; where labels are positions, or false and true, in that order",
     )
-    template: Template = Field("alpaca", description="As for data.prompts")
-    system: str | None = Field(None, description="chat: the system message; default: the one that the template adds")
     max_prompt_length: Positive = Field(256, description="In tokens; longer questions are dropped, and counted")
     limit: Positive | None = Field(None, description="The number of usable records that are taken, from the first on")
 

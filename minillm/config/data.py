@@ -1,6 +1,6 @@
 """`data`: prompts to answer and plain text for the pre-training loss."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,19 +21,37 @@ MaxCharacters = Annotated[
 MAX_CHARACTERS = 4_000_000
 
 
-class InstructionKeys(Strict):
-    """The way from a record to a prompt and its references, whatever file it comes from.
-
-    A record is recognised by its keys: instruction/input/output, instruction/context/response, prompt/completion,
-    question/answer or messages. Its pictures are its `image` or `images`, or image parts of its messages: paths beside
-    its file, data: URIs, or columns of Parquet files and datasets.
-    """
+class TemplateKeys(Strict):
+    """The way in which a prompt is put to a model."""
 
     template: Template = Field(
         "alpaca",
         description="alpaca: the paper's preamble; chat: the tokenizer's chat template; none: the prompt as it is",
     )
-    system: str | None = Field(None, description="chat: the system message; default: the one that the template adds")
+    system: str | None = Field(
+        None,
+        description="chat: the system message of records that have none of their own; default: the one that the template adds",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="chat: variables of the template, such as enable_thinking: false"
+    )
+    special_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="Special tokens that a record spells, such as <|im_end|>. text: they are text like any other; tokens: they "
+        "are the tokens, for prompts that were rendered already",
+    )
+
+
+class InstructionKeys(TemplateKeys):
+    """The way from a record to a prompt and its references, whatever file it comes from.
+
+    A record is recognised by its keys: a question (instruction, prompt, question) with an answer (output, response,
+    completion, answer), or messages. Beside a question stand input or context, system or system_prompt, and history
+    ([question, answer] pairs); tools, tool calls and reasoning_content need template: chat. Its pictures are its `image`
+    or `images`, or image parts of its messages: paths beside its file, data: URIs, or columns of Parquet files and
+    datasets.
+    """
+
     max_prompt_length: Annotated[int, Field(ge=1)] = Field(
         256, description="In tokens; longer prompts are dropped, and counted, but never cut"
     )

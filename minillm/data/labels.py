@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from minillm.config.analysis_keys import Labels
 from minillm.data.images import find_pictures
 from minillm.data.instructions import records_of
 from minillm.data.sources import DataError
-from minillm.data.templates import render
+from minillm.data.templates import render, require_variables
 from minillm.data.tokenization import continuation_ids, encode
 
 
@@ -34,10 +35,16 @@ class LabelSet:
         return len(self.questions)
 
 
-def load_labels(config: Labels, tokenizer: PreTrainedTokenizerBase, *, name: str) -> LabelSet:
-    """Read, render and tokenise. Raises DataError naming file and line for a record without the fields or the label."""
+def load_labels(
+    config: Labels, tokenizer: PreTrainedTokenizerBase, *, name: str, now: datetime | None = None
+) -> LabelSet:
+    """Read, render and tokenise. `now` is as for load_prompts.
+
+    Raises DataError naming file and line for a record without the fields or the label.
+    """
     questions, dropped = [], 0
-    special = config.template != "chat"
+    special, now = config.template != "chat", now or datetime.now()
+    require_variables(tokenizer, config.template_kwargs, f"{name}.template_kwargs")
     for where, record in records_of(config):
         if find_pictures(where, where.folder, record):
             raise DataError(f"{where}: it shows pictures, which questions of {name} cannot; take them out")
@@ -46,7 +53,7 @@ def load_labels(config: Labels, tokenizer: PreTrainedTokenizerBase, *, name: str
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             found = ", ".join(record)
             raise DataError(f"{where}: question {config.question!r}: no field {error}; there are {found}") from None
-        prompt = render([{"role": "user", "content": text}], config, tokenizer, context="", where=where)
+        prompt = render([{"role": "user", "content": text}], config, tokenizer, now=now, where=where).prompt
         prompt_ids = encode(tokenizer, prompt, special, first=config.max_prompt_length)
         if len(prompt_ids) > config.max_prompt_length:
             dropped += 1

@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from minillm.data.sources import DataError
+from minillm.data.special_text import is_marked, special_tokens_of
 
 # Of a text whose first n tokens are asked for, so many characters are tokenised at a time, n or more of them as tokens; the
 # last tokens before the cut, which the text after it could change, are left out.
@@ -19,7 +20,7 @@ def require_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, *, first: int | None = None) -> list[int]:
-    """Ids of a text, never empty: a model needs a token to start from.
+    """Ids of a text, never empty: a model needs a token to start from. Special tokens that are marked in it are text.
 
     Args:
         first: where only so many of them count, a long text is tokenised as far as that takes, and a few more are returned.
@@ -39,7 +40,10 @@ def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, special: bool, fir
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids  # long prompts are dropped, and counted
+    if is_marked(text):
+        ids = special_tokens_of(tokenizer).encode(text, special)
+    else:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids  # long prompts are dropped, and counted
     if special and ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text
         ids = ids[:-1]
     return ids

@@ -1,5 +1,7 @@
 """Tokenizers: a model's own, another one by name, or the built-in byte tokenizer that needs no file."""
 
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from minillm.config.models import ModelConfig
 from minillm.models.families import text_config
 from minillm.models.folders import check_folder
 from minillm.models.locations import hub_arguments, reading
-from minillm.models.processors import load_processor, processor_of, tokenizer_with
+from minillm.models.processors import load_processor, tokenizer_with
 
 Message = dict[str, Any]  # role, and content: a text, or a list of parts of type text and image
 EOS = "<|end|>"
@@ -87,37 +89,50 @@ def _ends_of_model(config: ModelConfig, output_dir: Path) -> list[int | None]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
-    """The text of a conversation. Raises jinja2.TemplateError where the template refuses it, or loses the last message.
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    now: datetime | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> str:
+    """The text of a conversation, whatever the template leaves out of it.
 
-    Templates of models of images and text want contents as lists of parts, and most others as texts.
+    Args:
+        now: what the template takes for the time (strftime_now); default: the time.
+        tools: JSON schemas of functions.
+        variables: of the template.
+
+    Raises jinja2.TemplateError where the template refuses the messages, or its code fails, as on a range without end.
     """
-    if processor_of(tokenizer) is None:
-        return _rendered(tokenizer, messages, **options)
-    said = [text.strip() for text in message_texts(messages[-1])]
-    for form in ([_in_parts(message) for message in messages], messages):
-        text = _rendered(tokenizer, form, **options)
-        if all(part in text for part in said):
-            return text
-    raise TemplateError("it leaves out what the last message says")
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options) -> str:
-    """What a template makes of a conversation. Whatever its code meets, such as a range without end, is a TemplateError."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        template = tokenizer.get_chat_template(tools=tools)
+        if now is not None and "strftime_now" in template:
+            template = _at(now) + template
+        return tokenizer.apply_chat_template(messages, chat_template=template, tools=tools, tokenize=False, **variables)
     except (TemplateError, MemoryError):
         raise
     except Exception as error:  # of Python's operators, which templates are made of
         raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
+def _at(now: datetime) -> str:
+    """The beginning of a template for which the time stands still."""
+    text = "format"
+    for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ":
+        for directive in (f"%{letter}", f"%-{letter}"):
+            text += f" | replace({directive!r}, {now.strftime(directive)!r})"
+    return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}\n"
+
+
 def message_texts(message: Message) -> list[str]:
     """What a message says, without its pictures."""
-    return [part["text"] for part in _in_parts(message)["content"] if part["type"] == "text"]
+    return [part["text"] for part in in_parts(message)["content"] if part["type"] == "text"]
 
 
-def _in_parts(message: Message) -> Message:
+def in_parts(message: Message) -> Message:
+    """A message whose content is a list of parts."""
     content = message["content"]
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
@@ -131,11 +146,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     answer = "0123456789"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    try:
-        text = apply_chat_template(tokenizer, messages)
-    except TemplateError:
-        return None
-    _, found, closing = text.rpartition(answer)
+    found = closing = ""
+    for form in (messages, [in_parts(message) for message in messages]):  # some leave out the one or the other
+        try:
+            _, found, closing = apply_chat_template(tokenizer, form).rpartition(answer)
+        except TemplateError:
+            continue
+        if found:
+            break
     if not found:
         return None
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

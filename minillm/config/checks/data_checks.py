@@ -11,20 +11,21 @@ from minillm.config.method import Method
 def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
     """The keys of the training prompts go together."""
     if data.prompts is not None:
-        yield from _system_message(("data", "prompts"), data.prompts.template)
+        yield from _keys_of_chats(("data", "prompts"), data.prompts.template)
 
 
 def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     """The keys of all held-out prompts and questions go together."""
     for group in ("sets", "calibration"):
         for name, source in getattr(eval, group).items():
-            yield from _system_message(("eval", group, name), source.template)
+            yield from _keys_of_chats(("eval", group, name), source.template)
 
 
-def _system_message(path: tuple[str, ...], template: str) -> Iterator[Found]:
+def _keys_of_chats(path: tuple[str, ...], template: str) -> Iterator[Found]:
     if template != "chat":
         message = f"has no effect on template {template}; it is for chat"
-        yield Idle((*path, "system"), message, ((*path, "template"),))
+        for key in ("system", "template_kwargs"):
+            yield Idle((*path, key), message, ((*path, "template"),))
 
 
 def corpus_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:

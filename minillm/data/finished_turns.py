@@ -1,0 +1,122 @@
+"""The answer as a chat template writes it after its prompt: its thoughts, its calls of tools, and what closes it."""
+
+import re
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from minillm.data.records import REASONING, tool_name
+from minillm.data.sources import DataError
+from minillm.data.special_text import special_tokens_of
+from minillm.models.tokenizers import Message, apply_chat_template, end_of_turn, in_parts
+
+
+class Answer(NamedTuple):
+    """What follows a prompt."""
+
+    text: str  # without what closes it
+    end: int | None = None  # the id that closes it; None for the tokenizer's
+    misplaced: str | None = None  # why nobody may be trained on it: the model would go on otherwise
+
+
+def finished_turn(
+    prompt: str,
+    messages: list[Message],
+    answer: Message | None,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    options: dict[str, Any],
+) -> Answer | None:
+    """An answer after its rendered prompt: the template's own rendering of the finished turn where the prompt is its
+    beginning, else the answer's text.
+
+    Args:
+        prompt: the rendered messages, ready for an answer.
+        messages: in the form that the template reads.
+        options: of apply_chat_template.
+
+    Raises DataError where the answer calls tools or has thoughts that the template does not show.
+    """
+    if answer is None:
+        return None
+    as_parts = any(isinstance(message["content"], list) for message in messages)
+    try:
+        finished = apply_chat_template(tokenizer, [*messages, in_parts(answer) if as_parts else answer], **options)
+    except TemplateError as error:
+        finished, refused = "", f" ({error})"
+    else:
+        refused = ""
+    opened = prompt[len(_common(prompt, finished)) :]
+    text = answer["content"]
+    thoughts, calls = answer.get(REASONING[0]), answer.get("tool_calls", ())
+    if finished.startswith(prompt):
+        turn = _closed(finished[len(prompt) :], tokenizer)
+        lost = [
+            *(["its answer"] if not _holds(turn.text, text.rpartition("</think>")[2]) else []),
+            *([REASONING[0]] if thoughts and not _holds(turn.text, thoughts) else []),
+            *(["its tool calls"] if not all(_holds(turn.text, tool_name(call)) for call in calls) else []),
+        ]
+        if lost:
+            raise DataError(
+                f"{where}: the tokenizer's chat template leaves out {lost[0]}; use a tokenizer whose template knows it, or take "
+                "it out of the data"
+            )
+        return turn
+    if calls:
+        raise DataError(
+            f"{where}: the tokenizer's chat template shows no answer that calls tools after its prompt{refused}; use a "
+            "tokenizer whose template knows tools"
+        )
+    end = end_of_turn(tokenizer)
+    tag = _opens(opened)
+    if tag is None:
+        if thoughts:
+            raise DataError(
+                f"{where}: the tokenizer's chat template leaves out {REASONING[0]}{refused}; use a tokenizer whose template "
+                "knows it, or take it out of the data"
+            )
+        return Answer(text, end)
+    # the prompt has begun the thoughts
+    if thoughts:
+        return Answer(f"{thoughts.strip()}\n</{tag}>\n\n{text}", end)
+    begun = text.lstrip()
+    if begun.startswith(f"<{tag}>"):
+        return Answer(begun.removeprefix(f"<{tag}>").lstrip("\n"), end)
+    if f"</{tag}>" in text:
+        return Answer(text, end)
+    return Answer(
+        text,
+        end,
+        f"the chat template begins the answer with <{tag}>, and the reference has no thoughts to go on with; give them as "
+        f"{REASONING[0]}, or close them in its text (</{tag}>), or set template_kwargs so that the template begins none",
+    )
+
+
+def _closed(rest: str, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """What a template writes after a prompt, cut where it closes the answer."""
+    names = special_tokens_of(tokenizer).names
+    any_name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    closing = re.search(rf"(?:(?:{any_name})\s*)+\Z", rest) if names else None
+    if closing is None:
+        return Answer(rest.rstrip())
+    found = list(re.finditer(any_name, closing[0]))
+    ids = tokenizer.convert_tokens_to_ids([one[0] for one in found])
+    usual = [one for one in (end_of_turn(tokenizer), tokenizer.eos_token_id) if one in ids]
+    place = ids.index(usual[0]) if usual else 0
+    return Answer(rest[: closing.start() + found[place].start()], ids[place])
+
+
+def _opens(opened: str) -> str | None:
+    """The tag that a prompt ends in, where it begins thoughts that the finished turn does not have."""
+    found = re.fullmatch(r"\s*<(\w+)>\s*", opened)
+    return None if found is None else found[1]
+
+
+def _common(one: str, other: str) -> str:
+    length = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def _holds(text: str, said: str) -> bool:
+    return said.strip() in text

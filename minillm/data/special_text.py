@@ -1,0 +1,116 @@
+"""Special tokens that people type: marked in their texts, so that a template's own are told apart, and encoded as text.
+
+A mark is a pair of Unicode noncharacters around the token. It cannot be forged: whatever a text holds, every special token
+in it gets a pair of its own.
+"""
+
+import json
+import re
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from minillm.data.sources import DataError
+from minillm.models.processors import placeholder_ids, processor_of
+
+_FIRST, _LAST = "\ufdd0", "\ufdd1"
+# what a special token is called in the tokenizer that knows typed ones as text: no text holds a lone noncharacter pair
+_RENAMED = "\ufdd2{}\ufdd3"
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, as they are spelled in texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self.names = special_names(tokenizer)
+        longest_first = sorted(self.names, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._marked = re.compile(f"{_FIRST}({self._any.pattern}){_LAST}")
+        self._both = re.compile(f"{self._marked.pattern}|({self._any.pattern})")
+        self._renamed: Tokenizer | None = None
+
+    def mark(self, value: Any) -> Any:
+        """The texts of a value (a text, or lists and dicts of them), with a mark around every special token."""
+        if isinstance(value, str):
+            return self._any.sub(f"{_FIRST}\\g<0>{_LAST}", value)
+        if isinstance(value, dict):
+            return {key: self.mark(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(one) for one in value]
+        return value
+
+    def plain(self, text: str) -> str:
+        """A text without its marks."""
+        return self._marked.sub(r"\1", text)
+
+    def typed(self, text: str) -> list[str]:
+        """The special tokens that are marked in a text."""
+        return self._marked.findall(text)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Ids of a text, in which marked special tokens are text and all others are themselves.
+
+        Args:
+            special: add what the tokenizer puts around a text.
+
+        Raises DataError for a tokenizer that cannot be told to read them as text.
+        """
+        if self._renamed is None:
+            self._renamed = _with_renamed(self._tokenizer, self.names)
+        renamed = self._both.sub(lambda found: found[1] or _RENAMED.format(found[2]), text)
+        return self._renamed.encode(renamed, add_special_tokens=special).ids
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """How the special tokens are spelled, but for those that stand for a picture, which a text asks for by saying them."""
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names |= set(tokenizer.all_special_tokens)
+    processor = processor_of(tokenizer)
+    if processor is not None:
+        names -= set(tokenizer.convert_ids_to_tokens(sorted(placeholder_ids(processor))))
+    return frozenset(name for name in names if name.strip())
+
+
+def is_marked(text: str) -> bool:
+    """Whether a text may hold marks."""
+    return _FIRST in text
+
+
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, SpecialTokens] = WeakKeyDictionary()
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """The special tokens of a tokenizer, looked at once as long as they stay the same."""
+    known = _known.get(tokenizer)
+    if known is None or known.names != special_names(tokenizer):
+        known = _known[tokenizer] = SpecialTokens(tokenizer)
+    return known
+
+
+def _with_renamed(tokenizer: PreTrainedTokenizerBase, names: frozenset[str]) -> Tokenizer:
+    """The tokenizer with the same ids, in which special tokens have names that nobody types.
+
+    Their usual names are then texts like any other, also to models that know them as pieces (Unigram).
+    """
+    try:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # no backend, or one with parts in Python
+        raise DataError(
+            f"it spells a special token, and {type(tokenizer).__name__} cannot be told to read it as text; take it out, or set "
+            "special_tokens: tokens, which makes it one"
+        ) from error
+    for token in content["added_tokens"]:
+        if token["content"] in names:
+            token["content"] = _RENAMED.format(token["content"])
+    model = content["model"]
+    pieces = model["vocab"]
+    if isinstance(pieces, dict):
+        model["vocab"] = {_RENAMED.format(name) if name in names else name: index for name, index in pieces.items()}
+    else:
+        model["vocab"] = [[_RENAMED.format(name) if name in names else name, score] for name, score in pieces]
+    if model.get("unk_token") in names:
+        model["unk_token"] = _RENAMED.format(model["unk_token"])
+    return Tokenizer.from_str(json.dumps(content))
