@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,15 @@ def evaluate_model(
         output_dir=plan.output_dir,
     )
     rollouts = LocalRollouts(models, cuda_graphs=plan.rollout.cuda_graphs)
+    now = datetime.now()
     sets = {
-        name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}")
+        name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}", now=now)
         for name, prompts in plan.eval.sets.items()
     }
     judges = None if plan.teacher is None else load_tokenizer(plan.teacher, plan.output_dir)
     require_shared_pictures({f"eval.sets.{name}": one for name, one in sets.items()}, models.tokenizer, judges)
     labels = {
-        name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}")
+        name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}", now=now)
         for name, source in plan.eval.calibration.items()
     }
     rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]

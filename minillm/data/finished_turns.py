@@ -114,7 +114,9 @@ def _opens(opened: str) -> str | None:
 
 
 def _common(one: str, other: str) -> str:
-    length = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    length = next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
     return one[:length]
 
 

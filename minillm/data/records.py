@@ -32,7 +32,17 @@ REFUSED = {
     "videos": "models of video are not known here",
 }
 # Other names for an answer, which is missed where none of ANSWERS is there.
-OTHER_ANSWERS = ("chosen", "rejected", "answers", "solution", "target", "targets", "outputs", "responses", "completions")
+OTHER_ANSWERS = (
+    "chosen",
+    "rejected",
+    "answers",
+    "solution",
+    "target",
+    "targets",
+    "outputs",
+    "responses",
+    "completions",
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,12 @@ def parse(where: str, record: dict[str, Any]) -> Conversation:
         raise DataError(f"{where}: expected {known} or messages; found the fields {', '.join(record) or 'none'}")
     question, answer = next((form for form in asked if record.get(form[1]) is not None), asked[0])
     if question == "question":
-        _require_one(where, record, ("instruction", "question"), "what is said before every question is a system message")
-    _require_one(where, record, [name for name in ANSWERS if record.get(name) is not None], "several references are a list")
+        _require_one(
+            where, record, ("instruction", "question"), "what is said before every question is a system message"
+        )
+    _require_one(
+        where, record, [name for name in ANSWERS if record.get(name) is not None], "several references are a list"
+    )
     if record.get(answer) is None:
         _require_no_answer(where, record)
     if isinstance(record[question], list):  # a conversation as prompt and completion
@@ -170,7 +184,9 @@ def _tools(where: str, value: Any) -> list[dict[str, Any]] | None:
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(one, dict) and tool_name(one) for one in value):
-        raise DataError(f"{where}: tools: expected a list of {{type: function, function: {{name, ...}}}}, found {_short(value)}")
+        raise DataError(
+            f"{where}: tools: expected a list of {{type: function, function: {{name, ...}}}}, found {_short(value)}"
+        )
     _check_text(where, "tools", value)
     return value
 
@@ -250,7 +266,10 @@ def _call(where: str, name: str, call: Any) -> dict[str, Any]:
         except ValueError:
             read = None
         arguments = read if isinstance(read, dict) else arguments
-    made = {"type": "function", "function": {"name": function["name"], "arguments": {} if arguments is None else arguments}}
+    made = {
+        "type": "function",
+        "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
+    }
     return {**made, "id": call["id"]} if call.get("id") is not None else made
 
 

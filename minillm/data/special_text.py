@@ -6,6 +6,7 @@ in it gets a pair of its own.
 
 import json
 import re
+import secrets
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +17,8 @@ from minillm.data.sources import DataError
 from minillm.models.processors import placeholder_ids, processor_of
 
 _FIRST, _LAST = "\ufdd0", "\ufdd1"
-# what a special token is called in the tokenizer that knows typed ones as text: no text holds a lone noncharacter pair
-_RENAMED = "\ufdd2{}\ufdd3"
+# What a special token is called in the tokenizer that reads typed ones as text: nobody can type it.
+_RENAMED = f"\ufdd2{secrets.token_hex(8)}{{}}\ufdd3"
 
 
 class SpecialTokens:

@@ -23,7 +23,11 @@ _PREAMBLE = (
     "Below is an instruction that describes a task{extra}. Write a response that appropriately completes the request."
 )
 # Arguments of apply_chat_template, and what templates are given beside them.
-_OWN_VARIABLES = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages", "strftime_now"}
+_OWN_VARIABLES = {
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    "messages",
+    "strftime_now",
+}
 
 
 class Rendered(NamedTuple):
@@ -128,15 +132,21 @@ def _lost(messages: list[Message], tools: Sequence[Mapping[str, Any]] | None, te
         for said in message_texts(message):
             kept = said.rpartition("</think>")[2] if role == "assistant" else said  # of earlier turns the thoughts go
             if not shows(text, kept):
-                return f"what message {number} says ({role}: {kept.strip()[:60]!r}); use another template, or take it out"
+                return (
+                    f"what message {number} says ({role}: {kept.strip()[:60]!r}); use another template, or take it out"
+                )
         for call in message.get("tool_calls", ()):
             if not shows(text, tool_name(call)):
-                return f"the tool calls of message {number}; use a tokenizer whose template knows tools, or take them out"
+                return (
+                    f"the tool calls of message {number}; use a tokenizer whose template knows tools, or take them out"
+                )
         if role not in ("tool", "function", "ipython") and not shows(text, str(message.get("name", ""))):
             return f"the name {message['name']!r} of message {number} ({role}); write it into the text, or take it out"
     missing = next((tool_name(tool) for tool in tools or () if not shows(text, tool_name(tool))), None)
     if missing is not None:
-        return f"the tools (such as {missing!r}); use a tokenizer whose template knows them, or take them out of the data"
+        return (
+            f"the tools (such as {missing!r}); use a tokenizer whose template knows them, or take them out of the data"
+        )
     return None
 
 
@@ -154,7 +164,9 @@ def require_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str
         if name in _OWN_VARIABLES:
             raise DataError(f"{key}: {name} is set by minillm; it cannot be given")
         if not re.search(rf"\b{re.escape(name)}\b", templates):
-            raise DataError(f"{key}: the tokenizer's chat template reads no {name}; take it out, or see how it is spelled")
+            raise DataError(
+                f"{key}: the tokenizer's chat template reads no {name}; take it out, or see how it is spelled"
+            )
 
 
 def _require_plain(

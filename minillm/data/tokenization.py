@@ -43,7 +43,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> lis
     if is_marked(text):
         ids = special_tokens_of(tokenizer).encode(text, special)
     else:
-        ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids  # long prompts are dropped, and counted
+        ids = tokenizer(
+            text, add_special_tokens=special, verbose=False
+        ).input_ids  # long prompts are dropped, and counted
     if special and ids and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text
         ids = ids[:-1]
     return ids

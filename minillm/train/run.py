@@ -6,6 +6,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -88,10 +89,11 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
         write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
         write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
 
+    started = collectives.on_rank_0(lambda: (progress and progress.started) or datetime.now().isoformat())
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = SilentLog() if collectives.rank() else MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
-    builder = StageBuilder(console, output_dir, cache)
+    builder = StageBuilder(console, output_dir, cache, started=datetime.fromisoformat(started))
     names = [stage.name for stage in plan.stages]
     with log, _interruption(console.note) as interrupted:
         for stage in plan.stages:
@@ -103,7 +105,7 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
                 continue
             resumed = progress is not None and progress.stage == stage.name
             if not resumed:
-                progress = _next_progress(progress, stage.name)
+                progress = _next_progress(progress, stage.name, started)
             if not progress.finished or resumed and longer:
                 trainer = builder.trainer(
                     stage,
@@ -182,10 +184,16 @@ def _describe(output_dir: Path, final: Path) -> None:
     write_report(output_dir)
 
 
-def _next_progress(before: Progress | None, stage: str) -> Progress:
+def _next_progress(before: Progress | None, stage: str, started: str | None = None) -> Progress:
     if before is None:
-        return Progress(stage)
-    return Progress(stage, step=before.step, stage_seconds=before.stage_seconds, stage_configs=before.stage_configs)
+        return Progress(stage, started=started)
+    return Progress(
+        stage,
+        step=before.step,
+        stage_seconds=before.stage_seconds,
+        stage_configs=before.stage_configs,
+        started=started,
+    )
 
 
 def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:

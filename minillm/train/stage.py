@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,10 +58,15 @@ class StageData:
 
 
 class StageBuilder:
-    """Makes the trainers of a run's stages, with models from a cache that several runs may share."""
+    """Makes the trainers of a run's stages, with models from a cache that several runs may share.
 
-    def __init__(self, console, output_dir: Path, cache: ModelCache):
+    Args:
+        started: when the run was, which chat templates take for the time; default: now.
+    """
+
+    def __init__(self, console, output_dir: Path, cache: ModelCache, *, started: datetime | None = None):
         self.console, self.output_dir, self.cache = console, output_dir, cache
+        self.started = started or datetime.now()
 
     def trainer(
         self,
@@ -130,8 +136,11 @@ class StageBuilder:
         prompts = corpus = None
         rows = []
         if needs.prompts:
-            prompts = load_prompts(_with_stage_files(config.data.prompts, self.output_dir), tokenizer)
+            source = _with_stage_files(config.data.prompts, self.output_dir)
+            prompts = load_prompts(source, tokenizer, now=self.started)
             rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
+            if prompts.typed:
+                rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
         if needs.references:
             _require_references(stage, prompts)
         if prompts is not None:
@@ -216,7 +225,7 @@ class StageBuilder:
 
         def make() -> Evaluator:
             sets = {
-                name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}")
+                name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}", now=self.started)
                 for name, prompts in config.eval.sets.items()
             }
             return Evaluator(
@@ -227,8 +236,9 @@ class StageBuilder:
         # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
         if config.teacher is None or changes:
             return make()
+        time = self.started if "strftime_now" in str(tokenizer.chat_template) else None
         evaluator = self.cache.evaluator(
-            (config.eval, config.seed, teacher_identity(config.teacher, self.output_dir)), make
+            (config.eval, config.seed, time, teacher_identity(config.teacher, self.output_dir)), make
         )
         evaluator.report_progress = self.console.working  # an evaluator may outlive the run it was made for
         return evaluator
@@ -240,6 +250,12 @@ def _asked(samples: Sequence[Who]) -> set[Role]:
 
 
 def _require_references(stage: Stage, prompts: PromptSet) -> None:
+    misplaced = [example.misplaced for example in prompts.examples if example.misplaced is not None]
+    if misplaced:
+        raise UserError(
+            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, and {len(misplaced)} of "
+            f"{len(prompts)} stand where the model would not write them: {misplaced[0]}"
+        )
     remedy = "give them an answer, or use a method that samples its answers"
     _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy)
 

@@ -137,7 +137,9 @@ def test_a_chat_answer_ends_as_the_template_ends_it(jsonl):
 
 def test_a_template_that_refuses_a_record_is_named(jsonl):
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}?"
+    tokenizer.chat_template = (
+        "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}{{ messages[0]['content'] }}"
+    )
     path = jsonl({"messages": CHAT}, {"messages": [*CHAT, *CHAT]})
     with pytest.raises(DataError, match=f"{path}:2: .* refuses the roles user, assistant, user: too many"):
         load(tokenizer, path, template="chat")

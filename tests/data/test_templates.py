@@ -36,13 +36,13 @@ def test_alpaca_is_what_the_published_data_holds(assets):
 
 def test_none_is_the_text_alone(byte):
     keys = InstructionKeys(template="none")
-    assert render(QUESTION, keys, byte) == "Why?"
-    assert render(QUESTION, keys, byte, context="Rain.") == "Why?\n\nRain."
+    assert render(QUESTION, keys, byte).prompt == "Why?"
+    assert render(QUESTION, keys, byte, context="Rain.").prompt == "Why?\n\nRain."
 
 
 def test_context_goes_into_the_last_message_and_leaves_the_record_alone(byte):
     messages = [{"role": "assistant", "content": "Hm."}, *QUESTION]
-    text = render(messages, InstructionKeys(template="chat"), byte, context="Rain.")
+    text = render(messages, InstructionKeys(template="chat"), byte, context="Rain.").prompt
     assert text == "<assistant>Hm.<|end|>\n<user>Why?\n\nRain.\n<assistant>"
     assert messages[-1]["content"] == "Why?"
 
