@@ -31,7 +31,7 @@ CODE = Path(importlib.util.find_spec("minillm").origin).parents[1]
 # 1.4e-5 at most from what the old runs' machine was told to compute like.
 NEAR = 1e-4
 # In trainer.json: times, places in files whose lines hold times, and configurations with all keys of their version.
-OF_ONE_RUN = {"seconds", "stage_seconds", "log", "config", "stage_configs"}
+OF_ONE_RUN = {"seconds", "stage_seconds", "log", "config", "stage_configs", "started"}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The answer as a chat template writes it after its prompt: its thoughts, its calls of tools, and what closes it."""
 
 import re
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -8,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.data.records import REASONING, tool_name
 from minillm.data.sources import DataError
-from minillm.data.special_text import special_tokens_of
-from minillm.models.tokenizers import Message, apply_chat_template, end_of_turn, in_parts
+from minillm.data.special_text import SpecialTokens, special_tokens_of
+from minillm.models.tokenizers import Message, apply_chat_template, in_parts
 
 
 class Answer(NamedTuple):
@@ -40,6 +41,7 @@ def finished_turn(
     """
     if answer is None:
         return None
+    special = special_tokens_of(tokenizer)
     as_parts = any(isinstance(message["content"], list) for message in messages)
     try:
         finished = apply_chat_template(tokenizer, [*messages, in_parts(answer) if as_parts else answer], **options)
@@ -47,11 +49,10 @@ def finished_turn(
         finished, refused = "", f" ({error})"
     else:
         refused = ""
-    opened = prompt[len(_common(prompt, finished)) :]
     text = answer["content"]
     thoughts, calls = answer.get(REASONING[0]), answer.get("tool_calls", ())
     if finished.startswith(prompt):
-        turn = _closed(finished[len(prompt) :], tokenizer)
+        turn = _closed(finished[len(prompt) :], tokenizer, special)
         lost = [
             *(["its answer"] if not _holds(turn.text, text.rpartition("</think>")[2]) else []),
             *([REASONING[0]] if thoughts and not _holds(turn.text, thoughts) else []),
@@ -68,8 +69,8 @@ def finished_turn(
             f"{where}: the tokenizer's chat template shows no answer that calls tools after its prompt{refused}; use a "
             "tokenizer whose template knows tools"
         )
-    end = end_of_turn(tokenizer)
-    tag = _opens(opened)
+    end = special.end_of_turn
+    tag = _opens(prompt[len(commonprefix([prompt, finished])) :])
     if tag is None:
         if thoughts:
             raise DataError(
@@ -93,31 +94,21 @@ def finished_turn(
     )
 
 
-def _closed(rest: str, tokenizer: PreTrainedTokenizerBase) -> Answer:
+def _closed(rest: str, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> Answer:
     """What a template writes after a prompt, cut where it closes the answer."""
-    names = special_tokens_of(tokenizer).names
-    any_name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    closing = re.search(rf"(?:(?:{any_name})\s*)+\Z", rest) if names else None
-    if closing is None:
+    closing = special.closing(rest)
+    if not closing:
         return Answer(rest.rstrip())
-    found = list(re.finditer(any_name, closing[0]))
-    ids = tokenizer.convert_tokens_to_ids([one[0] for one in found])
-    usual = [one for one in (end_of_turn(tokenizer), tokenizer.eos_token_id) if one in ids]
-    place = ids.index(usual[0]) if usual else 0
-    return Answer(rest[: closing.start() + found[place].start()], ids[place])
+    ids = tokenizer.convert_tokens_to_ids([name for _, name in closing])
+    usual = [one for one in (special.end_of_turn, tokenizer.eos_token_id) if one in ids]
+    which = ids.index(usual[0]) if usual else 0
+    return Answer(rest[: closing[which][0]], ids[which])
 
 
 def _opens(opened: str) -> str | None:
     """The tag that a prompt ends in, where it begins thoughts that the finished turn does not have."""
     found = re.fullmatch(r"\s*<(\w+)>\s*", opened)
     return None if found is None else found[1]
-
-
-def _common(one: str, other: str) -> str:
-    length = next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-    return one[:length]
 
 
 def _holds(text: str, said: str) -> bool:

@@ -148,10 +148,11 @@ def _instructions(
 
 
 def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    special = special_tokens_of(tokenizer)
     for index, (_, text) in enumerate(read_texts(config.path)):
         if index < config.skip:
             continue
-        marked = special_tokens_of(tokenizer).mark(text) if config.special_tokens == "text" else text
+        marked = special.mark(text) if config.special_tokens == "text" else text
         ids = encode(tokenizer, marked, True, first=config.prompt_length + config.max_response_length)
         prompt_ids, rest = ids[: config.prompt_length], ids[config.prompt_length :]
         if not rest:

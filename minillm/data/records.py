@@ -120,6 +120,11 @@ def _of_messages(where: str, record: dict[str, Any], messages: list[Message], op
             if any(part["type"] != "text" for part in content):
                 raise DataError(f"{where}: messages: the answer shows a picture; only questions can")
             content = "".join(part["text"] for part in content)
+        missed = next(
+            (name for name in ANSWERS if _said(record, name) and record[name] not in (content, [content])), None
+        )
+        if missed is not None and record.get("messages") is not None:
+            raise DataError(f"{where}: {missed} and the last of messages differ, and one would be ignored; keep one")
         finished = _with_reasoning(where, record, {**last, "content": content})
         return Conversation(messages[:-1], finished, (content,), context, **options)
     given = [name for name in ANSWERS if record.get(name) is not None]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.data.sources import DataError
 from minillm.models.processors import placeholder_ids, processor_of
+from minillm.models.tokenizers import end_of_turn
 
 _FIRST, _LAST = "\ufdd0", "\ufdd1"
 # What a special token is called in the tokenizer that reads typed ones as text: nobody can type it.
@@ -22,15 +23,19 @@ _RENAMED = f"\ufdd2{secrets.token_hex(8)}{{}}\ufdd3"
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, as they are spelled in texts."""
+    """The special tokens of a tokenizer, as they are spelled in texts.
+
+    `end_of_turn` is the id with which its chat template closes an answer, None where there is none.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self.names = special_names(tokenizer)
-        longest_first = sorted(self.names, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._longest_first = tuple(sorted(self.names, key=len, reverse=True))
+        self._any = re.compile("|".join(map(re.escape, self._longest_first)) or r"(?!)")
         self._marked = re.compile(f"{_FIRST}({self._any.pattern}){_LAST}")
         self._both = re.compile(f"{self._marked.pattern}|({self._any.pattern})")
+        self.end_of_turn = end_of_turn(tokenizer)
         self._renamed: Tokenizer | None = None
 
     def mark(self, value: Any) -> Any:
@@ -50,6 +55,15 @@ class SpecialTokens:
     def typed(self, text: str) -> list[str]:
         """The special tokens that are marked in a text."""
         return self._marked.findall(text)
+
+    def closing(self, text: str) -> list[tuple[int, str]]:
+        """(place, token) of the special tokens that a text ends in, with nothing but space between them."""
+        found = []
+        while (text := text.rstrip()).endswith(self._longest_first):
+            name = next(name for name in self._longest_first if text.endswith(name))
+            text = text.removesuffix(name)
+            found.append((len(text), name))
+        return found[::-1]
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Ids of a text, in which marked special tokens are text and all others are themselves.
@@ -80,14 +94,16 @@ def is_marked(text: str) -> bool:
     return _FIRST in text
 
 
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, SpecialTokens] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, SpecialTokens]] = WeakKeyDictionary()
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-    """The special tokens of a tokenizer, looked at once as long as they stay the same."""
-    known = _known.get(tokenizer)
-    if known is None or known.names != special_names(tokenizer):
-        known = _known[tokenizer] = SpecialTokens(tokenizer)
+    """The special tokens of a tokenizer, looked at once as long as it stays the same: some have thousands."""
+    now = (len(tokenizer), tuple(tokenizer.all_special_tokens), str(tokenizer.chat_template))
+    before, known = _known.get(tokenizer, (None, None))
+    if known is None or before != now:
+        known = SpecialTokens(tokenizer)
+        _known[tokenizer] = (now, known)
     return known
 
 

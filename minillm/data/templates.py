@@ -127,11 +127,13 @@ def _prompt(
 
 def _lost(messages: list[Message], tools: Sequence[Mapping[str, Any]] | None, text: str) -> str | None:
     """The first thing that messages and tools say and a rendered text does not, in words."""
+    place = 0  # where the message before was found: templates keep their order, or nearly so
     for number, message in enumerate(messages, 1):
         role = message["role"]
         for said in message_texts(message):
             kept = said.rpartition("</think>")[2] if role == "assistant" else said  # of earlier turns the thoughts go
-            if not shows(text, kept):
+            place = max(0, text.find(kept.strip(), place))
+            if place == 0 and not shows(text, kept):
                 return (
                     f"what message {number} says ({role}: {kept.strip()[:60]!r}); use another template, or take it out"
                 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def apply_chat_template(
         raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
+@lru_cache(maxsize=8)
 def _at(now: datetime) -> str:
     """The beginning of a template for which the time stands still."""
     text = "format"

@@ -85,11 +85,14 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
         progress = saved.progress
         longer = check_resume(plan, progress, saved.config)
         console.note(f"going on from {checkpoint.name}: stage {progress.stage}, step {progress.stage_step}")
+    started = collectives.on_rank_0(lambda: _started(output_dir, progress, resume))
+    if progress is not None:
+        progress.started = started
     if collectives.rank() == 0:
         write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
-        write_text(output_dir / "env.json", json.dumps(describe_environment(), indent=1))
+        environment = {**describe_environment(), "started": started}
+        write_text(output_dir / "env.json", json.dumps(environment, indent=1))
 
-    started = collectives.on_rank_0(lambda: (progress and progress.started) or datetime.now().isoformat())
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = SilentLog() if collectives.rank() else MetricsLog(output_dir, plan.stages[0].config.log.report_to)
     log.truncate(progress.log if progress else {})
@@ -140,6 +143,20 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
     return final
 
 
+def _started(output_dir: Path, progress: Progress | None, resume: bool) -> str:
+    """When the run began, in ISO 8601: chat templates may print it, so that a resumed run reads its data as before."""
+    if progress is not None and progress.started is not None:
+        return progress.started
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    if not resume:
+        return now
+    try:  # a run without a checkpoint, or one of a version whose checkpoints do not say it
+        began = json.loads((output_dir / "env.json").read_text())["started"]
+        return datetime.fromisoformat(began).isoformat()
+    except (OSError, ValueError, KeyError, TypeError):
+        return now
+
+
 def _prepare(output_dir: Path, resume: bool, console) -> str | None:
     """A folder without what a kill left; the checkpoint to go on from.
 
@@ -184,7 +201,7 @@ def _describe(output_dir: Path, final: Path) -> None:
     write_report(output_dir)
 
 
-def _next_progress(before: Progress | None, stage: str, started: str | None = None) -> Progress:
+def _next_progress(before: Progress | None, stage: str, started: str) -> Progress:
     if before is None:
         return Progress(stage, started=started)
     return Progress(

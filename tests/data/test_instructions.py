@@ -174,6 +174,9 @@ class Counting:
     def __init__(self, tokenizer):
         self.tokenizer, self.characters = tokenizer, 0
 
+    def __len__(self):
+        return len(self.tokenizer)
+
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+from datetime import datetime
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm.models import tokenizers
 from tests.runs import die_after, in_a_child, records, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +61,39 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(two_stages, tmp_path):
     assert any("step 3" in note for note in console.notes)
     assert records(tmp_path / "run") == records(tmp_path / "unbroken")
     assert (resumed / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+
+
+def test_a_template_that_prints_the_time_prints_that_of_the_runs_start(two_stages, tmp_path, monkeypatch):
+    """Also where the run goes on another day, before its first checkpoint or after it."""
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + tokenizers.BYTE_TEMPLATE
+    monkeypatch.setattr(tokenizers, "BYTE_TEMPLATE", dated)
+    options = (
+        "data.prompts.template=chat",
+        "data.prompts.max_prompt_length=56",
+        "save.steps=2",
+        "stages.distil.method={name: seqkd}",
+    )
+
+    def on(day: int, *overrides, **kind):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, tz=None: datetime(2026, 2, day, 12))})
+        monkeypatch.setattr("minillm.train.run.datetime", clock)
+        return train(two_stages, *options, *overrides, **kind)
+
+    (whole, _), (other, _) = (on(day, f"output_dir={tmp_path / f'day-{day}'}") for day in (3, 4))
+    assert records(whole.parent) != records(other.parent), "the day is in the prompts"
+    killed = tmp_path / "run"
+    for day, events in ((3, 4), (4, 12), (5, 30)):  # before the first checkpoint, in the first stage, in the second
+
+        def killed_there(day=day, events=events):
+            die_after(events)
+            on(day, resume=day > 3)
+
+        assert os.WIFSIGNALED(in_a_child(killed_there))
+    assert list(killed.glob("checkpoint-*")) and not (killed / "final").exists()
+    final, _ = on(6, resume=True)
+    assert records(killed) == records(whole.parent)
+    assert (final / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert json.loads((killed / "env.json").read_text())["started"].startswith("2026-02-03")
 
 
 def test_a_finished_run_resumes_to_itself(two_stages, tmp_path):

@@ -214,9 +214,10 @@ def test_a_student_that_comes_from_a_stage_was_measured_at_its_end(change, measu
 
 
 def test_a_stage_begins_where_the_one_before_it_ended():
-    assert _next_progress(None, "warmup") == Progress("warmup")
+    day = "2026-02-03T04:05:06+00:00"
+    assert _next_progress(None, "warmup", day) == Progress("warmup", started=day)
     before = Progress("warmup", step=5, stage_step=5, draw=3, seconds=2.0, student_tokens=9, finished=True)
     before.stage_seconds, before.stage_configs = {"warmup": 2.0}, {"warmup": {"seed": 1}}
-    assert _next_progress(before, "distil") == Progress(
-        "distil", step=5, stage_seconds={"warmup": 2.0}, stage_configs={"warmup": {"seed": 1}}
+    assert _next_progress(before, "distil", day) == Progress(
+        "distil", step=5, stage_seconds={"warmup": 2.0}, stage_configs={"warmup": {"seed": 1}}, started=day
     )
