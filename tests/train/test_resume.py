@@ -82,7 +82,7 @@ def test_a_template_that_prints_the_time_prints_that_of_the_runs_start(two_stage
     (whole, _), (other, _) = (on(day, f"output_dir={tmp_path / f'day-{day}'}") for day in (3, 4))
     assert records(whole.parent) != records(other.parent), "the day is in the prompts"
     killed = tmp_path / "run"
-    for day, events in ((3, 4), (4, 12), (5, 30)):  # before the first checkpoint, in the first stage, in the second
+    for day, events in ((3, 12), (4, 60), (5, 60)):  # before the first checkpoint, in the first stage, in the second
 
         def killed_there(day=day, events=events):
             die_after(events)
