@@ -159,6 +159,9 @@ def evaluate_model(
         name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}", now=now)
         for name, source in plan.eval.calibration.items()
     }
+    for group, read in (("sets", sets), ("calibration", labels)):
+        for name, one in read.items():
+            models.require_shared(f"eval.{group}.{name}", one.ids())
     rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]
     rows += [(name, f"{len(one)} questions, {one.dropped_long} too long", "") for name, one in labels.items()]
     console.preflight(rows)

@@ -70,6 +70,7 @@ class Answerer:
         if not _is_text(question):
             raise UserError(f"the prompt is not text in UTF-8: {question[:40]!r}")
         prompt = self.reader.read(Conversation([{"role": "user", "content": question}]), self.pictures)
+        self.models.require_shared("the prompt", [prompt.ids])
         draw, self._asked = self._asked, self._asked + 1
         answers = {}
         for who in ("student", "teacher") if self.models.teacher is not None else ("student",):

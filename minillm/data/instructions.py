@@ -61,6 +61,12 @@ class PromptSet(Sequence[Example]):
         """Prompts that spell special tokens, which are text in them."""
         return sum(example.typed for example in self.examples)
 
+    def ids(self) -> Iterator[list[int]]:
+        """The ids of all prompts and references."""
+        for example in self.examples:
+            yield example.prompt_ids
+            yield example.response_ids
+
     def __len__(self) -> int:
         return len(self.examples)
 

@@ -1,6 +1,6 @@
 """Classification sets: questions and label words, as the calibration analysis compares them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -30,6 +30,12 @@ class LabelSet:
 
     questions: list[Question]
     dropped_long: int  # questions over max_prompt_length
+
+    def ids(self) -> Iterator[list[int]]:
+        """The ids of all questions and label words."""
+        for question in self.questions:
+            yield question.prompt_ids
+            yield from question.word_ids
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -1,6 +1,6 @@
 """A student and its teacher, as everything above them sees them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minillm.models.modes import sampling_mode
 from minillm.models.sharded import gathered
 from minillm.teachers.teacher import Teacher, require_ability
+from minillm.teachers.vocabularies import SharedVocabulary
 
 Role = Literal["student", "teacher"]
 
@@ -27,6 +28,12 @@ class Models:
     pad_id: int
     device: torch.device
     by_layers: bool = False  # sharded weights are gathered a layer at a time: all ranks run the same forward passes
+    vocabulary: SharedVocabulary | None = None  # which of the ids mean the same to both; None: all below vocab_size
+
+    def require_shared(self, name: str, texts: Iterable[Sequence[int]]) -> None:
+        """Raises UserError for texts with ids that the two do not share; see SharedVocabulary.require."""
+        if self.vocabulary is not None:
+            self.vocabulary.require(name, texts)
 
     def model(self, role: Role) -> PreTrainedModel:
         """The weights of a role. Raises UserError for a teacher that has none in this process."""

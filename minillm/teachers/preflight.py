@@ -13,12 +13,9 @@ from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.pair import Models
 from minillm.teachers.teacher import Teacher
+from minillm.teachers.vocabularies import PreflightError, shared_vocabulary
 
 Row = tuple[str, str, str]  # (what, student, teacher)
-
-
-class PreflightError(UserError):
-    """A pair of models that cannot be distilled as it is."""
 
 
 def preflight(
@@ -32,24 +29,20 @@ def preflight(
 ) -> tuple[Models, list[Row]]:
     """The pair as `Models`, and the rows of the preflight table.
 
-    Vocabularies padded to different sizes are cut to the shared part. What ends an answer for either model ends it for
+    Vocabularies padded to different sizes, or of which one has tokens that were added to the other, are cut to the shared
+    part. What ends an answer for either model ends it for
     both: the student's generation configuration is made to say so. Raises PreflightError for different tokenizers, for
-    a tokenizer with ids beyond a head, for one without an end of text, and for an architecture that does something to
+    a tokenizer with ids of ordinary text beyond a head, for one without an end of text, and for an architecture that does something to
     its logits that the losses would not see.
     """
-    vocab_size = rows_s = lm_head(student).weight.shape[0]
-    rows_t = None
-    if teacher is not None:
-        rows_t = teacher.vocab_size
-        vocab_size = min(rows_s, rows_t)
-        if teacher_tokenizer is not None:
-            require_same_tokenizer(student_tokenizer, teacher_tokenizer)
-    if len(student_tokenizer) > vocab_size:
-        raise PreflightError(
-            f"the tokenizer has {len(student_tokenizer):,} tokens, but the heads share only {vocab_size:,} rows (student "
-            f"{rows_s:,}, teacher {rows_t if rows_t is None else format(rows_t, ',')}); use the tokenizer these models were "
-            "trained with"
-        )
+    rows_s = lm_head(student).weight.shape[0]
+    rows_t = None if teacher is None else teacher.vocab_size
+    vocabulary = shared_vocabulary(
+        student_tokenizer,
+        teacher_tokenizer if teacher is not None else None,
+        rows=[rows_s, *([rows_t] if rows_t else [])],
+    )
+    vocab_size = vocabulary.size
     teacher_model = None if teacher is None else teacher.model
     _look_at_pictures(student, student_tokenizer, teacher, teacher_tokenizer)
     for who, model in (("student", student), ("teacher", teacher_model)):
@@ -73,9 +66,10 @@ def preflight(
         student_tokenizer,
         vocab_size,
         eos_ids,
-        eos_ids[0] if pad_id is None else pad_id,
+        eos_ids[0] if pad_id is None or pad_id >= vocab_size else pad_id,
         device,
         by_layers,
+        vocabulary,
     )
     return models, _table(models, teacher_tokenizer, rows_s, rows_t)
 
@@ -133,21 +127,6 @@ def _check_model(who: str, model: PreTrainedModel) -> None:
             f"{who}: {name} computes something else for a text beside a longer one than for the text alone (by "
             f"{padding:.1%}): it reads the padding of a batch as text; choose another model"
         )
-
-
-def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises PreflightError where an id means one thing to one of them and another to the other."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    by_id = {index: token for token, index in ours.items()}
-    by_id_teacher = {index: token for token, index in theirs.items()}
-    first = min(index for index in {*by_id, *by_id_teacher} if by_id.get(index) != by_id_teacher.get(index))
-    raise PreflightError(
-        f"student and teacher have different tokenizers: id {first} is {by_id.get(first)!r} for the student and "
-        f"{by_id_teacher.get(first)!r} for the teacher. Token-level distillation needs one tokenizer: choose a student of the "
-        "teacher's family, or prune the teacher (student.init=prune)"
-    )
 
 
 def _counts(model: PreTrainedModel) -> str:
@@ -209,5 +188,7 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
     columns = column(student, models.tokenizer, rows_s), column(teacher, teacher_tokenizer, rows_t)
     table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
     pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)
+    if (unshared := models.vocabulary.described()) is not None:
+        table.append(("ids not shared", *unshared))
     table.append(("padding", f"{pad!r}" + (", also an EOS" if models.pad_id in models.eos_ids else ""), "-"))
     return table

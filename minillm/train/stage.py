@@ -1,7 +1,7 @@
 """One stage from its configuration: read data, open models, make the evaluator, make the trainer."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -35,8 +35,9 @@ from minillm.storage.manifest import sign
 from minillm.storage.metrics_log import MetricsLog
 from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models, Role
-from minillm.teachers.preflight import Row, require_same_tokenizer
+from minillm.teachers.preflight import Row
 from minillm.teachers.teacher import require_ability
+from minillm.teachers.vocabularies import require_same_tokenizer
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
 from minillm.train.model_cache import ModelCache, teacher_identity
 from minillm.train.prepared import mark_prepared
@@ -86,6 +87,7 @@ class StageBuilder:
         require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
         models, rows = self.open_models(stage, read.tokenizer, checkpoint)
         self.console.preflight([*rows, *read.rows])
+        collectives.together(lambda: _require_shared_ids(models, read, held_out))
         needs = stage.config.method.needs()
         unbalanced = balance_problem(models.student, added=needs.auxiliary) if "student" in needs.trains else None
         if unbalanced is not None:
@@ -113,6 +115,7 @@ class StageBuilder:
         read = collectives.together(lambda: self.read_data(stage))
         models, rows = self.open_models(stage, read.tokenizer, None)
         self.console.preflight([*rows, *read.rows])
+        collectives.together(lambda: _require_shared_ids(models, read, {}))
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
         data = self.training_data(stage, read, rollouts)
         data.folder.mkdir(parents=True, exist_ok=True)
@@ -247,6 +250,14 @@ class StageBuilder:
 def _asked(samples: Sequence[Who]) -> set[Role]:
     """The models that answer prompts while a stage runs."""
     return {role for who in samples for role in (("student", "teacher") if who == "mixture" else (who,))}
+
+
+def _require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:
+    prompts = {} if read.prompts is None else {"data.prompts": read.prompts}
+    for name, one in {**prompts, **held_out}.items():
+        models.require_shared(name, one.ids())
+    if read.corpus is not None:
+        models.require_shared("data.corpus", read.corpus.blocks)
 
 
 def _require_references(stage: Stage, prompts: PromptSet) -> None:

@@ -29,7 +29,7 @@ def test_a_pair_is_frozen_and_one_model_can_stand_in_both_places(tmp_path, make_
 def test_two_tokenizers_do_not_go_together(tmp_path, make_models):
     made = make_models()
     save_model(made.student, made.tokenizer, tmp_path / "student")
-    made.tokenizer.add_tokens(["<another>"])
+    made.tokenizer.add_special_tokens({"eos_token": "<another>"})
     made.teacher.model.resize_token_embeddings(len(made.tokenizer))
     save_model(made.teacher.model, made.tokenizer, tmp_path / "teacher")
     with pytest.raises(PreflightError, match="different tokenizers"):
