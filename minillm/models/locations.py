@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from minillm import UserError
 from minillm.config.paths import PACKAGE, STAGE, expand, package_file
 from minillm.distributed import collectives
-from minillm.storage.manifest import published_damage
+from minillm.storage.manifest import MANIFEST, model_damage, published_damage
 
 _NEEDS_SENTENCEPIECE = (
     "its tokenizer is a SentencePiece model without a tokenizer.json, which takes a package that is not installed: "
@@ -26,12 +26,13 @@ _NEEDS_SENTENCEPIECE = (
 _OF_THE_FOLDER = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
-def resolve_path(text: str, output_dir: Path) -> Path | str:
+def resolve_path(text: str, output_dir: Path, *, verify: bool = True) -> Path | str:
     """A local path where `text` names one, else `text` itself: a hub name.
 
     `package:NAME/FILE` is a file inside an installed Python package, found without importing it; `package:NAME/*.gguf`
-    may use a pattern. `stage:NAME` is the model that an earlier stage of the run left; rank 0 verifies its checksums.
-    Raises UserError where a package, a file in it, or a stage is missing, and where a stage's model is damaged.
+    may use a pattern. `stage:NAME` is the model that an earlier stage of the run left. Rank 0 verifies the checksums of
+    that, and, with `verify`, of any folder that a run has signed. Raises UserError where a package, a file in it, or a
+    stage is missing, and where a model is not what was signed.
     """
     if text.startswith(STAGE):
         folder = Path(output_dir) / "stages" / text.removeprefix(STAGE)
@@ -47,6 +48,12 @@ def resolve_path(text: str, output_dir: Path) -> Path | str:
     if text.startswith(PACKAGE):
         return package_file(text)
     path = Path(expand(text))
+    damage = model_damage(path) if verify and path.is_dir() and collectives.rank() == 0 else None
+    if damage is not None:
+        raise UserError(
+            f"{text}: it is not the model that was saved there ({damage}). Put that file back as it was; or, where the "
+            f"change is meant, delete {path / MANIFEST}, and the folder is taken as it is"
+        )
     return path if path.exists() else text
 
 
@@ -119,12 +126,14 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
-def hub_arguments(text: str, output_dir: Path, revision: str | None = None) -> tuple[Path | str, dict[str, str]]:
+def hub_arguments(
+    text: str, output_dir: Path, revision: str | None = None, *, verify: bool = True
+) -> tuple[Path | str, dict[str, str]]:
     """The arguments of from_pretrained for a path: the place, and gguf_file or revision where there is one.
 
-    `revision` counts for hub names alone. Raises UserError as resolve_path does.
+    `revision` counts for hub names alone, `verify` is as for resolve_path, whose UserErrors it raises.
     """
-    where = resolve_path(text, output_dir)
+    where = resolve_path(text, output_dir, verify=verify)
     if not isinstance(where, Path):
         return where, {} if revision is None else {"revision": revision}
     if where.suffix == ".gguf":

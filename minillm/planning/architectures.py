@@ -68,7 +68,7 @@ class Architectures:
         if is_hub_name(path):
             where, place = known_architecture(path, self._folders, config.revision), {}
         else:
-            where, place = hub_arguments(config.path, Path("."))
+            where, place = hub_arguments(config.path, Path("."), verify=False)  # config.json alone is read
         try:
             return AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code, **place)
         except (ValueError, OSError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 SETTLED_NS = 2 * 10**9  # a file that was written to later than this ago may change again within one tick of its clock
 Stamp = tuple[str, int, int]  # path, bytes, time of the last change in ns
-_known_whole: dict[Path, tuple[Stamp, ...]] = {}  # folders that this process has read to the last byte
+_known_hashes: dict[str, tuple[Stamp, str]] = {}  # of files that this process has read to the last byte
 
 
 def sign(folder: Path) -> None:
@@ -33,11 +33,29 @@ def published_damage(folder: Path) -> str | None:
     return find_damage(folder) if is_signed(folder) else None
 
 
-def find_damage(folder: Path, *, requires: Collection[str] = ()) -> str | None:
+def model_damage(folder: Path) -> str | None:
+    """`find_damage` of a model that somebody names by its folder, be it a checkpoint: of its own files, not of `state/`.
+
+    None for a folder that no run has signed: one without a manifest, or with one of another kind.
+    """
+    if not is_signed(folder):
+        return None
+    try:
+        if not _is_manifest(json.loads((folder / MANIFEST).read_text())):
+            return None
+    except (OSError, ValueError, RecursionError):
+        pass  # which is said below
+    return find_damage(folder, without="state/")
+
+
+def find_damage(folder: Path, *, requires: Collection[str] = (), without: str | None = None) -> str | None:
     """The first difference between a signed folder and its manifest, in words; None where there is none.
 
-    Reads every file to its end, unless this process has done so before and no file has changed since. Files that the
+    Reads every file to its end, unless this process has done so before and the file has not changed since. Files that the
     manifest does not name are not looked at; it must name those that are required.
+
+    Args:
+        without: what names of files begin with that do not count.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -53,7 +71,8 @@ def find_damage(folder: Path, *, requires: Collection[str] = ()) -> str | None:
         if name not in manifest:
             return f"{MANIFEST} does not name {name}"
     try:
-        return _find_difference(folder, manifest)
+        counted = {name: one for name, one in manifest.items() if without is None or not name.startswith(without)}
+        return _find_difference(folder, counted)
     except OSError as error:  # of a failing disk
         return f"{error.filename or folder} cannot be read: {error.strerror}"
 
@@ -65,15 +84,21 @@ def _find_difference(folder: Path, manifest: dict[str, dict[str, Any]]) -> str |
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-    stamps = tuple(_stamp(folder / name) for name in (MANIFEST, *manifest))
-    if _known_whole.get(folder.resolve()) == stamps:
-        return None
     for name, expected in manifest.items():
-        if _fingerprint(folder / name)["sha256"] != expected["sha256"]:
+        if _hash(folder / name) != expected["sha256"]:
             return f"{name} was altered"
-    if max(changed for _, _, changed in stamps) < time.time_ns() - SETTLED_NS:
-        _known_whole[folder.resolve()] = stamps
     return None
+
+
+def _hash(path: Path) -> str:
+    stamp = _stamp(path)
+    before, known = _known_hashes.get(stamp[0], (None, ""))
+    if before == stamp:
+        return known
+    found = _fingerprint(path)["sha256"]
+    if stamp[2] < time.time_ns() - SETTLED_NS:
+        _known_hashes[stamp[0]] = (stamp, found)
+    return found
 
 
 def _is_manifest(content: Any) -> bool:
@@ -86,7 +111,7 @@ def _is_manifest(content: Any) -> bool:
 
 def _stamp(path: Path) -> Stamp:
     status = path.stat()
-    return str(path), status.st_size, status.st_mtime_ns
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:

