@@ -13,6 +13,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
+from minillm.storage.manifest import MANIFEST
 from minillm.teachers.open import open_named
 
 CPU = torch.device("cpu")
@@ -27,7 +28,8 @@ def whole(build_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+    """A model's folder without checksums, such as other programs leave."""
+    return Path(shutil.copytree(whole, tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST)))
 
 
 def as_student(folder):
@@ -162,3 +164,19 @@ def test_a_tokenizer_that_its_library_cannot_read_is_one_line(folder, model):
         load_tokenizer(TeacherConfig(path=str(folder)), folder)
     said = str(found.value)
     assert said.startswith(f"{folder}: its tokenizer.json is no tokenizer (") and "\n" not in said
+
+
+@EVERYONE
+def test_a_signed_folder_that_was_altered_is_not_opened(whole, tmp_path, load):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    load(folder)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"model\.safetensors was altered\)\. Put that file back .* delete .*manifest\.json"
+    ):
+        load(folder)
+    (folder / MANIFEST).unlink()
+    load(folder)
