@@ -1,5 +1,7 @@
 """Plain text as blocks of tokens: documents joined by EOS, cut without overlap."""
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -8,13 +10,30 @@ from minillm.config.data import Corpus as CorpusConfig
 from minillm.data.pydoc import pydoc_documents
 from minillm.data.sources import DataError, read_hf, read_texts, texts_of
 from minillm.data.tokenization import require_end
+from minillm.data.windows import document_ids
+
+
+class Blocks(Sequence[list[int]]):
+    """Tokens in blocks of one size; the remainder is left out."""
+
+    def __init__(self, tokens: array, size: int):
+        self._tokens, self._size = tokens, size
+
+    def __len__(self) -> int:
+        return len(self._tokens) // self._size
+
+    def __getitem__(self, index: int) -> list[int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index % len(self) * self._size
+        return self._tokens[start : start + self._size].tolist()
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The blocks that the pre-training loss is taken on. A block's first token is fed; the others are predicted."""
 
-    blocks: list[list[int]]  # of block_size tokens each; the remainder of the last document is left out
+    blocks: Sequence[list[int]]  # of block_size tokens each; the remainder of the last document is left out
     documents: int
 
 
@@ -29,15 +48,16 @@ def load_corpus(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Cor
         else:
             found = read_texts(config.path)
         texts = (text for number, (_, text) in enumerate(found) if number >= config.skip)
-    tokens, documents = [], 0
+    tokens, documents = array("q"), 0
     for text in texts:
         if documents == config.limit:
             break
-        tokens += tokenizer(text, add_special_tokens=False).input_ids
+        tokens += document_ids(tokenizer, text)
         tokens.append(tokenizer.eos_token_id)
         documents += 1
-    size = config.block_size
-    blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+    blocks = Blocks(tokens, config.block_size)
     if not blocks:
-        raise DataError(f"data.corpus: {len(tokens)} tokens do not fill one block of block_size={size}; lower it")
+        raise DataError(
+            f"data.corpus: {len(tokens)} tokens do not fill one block of block_size={config.block_size}; lower it"
+        )
     return Corpus(blocks, documents)

@@ -15,6 +15,7 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.models.loading import is_hollow, load_student, load_teacher, without_dropout
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer, load_tokenizer
+from minillm.storage.manifest import MANIFEST
 from tests.pictures import KINDS, build_processor, save_seeing
 
 CPU = torch.device("cpu")
@@ -269,6 +270,7 @@ def test_a_student_of_images_and_text_has_no_dropout(tmp_path, init):
     for part in ("text_config", "vision_config"):
         config[part]["attention_dropout"] = 0.5
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / MANIFEST).unlink()
     model = student(path=str(folder), **init)
     rates = [getattr(module, "attention_dropout", 0.0) for module in model.modules()]
     assert not any(rates)

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from minillm.config.models import TeacherConfig
 from minillm.models.processors import UnreadVideos, placeholder_ids, processor_of, same_pictures
-from minillm.models.tokenizers import apply_chat_template, byte_tokenizer, end_of_turn, load_tokenizer
+from minillm.models.tokenizers import apply_chat_template, byte_tokenizer, end_of_turn, in_parts, load_tokenizer
 from tests.pictures import KINDS, build_processor, picture, save_seeing
 
 
@@ -53,7 +53,7 @@ def test_a_template_of_parts_ends_a_turn_as_one_of_texts():
     assert end_of_turn(tokenizer) == 256
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
     assert apply_chat_template(tokenizer, asked, add_generation_prompt=True) == "<user><image>what?\n<assistant>"
-    asked = [{"role": "user", "content": "what?"}]
+    asked = [in_parts({"role": "user", "content": "what?"})]
     assert apply_chat_template(tokenizer, asked, add_generation_prompt=True) == "<user>what?\n<assistant>"
 
 
