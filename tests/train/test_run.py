@@ -13,6 +13,7 @@ from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.root import StageConfig
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.rollout.local import graph_preconditions, local_rollouts
+from minillm.storage.manifest import MANIFEST
 from minillm.teachers.preflight import PreflightError
 from minillm.train.progress import Progress
 from minillm.train.run import _first_with_its_teacher, _measured_before, _next_progress
@@ -159,8 +160,9 @@ def test_two_tokenizers_are_an_error_before_a_model_is_read(two_stages, tmp_path
     train(two_stages, "stages.distil.train.max_steps=1")
     taught = tmp_path / "run" / "stages" / "teacher"
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["<another>"])
+    tokenizer.add_special_tokens({"eos_token": "<another>"})
     tokenizer.save_pretrained(taught)
+    (taught / MANIFEST).unlink()
     monkeypatch.setattr("minillm.teachers.open.load_teacher", lambda *args, **kwargs: pytest.fail("a model was read"))
     keys = ("stages.teacher=null", f"stages.distil.teacher.path={taught}", f"output_dir={tmp_path / 'other'}")
     with pytest.raises(PreflightError, match="student and teacher have different tokenizers"):
