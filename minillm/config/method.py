@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from minillm import UserError
 from minillm.config.functions import load_function
-from minillm.config.keys import Strict
+from minillm.config.keys import ModelPath, Strict
 from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
 from minillm.config.preference_keys import PreferenceKeys
 
@@ -492,6 +492,33 @@ class LM(MethodConfig):
         )
 
 
+class MiniPLM(MethodConfig):
+    """A corpus chosen by a teacher and a weaker reference model (MiniPLM, arXiv 2410.17215); the student is not touched."""
+
+    name: Literal["miniplm"]
+    reference: ModelPath = Field(
+        description="The weaker model that the teacher is compared to, with the teacher's tokenizer: as teacher.path, mostly "
+        "the stage:NAME of an lm. It is read in teacher.dtype"
+    )
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.5,
+        description="The part of all documents that is kept: floor(ratio * documents), counted as the number is written",
+    )
+    summary: ClassVar[str] = "nothing: documents were chosen by how much likelier the teacher finds them (MiniPLM)"
+
+    def needs(self) -> Needs:
+        return Needs(
+            (),
+            prompts=False,
+            corpus=True,
+            whole_documents=True,
+            teacher=True,
+            reference=self.reference,
+            trains=(),
+        )
+
+
 Method = Annotated[
-    MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | DistiLLM | DistiLLM2 | LM, Field(discriminator="name")
+    MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | DistiLLM | DistiLLM2 | LM | MiniPLM,
+    Field(discriminator="name"),
 ]

@@ -47,6 +47,7 @@ class Needs:
     references: bool = False  # prompts come with an answer to imitate
     pairs: bool = False  # prompts come with a chosen and a rejected answer
     corpus: bool = False  # plain text in blocks
+    whole_documents: bool = False  # the corpus is read document by document, and not in blocks
     images: bool = False  # prompts show images
     evaluations: bool = False  # the method adapts to evaluations while it trains
     # sampling
@@ -59,6 +60,7 @@ class Needs:
     # models
     teacher: bool = False
     teacher_abilities: frozenset[Ability] = frozenset()
+    reference: str | None = None  # the path, method.reference, of a frozen model that stands on the student's side
     auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes
     because: dict[str, str] = field(default_factory=dict)

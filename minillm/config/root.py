@@ -31,6 +31,20 @@ class StageConfig(Strict):
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def student_side(self) -> StudentConfig:
+        """The model beside the teacher: the student, or the reference model of a method that has one, read as the teacher is."""
+        reference = self.method.needs().reference
+        if reference is None:
+            return self.student
+        teacher = self.teacher
+        return StudentConfig(
+            path=reference,
+            dtype=teacher.dtype,
+            attn_implementation=teacher.attn_implementation,
+            trust_remote_code=teacher.trust_remote_code,
+        )
+
 
 STAGE_SHAPE = Group(StageConfig)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import Corpus as CorpusConfig
-from minillm.data.pydoc import pydoc_documents
-from minillm.data.sources import DataError, read_hf, read_texts, texts_of
+from minillm.data.documents import read_documents
+from minillm.data.sources import DataError
 from minillm.data.tokenization import require_end
 from minillm.data.windows import document_ids
 
@@ -40,18 +40,8 @@ class Corpus:
 def load_corpus(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Read and pack. Raises DataError where the text does not fill one block, and for a tokenizer without an end."""
     require_end(tokenizer, "data.corpus")
-    if config.type == "pydoc":
-        texts = pydoc_documents()
-    else:
-        if config.type == "hf":
-            found = texts_of(read_hf(config.path, config.name, config.split, streaming=True))
-        else:
-            found = read_texts(config.path)
-        texts = (text for number, (_, text) in enumerate(found) if number >= config.skip)
     tokens, documents = array("q"), 0
-    for text in texts:
-        if documents == config.limit:
-            break
+    for _, text in read_documents(config):
         tokens += document_ids(tokenizer, text)
         tokens.append(tokenizer.eos_token_id)
         documents += 1

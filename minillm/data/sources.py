@@ -22,13 +22,15 @@ _OF_THE_FOLDER = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Place(str):
-    """The place of a record, for errors; relative paths in it count from `folder`."""
+    """The place of a record, for errors; relative paths in it count from `folder`. `source` is what it comes from: its
+    file or dataset."""
 
     folder: Path
+    source: str
 
-    def __new__(cls, text: str, folder: Path = Path(".")):
+    def __new__(cls, text: str, folder: Path = Path("."), source: str | None = None):
         place = super().__new__(cls, text)
-        place.folder = folder
+        place.folder, place.source = folder, text if source is None else source
         return place
 
 
@@ -53,7 +55,7 @@ def read_jsonl(pattern: str) -> Iterator[Record]:
         for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
-            where = Place(f"{path}:{number}", path.parent)
+            where = Place(f"{path}:{number}", path.parent, str(path))
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # JSON's and UTF-8's
@@ -74,7 +76,7 @@ def read_parquet(pattern: str) -> Iterator[Record]:
     for path in find_files(pattern):
         with _reading(lambda reason, path=path: f"{path}: not a whole Parquet file ({reason})"):
             for number, record in enumerate(_undecoded(Dataset.from_parquet(str(path)))):
-                yield Place(f"{path}, row {number}", path.parent), record
+                yield Place(f"{path}, row {number}", path.parent, str(path)), record
 
 
 def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False) -> Iterator[Record]:
@@ -97,7 +99,7 @@ def read_hf(path: str, name: str | None, split: str, *, streaming: bool = False)
 
             dataset = load_dataset(str(folder) if folder.exists() else path, name, split=split, streaming=streaming)
         for number, record in enumerate(_undecoded(dataset)):
-            yield Place(f"{path} ({split}), row {number}", folder), record
+            yield Place(f"{path} ({split}), row {number}", folder, f"{path} ({split})"), record
 
 
 def _undecoded(dataset: "Dataset") -> "Dataset":
@@ -158,7 +160,7 @@ def _reading(message: Callable[[str], str]) -> Iterator[None]:
         raise DataError(message(said)) from error
 
 
-def read_texts(pattern: str) -> Iterator[tuple[str, str]]:
+def read_texts(pattern: str) -> Iterator[tuple[Place, str]]:
     """(where, text) of whole .txt files, plain or gzipped, and of the field `text` of JSONL records.
 
     Raises DataError, which names the file, for one that is not UTF-8, and as read_jsonl and texts_of do.
@@ -168,16 +170,24 @@ def read_texts(pattern: str) -> Iterator[tuple[str, str]]:
             yield from texts_of(read_jsonl(str(path)))
         else:
             try:
-                yield str(path), b"".join(read_lines(path)).decode("utf-8-sig").replace("\r\n", "\n")
+                yield (
+                    Place(str(path), path.parent),
+                    b"".join(read_lines(path)).decode("utf-8-sig").replace("\r\n", "\n"),
+                )
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}: not UTF-8 ({error}); convert it") from None
 
 
-def texts_of(records: Iterator[Record]) -> Iterator[tuple[str, str]]:
-    """(where, text) of records with a field `text`. Raises DataError for one without."""
+def texts_of(records: Iterator[Record]) -> Iterator[tuple[Place, str]]:
+    """(where, text) of records with a field `text`; a text in a field `source` says what they come from.
+
+    Raises DataError for one without.
+    """
     for where, record in records:
         if not isinstance(record.get("text"), str):
             raise DataError(f"{where}: expected a field `text`; found {', '.join(record) or 'no fields'}")
+        if isinstance(record.get("source"), str):
+            where.source = record["source"]
         yield where, record["text"]
 
 

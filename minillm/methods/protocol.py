@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config.root import StageConfig
+from minillm.data.documents import Documents
 from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
 from minillm.models.batch import TokenBatch, TokenSequence
@@ -85,6 +86,7 @@ class TrainingData:
     folder: Path  # of this stage alone: for what is made once and kept
     report_progress: ProgressCallback = lambda what, done, total: None  # told how far long work inside `collect` is
     timing: Timing = field(default_factory=Timing)  # told what that work was
+    documents: Documents | None = None  # of data.corpus, whole and in order: in the place of its blocks
 
 
 class Item(Protocol):

@@ -17,7 +17,8 @@ def check_targets(plan: RunPlan) -> None:
     architectures = Architectures(plan)
     for stage in plan.stages:
         student = stage.config.student
-        if student.lora is None or isinstance(student.lora.target_modules, str):
+        untrained = "student" not in stage.config.method.needs().trains
+        if untrained or student.lora is None or isinstance(student.lora.target_modules, str):
             continue
         try:
             architecture = architectures.student(stage)

@@ -29,11 +29,12 @@ class Architectures:
         self._folders = architecture_folders(plan.files)
 
     def student(self, stage: Stage) -> PreTrainedConfig:
-        """Return the student's architecture as it is trained: pruned, changed or fresh.
+        """Return the student's architecture as it is trained: pruned, changed or fresh; or that of the reference model which
+        stands in the student's place.
 
         Raises UserError where it is not known.
         """
-        config = stage.config.student
+        config = stage.config.student_side
         if config.init == "random":
             return self._random(config)
         architecture = self._read(config)

@@ -35,6 +35,7 @@ class StagePlan:
     speed: Speed | None  # None where the stage takes no step
     memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; UserError where the buffer does not divide
     not_counted: tuple[str, ...]  # what the method needs beside what the plan holds
+    student_side: str  # student, or reference: the model of the numbers called the student's
 
     @property
     def peak(self) -> PhaseMemory:
@@ -141,6 +142,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         else None,
         memory_on=memory,
         not_counted=tuple(_not_counted(config.method.needs())),
+        student_side="student" if config.method.needs().reference is None else "reference",
     )
 
 
@@ -150,3 +152,7 @@ def _not_counted(needs: Needs) -> Iterator[str]:
         yield f"what the method trains beside the student: {', '.join(beside)}"
     if needs.images:
         yield "what reading the prompts' images takes"
+    if needs.whole_documents:
+        yield (
+            "in the host's memory about 60 bytes for each document of the corpus, and the texts of some hundreds at a time"
+        )

@@ -25,18 +25,19 @@ class Setting:
     @classmethod
     def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
         """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing."""
-        deepspeed = config.engine.type == "deepspeed"
+        student = config.student_side
+        deepspeed = config.engine.type == "deepspeed" and config.method.needs().takes_steps
         mixed = deepspeed and config.train.bf16  # DeepSpeed casts the weights, torch's autocast each use of them
-        teacher = config.teacher or config.student
+        teacher = config.teacher or student
         return cls(
-            student_dtype="bfloat16" if mixed else config.student.dtype,
+            student_dtype="bfloat16" if mixed else student.dtype,
             teacher_dtype=teacher.dtype,
-            student_attention=config.student.attn_implementation,
+            student_attention=student.attn_implementation,
             teacher_attention=teacher.attn_implementation,
             teacher_quantization=None if config.teacher is None else config.teacher.quantization,
             autocast=config.train.bf16 and not mixed,
             master_weights=deepspeed,
             gradients_stay=deepspeed,
             checkpointing=checkpointing,
-            lora=config.student.lora,
+            lora=student.lora,
         )

@@ -24,7 +24,8 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """The place of each part of the memory. Stage 0 is one process without DeepSpeed."""
+    """The place of each part of the memory. Stage 0 is without DeepSpeed: one process, or ranks that train
+    nothing."""
 
     world_size: int = 1
     stage: int = 0
@@ -92,6 +93,8 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         if world_size > 1:
             raise UserError(f"engine.type torch is one process, not {world_size}; plan with engine.type=deepspeed")
         return Sharding()
+    if not config.method.needs().takes_steps:  # no engine is made, and every rank has the models whole
+        return Sharding(world_size=world_size)
     sharded = shards_teacher(engine, config.teacher)
     return Sharding(
         world_size=world_size,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from minillm.planning.gpus import BANDWIDTH_USE, LINK_USE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import ModelSize, Simulation
-from minillm.planning.work import Decoding, Work
+from minillm.planning.work import Decoding, Forward, Work
 
 TERA, GIGA = 1e12, 1e9
 ADAM_TRAFFIC = 7  # words that are read and written per weight: weight 2, gradient 1, moments 4
@@ -84,6 +84,17 @@ def _decoding_flops(decoding: Decoding, sizes: Mapping[str, ModelSize | None], u
         name: used * (forward_flops(sizes[name], tokens, width / 2) + predictions * 2 * sizes[name].head)
         for name in decoding.models
     }
+
+
+def flops_per_token(simulation: Simulation, forward: Forward) -> float:
+    """Return the FLOPs that forward passes over texts of that length take for each token that is fed, heads included."""
+    sizes = {"student": simulation.student, "teacher": simulation.teacher}
+    total = 0.0
+    for name in forward.models:
+        total += forward_flops(sizes[name], 1, forward.length)
+        if forward.statistics:
+            total += 2.0 * sizes[name].head * forward.rows / (forward.batch * forward.length)
+    return total
 
 
 def _flops_per_s(gpu: Gpu, *, bf16: bool) -> float:

@@ -12,7 +12,7 @@ from minillm.planning import gpus
 from minillm.planning.advice import Change
 from minillm.planning.ledger import PARTS
 from minillm.planning.planner import PlannedRun, StagePlan
-from minillm.planning.speed import Speed
+from minillm.planning.speed import Speed, flops_per_token
 
 GIB = 2**30
 
@@ -73,6 +73,7 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "parameters": {
             "student": simulation.student.parameters,
             "student_trained": simulation.student.trained,
+            **({} if stage.student_side == "student" else {stage.student_side: simulation.student.parameters}),
             "teacher": None if simulation.teacher is None else simulation.teacher.parameters,
         },
         "vocab_size": simulation.vocab_size,
@@ -106,6 +107,7 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
             "update": speed.update_flops,
         },
         "estimated_seconds_per_step": speed and speed.seconds,
+        **({} if stage.work.terms else {"flops_per_token": sum(_without_steps(stage))}),
         "smallest_world_size": stage.smallest_world_size(gpu),
         **({"not_counted": list(stage.not_counted)} if stage.not_counted else {}),
     }
@@ -115,7 +117,7 @@ def _models(stage: StagePlan) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("", "parameters", "layers", "hidden", "KV cache a token", "vocabulary in use"):
         table.add_column(name, justify="right" if name else "left")
-    for who, size in (("student", stage.simulation.student), ("teacher", stage.simulation.teacher)):
+    for who, size in ((stage.student_side, stage.simulation.student), ("teacher", stage.simulation.teacher)):
         if size is not None:
             cache = f"{size.kv_bytes_per_token / 1024:,.0f} KiB" if size.kv_bytes_per_token else "-"
             table.add_row(
@@ -161,10 +163,20 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
             f"full logits would take {_gib(full)} GiB"
         )
     yield from _time(stage.speed)
+    for flops in _without_steps(stage):
+        yield Text(f"FLOPs of the models for each token that they read: {flops / 1e9:,.3g} G")
     smallest = stage.smallest_world_size(gpu)
     yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
+    if stage.student_side != "student":
+        yield Text(f"the {stage.student_side} model's memory stands in the student's rows")
     for what in stage.not_counted:
         yield Text(f"not counted: {what}")
+
+
+def _without_steps(stage: StagePlan) -> Iterator[float]:
+    """The FLOPs for each token of the texts that a stage without steps reads."""
+    if not stage.work.terms:
+        yield from (flops_per_token(stage.simulation, one) for one in stage.work.scorings)
 
 
 def _time(speed: Speed | None) -> Iterator[Text]:

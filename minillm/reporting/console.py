@@ -51,15 +51,18 @@ class Console:
             self._progress.stop()
             self._progress = None
 
-    def preflight(self, rows: Sequence[Sequence[str]]) -> None:
-        """Show what is about to be trained, in rows of (what, student, teacher) or (what, value)."""
+    def preflight(self, rows: Sequence[Sequence[str]], *, beside_teacher: str = "student") -> None:
+        """Show what is about to be trained, in rows of (what, student, teacher) or (what, value).
+
+        `beside_teacher` is the model of the second column, where it is another than the student.
+        """
         self.close()
         if not self._live:
             for name, *values in rows:
                 self._line(f"{name}: {' | '.join(str(value) for value in values if value != '')}")
             return
         grid = Table(box=box.SIMPLE_HEAD, title="Preflight", title_justify="left")
-        for heading in ("", "student", "teacher"):
+        for heading in ("", beside_teacher, "teacher"):
             grid.add_column(heading, overflow="fold")
         for name, *values in rows:
             grid.add_row(Text(str(name), "bold"), *(_text(str(value)) for value in values))
@@ -73,6 +76,18 @@ class Console:
         if not self._live:
             self._line(f"stage {stage}: step {done} of {self._total}")
             return
+        self._show_bar(stage, f"{done}/{self._total}")
+
+    def prepare(self, stage: str) -> None:
+        """Begin a stage that takes no step."""
+        self.close()
+        self._stage, self._last_line = stage, -PLAIN_SECONDS
+        if self._live:
+            self._show_bar(stage, "")
+        else:
+            self._line(f"stage {stage}: it takes no step")
+
+    def _show_bar(self, stage: str, steps: str) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -82,7 +97,7 @@ class Console:
             refresh_per_second=4,
         )
         # the bar is of time, whatever ends the stage
-        self._progress.add_task(stage, total=None, steps=f"{done}/{self._total}", status="")
+        self._progress.add_task(stage, total=None, steps=steps, status="")
         self._progress.start()
 
     def step(self, record: Mapping[str, Any]) -> None:

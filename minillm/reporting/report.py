@@ -9,7 +9,8 @@ from minillm.reporting.evaluation_tables import Row, evaluation_section, metrics
 from minillm.reporting.findings import collapses, verdicts
 from minillm.reporting.markdown import MISSING, cell, duration, number, table
 from minillm.reporting.metric import METRICS
-from minillm.reporting.run_files import RunFiles, StageFiles, read_run, stage_label
+from minillm.reporting.run_files import PREPARED, RunFiles, StageFiles, read_run, stage_label
+from minillm.reporting.selection_report import selection_sections
 from minillm.reporting.settings import differing_keys, settings_table
 from minillm.storage.atomic import write_text
 from minillm.storage.metrics_log import read_numbers
@@ -34,6 +35,7 @@ def write_report(output_dir: Path) -> Path:
         *verdicts(run),
         evaluation_section(run) or _unevaluated(run),
         _samples(run),
+        *selection_sections(run.folder),
         _stages(run),
         _times(run),
         _configuration(run),
@@ -116,6 +118,11 @@ def _steps(stage: StageFiles) -> str:
     return f"{stage.steps:,}" if planned in (None, stage.steps) else f"{stage.steps:,} of {planned:,}"
 
 
+def _unstarted(run: RunFiles, stage: StageFiles) -> str:
+    prepared = (run.folder / "stages" / stage.name / PREPARED).is_file()
+    return "done, without steps" if prepared else "not started"
+
+
 def _samples(run: RunFiles) -> str:
     """The last answers of every stage to the same prompts, beside the reference and the teacher's answer."""
     prompts: dict[tuple[str, int], dict[str, dict]] = {}
@@ -167,7 +174,7 @@ def _stages(run: RunFiles) -> str:
                 stage.settings.get("method", {}).get("name", MISSING)
                 + (f", {lora_words(**stage.lora)}" if stage.lora else ""),
                 cell(stage.settings.get("student", {}).get("path") or MISSING, limit=80),
-                _steps(stage) if stage.started else "not started",
+                _steps(stage) if stage.started else _unstarted(run, stage),
                 duration(stage.seconds) if stage.steps else MISSING,
                 duration(stage.seconds / stage.steps) if stage.steps else MISSING,
                 f"{stage.tokens:,}" if stage.steps else MISSING,

@@ -13,6 +13,8 @@ from minillm.config.loader.stages import stage_documents
 from minillm.storage.checkpoint import TRAINER_STATE, list_checkpoints
 from minillm.storage.metrics_log import METRICS, SAMPLES, read_numbers, read_records
 
+PREPARED = "prepared.json"  # in the folder that a stage without steps has left, below stages/
+
 
 @dataclass(frozen=True)
 class Measurement:

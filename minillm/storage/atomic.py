@@ -18,8 +18,13 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust end th
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file: a kill leaves the old content or the new."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for a file of another kind."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content)
     sync(partial)
     partial.replace(path)
 

@@ -87,12 +87,16 @@ def shared_vocabulary(
     return SharedVocabulary(size, {**unshared, **{index: (ours.get(index), theirs.get(index)) for index in beyond}})
 
 
-def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, Names]:
+def require_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, *, reference: str | None = None
+) -> dict[int, Names]:
     """The ids of added tokens that only one of the two has, or that they call otherwise.
 
     Raises PreflightError where an id of ordinary text, or one that ends answers, means one thing to one of them and
-    another to the other.
+    another to the other. `reference` is the path of the reference model, where it is that which stands on the student's
+    side.
     """
+    side = "student" if reference is None else "reference"
     ours, theirs = _by_id(student), _by_id(teacher)
     differing = sorted(index for index in {*ours, *theirs} if ours.get(index) != theirs.get(index))
     if not differing:
@@ -100,16 +104,22 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
     added = (student.added_tokens_decoder.keys() | _missing(differing, ours)) & (
         teacher.added_tokens_decoder.keys() | _missing(differing, theirs)
     )
-    ends = {"student": _ends(student), "teacher": _ends(teacher)}
+    ends = {side: _ends(student), "teacher": _ends(teacher)}
     for index in differing:
         names = ours.get(index), theirs.get(index)
         who = next((who for who, ids in ends.items() if index in ids), None)
         if index not in added or who is not None:
             use = "" if index not in added else f", and ends answers of the {who}"
+            remedy = (
+                "Token-level distillation needs one tokenizer: choose a student of the teacher's family, or prune the teacher "
+                "(student.init=prune)"
+                if reference is None
+                else "Both must read the same ids: choose a reference of the teacher's family, or train one with the teacher's "
+                f"tokenizer in the place of {reference} (student.tokenizer)"
+            )
             raise PreflightError(
-                f"student and teacher have different tokenizers: id {index} is {names[0]!r} for the student and "
-                f"{names[1]!r} for the teacher{use}. Token-level distillation needs one tokenizer: choose a student of the "
-                "teacher's family, or prune the teacher (student.init=prune)"
+                f"{side} and teacher have different tokenizers: id {index} is {names[0]!r} for the {side} and "
+                f"{names[1]!r} for the teacher{use}. {remedy}"
             )
     return {index: (ours.get(index), theirs.get(index)) for index in differing}
 

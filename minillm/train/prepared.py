@@ -5,15 +5,14 @@ from pathlib import Path
 
 from minillm import UserError
 from minillm.config.loader.run_plan import Stage
+from minillm.reporting.run_files import PREPARED
 from minillm.storage.manifest import find_damage
-
-MARK = "prepared.json"
 
 
 def mark_prepared(stage: Stage, folder: Path) -> None:
     """Say in the folder of a result which configuration it was made by."""
     content = {"stage": stage.name, "config": stage.config.model_dump(mode="json")}
-    (folder / MARK).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / PREPARED).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def is_prepared(stage: Stage, output_dir: Path) -> bool:
@@ -22,12 +21,12 @@ def is_prepared(stage: Stage, output_dir: Path) -> bool:
     Raises UserError where it is damaged, or was made by another configuration.
     """
     folder = output_dir / "stages" / stage.name
-    if not (folder / MARK).is_file():
+    if not (folder / PREPARED).is_file():
         return False
     damage = find_damage(folder)
     if damage is not None:
         raise UserError(f"{folder} is not whole ({damage}); delete it to have the stage done anew")
-    before = json.loads((folder / MARK).read_text(encoding="utf-8"))["config"]
+    before = json.loads((folder / PREPARED).read_text(encoding="utf-8"))["config"]
     now = stage.config.model_dump(mode="json")
     changed = [
         key for key in ("seed", "teacher", "student", "data", "rollout", "method") if before.get(key) != now[key]
@@ -42,4 +41,4 @@ def is_prepared(stage: Stage, output_dir: Path) -> bool:
 
 def has_no_model(folder: Path) -> bool:
     """True for a folder below stages/ that is the result of a stage that trained nothing."""
-    return (folder / MARK).is_file()
+    return (folder / PREPARED).is_file()

@@ -102,7 +102,8 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
         for stage in plan.stages:
             if not stage.config.method.needs().takes_steps:
                 if not collectives.on_rank_0(lambda stage=stage: is_prepared(stage, output_dir)):
-                    builder.prepare(stage)
+                    builder.prepare(stage, interrupted)
+                    collectives.on_rank_0(lambda: str(write_report(output_dir)))
                 continue
             if progress and names.index(stage.name) < names.index(progress.stage):
                 continue
@@ -221,7 +222,8 @@ def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
     def key(other: Stage):
         return other.config.teacher, other.config.eval
 
-    return next(other for other in plan.stages if key(other) == key(stage)).name == stage.name
+    trained = (other for other in plan.stages if other.config.method.needs().takes_steps)
+    return next(other for other in trained if key(other) == key(stage)).name == stage.name
 
 
 def _planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device) -> float | None:

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -16,8 +16,10 @@ from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.config.training import shards_student, shards_teacher
 from minillm.data.corpus import Corpus, load_corpus
+from minillm.data.documents import Documents, survey_documents
 from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
 from minillm.data.stream import RankSlice, Stream
+from minillm.data.tokenization import require_end
 from minillm.distributed import collectives
 from minillm.engine.placement import check_backend, engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
@@ -51,11 +53,12 @@ Keys = TypeVar("Keys")
 class StageData:
     """The data that a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
 
-    tokenizer: PreTrainedTokenizerBase  # the student's
+    tokenizer: PreTrainedTokenizerBase  # of the model on the student's side
     teacher_tokenizer: PreTrainedTokenizerBase | None
     prompts: PromptSet | None
     corpus: Corpus | None
     rows: list[Row]
+    documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
 
 
 class StageBuilder:
@@ -110,14 +113,25 @@ class StageBuilder:
             checkpoint=checkpoint,
         )
 
-    def prepare(self, stage: Stage) -> None:
-        """Do the work of a stage that takes no step, and publish its result. All ranks call it together."""
+    def prepare(self, stage: Stage, interrupted: Callable[[], bool]) -> None:
+        """Do the work of a stage that takes no step, and publish its result. All ranks call it together.
+
+        Raises KeyboardInterrupt where `interrupted` says so between two parts of the work that are reported.
+        """
         read = collectives.together(lambda: self.read_data(stage))
         models, rows = self.open_models(stage, read.tokenizer, None)
-        self.console.preflight([*rows, *read.rows])
+        reference = stage.config.method.needs().reference
+        self.console.preflight([*rows, *read.rows], beside_teacher="student" if reference is None else "reference")
         collectives.together(lambda: _require_shared_ids(models, read, {}))
+        self.console.prepare(stage.name)
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
-        data = self.training_data(stage, read, rollouts)
+
+        def report_progress(what: str, done: int, total: int) -> None:
+            self.console.working(what, done, total)
+            if interrupted():
+                raise KeyboardInterrupt
+
+        data = replace(self.training_data(stage, read, rollouts), report_progress=report_progress)
         data.folder.mkdir(parents=True, exist_ok=True)
         method = build_method(stage.config)
 
@@ -132,11 +146,11 @@ class StageBuilder:
         """Tokenizers and data, before any model: what is wrong with them is said first."""
         config, needs = stage.config, stage.config.method.needs()
         check_backend(config.engine, engine_device(config.engine))
-        tokenizer = load_tokenizer(config.student, self.output_dir)
+        tokenizer = load_tokenizer(config.student_side, self.output_dir)
         judges = None if config.teacher is None else load_tokenizer(config.teacher, self.output_dir)
         if judges is not None:
-            require_same_tokenizer(tokenizer, judges)
-        prompts = corpus = None
+            require_same_tokenizer(tokenizer, judges, reference=needs.reference)
+        prompts = corpus = documents = None
         rows = []
         if needs.prompts:
             source = _with_stage_files(config.data.prompts, self.output_dir)
@@ -150,10 +164,14 @@ class StageBuilder:
             require_shared_pictures({"data.prompts": prompts}, tokenizer, judges, ranks=collectives.world_size())
         if needs.images:
             _require_pictures(stage, prompts)
-        if config.data.corpus is not None:
+        if needs.whole_documents:
+            require_end(tokenizer, "data.corpus")
+            documents = survey_documents(_with_stage_files(config.data.corpus, self.output_dir))
+            rows.append(("corpus", f"{len(documents)} documents", "read whole"))
+        elif config.data.corpus is not None:
             corpus = load_corpus(_with_stage_files(config.data.corpus, self.output_dir), tokenizer)
             rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-        return StageData(tokenizer, judges, prompts, corpus, rows)
+        return StageData(tokenizer, judges, prompts, corpus, rows, documents)
 
     def training_data(self, stage: Stage, read: StageData, rollouts: Rollouts) -> TrainingData:
         """The material as the method takes it, in the order of this stage.
@@ -170,6 +188,7 @@ class StageBuilder:
             rollouts=rollouts,
             folder=self.output_dir / "written" / stage.name,
             report_progress=self.console.working,
+            documents=read.documents,
         )
 
     def open_models(
@@ -177,14 +196,16 @@ class StageBuilder:
     ) -> tuple[Models, list[Row]]:
         """Student and teacher where the engine wants them, and the rows of their preflight table.
 
+        A stage that takes no step has its models whole on every rank: there is no engine that could shard them.
+
         Raises UserError for a teacher that cannot do what the method needs.
         """
         config, needs = stage.config, stage.config.method.needs()
-        engine, adapted = config.engine, config.student.lora is not None
-        sharded = shards_student(
-            engine
-        )  # rank 0 reads what is sharded over the ranks, and hands it out weight by weight
-        teacher_sharded = shards_teacher(engine, config.teacher)
+        engine, student = config.engine, config.student_side
+        adapted = student.lora is not None
+        # rank 0 reads what is sharded over the ranks, and hands it out weight by weight
+        sharded = needs.takes_steps and shards_student(engine)
+        teacher_sharded = needs.takes_steps and shards_teacher(engine, config.teacher)
         teacher = self.cache.teacher(
             config.teacher,
             self.output_dir,
@@ -195,7 +216,7 @@ class StageBuilder:
         for ability in sorted(needs.teacher_abilities):
             require_ability(teacher and teacher.teacher, ability, f"stage {stage.name!r}")
         device = engine_device(engine)
-        if "student" not in needs.trains:
+        if "student" not in needs.trains and needs.reference is None:
             return open_models(None, teacher, output_dir=self.output_dir, device=device)
         hollow = sharded and collectives.rank() > 0
         copied = checkpoint is None and not hollow and teacher is not None and not is_sharded(teacher.teacher.model)
@@ -203,14 +224,14 @@ class StageBuilder:
         if checkpoint is not None and adapted:
             saved = Path(collectives.on_rank_0(lambda: str(find_frozen_weights(stage.name, self.output_dir))))
         models, rows = open_models(
-            config.student,
+            student,
             teacher,
             output_dir=self.output_dir,
             device=device,
             loading_device=loading_device(engine, sharded=sharded),
             seed=config.seed,
-            trained=True,
-            copy_teacher=copied and _same_weights(config.student, config.teacher),
+            trained="student" in needs.trains,
+            copy_teacher=copied and _same_weights(student, config.teacher),
             saved=saved,
             hollow=hollow,
             by_layers=sharded and engine.gather == "layers",

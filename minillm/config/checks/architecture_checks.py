@@ -37,18 +37,20 @@ _WANTED = "student and teacher must be causal language models (llama, gpt2, qwen
 
 def causal_models(facts: Facts) -> Iterator[Found]:
     """The models of local folders predict the next token from those before it."""
-    for who in ("student", "teacher"):
-        model = facts.groups.get(who)
-        if model is None or not model.path:
+    paths = {f"{who}.path": getattr(facts.groups.get(who), "path", None) for who in ("student", "teacher")}
+    method = facts.groups.get("method")
+    paths["method.reference"] = None if method is None else method.needs().reference
+    for key, path in paths.items():
+        if not path:
             continue
-        keys = read_config_json(Path(model.path))
+        keys = read_config_json(Path(path))
         names = keys.get("architectures")
         names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
         kind = f"{names[0]}, " if names else ""
         if keys.get("is_encoder_decoder") is True:
-            yield Found(f"{who}.path", f"{model.path} is {kind}an encoder-decoder; {_WANTED}")
+            yield Found(key, f"{path} is {kind}an encoder-decoder; {_WANTED}")
         elif names and all(name.endswith(_OTHER_TASKS) for name in names):
-            yield Found(f"{who}.path", f"{model.path} is {kind}which predicts no next token; {_WANTED}")
+            yield Found(key, f"{path} is {kind}which predicts no next token; {_WANTED}")
 
 
 def fresh_architecture(facts: Facts, student: StudentConfig) -> Iterator[Found]:

@@ -92,7 +92,7 @@ def architecture_of(facts: Facts, who: Literal["student", "teacher"], *, pruned:
     With `pruned` false, a student that is to be pruned counts as it is before.
     """
     keys = architecture_keys(facts, who, pruned=pruned)
-    return Architecture(_first(keys, _CONTEXT), _first(keys, _LAYERS))
+    return Architecture(context_of(keys), _first(keys, _LAYERS))
 
 
 def architecture_keys(facts: Facts, who: str, *, pruned: bool = True) -> dict[str, Any]:
@@ -100,19 +100,27 @@ def architecture_keys(facts: Facts, who: str, *, pruned: bool = True) -> dict[st
     group = facts.groups.get(who)
     if group is None:
         return {}
-    path = group.path or ""
-    if path.startswith(STAGE):
-        source = facts.earlier.get(path.removeprefix(STAGE))
-        keys = {} if source is None else architecture_keys(source, "student")
-    else:
-        keys = read_config_json(Path(path)) if path else {}
-        keys = keys["text_config"] if isinstance(keys.get("text_config"), dict) else keys
+    keys = keys_at(facts, group.path or "")
     if who == "student" and group.init == "random":
         keys = {**keys, **(group.config or {})}
     if who == "student" and pruned and group.init == "prune" and group.layers is not None:
         kept = group.layers if isinstance(group.layers, int) else len(group.layers)
         keys = {**{key: value for key, value in keys.items() if key not in _LAYERS}, _LAYERS[0]: kept}
     return keys
+
+
+def keys_at(facts: Facts, path: str) -> dict[str, Any]:
+    """The keys of the architecture of a local folder, or of the model that an earlier stage leaves; {} for other places."""
+    if path.startswith(STAGE):
+        source = facts.earlier.get(path.removeprefix(STAGE))
+        return {} if source is None else architecture_keys(source, "student")
+    keys = read_config_json(Path(path)) if path else {}
+    return keys["text_config"] if isinstance(keys.get("text_config"), dict) else keys
+
+
+def context_of(keys: Mapping[str, Any]) -> int | None:
+    """The number of tokens that a model with these keys can read; None where they do not say it."""
+    return _first(keys, _CONTEXT)
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from minillm.config.checks.facts import Facts, Found, architecture_of
+from minillm.config.checks.facts import Facts, Found, architecture_of, context_of, keys_at
 from minillm.config.data import DataConfig, PlainPrompts, Prompts
 from minillm.config.evaluation import EvalConfig
 from minillm.config.method import Method
@@ -37,10 +37,15 @@ def corpus_fits(facts: Facts, data: DataConfig, method: Method) -> Iterator[Foun
         return
     # a stage that takes no step has its teacher read what it is about
     teacher = _teacher_reads(needs, "corpus") or needs.teacher and not needs.takes_steps
-    for who, model, context in _readers(facts, teacher=teacher):
+    readers = [(who, f"{who}.path", model, context) for who, model, context in _readers(facts, teacher=teacher)]
+    if needs.reference is not None:  # in the student's place
+        context = context_of(keys_at(facts, needs.reference))
+        readers = [reader for reader in readers if reader[0] != "student"]
+        readers += [] if context is None else [("reference", "method.reference", needs.reference, context)]
+    for who, key, model, context in readers:
         if data.corpus.block_size > context:
             message = f"{data.corpus.block_size} tokens are more than the {context} that the {who} {model} can read"
-            yield Found("data.corpus.block_size", message, (f"{who}.path",))
+            yield Found("data.corpus.block_size", message, (key,))
 
 
 def evaluation_fits(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
