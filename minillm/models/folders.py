@@ -69,11 +69,25 @@ def check_size(folder: Path, architecture: PreTrainedConfig, **options: Any) -> 
     with torch.device("meta"):
         model = auto_class(architecture).from_config(architecture, **options)
     described = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(_most_weights(file) for file in files)
+    shapes: dict[str, tuple[int, ...]] = {}  # as safetensors say them
+    held = 0
+    for file in files:
+        if file.suffix == ".safetensors":
+            found = _shapes(file)
+            held += sum(map(math.prod, found.values()))
+            shapes |= found
+        else:
+            held += file.stat().st_size  # a byte each at least
     if held < described:
+        lacking = [
+            f"{name} is {shapes[name]}, not {tuple(one.shape)}" if name in shapes else f"{name} is not there"
+            for name, one in model.named_parameters()
+            if shapes.get(name) != tuple(one.shape)
+        ]
+        named = f" ({', '.join(lacking[:_SHOWN])}{', ...' if len(lacking) > _SHOWN else ''})" if shapes else ""
         raise UserError(
             f"{folder}: config.json describes a {type(model).__name__} of {described:,} weights, and its files hold at most "
-            f"{held:,}; one of them belongs to another model"
+            f"{held:,}{named}; one of them belongs to another model"
         )
 
 
@@ -106,16 +120,13 @@ def require_all_weights(path: str, model: PreTrainedModel, found: Mapping[str, A
         raise UserError(f"{path}: its weights are not those of a {type(model).__name__}: {'; '.join(said)}. {hint}")
 
 
-def _most_weights(file: Path) -> int:
-    """The number of weights in a file, or more."""
-    size = file.stat().st_size
-    if file.suffix != ".safetensors":
-        return size  # a byte each at least
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, from its header."""
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(min(length, size)))
-        return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        return {name: tuple(map(int, one["shape"])) for name, one in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(
             f"{file}: not a safetensors file, or one that is cut off ({type(error).__name__}: {error})"

@@ -106,6 +106,18 @@ def test_a_configuration_of_a_larger_model_allocates_nothing(folder, load, monke
     assert (int(Path("/proc/self/statm").read_text().split()[1]) - int(before)) * 4096 < 2**30
 
 
+@EVERYONE
+def test_weights_that_are_too_few_are_named(folder, load):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    weights["model.norm.weight"] = weights["model.norm.weight"][:3].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"hold at most") as found:
+        load(folder)
+    assert "model.layers.0.mlp.up_proj.weight is not there, model.norm.weight is (3,), not (" in str(found.value)
+
+
 WRONG = [("[]", "expected a JSON object, found \\[\\]"), ("null", "expected a JSON object, found null"),
          ('"llama"', 'expected a JSON object, found "llama"'), ("{", "not JSON in UTF-8")]  # fmt: skip
 
