@@ -10,6 +10,7 @@ from minillm import UserError
 from minillm.config.checks.packages import is_installed
 from minillm.config.functions import load_function
 from minillm.config.keys import ModelPath, Strict
+from minillm.config.lora import LoraConfig
 from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
 from minillm.config.preference_keys import PreferenceKeys
 
