@@ -7,6 +7,7 @@ from pydantic import Field
 from minillm.config.keys import DatasetPath, FilesPath, Strict, default_type
 
 Template = Literal["alpaca", "chat", "none"]
+Parser = Literal["gsm8k", "cqa", "svamp", "esnli", "anli"]  # minillm/data/answer_parsers.py
 
 
 # Four million characters are about a million tokens.
