@@ -16,6 +16,7 @@ from minillm.config.checks.length_checks import answers_fit, corpus_fits, evalua
 from minillm.config.checks.method_checks import (
     adapters_trained,
     evaluations_made,
+    fields_there,
     images_shown,
     material,
     own_keys,
@@ -59,6 +60,7 @@ CHECKS = (
     deepspeed_file,
     material,
     images_shown,
+    fields_there,
     corpus_used,
     training_prompts,
     teacher_needed,
