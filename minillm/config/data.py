@@ -84,7 +84,7 @@ class RecordKeys(InstructionKeys):
     parser: Parser | None = Field(
         None,
         description="Takes the reference apart into a rationale and a label, which are {rationale} and {label} of "
-        "tasks",
+        "tasks, and what eval.label_accuracy compares with; null: it is not taken apart",
     )
 
 

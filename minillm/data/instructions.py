@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
-from minillm.config.data import PlainPrompts, Prompts, RecordKeys, TaskKeys
+from minillm.config.data import Parser, PlainPrompts, Prompts, RecordKeys, TaskKeys
 from minillm.data.answer_parsers import parse_answer
 from minillm.data.arithmetic import arithmetic_records
 from minillm.data.fields import fill
@@ -56,6 +56,7 @@ class PromptSet(Sequence[Example]):
     examples: list[Example]
     dropped_long: int  # prompts over max_prompt_length, or max_characters
     source: str
+    parser: Parser | None = None  # finds the label in a reference
 
     @property
     def pictured(self) -> int:
@@ -148,7 +149,7 @@ def load_prompts(
             f"{name}: no usable prompt in {source}: all {dropped} are over max_prompt_length="
             f"{config.max_prompt_length} tokens, or max_characters; raise it"
         )
-    return PromptSet(examples, dropped, getattr(config, "path", config.type))
+    return PromptSet(examples, dropped, getattr(config, "path", config.type), getattr(config, "parser", None))
 
 
 def _instructions(
