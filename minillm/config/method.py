@@ -1,6 +1,6 @@
 """`method`: the objective. One class for each method; the formulas are in minillm/methods/NAME.py."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import Field, model_validator
@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 
 from minillm import UserError
 from minillm.config.checks.packages import is_installed
+from minillm.config.data import TaskKeys
 from minillm.config.functions import load_function
 from minillm.config.keys import ModelPath, Strict
 from minillm.config.lora import LoraConfig
@@ -49,6 +50,11 @@ class MethodConfig(Strict):
                 f"{cls.__name__} must define `needs`, what the method samples, reads and trains (minillm.config.needs.Needs), "
                 "and `summary`, a phrase for the model card"
             )
+
+    @classmethod
+    def panels_of(cls, keys: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        """The panels of a method with these keys, as a file has them."""
+        return cls.panels
 
     def needs(self) -> Needs:
         """The needs of the method with these keys."""
@@ -538,6 +544,38 @@ class OKD(MethodConfig):
                 yield f"{side}_beta", message, f"{side}_divergence"
 
 
+class Task(TaskKeys):
+    """One of the tasks of a student that learns several from every record."""
+
+    weight: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="Of the mean over the tokens of the task's answers"
+    )
+
+
+class StepByStep(MethodConfig):
+    """Distilling step by step (arXiv 2305.02301): labels and the rationales behind them, each a task of its own."""
+
+    name: Literal["step_by_step"]
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], Task] = Field(
+        {
+            "label": Task(prefix="predict: ", answer="{label}"),
+            "rationale": Task(prefix="explain: ", answer="{rationale}"),
+        },
+        min_length=1,
+        description="The tasks by name, of letters, digits and _; those that are given take the place of both",
+    )
+    summary: ClassVar[str] = "distilling step by step: labels and rationales as separate tasks"
+
+    @classmethod
+    def panels_of(cls, keys: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        names = list(keys.get("tasks") or cls.model_fields["tasks"].default)
+        losses = {f"cross_entropy_nats/{name}": (f"Cross-entropy of task {name}", "nats/token") for name in names}
+        return losses | {f"unanswered_percent/{name}": (f"Records without a {name}", "%") for name in names}
+
+    def needs(self) -> Needs:
+        return Needs(tuple(TermNeeds(name, ("references",)) for name in self.tasks), tasks=dict(self.tasks))
+
+
 class LM(MethodConfig):
     """Pre-training on the packed blocks of a corpus: (1 - kd_ratio) cross-entropy + kd_ratio forward KL to the teacher."""
 
@@ -585,6 +623,6 @@ class MiniPLM(MethodConfig):
 
 
 Method = Annotated[
-    MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | DistiLLM | DistiLLM2 | OKD | LM | MiniPLM,
+    MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | DistiLLM | DistiLLM2 | OKD | StepByStep | LM | MiniPLM,
     Field(discriminator="name"),
 ]

@@ -154,7 +154,7 @@ class StageBuilder:
         rows = []
         if needs.prompts:
             source = _with_stage_files(config.data.prompts, self.output_dir)
-            prompts = load_prompts(source, tokenizer, now=self.started)
+            prompts = load_prompts(source, tokenizer, tasks=needs.tasks, now=self.started)
             rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
             if prompts.typed:
                 rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
