@@ -1,7 +1,6 @@
 """The answer as a chat template writes it after its prompt: its thoughts, its calls of tools, and what closes it."""
 
 import re
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -70,7 +69,7 @@ def finished_turn(
             "tokenizer whose template knows tools"
         )
     end = special.end_of_turn
-    tag = _opens(prompt[len(commonprefix([prompt, finished])) :])
+    tag = _opened_tag(prompt, finished)
     if tag is None:
         if thoughts:
             raise DataError(
@@ -105,10 +104,12 @@ def _closed(rest: str, tokenizer: PreTrainedTokenizerBase, special: SpecialToken
     return Answer(rest[: closing[which][0]], ids[which])
 
 
-def _opens(opened: str) -> str | None:
-    """The tag that a prompt ends in, where it begins thoughts that the finished turn does not have."""
-    found = re.fullmatch(r"\s*<(\w+)>\s*", opened)
-    return None if found is None else found[1]
+def _opened_tag(prompt: str, finished: str) -> str | None:
+    """The tag that a prompt ends in, where it begins thoughts that the finished turn does not have at that place."""
+    found = re.search(r"<(\w+)>\s*\Z", prompt)
+    if found is None or not finished.startswith(prompt[: found.start()].rstrip()):
+        return None
+    return None if finished.startswith(prompt.rstrip()) else found[1]
 
 
 def _holds(text: str, said: str) -> bool:

@@ -62,11 +62,23 @@ def test_thoughts_that_the_prompt_has_opened_are_not_opened_again(jsonl, answer,
     assert chat_tokenizer().decode(example.response_ids) == response and example.misplaced is None
 
 
-def test_an_answer_without_the_thoughts_that_the_prompt_has_opened_is_told_of(jsonl):
-    path = jsonl(WHY)
+@pytest.mark.parametrize("answer", ["So.", "", "<b>So.</b>", "<|im_end|>"])  # "<" begins the tag, too
+def test_an_answer_without_the_thoughts_that_the_prompt_has_opened_is_told_of(jsonl, answer):
+    path = jsonl({"prompt": "Why?", "completion": answer})
     (example,) = load(path, OPENED)
     assert example.misplaced.startswith(f"{path}:1: the chat template begins the answer with <think>")
-    assert example.references == ("So.",), "it can be compared with answers"
+    assert example.references == (answer,), "it can be compared with answers"
+
+
+@pytest.mark.parametrize("answer", ["{{ raise_exception('no answers') }}", "<assistant> {{ m.content }}"])
+def test_a_role_between_angle_brackets_is_no_thought(jsonl, answer):
+    """Neither where the template refuses the finished turn nor where it spaces it otherwise."""
+    turns = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}" + answer + "{% endif %}{% endfor %}"
+    )
+    (example,) = load(jsonl(WHY), turns + "{% if add_generation_prompt %}<assistant>\n{% endif %}")
+    assert example.prompt == "Why?<assistant>\n" and example.misplaced is None
+    assert chat_tokenizer().decode(example.response_ids).startswith("So.")
 
 
 def test_an_answer_that_is_closed_by_several_tokens_ends_with_the_turns(jsonl):
