@@ -26,7 +26,7 @@ ROOMS ?= kernels,methods,rollout,engine,evaluate,train
 mutants: $(VENV)/test.installed
 	nice -n 10 $(BIN)/python -m tests.mutants.survivors --rooms $(ROOMS) --sample $(SAMPLE) --seed $(SEED) $(ARGS)
 
-# takes every decoder of transformers, tiny, through all that is done with a model, into runs/sweep.md: ten minutes
+# takes every decoder of transformers, tiny, through all that is done with a model, into runs/sweep.md: about a quarter of an hour
 ONLY ?=
 sweep: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m tests.sweep.every_architecture --only "$(ONLY)" $(ARGS)

@@ -7,10 +7,13 @@ Importing torch, transformers and DeepSpeed takes seconds, far more than the sma
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _forks = multiprocessing.get_context("forkserver")
@@ -51,6 +54,24 @@ class Forked:
             raise subprocess.TimeoutExpired(str(self.pid), timeout, printed)
         self._output.unlink()
         return printed, None
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """The exit status of a forked process that leads a group of its own; None where it takes longer, which ends the group."""
+    deadline = time.monotonic() + seconds
+    ended = False
+    try:
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        return None
+    finally:  # its time is up, or this process is told to end
+        if not ended:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def _program(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:

@@ -1,5 +1,6 @@
 """The answer as a chat template writes it after its prompt: its thoughts, its calls of tools, and what closes it."""
 
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from minillm.models.tokenizers import Message, apply_chat_template, in_parts
 
 
 class Answer(NamedTuple):
-    """What follows a prompt."""
+    """The text that follows a prompt."""
 
     text: str  # without what closes it
     end: int | None = None  # the id that closes it; None for the tokenizer's
@@ -53,9 +54,9 @@ def finished_turn(
     if finished.startswith(prompt):
         turn = _closed(finished[len(prompt) :], tokenizer, special)
         lost = [
-            *(["its answer"] if not _holds(turn.text, text.rpartition("</think>")[2]) else []),
-            *([REASONING[0]] if thoughts and not _holds(turn.text, thoughts) else []),
-            *(["its tool calls"] if not all(_holds(turn.text, tool_name(call)) for call in calls) else []),
+            *(["its answer"] if not shows(turn.text, text.rpartition("</think>")[2]) else []),
+            *([REASONING[0]] if thoughts and not shows(turn.text, thoughts) else []),
+            *(["its tool calls"] if not all(shows(turn.text, tool_name(call)) for call in calls) else []),
         ]
         if lost:
             raise DataError(
@@ -94,7 +95,7 @@ def finished_turn(
 
 
 def _closed(rest: str, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> Answer:
-    """What a template writes after a prompt, cut where it closes the answer."""
+    """The text that a template writes after a prompt, cut where it closes the answer."""
     closing = special.closing(rest)
     if not closing:
         return Answer(rest.rstrip())
@@ -112,5 +113,7 @@ def _opened_tag(prompt: str, finished: str) -> str | None:
     return None if finished.startswith(prompt.rstrip()) else found[1]
 
 
-def _holds(text: str, said: str) -> bool:
-    return said.strip() in text
+def shows(text: str, said: str) -> bool:
+    """True where a rendered text has something in it, as it is but for space around it, or as JSON writes it."""
+    said = said.strip()
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text

@@ -47,7 +47,7 @@ OTHER_ANSWERS = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a record says."""
+    """The content of a record."""
 
     messages: list[Message]  # up to the answer
     answer: Message | None = None  # the first reference, as a message of the assistant

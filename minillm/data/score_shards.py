@@ -1,4 +1,4 @@
-"""What two models think of each document of a corpus, on disk: a file a piece, which is whole or not there.
+"""The scores that two models give each document of a corpus, on disk: a file a piece, which is whole or not there.
 
 A file holds, for the n documents of its piece, `tokens` (n,) int64, the predictions that the means are over, and
 `teacher_nll` and `reference_nll` (n,) float64, mean negative log-likelihoods in nats a token, and `text_hash` (n,) uint64;

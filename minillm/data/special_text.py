@@ -80,7 +80,7 @@ class SpecialTokens:
 
 
 def special_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """How the special tokens are spelled, but for those that stand for a picture, which a text asks for by saying them."""
+    """The spellings of the special tokens, but for those that stand for a picture, which a text asks for by saying them."""
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names |= set(tokenizer.all_special_tokens)
     processor = processor_of(tokenizer)
@@ -90,7 +90,7 @@ def special_names(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 def is_marked(text: str) -> bool:
-    """Whether a text may hold marks."""
+    """True for a text that may hold marks."""
     return _FIRST in text
 
 

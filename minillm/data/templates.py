@@ -1,7 +1,6 @@
-"""How an instruction is put to a model."""
+"""Templates: the text by which an instruction is put to a model."""
 
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import TemplateKeys
-from minillm.data.finished_turns import Answer, finished_turn
+from minillm.data.finished_turns import Answer, finished_turn, shows
 from minillm.data.images import as_texts
 from minillm.data.records import REASONING, tool_name
 from minillm.data.sources import DataError
@@ -150,12 +149,6 @@ def _lost(messages: list[Message], tools: Sequence[Mapping[str, Any]] | None, te
             f"the tools (such as {missing!r}); use a tokenizer whose template knows them, or take them out of the data"
         )
     return None
-
-
-def shows(text: str, said: str) -> bool:
-    """Whether a rendered text has something in it, as it is but for space around it, or as JSON writes it."""
-    said = said.strip()
-    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
 
 
 def require_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any], key: str) -> None:

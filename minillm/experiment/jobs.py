@@ -50,7 +50,7 @@ def plan_jobs(experiment: Experiment, output: Path, seeds: Sequence[int], arms: 
 
 
 def is_seedless(experiment: Experiment, name: str) -> bool:
-    """True for an arm that is a model that does not depend on the seed, which is measured once."""
+    """True for an arm whose model does not depend on the seed, which is measured once."""
     return name in experiment.as_is and not references(experiment, name)
 
 

@@ -57,7 +57,7 @@ class DifferenceSampling(Method):
         collectives.on_rank_0(write)
 
     def _scored_by(self) -> dict:
-        """What the scores depend on, in words that JSON knows."""
+        """The settings that the scores depend on, in words that JSON knows."""
         return {
             "teacher": self.config.teacher.model_dump(mode="json", include=OF_THE_TEACHER),
             "reference": self.config.method.reference,

@@ -63,7 +63,7 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer gives `(1, outputs)` for `(1, inputs)`, to which an adapter's product can be added.
+    """True for a linear layer that gives `(1, outputs)` for `(1, inputs)`, to which an adapter's product can be added.
 
     Routers (Llama 4, PhiMoE) and grouped products (DeepSeek-V4) are classes of architectures that extend nn.Linear.
     """

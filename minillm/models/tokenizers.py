@@ -129,7 +129,7 @@ def _at(now: datetime) -> str:
 
 
 def message_texts(message: Message) -> list[str]:
-    """What a message says, without its pictures."""
+    """The texts of a message, without its pictures."""
     return [part["text"] for part in in_parts(message)["content"] if part["type"] == "text"]
 
 

@@ -154,5 +154,5 @@ def _not_counted(needs: Needs) -> Iterator[str]:
         yield "what reading the prompts' images takes"
     if needs.whole_documents:
         yield (
-            "in the host's memory about 60 bytes for each document of the corpus, and the texts of some hundreds at a time"
+            "in the host's memory about 100 bytes for each document of the corpus, and the texts of some hundreds at a time"
         )

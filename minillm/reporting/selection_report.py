@@ -1,4 +1,4 @@
-"""What stages have chosen from a corpus: the scores of the documents that were kept and dropped, their lengths, where they
+"""The choice that stages have made of a corpus: the scores of the documents that were kept and dropped, their lengths, where they
 come from, and some of either kind."""
 
 import json

@@ -1,4 +1,4 @@
-"""What must be right about a pair of models before anything is trained, and the table that shows it."""
+"""The conditions that a pair of models must meet before anything is trained, and the table that shows it."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
@@ -42,6 +43,25 @@ class RecordingRollouts:
 
     def weights_changed(self) -> None:
         pass
+
+
+def stage_of(size: int, *, rollout: dict | None = None, **method) -> StageConfig:
+    """A stage of a method whose steps are of `size` items, for models that a test makes itself."""
+    return StageConfig(
+        output_dir="unused",
+        seed=3,
+        student={"path": "unused"},
+        teacher={"path": "unused"},
+        method=method,
+        rollout=rollout or {},
+        train={"max_steps": 1, "per_device_train_batch_size": size},
+    )
+
+
+@pytest.fixture
+def models(make_models):
+    """A tiny student and its teacher."""
+    return make_models()
 
 
 @dataclass
@@ -131,6 +151,14 @@ def two_ranks(recipe, start, finish) -> Path:  # noqa: F811
     ranks = ("engine.type=deepspeed", "engine.stage=3", "train.per_device_train_batch_size=1", "save.steps=100")
     finish(start(2, *TRAIN, str(recipe), f"output_dir={folder}", *ranks))
     return folder
+
+
+def assert_same_run(folder: Path, other: Path, models: tuple[str, ...] = ("final",)) -> None:
+    """Two runs have the same records but for the clock, and the same weights in the folders `models`, bit for bit."""
+    assert records(folder) == records(other)
+    for model in models:
+        ours, theirs = (load_file(one / model / "model.safetensors") for one in (folder, other))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs), model
 
 
 def steps_of(folder: Path, stage: str) -> list[dict]:

@@ -11,25 +11,13 @@ from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.rollout.local.local_rollouts import LocalRollouts
+from tests.methods.conftest import stage_of
 
 EXAMPLES = [Example(i, [60 + i, 70][: 1 + i % 2], [90 + i, 91, 256][: 2 + i % 2], "", ()) for i in range(8)]
 
 
 def stage(**method) -> StageConfig:
-    return StageConfig(
-        output_dir="unused",
-        seed=3,
-        student={"path": "unused"},
-        teacher={"path": "unused"},
-        method=method,
-        rollout={"batch_size": 3, "max_new_tokens": 5},
-        train={"max_steps": 1, "per_device_train_batch_size": 4},
-    )
-
-
-@pytest.fixture
-def models(make_models):
-    return make_models()
+    return stage_of(4, rollout={"batch_size": 3, "max_new_tokens": 5}, **method)
 
 
 @pytest.fixture

@@ -10,12 +10,10 @@ import numpy
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from minillm import UserError
 from minillm.config.loader.run_plan import load_run
 from minillm.config.method import DistiLLM
-from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss
@@ -25,8 +23,8 @@ from minillm.methods.protocol import Observation, TrainingData
 from minillm.planning.planner import plan_run
 from minillm.rollout.buffer import Rollout
 from minillm.rollout.local.local_rollouts import LocalRollouts
-from tests.methods.conftest import steps_of
-from tests.runs import panels, records
+from tests.methods.conftest import assert_same_run, stage_of, steps_of
+from tests.runs import panels
 
 GOLDEN = Path(os.environ.get("MINILLM_GOLDEN", ""))
 ROOT = Path(__file__).parents[2]
@@ -35,21 +33,8 @@ BLOCKS = [[60 + i, 70, 256, 90 + i, 91, 40] for i in range(6)]
 
 
 def distillm(**keys):
-    return build_method(
-        StageConfig(
-            output_dir="unused",
-            student={"path": "unused"},
-            teacher={"path": "unused"},
-            method={"name": "distillm", "steps": 60, "lm_coef": 0.0, **keys},
-            rollout={"max_new_tokens": 6},
-            train={"max_steps": 1, "per_device_train_batch_size": 4},
-        )
-    )
-
-
-@pytest.fixture
-def models(make_models):
-    return make_models()
+    keys = {"steps": 60, "lm_coef": 0.0, **keys}
+    return build_method(stage_of(4, rollout={"max_new_tokens": 6}, name="distillm", **keys))
 
 
 @pytest.fixture
@@ -281,9 +266,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(trained, killed):
     broken, places = killed(first=40, later=3)
     # the steps after these are taken on answers of a buffer that was filled before
     assert places & {("distil", 3), ("distil", 4)}, places
-    assert records(broken) == records(trained)
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, trained))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_run(broken, trained)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

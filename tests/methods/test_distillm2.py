@@ -6,18 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from minillm.config.loader.run_plan import load_run
-from minillm.config.root import StageConfig
 from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.preference import AnswerPair
 from minillm.models.batch import TokenSequence
 from minillm.planning.planner import plan_run
 from minillm.rollout.rollouts import Sampling
-from tests.methods.conftest import steps_of
-from tests.runs import panels, records
+from tests.methods.conftest import assert_same_run, stage_of, steps_of
+from tests.runs import panels
 
 ROOT = Path(__file__).parents[2]
 PANELS = {
@@ -34,15 +32,7 @@ PAIRS = [
 
 
 def distillm2(**keys):
-    return build_method(
-        StageConfig(
-            output_dir="unused",
-            student={"path": "unused"},
-            teacher={"path": "unused"},
-            method={"name": "distillm2", **keys},
-            train={"max_steps": 1, "per_device_train_batch_size": 4},
-        )
-    )
+    return build_method(stage_of(4, name="distillm2", **keys))
 
 
 @pytest.mark.parametrize("keys", [{}, {"skew": 0.4, "student_weight": 0.3}])
@@ -111,9 +101,7 @@ def recipe(tmp_path_factory, small_run) -> Path:
 def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed, one_thread):
     broken, places = killed(first=25, later=15)
     assert any(stage == "distil" and 0 < steps < 3 for stage, steps in places), places
-    assert records(broken) == records(trained)
-    ours, theirs = (load_file(one / "final" / "model.safetensors") for one in (broken, trained))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_run(broken, trained)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

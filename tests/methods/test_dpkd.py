@@ -9,10 +9,8 @@ import numpy
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from minillm.config.method import DPKD
-from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss
@@ -22,8 +20,8 @@ from minillm.methods.dpkd import token_objective
 from minillm.methods.protocol import TrainingData
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
-from tests.methods.conftest import SHOWN, steps_of
-from tests.runs import panels, records
+from tests.methods.conftest import SHOWN, assert_same_run, stage_of, steps_of
+from tests.runs import panels
 
 GOLDEN = Path(os.environ.get("MINILLM_GOLDEN", ""))
 ROOT = Path(__file__).parents[2]
@@ -44,16 +42,7 @@ def keys_of(**keys) -> DPKD:
 
 
 def dpkd(**keys):
-    return build_method(
-        StageConfig(
-            output_dir="unused",
-            student={"path": "unused"},
-            teacher={"path": "unused"},
-            method={"name": "dpkd", "lm_coef": 0.0, **keys},
-            rollout={"max_new_tokens": 5},
-            train={"max_steps": 1, "per_device_train_batch_size": 6},
-        )
-    )
+    return build_method(stage_of(6, rollout={"max_new_tokens": 5}, name="dpkd", **{"lm_coef": 0.0, **keys}))
 
 
 def released() -> tuple[dict, dict[str, torch.Tensor]]:
@@ -237,10 +226,7 @@ def test_runs_that_are_killed_go_on_bit_for_bit(trained, killed):
         assert len({one["margin"] for one in found}) == 3
     broken, places = killed(first=40, later=8)
     assert {stage for stage, steps in places if steps < 3} >= set(PAIRS), places
-    assert records(broken) == records(trained)
-    for form in PAIRS:
-        ours, theirs = (load_file(one / "stages" / form / "model.safetensors") for one in (broken, trained))
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_run(broken, trained, tuple(f"stages/{form}" for form in PAIRS))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

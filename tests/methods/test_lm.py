@@ -6,34 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from minillm import UserError
 from minillm.config.loader.run_plan import load_run
-from minillm.config.root import StageConfig
 from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.planning.planner import plan_run
 from minillm.rollout.local.local_rollouts import LocalRollouts
-from tests.methods.conftest import steps_of
-from tests.runs import panels, records
+from tests.methods.conftest import assert_same_run, stage_of, steps_of
+from tests.runs import panels
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = [[60 + i, 70, 256, 90 + i, 91, 40] for i in range(6)]
 
 
 def lm(**keys):
-    return build_method(
-        StageConfig(
-            output_dir="unused",
-            student={"path": "unused"},
-            teacher={"path": "unused"},
-            method={"name": "lm", **keys},
-            train={"max_steps": 1, "per_device_train_batch_size": 4},
-        )
-    )
+    return build_method(stage_of(4, name="lm", **keys))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
@@ -96,9 +86,7 @@ def test_a_teacher_and_a_corpus_are_asked_for(recipe):
 def test_a_run_that_is_killed_goes_on_bit_for_bit(trained, killed):
     broken, places = killed(first=20, later=11)
     assert {stage for stage, steps in places if steps < 4} == {"teacher", "distil"}, places
-    assert records(broken) == records(trained)
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, trained))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_run(broken, trained)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

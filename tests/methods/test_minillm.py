@@ -16,24 +16,11 @@ from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.noise import distinct_keys
 from minillm.rollout.rollouts import Sampling
-from tests.methods.conftest import SHOWN
+from tests.methods.conftest import SHOWN, stage_of
 
 
 def stage(**method) -> StageConfig:
-    return StageConfig(
-        output_dir="unused",
-        seed=3,
-        student={"path": "unused"},
-        teacher={"path": "unused"},
-        method={"name": "minillm", **method},
-        rollout={"buffer_size": 6, "batch_size": 6, "max_new_tokens": 7},
-        train={"max_steps": 1, "per_device_train_batch_size": 6},
-    )
-
-
-@pytest.fixture
-def models(make_models):
-    return make_models()
+    return stage_of(6, rollout={"buffer_size": 6, "batch_size": 6, "max_new_tokens": 7}, name="minillm", **method)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from minillm import UserError
 from minillm.config.method import OPD
@@ -26,8 +25,8 @@ from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.noise import distinct_keys
 from minillm.rollout.rollouts import Sampling
-from tests.methods.conftest import SHOWN, steps_of
-from tests.runs import in_a_child, panels, records, train
+from tests.methods.conftest import SHOWN, assert_same_run, stage_of, steps_of
+from tests.runs import in_a_child, panels, train
 
 ROOT = Path(__file__).parents[2]
 # a reward that depends on everything that it is given, and differs from answer to answer
@@ -38,20 +37,7 @@ def judge(prompt, answer, record):
 
 
 def stage(**method) -> StageConfig:
-    return StageConfig(
-        output_dir="unused",
-        seed=3,
-        student={"path": "unused"},
-        teacher={"path": "unused"},
-        method={"name": "opd", **method},
-        rollout={"buffer_size": 6, "batch_size": 4, "max_new_tokens": 7},
-        train={"max_steps": 1, "per_device_train_batch_size": 6},
-    )
-
-
-@pytest.fixture
-def models(make_models):
-    return make_models()
+    return stage_of(6, rollout={"buffer_size": 6, "batch_size": 4, "max_new_tokens": 7}, name="opd", **method)
 
 
 @pytest.fixture
@@ -308,9 +294,7 @@ def test_a_run_that_was_killed_inside_a_buffer_goes_on_bit_for_bit(recipe, train
     for dies_at, taken in ((4, 1), (3, 3)):  # a buffer is of two steps; the teacher's stage takes two before
         assert os.WIFSIGNALED(work(dies_at=dies_at)) and len(steps_of(broken, "distil")) == taken
     assert work() == 0
-    assert records(broken) == records(trained)
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, trained))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_run(broken, trained)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from minillm import UserError
 from minillm.config.method import TAID
@@ -21,8 +20,8 @@ from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.protocol import Observation, TrainingData
 from minillm.rollout.local.local_rollouts import LocalRollouts
-from tests.methods.conftest import steps_of
-from tests.runs import panels, records
+from tests.methods.conftest import assert_same_run, steps_of
+from tests.runs import panels
 
 GOLDEN = Path(os.environ.get("MINILLM_GOLDEN", ""))
 EXAMPLES = [Example(i, [60 + i, 70][: 1 + i % 2], [90 + i, 91, 256][: 2 + i % 2], "", ()) for i in range(4)]
@@ -172,9 +171,7 @@ def recipe(tmp_path_factory, small_run) -> Path:
 def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed, one_thread):
     broken, places = killed(first=60, later=20)
     assert places & {("distil", steps) for steps in (2, 3, 4, 5)}, places
-    assert records(broken) == records(trained)
-    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (broken, trained))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_run(broken, trained)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tests.forked import wait
 from tests.mutants.mutations import Mutant, mutants_of
 from tests.mutants.reached_lines import ChoicePlugin, Reached, ReachPlugin
 
@@ -91,20 +91,7 @@ def in_fork(work: Callable[[], int], seconds: float) -> int | None:
             status = int(work())
         finally:
             os._exit(status)
-    deadline = time.monotonic() + seconds
-    ended = False
-    try:
-        while time.monotonic() < deadline:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.01)
-        return None
-    finally:  # its time is up, or this process is told to end
-        if not ended:
-            with suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    return wait(child, seconds)
 
 
 class Run:

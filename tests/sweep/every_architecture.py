@@ -13,9 +13,7 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections import Counter
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tests.forked import wait
 from tests.mutants.survivors import markdown
 from tests.sweep.journey import FAILED, HELD, REFUSED, SKIPPED, STEPS, Journey, Outcome
 from tests.sweep.tiny_models import ARCHITECTURES
@@ -63,7 +62,7 @@ def in_process(model_type: str, seconds: float) -> dict[str, Outcome]:
                     Journey(model_type, Path(folder)).outcomes(report)
             finally:
                 os._exit(0)
-        end = _wait(child, seconds)
+        end = _ended(wait(child, seconds), seconds)
         lines = told.read_text().splitlines() if told.exists() else []
     found = {step: Outcome(*rest) for step, *rest in map(json.loads, lines)}
     if len(found) < len(STEPS):
@@ -71,22 +70,10 @@ def in_process(model_type: str, seconds: float) -> dict[str, Outcome]:
     return {step: found.get(step, Outcome(SKIPPED)) for step in STEPS}
 
 
-def _wait(child: int, seconds: float) -> str:
-    deadline = time.monotonic() + seconds
-    ended = False
-    try:
-        while time.monotonic() < deadline:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                return f"the process was ended by {signal.Signals(-code).name}" if code < 0 else "the process ended"
-            time.sleep(0.02)
+def _ended(status: int | None, seconds: float) -> str:
+    if status is None:
         return f"not done after {seconds:g} seconds"
-    finally:
-        if not ended:
-            with suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    return f"the process was ended by {signal.Signals(-status).name}" if status < 0 else "the process ended"
 
 
 def report_text(found: dict[str, dict[str, Outcome]]) -> str:
