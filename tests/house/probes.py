@@ -4,14 +4,12 @@
 """
 
 import json
-import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +20,11 @@ from minillm.config.method import MethodConfig
 from minillm.config.needs import Needs, TermNeeds
 from minillm.losses import TokenStats
 from minillm.methods import register
-from minillm.methods.protocol import HiddenLoss, Item, Method, Observation, Term, TrainingData
+from minillm.methods.protocol import HiddenLoss, Item, Method, Term, TrainingData
 from minillm.methods.supervised import cross_entropy, mixed_term, take_references
 from minillm.models.access import rows_of
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch, TokenSequence, collate
-from minillm.rollout.noise import distinct_keys
-from minillm.rollout.rollouts import Sampling
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
@@ -134,84 +130,6 @@ class Projector(OnReferences):
         return [Term("features", batch, cross_entropy, ("student_logprob",), count, hidden=hidden)]
 
 
-@dataclass(frozen=True)
-class AnswerPair:
-    """Two answers to a prompt, the first preferred."""
-
-    key: int
-    chosen: TokenSequence
-    rejected: TokenSequence
-
-
-class PreferenceConfig(MethodConfig):
-    """A preference between two answers, with the teacher as the reference."""
-
-    name: Literal["probe_preference"]
-    beta: float = 0.5
-    summary: ClassVar[str] = "a preference for the references over the student's own answers"
-
-    def needs(self) -> Needs:
-        return Needs(
-            (TermNeeds("preference", ("references", "answers"), teacher=True),),
-            references=True,
-            samples=("student",),
-            teacher=True,
-        )
-
-
-class Preference(Method):
-    """-log sigmoid(beta (log q/p of the chosen answer - log q/p of the rejected one)), the mean over pairs."""
-
-    def collect(self, data: TrainingData, models: Models, draw: int) -> list[AnswerPair]:
-        references = take_references(data, self.step_size)
-        answers = data.rollouts.sample(
-            [item.prompt for item in references],
-            Sampling(self.config.rollout.max_new_tokens),
-            keys=distinct_keys([item.key for item in references]),
-            seed=self.config.seed,
-            draw=draw,
-            batch_size=self.config.rollout.batch_size,
-        )
-        return [
-            AnswerPair(item.key, item, TokenSequence(answer.prompt, answer.response, item.key))
-            for item, answer in zip(references, answers, strict=True)
-        ]
-
-    def terms(self, items: Sequence[AnswerPair], data: TrainingData, models: Models) -> list[Term]:
-        batch = collate([one for item in items for one in (item.chosen, item.rejected)], models.pad_id)
-        pair, sign = [], []
-        for place, length in enumerate(batch.lengths):
-            pair += [place // 2] * length
-            sign += [1.0 - 2.0 * (place % 2)] * length
-        beta, pairs = self.config.method.beta, len(items)
-
-        def preference(
-            stats: TokenStats,
-            *,
-            pair: Tensor,
-            sign: Tensor,  # (N,) each
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            ratio = sign.to(stats.student_logprob) * (stats.student_logprob - stats.teacher_logprob)
-            margin = beta * ratio.new_zeros(pairs).index_add(0, pair, ratio)
-            rows = torch.zeros_like(ratio)  # the loss of a pair stands in its first row
-            first = torch.tensor([int((pair == one).nonzero()[0]) for one in range(pairs)], device=pair.device)
-            loss = rows.index_add(0, first, nn.functional.softplus(-margin))
-            return loss, {"margin": rows.index_add(0, first, margin.detach())}
-
-        return [
-            Term(
-                "preference",
-                batch,
-                preference,
-                ("student_logprob", "teacher_logprob"),
-                count=float(pairs),
-                inputs={"pair": torch.tensor(pair), "sign": torch.tensor(sign)},
-                teacher=models.teacher.rows(batch),
-                coupled=True,
-            )
-        ]
-
-
 class BalanceConfig(MethodConfig):
     """Fine-tuning of a mixture of experts with its balance loss."""
 
@@ -239,43 +157,6 @@ class Balance(OnReferences):
                 auxiliary=self.config.method.weight,
             )
         ]
-
-
-class AdaptiveConfig(MethodConfig):
-    """Distillation whose mixture weight follows the losses that were seen."""
-
-    name: Literal["probe_adaptive"]
-    summary: ClassVar[str] = "references, and more and more of the teacher"
-
-    def needs(self) -> Needs:
-        return Needs((TermNeeds("distillation", ("references",), teacher=True),), references=True, teacher=True)
-
-
-class Adaptive(OnReferences):
-    """Cross-entropy with weight t and forward KL with 1 - t; t falls with every step, faster where the loss fell."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.t, self.losses = 0.9, []
-
-    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
-        return [mixed_term(items, models, divergence="forward_kl", ce_ratio=self.t)]
-
-    def observe(self, observation: Observation) -> dict[str, float]:
-        if observation.kind == "evaluation":
-            self.t = max(0.1, self.t - 1e-3)
-            return {}
-        used = self.t
-        fell = bool(self.losses) and observation.metrics["loss"] < self.losses[-1]
-        self.losses.append(observation.metrics["loss"])
-        self.t = max(0.1, self.t - (0.05 if fell else 0.01) * math.log1p(observation.step))
-        return {"mixture_t": used}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"t": self.t, "losses": self.losses}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.t, self.losses = state["t"], list(state["losses"])
 
 
 class SelectConfig(MethodConfig):
@@ -317,9 +198,7 @@ class Select(Method):
 PROBES = (
     (BothConfig, Both),
     (ProjectorConfig, Projector),
-    (PreferenceConfig, Preference),
     (BalanceConfig, Balance),
-    (AdaptiveConfig, Adaptive),
     (SelectConfig, Select),
 )
 

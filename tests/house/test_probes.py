@@ -1,4 +1,4 @@
-"""Every part of the protocol used end to end, on one process and on two ranks of ZeRO-3, and resumed bit for bit."""
+"""The parts of the protocol that no built method uses, end to end: on one process and on two ranks of ZeRO-3, and resumed bit for bit."""
 
 import importlib.util
 import signal
@@ -26,9 +26,7 @@ MOE = {
 PROBES = {
     "probe_both": {"metric": "distance_nats", "modules": ["teacher"]},
     "probe_projector": {"metric": "features", "modules": ["projector"]},
-    "probe_preference": {"metric": "margin", "modules": []},
     "probe_balance": {"metric": "auxiliary_loss", "modules": []},
-    "probe_adaptive": {"metric": "mixture_t", "modules": []},
 }
 
 
