@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from minillm.data.records import REASONING, tool_name
+from minillm.data.chat_messages import REASONING, tool_name
 from minillm.data.sources import DataError
 from minillm.data.special_text import SpecialTokens, special_tokens_of
 from minillm.models.tokenizers import Message, apply_chat_template, in_parts

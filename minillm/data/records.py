@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from minillm.data.chat_messages import REASONING, TOOL_CALLS, check_text, read_messages, read_text, short, tool_name
 from minillm.data.sources import DataError
 from minillm.models.tokenizers import Message
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # (question, answer); the first whose answer is there, else the first whose question is
 FORMS = (
     ("instruction", "output"),
@@ -20,11 +20,10 @@ QUESTIONS = ("instruction", "prompt", "question")
 ANSWERS = ("output", "response", "completion", "answer")
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # the first is what templates read
 # Fields that change what a record says, and what to do about them.
 REFUSED = {
     "functions": "give them as tools: [{type: function, function: {...}}]",
-    "function_call": "give it as tool_calls of a message",
+    "function_call": TOOL_CALLS,
     "documents": "put them into the question, or its context",
     "audio": "models of sound are not known here",
     "audios": "models of sound are not known here",
@@ -65,7 +64,7 @@ def parse(where: str, record: dict[str, Any]) -> Conversation:
     _check_weight(where, "", record)
     options = {"tools": _tools(where, record.get("tools")), "variables": _variables(where, record)}
     if record.get("messages") is not None:
-        found = _messages(where, "messages", record["messages"])
+        found = read_messages(where, "messages", record["messages"])
         return _of_messages(where, record, found, options)
     forms = [*FORMS, *((one, other) for one in QUESTIONS for other in ANSWERS if (one, other) not in FORMS)]
     asked = [form for form in forms if record.get(form[0]) is not None]
@@ -83,17 +82,17 @@ def parse(where: str, record: dict[str, Any]) -> Conversation:
     if record.get(answer) is None:
         _require_no_answer(where, record)
     if isinstance(record[question], list):  # a conversation as prompt and completion
-        found = _messages(where, question, record[question])
+        found = read_messages(where, question, record[question])
         completion = record.get(answer)
         if completion is not None:
-            found += _messages(where, answer, completion) if isinstance(completion, list) else []
+            found += read_messages(where, answer, completion) if isinstance(completion, list) else []
             if not isinstance(completion, list):
-                found.append({"role": "assistant", "content": _text(where, answer, completion)})
+                found.append({"role": "assistant", "content": read_text(where, answer, completion)})
         return _of_messages(where, record, found, options)
-    text = _text(where, question, record[question])
+    text = read_text(where, question, record[question])
     given = record.get(answer)
     given = [] if given is None else given if isinstance(given, list) else [given]
-    references = tuple(_text(where, answer, one) for one in given)
+    references = tuple(read_text(where, answer, one) for one in given)
     messages = [*_before(where, record), {"role": "user", "content": text}]
     finished = {"role": "assistant", "content": references[0]} if references else None
     finished = _with_reasoning(where, record, finished)
@@ -133,7 +132,7 @@ def _of_messages(where: str, record: dict[str, Any], messages: list[Message], op
         _require_no_answer(where, record)
         return Conversation(messages, context=context, **options)
     value = record[given[0]]
-    references = tuple(_text(where, given[0], one) for one in (value if isinstance(value, list) else [value]))
+    references = tuple(read_text(where, given[0], one) for one in (value if isinstance(value, list) else [value]))
     finished = {"role": "assistant", "content": references[0]} if references else None
     return Conversation(messages, _with_reasoning(where, record, finished), references, context, **options)
 
@@ -142,22 +141,22 @@ def _before(where: str, record: dict[str, Any]) -> list[Message]:
     """The turns before the question of a record that is no list of messages."""
     turns = record.get("history") or []
     if not isinstance(turns, list):
-        raise DataError(f"{where}: history: expected a list of [question, answer], found {_short(turns)}")
+        raise DataError(f"{where}: history: expected a list of [question, answer], found {short(turns)}")
     if turns and all(isinstance(turn, dict) for turn in turns):
-        return [*_system(where, record), *_messages(where, "history", turns)]
+        return [*_system(where, record), *read_messages(where, "history", turns)]
     messages = _system(where, record)
     for turn in turns:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise DataError(f"{where}: history: expected a list of [question, answer], found {_short(turn)}")
+            raise DataError(f"{where}: history: expected a list of [question, answer], found {short(turn)}")
         for role, text in zip(("user", "assistant"), turn, strict=True):
-            messages.append({"role": role, "content": _text(where, "history", text)})
+            messages.append({"role": role, "content": read_text(where, "history", text)})
     return messages
 
 
 def _system(where: str, record: dict[str, Any]) -> list[Message]:
     given = [name for name in SYSTEMS if _said(record, name)]
     _require_one(where, record, given, "they are two system messages")
-    return [{"role": "system", "content": _text(where, given[0], record[given[0]])}] if given else []
+    return [{"role": "system", "content": read_text(where, given[0], record[given[0]])}] if given else []
 
 
 def _context(where: str, record: dict[str, Any], question: str) -> str:
@@ -167,7 +166,7 @@ def _context(where: str, record: dict[str, Any], question: str) -> str:
     if question == "messages" and given:
         raise DataError(f"{where}: {given[0]} beside messages would be ignored; put it into the messages")
     _require_one(where, record, given, "both would be shown after the question")
-    return _text(where, given[0], record[given[0]]) if given else ""
+    return read_text(where, given[0], record[given[0]]) if given else ""
 
 
 def _with_reasoning(where: str, record: dict[str, Any], answer: Message | None) -> Message | None:
@@ -176,7 +175,7 @@ def _with_reasoning(where: str, record: dict[str, Any], answer: Message | None) 
         return answer
     if answer is None:
         raise DataError(f"{where}: {given[0]} without an answer would be ignored; give the answer, or take it out")
-    return {**answer, REASONING[0]: _text(where, given[0], record[given[0]])}
+    return {**answer, REASONING[0]: read_text(where, given[0], record[given[0]])}
 
 
 def _tools(where: str, value: Any) -> list[dict[str, Any]] | None:
@@ -190,108 +189,17 @@ def _tools(where: str, value: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(one, dict) and tool_name(one) for one in value):
         raise DataError(
-            f"{where}: tools: expected a list of {{type: function, function: {{name, ...}}}}, found {_short(value)}"
+            f"{where}: tools: expected a list of {{type: function, function: {{name, ...}}}}, found {short(value)}"
         )
-    _check_text(where, "tools", value)
+    check_text(where, "tools", value)
     return value
-
-
-def tool_name(tool: dict[str, Any]) -> str | None:
-    """The name of a tool, or of a call of one."""
-    function = tool.get("function")
-    name = function.get("name") if isinstance(function, dict) else tool.get("name")
-    return name if isinstance(name, str) else None
 
 
 def _variables(where: str, record: dict[str, Any]) -> dict[str, Any]:
     value = record.get("chat_template_kwargs") or {}
     if not isinstance(value, dict):
-        raise DataError(f"{where}: chat_template_kwargs: expected an object, found {_short(value)}")
+        raise DataError(f"{where}: chat_template_kwargs: expected an object, found {short(value)}")
     return {name: one for name, one in value.items() if one is not None}  # Parquet fills up what a row lacks
-
-
-def _messages(where: str, name: str, messages: Any) -> list[Message]:
-    if isinstance(messages, list):
-        messages = [_calls_alone(message) for message in messages]
-    right = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str | list)
-            for message in messages
-        )
-    )
-    if not right:
-        raise DataError(f"{where}: {name}: expected a list of {{role, content}}, found {_short(messages)}")
-    return [_message(where, name, message) for message in messages]
-
-
-def _calls_alone(message: Any) -> Any:
-    """A message that says nothing and calls tools says the empty text."""
-    silent = isinstance(message, dict) and message.get("content") is None
-    return {**message, "content": ""} if silent and message.get("tool_calls") else message
-
-
-def _message(where: str, name: str, message: Message) -> Message:
-    role = message["role"]
-    if role not in ROLES:
-        raise DataError(f"{where}: {name}: the role {role!r}; known are {', '.join(ROLES)}")
-    if message.get("function_call"):
-        raise DataError(f"{where}: {name}: function_call would be ignored; {REFUSED['function_call']}")
-    message = {key: value for key, value in message.items() if value is not None}  # Parquet fills up what a row lacks
-    message["content"] = _content(where, name, message["content"])
-    _check_text(where, name, {key: value for key, value in message.items() if key not in ("content", "role")})
-    reasoning = next((message[key] for key in REASONING if message.get(key)), None)
-    if reasoning is not None:
-        message[REASONING[0]] = _text(where, REASONING[0], reasoning)
-    if message.get("tool_calls"):
-        message["tool_calls"] = [_call(where, name, call) for call in _listed(where, name, message["tool_calls"])]
-    else:
-        message.pop("tool_calls", None)
-    return message
-
-
-def _listed(where: str, name: str, calls: Any) -> list[Any]:
-    if not isinstance(calls, list):
-        raise DataError(f"{where}: {name}: tool_calls: expected a list, found {_short(calls)}")
-    return calls
-
-
-def _call(where: str, name: str, call: Any) -> dict[str, Any]:
-    """A call as templates read it: {type: function, function: {name, arguments}}, with arguments that are an object."""
-    if not isinstance(call, dict) or tool_name(call) is None:
-        raise DataError(f"{where}: {name}: a tool call must be {{function: {{name, arguments}}}}, found {_short(call)}")
-    function = call["function"] if isinstance(call.get("function"), dict) else call
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            read = json.loads(arguments)
-        except ValueError:
-            read = None
-        arguments = read if isinstance(read, dict) else arguments
-    made = {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
-    }
-    return {**made, "id": call["id"]} if call.get("id") is not None else made
-
-
-def _content(where: str, name: str, content: str | list) -> str | list[dict[str, Any]]:
-    """A text, or parts of type text and image."""
-    if isinstance(content, str):
-        return _text(where, name, content)
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            parts.append({"type": "text", "text": _text(where, name, part.get("text"))})
-        elif kind in ("image", "image_url"):
-            parts.append({**part, "type": "image"})
-        else:
-            raise DataError(f"{where}: {name}: a part of a content must be of type text or image, found {_short(part)}")
-    return parts
 
 
 def _check_weight(where: str, whose: str, record: dict[str, Any]) -> None:
@@ -300,7 +208,7 @@ def _check_weight(where: str, whose: str, record: dict[str, Any]) -> None:
         value = record.get(name)
         if value is not None and value != neutral:
             raise DataError(
-                f"{where}: {whose}{name} is {_short(value)}, and every answer counts alike here; take the record out, or repeat it"
+                f"{where}: {whose}{name} is {short(value)}, and every answer counts alike here; take the record out, or repeat it"
             )
 
 
@@ -322,29 +230,3 @@ def _require_no_answer(where: str, record: dict[str, Any]) -> None:
 
 def _said(record: dict[str, Any], name: str) -> bool:
     return record.get(name) not in (None, "", [], {})
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value, default=str)[:80]
-
-
-def _check_text(where: str, key: str, value: Any) -> None:
-    """Raises DataError for half a character anywhere in a value."""
-    if isinstance(value, str):
-        _text(where, key, value)
-    elif isinstance(value, dict):
-        for one in value.values():
-            _check_text(where, key, one)
-    elif isinstance(value, list):
-        for one in value:
-            _check_text(where, key, one)
-
-
-def _text(where: str, key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key}: expected text, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {key}: half a character ({error.object[error.start]!r}), which is no text") from None
-    return value

@@ -10,9 +10,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import TemplateKeys
+from minillm.data.chat_messages import REASONING, tool_name
 from minillm.data.finished_turns import Answer, finished_turn, shows
 from minillm.data.images import as_texts
-from minillm.data.records import REASONING, tool_name
 from minillm.data.sources import DataError
 from minillm.data.special_text import special_tokens_of
 from minillm.models.processors import processor_of

@@ -1,35 +1,27 @@
 """One stage from its configuration: read data, open models, make the evaluator, make the trainer."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from minillm import UserError
 from minillm.config.loader.run_plan import Stage
 from minillm.config.models import StudentConfig, TeacherConfig
-from minillm.config.paths import STAGE
 from minillm.config.training import shards_student, shards_teacher
-from minillm.data.corpus import Corpus, load_corpus
-from minillm.data.documents import Documents, survey_documents
-from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
+from minillm.data.instructions import load_prompts, require_shared_pictures
 from minillm.data.stream import RankSlice, Stream
-from minillm.data.tokenization import require_end
 from minillm.distributed import collectives
-from minillm.engine.placement import check_backend, engine_device, loading_device
+from minillm.engine.placement import engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.models.adapters import FOLDER, load_adapter
-from minillm.models.locations import resolve_path
 from minillm.models.routers import balance_problem
 from minillm.models.sharded import is_sharded
-from minillm.models.tokenizers import load_tokenizer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Rollouts, Who, require_rollouts
 from minillm.storage.atomic import write_folder
@@ -39,26 +31,12 @@ from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models, Role
 from minillm.teachers.preflight import Row
 from minillm.teachers.teacher import require_ability
-from minillm.teachers.vocabularies import require_same_tokenizer
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
 from minillm.train.model_cache import ModelCache, teacher_identity
 from minillm.train.prepared import mark_prepared
 from minillm.train.progress import Progress
+from minillm.train.stage_data import StageData, read_stage_data, require_shared_ids
 from minillm.train.trainer import StageTrainer
-
-Keys = TypeVar("Keys")
-
-
-@dataclass(frozen=True)
-class StageData:
-    """The data that a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
-
-    tokenizer: PreTrainedTokenizerBase  # of the model on the student's side
-    teacher_tokenizer: PreTrainedTokenizerBase | None
-    prompts: PromptSet | None
-    corpus: Corpus | None
-    rows: list[Row]
-    documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
 
 
 class StageBuilder:
@@ -84,13 +62,13 @@ class StageBuilder:
         planned_peak_gib: Callable[[torch.device], float | None],
     ) -> StageTrainer:
         """The trainer of a stage, its student from the checkpoint where there is one. All ranks call it together."""
-        read = collectives.together(lambda: self.read_data(stage))
+        read = collectives.together(lambda: read_stage_data(stage, self.output_dir, self.started))
         evaluator = self._make_evaluator(stage, read.tokenizer)
         held_out = {} if evaluator is None else {f"eval.sets.{name}": one for name, one in evaluator.sets.items()}
         require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
         models, rows = self.open_models(stage, read.tokenizer, checkpoint)
         self.console.preflight([*rows, *read.rows])
-        collectives.together(lambda: _require_shared_ids(models, read, held_out))
+        collectives.together(lambda: require_shared_ids(models, read, held_out))
         needs = stage.config.method.needs()
         unbalanced = balance_problem(models.student, added=needs.auxiliary) if "student" in needs.trains else None
         if unbalanced is not None:
@@ -118,11 +96,11 @@ class StageBuilder:
 
         Raises KeyboardInterrupt where `interrupted` says so between two parts of the work that are reported.
         """
-        read = collectives.together(lambda: self.read_data(stage))
+        read = collectives.together(lambda: read_stage_data(stage, self.output_dir, self.started))
         models, rows = self.open_models(stage, read.tokenizer, None)
         reference = stage.config.method.needs().reference
         self.console.preflight([*rows, *read.rows], beside_teacher="student" if reference is None else "reference")
-        collectives.together(lambda: _require_shared_ids(models, read, {}))
+        collectives.together(lambda: require_shared_ids(models, read, {}))
         self.console.prepare(stage.name)
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
 
@@ -141,37 +119,6 @@ class StageBuilder:
                 mark_prepared(stage, folder)
 
         write_folder(self.output_dir / "stages" / stage.name, fill, sign=sign)
-
-    def read_data(self, stage: Stage) -> StageData:
-        """Tokenizers and data, before any model: what is wrong with them is said first."""
-        config, needs = stage.config, stage.config.method.needs()
-        check_backend(config.engine, engine_device(config.engine))
-        tokenizer = load_tokenizer(config.student_side, self.output_dir)
-        judges = None if config.teacher is None else load_tokenizer(config.teacher, self.output_dir)
-        if judges is not None:
-            require_same_tokenizer(tokenizer, judges, reference=needs.reference)
-        prompts = corpus = documents = None
-        rows = []
-        if needs.prompts:
-            source = _with_stage_files(config.data.prompts, self.output_dir)
-            prompts = load_prompts(source, tokenizer, now=self.started)
-            rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
-            if prompts.typed:
-                rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
-        if needs.references:
-            _require_references(stage, prompts)
-        if prompts is not None:
-            require_shared_pictures({"data.prompts": prompts}, tokenizer, judges, ranks=collectives.world_size())
-        if needs.images:
-            _require_pictures(stage, prompts)
-        if needs.whole_documents:
-            require_end(tokenizer, "data.corpus")
-            documents = survey_documents(_with_stage_files(config.data.corpus, self.output_dir))
-            rows.append(("corpus", f"{len(documents)} documents", "read whole"))
-        elif config.data.corpus is not None:
-            corpus = load_corpus(_with_stage_files(config.data.corpus, self.output_dir), tokenizer)
-            rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-        return StageData(tokenizer, judges, prompts, corpus, rows, documents)
 
     def training_data(self, stage: Stage, read: StageData, rollouts: Rollouts) -> TrainingData:
         """The material as the method takes it, in the order of this stage.
@@ -271,47 +218,6 @@ class StageBuilder:
 def _asked(samples: Sequence[Who]) -> set[Role]:
     """The models that answer prompts while a stage runs."""
     return {role for who in samples for role in (("student", "teacher") if who == "mixture" else (who,))}
-
-
-def _require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:
-    prompts = {} if read.prompts is None else {"data.prompts": read.prompts}
-    for name, one in {**prompts, **held_out}.items():
-        models.require_shared(name, one.ids())
-    if read.corpus is not None:
-        models.require_shared("data.corpus", read.corpus.blocks)
-
-
-def _require_references(stage: Stage, prompts: PromptSet) -> None:
-    misplaced = [example.misplaced for example in prompts.examples if example.misplaced is not None]
-    if misplaced:
-        raise UserError(
-            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, and {len(misplaced)} of "
-            f"{len(prompts)} stand where the model would not write them: {misplaced[0]}"
-        )
-    remedy = "give them an answer, or use a method that samples its answers"
-    _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy)
-
-
-def _require_pictures(stage: Stage, prompts: PromptSet) -> None:
-    _require_of_each(stage, prompts, "extras", "reads the pictures of prompts", "give them one")
-
-
-def _require_of_each(stage: Stage, prompts: PromptSet, part: str, use: str, remedy: str) -> None:
-    """Raises UserError where a prompt lacks a part that the method needs, the name of a field of Example."""
-    bare = [example.index for example in prompts.examples if not getattr(example, part)]
-    if bare:
-        raise UserError(
-            f"stage {stage.name!r}: method {stage.config.method.name} {use}, but {len(bare)} of {len(prompts)} prompts of "
-            f"data.prompts have none (the first is number {bare[0] + 1}); {remedy}"
-        )
-
-
-def _with_stage_files(config: Keys, output_dir: Path) -> Keys:
-    """Data keys whose path is not stage:NAME but the files that the stage has left."""
-    path = getattr(config, "path", "")
-    if not path.startswith(STAGE):
-        return config
-    return config.model_copy(update={"path": str(resolve_path(path, output_dir) / "*.jsonl*")})
 
 
 def _rank_slice(stream: Stream) -> Stream | RankSlice:

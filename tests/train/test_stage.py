@@ -13,13 +13,10 @@ from minillm.data.stream import RankSlice
 from minillm.rollout.rollouts import Rollouts
 from minillm.train.stage import (
     StageBuilder,
-    StageData,
     _asked,
-    _require_pictures,
-    _require_references,
     _same_weights,
-    _with_stage_files,
 )
+from minillm.train.stage_data import StageData
 
 PICTURE = {"pixel_values": None}
 EXAMPLES = [Example(4, [1], [2], "", ()), Example(6, [1], [], "", (), PICTURE), Example(9, [1], [], "", ())]
@@ -38,19 +35,6 @@ def stage(name: str = "distil", method: str = "sft", **groups) -> Stage:
         train={"max_steps": 1}, **groups,
     )  # fmt: skip
     return Stage(name, config)
-
-
-def test_prompts_without_reference_are_counted_and_the_first_is_named():
-    prompts = PromptSet(EXAMPLES, 0, "here")
-    with pytest.raises(UserError, match=r"stage 'distil': method sft .* 2 of 3 prompts .* \(the first is number 7\)"):
-        _require_references(stage(), prompts)
-    _require_references(stage(), PromptSet(EXAMPLES[:1], 0, "here"))
-
-
-def test_prompts_without_picture_are_counted_and_the_first_is_named():
-    with pytest.raises(UserError, match=r"stage 'distil': method sft .* 2 of 3 prompts .* \(the first is number 5\)"):
-        _require_pictures(stage(), PromptSet(EXAMPLES, 0, "here"))
-    _require_pictures(stage(), PromptSet(EXAMPLES[1:2], 0, "here"))
 
 
 def read() -> StageData:
@@ -118,15 +102,6 @@ def test_a_student_is_copied_from_a_teacher_of_the_same_weights_alone(student, t
     student = StudentConfig(**{"path": "org/one", "dtype": "float32", **student})
     teacher = TeacherConfig(**{"path": "org/one", "dtype": "float32", **teacher})
     assert _same_weights(student, teacher) is same
-
-
-def test_data_of_a_stage_are_the_files_that_it_left(tmp_path):
-    folder = tmp_path / "stages" / "chosen"
-    folder.mkdir(parents=True)
-    prompts = stage(data={"prompts": {"type": "jsonl", "path": "stage:chosen"}}).config.data.prompts
-    assert _with_stage_files(prompts, tmp_path).path == str(folder / "*.jsonl*")
-    plain = prompts.model_copy(update={"path": "here.jsonl"})
-    assert _with_stage_files(plain, tmp_path) is plain
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""The data of a stage, read and looked at before any model is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from minillm import UserError
+from minillm.config.loader.run_plan import Stage
+from minillm.config.paths import STAGE
+from minillm.data.corpus import Corpus, load_corpus
+from minillm.data.documents import Documents, survey_documents
+from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
+from minillm.data.tokenization import require_end
+from minillm.distributed import collectives
+from minillm.engine.placement import check_backend, engine_device
+from minillm.models.locations import resolve_path
+from minillm.models.tokenizers import load_tokenizer
+from minillm.teachers.pair import Models
+from minillm.teachers.preflight import Row
+from minillm.teachers.vocabularies import require_same_tokenizer
+
+Keys = TypeVar("Keys")
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The data that a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
+
+    tokenizer: PreTrainedTokenizerBase  # of the model on the student's side
+    teacher_tokenizer: PreTrainedTokenizerBase | None
+    prompts: PromptSet | None
+    corpus: Corpus | None
+    rows: list[Row]
+    documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
+
+
+def read_stage_data(stage: Stage, output_dir: Path, started: datetime) -> StageData:
+    """Tokenizers and data, before any model: what is wrong with them is said first.
+
+    Args: started: when the run was, which chat templates take for the time.
+    """
+    config, needs = stage.config, stage.config.method.needs()
+    check_backend(config.engine, engine_device(config.engine))
+    tokenizer = load_tokenizer(config.student_side, output_dir)
+    judges = None if config.teacher is None else load_tokenizer(config.teacher, output_dir)
+    if judges is not None:
+        require_same_tokenizer(tokenizer, judges, reference=needs.reference)
+    prompts = corpus = documents = None
+    rows = []
+    if needs.prompts:
+        source = _with_stage_files(config.data.prompts, output_dir)
+        prompts = load_prompts(source, tokenizer, now=started)
+        rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
+        if prompts.typed:
+            rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
+    if needs.references:
+        _require_references(stage, prompts)
+    if prompts is not None:
+        require_shared_pictures({"data.prompts": prompts}, tokenizer, judges, ranks=collectives.world_size())
+    if needs.images:
+        _require_pictures(stage, prompts)
+    if needs.whole_documents:
+        require_end(tokenizer, "data.corpus")
+        documents = survey_documents(_with_stage_files(config.data.corpus, output_dir))
+        rows.append(("corpus", f"{len(documents)} documents", "read whole"))
+    elif config.data.corpus is not None:
+        corpus = load_corpus(_with_stage_files(config.data.corpus, output_dir), tokenizer)
+        rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
+    return StageData(tokenizer, judges, prompts, corpus, rows, documents)
+
+
+def require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:
+    """Raises UserError for texts with ids that student and teacher do not share."""
+    prompts = {} if read.prompts is None else {"data.prompts": read.prompts}
+    for name, one in {**prompts, **held_out}.items():
+        models.require_shared(name, one.ids())
+    if read.corpus is not None:
+        models.require_shared("data.corpus", read.corpus.blocks)
+
+
+def _require_references(stage: Stage, prompts: PromptSet) -> None:
+    misplaced = [example.misplaced for example in prompts.examples if example.misplaced is not None]
+    if misplaced:
+        raise UserError(
+            f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, and {len(misplaced)} of "
+            f"{len(prompts)} stand where the model would not write them: {misplaced[0]}"
+        )
+    remedy = "give them an answer, or use a method that samples its answers"
+    _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy)
+
+
+def _require_pictures(stage: Stage, prompts: PromptSet) -> None:
+    _require_of_each(stage, prompts, "extras", "reads the pictures of prompts", "give them one")
+
+
+def _require_of_each(stage: Stage, prompts: PromptSet, part: str, use: str, remedy: str) -> None:
+    """Raises UserError where a prompt lacks a part that the method needs, the name of a field of Example."""
+    bare = [example.index for example in prompts.examples if not getattr(example, part)]
+    if bare:
+        raise UserError(
+            f"stage {stage.name!r}: method {stage.config.method.name} {use}, but {len(bare)} of {len(prompts)} prompts of "
+            f"data.prompts have none (the first is number {bare[0] + 1}); {remedy}"
+        )
+
+
+def _with_stage_files(config: Keys, output_dir: Path) -> Keys:
+    """Data keys whose path is not stage:NAME but the files that the stage has left."""
+    path = getattr(config, "path", "")
+    if not path.startswith(STAGE):
+        return config
+    return config.model_copy(update={"path": str(resolve_path(path, output_dir) / "*.jsonl*")})
