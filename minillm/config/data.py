@@ -7,6 +7,7 @@ from pydantic import Field
 from minillm.config.keys import DatasetPath, FilesPath, Strict, default_type
 
 Template = Literal["alpaca", "chat", "none"]
+Parser = Literal["gsm8k", "cqa", "svamp", "esnli", "anli"]  # minillm/data/answer_parsers.py
 
 
 # Four million characters are about a million tokens.
@@ -67,21 +68,50 @@ class InstructionKeys(TemplateKeys):
     )
 
 
-class JsonlPrompts(InstructionKeys):
+FieldText = Annotated[str, Field(pattern=r"^([^{}]|\{\{|\}\}|\{[^{}]+\})*$")]  # with {FIELD}, and {{ for a brace
+
+
+class RecordKeys(InstructionKeys):
+    """The way from a record with fields to a question and an answer that are made of them."""
+
+    question: FieldText | None = Field(
+        None, description="A text with {FIELD} for fields of the record; null: a record of one of the known forms"
+    )
+    answer: FieldText | None = Field(
+        None, description="The reference, likewise; null: that of the known form, and none to a question of your own"
+    )
+    prefix: str = Field("", description="Put before the question, such as `predict: ` for a student of several tasks")
+    parser: Parser | None = Field(
+        None,
+        description="Takes the reference apart into a rationale and a label, which are {rationale} and {label} of "
+        "tasks, and what eval.label_accuracy compares with; null: it is not taken apart",
+    )
+
+
+class TaskKeys(Strict):
+    """One of several tasks that are made of every record: a prefix to its question, and an answer of its own."""
+
+    prefix: str = Field("", description="Put before the question, so that the model knows which task is meant")
+    answer: FieldText = Field(
+        description="A text with {FIELD} for fields of the record, and {rationale} and {label} where data.prompts.parser finds them"
+    )
+
+
+class JsonlPrompts(RecordKeys):
     """JSON objects, one per line; .gz files are read as they are."""
 
     type: Literal["jsonl"] = "jsonl"
     path: FilesPath = Field(description="A file or a glob")
 
 
-class ParquetPrompts(InstructionKeys):
+class ParquetPrompts(RecordKeys):
     """Parquet files."""
 
     type: Literal["parquet"]
     path: FilesPath = Field(description="A file or a glob")
 
 
-class HfPrompts(InstructionKeys):
+class HfPrompts(RecordKeys):
     """A dataset of the `datasets` library, by its hub name or in a folder."""
 
     type: Literal["hf"]
@@ -92,7 +122,7 @@ class HfPrompts(InstructionKeys):
     split: str = Field("train", description="The part of the dataset")
 
 
-class PydocPrompts(InstructionKeys):
+class PydocPrompts(RecordKeys):
     """Questions about Python's own library, answered by the docstrings of the running interpreter."""
 
     type: Literal["pydoc"]
@@ -100,6 +130,19 @@ class PydocPrompts(InstructionKeys):
     split: Literal["train", "test"] = Field(
         "train", description="test is a fixed tenth of all names, chosen by hash; train is the rest"
     )
+
+
+class ArithmeticPrompts(RecordKeys):
+    """Sums of several steps, made on the spot: question, answer (as GSM8K has it), and its parts rationale and label."""
+
+    type: Literal["arithmetic"]
+    template: Template = Field("none", description="As for the other types")
+    steps: Annotated[int, Field(ge=1)] = Field(3, description="Additions and subtractions in a question")
+    largest: Annotated[int, Field(ge=1)] = Field(9, description="The largest number in a question")
+    split: Literal["train", "test"] = Field(
+        "train", description="test is a fixed tenth of all questions, chosen by hash; train is the rest"
+    )
+    limit: Annotated[int, Field(ge=1)] = Field(1000, description="The number of questions; they may repeat")
 
 
 class PlainPrompts(InstructionKeys):
@@ -117,7 +160,7 @@ class PlainPrompts(InstructionKeys):
 
 
 Prompts = Annotated[
-    JsonlPrompts | ParquetPrompts | HfPrompts | PydocPrompts | PlainPrompts,
+    JsonlPrompts | ParquetPrompts | HfPrompts | PydocPrompts | ArithmeticPrompts | PlainPrompts,
     Field(discriminator="type"),
     default_type("jsonl"),
 ]

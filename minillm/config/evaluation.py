@@ -5,12 +5,31 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from minillm.config.analysis_keys import ExposureBias, Labels
-from minillm.config.data import Prompts
+from minillm.config.data import Parser, Prompts
 from minillm.config.keys import Seed, Strict
 
 Metric = Literal[
-    "rouge_l", "exact_match", "reverse_kl_nats", "sequence_reverse_kl_nats", "forward_kl_nats", "loss_nats"
+    "rouge_l",
+    "exact_match",
+    "label_accuracy",
+    "reverse_kl_nats",
+    "sequence_reverse_kl_nats",
+    "forward_kl_nats",
+    "loss_nats",
 ]
+
+
+class LabelAccuracy(Strict):
+    """The percentage of answers whose label is right, and of those without one. A set's own parser is for its references."""
+
+    parser: Parser | None = Field(
+        None, description="Takes the label out of an answer of the model; null: the answer is the label"
+    )
+    compare: Literal["text", "equation"] = Field(
+        "text",
+        description="text: as exact_match does; equation: by the exact value of numbers, + - * / and parentheses, so that "
+        "(8 - 3) is 5.0",
+    )
 
 
 class EvalConfig(Strict):
@@ -52,6 +71,9 @@ class EvalConfig(Strict):
     length_buckets: list[Annotated[int, Field(ge=1)]] = Field(
         [],
         description="Limits, in tokens of the reference, between which Rouge-L is also given separately (the paper: 5, 10)",
+    )
+    label_accuracy: LabelAccuracy | None = Field(
+        None, description="Compare the labels that answers end in with those of the references; null: do not"
     )
     exposure_bias: ExposureBias | None = Field(
         None, description="An analysis that `minillm eval` and `minillm experiment` make, never training"

@@ -1,14 +1,17 @@
 """`method`: the objective. One class for each method; the formulas are in minillm/methods/NAME.py."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from minillm import UserError
+from minillm.config.checks.packages import is_installed
+from minillm.config.data import TaskKeys
 from minillm.config.functions import load_function
 from minillm.config.keys import ModelPath, Strict
+from minillm.config.lora import LoraConfig
 from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
 from minillm.config.preference_keys import PreferenceKeys
 
@@ -47,6 +50,11 @@ class MethodConfig(Strict):
                 f"{cls.__name__} must define `needs`, what the method samples, reads and trains (minillm.config.needs.Needs), "
                 "and `summary`, a phrase for the model card"
             )
+
+    @classmethod
+    def panels_of(cls, keys: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        """The panels of a method with these keys, as a file has them."""
+        return cls.panels
 
     def needs(self) -> Needs:
         """The needs of the method with these keys."""
@@ -472,6 +480,102 @@ class DistiLLM2(MethodConfig):
         )
 
 
+class OKD(MethodConfig):
+    """Online knowledge distillation (arXiv 2409.12512, reconstructed): adapters in the teacher learn with the student."""
+
+    name: Literal["okd"]
+    lora: LoraConfig = Field(
+        LoraConfig(r=8, alpha=16), description="The teacher's adapters; its own weights are frozen"
+    )
+    student_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="Of the student to the adapted teacher, which is a constant there"
+    )
+    student_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="jsd: mixture weight of the teacher")
+    student_kd_ratio: Probability = Field(
+        0.5, description="lambda: weight of the divergence in the student's loss; the rest is cross-entropy"
+    )
+    teacher_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl",
+        description="Of the adapted teacher to the student, which is a constant there: KL(q || p) is forward",
+    )
+    teacher_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="jsd: mixture weight of the student")
+    teacher_kd_ratio: Probability = Field(
+        0.5, description="mu: weight of the divergence in the adapters' loss; the rest is cross-entropy"
+    )
+    teacher_learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Highest learning rate of the adapters; null: train.learning_rate"
+    )
+    anchor: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="Weight of KL(p_0 || p), from the unadapted to the adapted teacher; 0: none"
+    )
+    summary: ClassVar[str] = (
+        "online distillation (OKD, reconstructed) with adapters in the teacher on reference answers"
+    )
+    panels: ClassVar[dict[str, tuple[str, str]]] = {
+        "teacher_drift_nats": ("KL of the adapted from the unadapted teacher", "nats/token"),
+        "loss/student": ("Loss of the student", "nats/token"),
+        "loss/teacher": ("Loss of the teacher's adapters", "nats/token"),
+    }
+
+    def needs(self) -> Needs:
+        terms = [TermNeeds(name, ("references",), teacher=True) for name in ("student", "teacher")]
+        if self.anchor > 0:
+            terms.append(TermNeeds("anchor", ("references",), teacher=True))
+        return Needs(
+            tuple(terms),
+            references=True,
+            teacher=True,
+            teacher_abilities=frozenset({"hidden", "train"}),
+            trains=("student", "teacher"),
+        )
+
+    def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        if not is_installed("peft"):
+            yield "lora", "needs peft, which is not installed: pip install -e '.[lora]' in minillm's folder", ()
+
+    def idle_keys(self) -> Iterator[tuple[str, str, str]]:
+        for side in ("student", "teacher"):
+            if getattr(self, f"{side}_kd_ratio") == 0:
+                message = f"has no effect: with {side}_kd_ratio 0 the loss is the cross-entropy alone"
+                for key in (f"{side}_divergence", f"{side}_beta"):
+                    yield key, message, f"{side}_kd_ratio"
+            elif getattr(self, f"{side}_divergence") != "jsd":
+                message = f"has no effect on divergence {getattr(self, f'{side}_divergence')}; it is for jsd"
+                yield f"{side}_beta", message, f"{side}_divergence"
+
+
+class Task(TaskKeys):
+    """One of the tasks of a student that learns several from every record."""
+
+    weight: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="Of the mean over the tokens of the task's answers"
+    )
+
+
+class StepByStep(MethodConfig):
+    """Distilling step by step (arXiv 2305.02301): labels and the rationales behind them, each a task of its own."""
+
+    name: Literal["step_by_step"]
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], Task] = Field(
+        {
+            "label": Task(prefix="predict: ", answer="{label}"),
+            "rationale": Task(prefix="explain: ", answer="{rationale}"),
+        },
+        min_length=1,
+        description="The tasks by name, of letters, digits and _; those that are given take the place of both",
+    )
+    summary: ClassVar[str] = "distilling step by step: labels and rationales as separate tasks"
+
+    @classmethod
+    def panels_of(cls, keys: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        names = list(keys.get("tasks") or cls.model_fields["tasks"].default)
+        losses = {f"cross_entropy_nats/{name}": (f"Cross-entropy of task {name}", "nats/token") for name in names}
+        return losses | {f"unanswered_percent/{name}": (f"Records without a {name}", "%") for name in names}
+
+    def needs(self) -> Needs:
+        return Needs(tuple(TermNeeds(name, ("references",)) for name in self.tasks), tasks=dict(self.tasks))
+
+
 class LM(MethodConfig):
     """Pre-training on the packed blocks of a corpus: (1 - kd_ratio) cross-entropy + kd_ratio forward KL to the teacher."""
 
@@ -519,6 +623,6 @@ class MiniPLM(MethodConfig):
 
 
 Method = Annotated[
-    MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | DistiLLM | DistiLLM2 | LM | MiniPLM,
+    MiniLLM | SFT | KD | SeqKD | GKD | TAID | OPD | DPKD | DistiLLM | DistiLLM2 | OKD | StepByStep | LM | MiniPLM,
     Field(discriminator="name"),
 ]

@@ -48,8 +48,9 @@ class TeacherConfig(ModelConfig):
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """The abilities of this source beyond giving rows to the losses: all, since its weights are here."""
-        return frozenset(ABILITIES)
+        """The abilities of this source beyond giving rows to the losses: all, since its weights are here, but
+        quantised ones are not trained."""
+        return frozenset(ABILITIES) - ({"train"} if self.quantization is not None else set())
 
 
 class StudentConfig(ModelConfig):

@@ -7,6 +7,8 @@ name.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minillm.config.data import TaskKeys
+
 Sampler = Literal["student", "teacher", "mixture"]
 Rows = Literal["answers", "references", "pairs", "corpus"]
 Ability = Literal["sample", "hidden", "layers", "train", "evaluate"]
@@ -50,6 +52,7 @@ class Needs:
     whole_documents: bool = False  # the corpus is read document by document, and not in blocks
     images: bool = False  # prompts show images
     evaluations: bool = False  # the method adapts to evaluations while it trains
+    tasks: dict[str, TaskKeys] = field(default_factory=dict)  # that are made of every record, by name
     # sampling
     samples: tuple[Sampler, ...] = ()  # the samplers that answer prompts while the stage runs, one after the other
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk

@@ -1,18 +1,23 @@
 """Prompts with their references, from records of any known form, tokenised once."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
-from minillm.config.data import PlainPrompts, Prompts
+from minillm.config.data import Parser, PlainPrompts, Prompts, RecordKeys, TaskKeys
+from minillm.data.answer_parsers import parse_answer
+from minillm.data.arithmetic import arithmetic_records
+from minillm.data.fields import fill
 from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
-from minillm.data.records import parse
+from minillm.data.records import Conversation, parse
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
 from minillm.data.special_text import special_tokens_of
 from minillm.data.tokenization import encode, require_end
@@ -32,6 +37,7 @@ class Example:
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # as TokenSequence has them
     misplaced: str | None = None  # why nobody may be trained on the reference, where the template puts it elsewhere
     typed: bool = False  # it spells special tokens, which are text in it
+    tasks: Mapping[str, TokenSequence] = field(default_factory=dict)  # by name; a response is empty where there is none
 
     @property
     def sequence(self) -> TokenSequence:
@@ -50,6 +56,7 @@ class PromptSet(Sequence[Example]):
     examples: list[Example]
     dropped_long: int  # prompts over max_prompt_length, or max_characters
     source: str
+    parser: Parser | None = None  # finds the label in a reference
 
     @property
     def pictured(self) -> int:
@@ -66,6 +73,9 @@ class PromptSet(Sequence[Example]):
         for example in self.examples:
             yield example.prompt_ids
             yield example.response_ids
+            for task in example.tasks.values():
+                yield task.prompt
+                yield task.response
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -102,19 +112,28 @@ def require_shared_pictures(
 
 
 def load_prompts(
-    config: Prompts, tokenizer: PreTrainedTokenizerBase, *, name: str = "data.prompts", now: datetime | None = None
+    config: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "data.prompts",
+    tasks: Mapping[str, TaskKeys] = MappingProxyType({}),
+    now: datetime | None = None,
 ) -> PromptSet:
     """Read, render and tokenise.
 
     Args:
         name: of the set, for errors.
+        tasks: made of every record beside its own question and answer; plain texts have no fields for them.
         now: what chat templates take for the time; default: the time.
 
-    Raises DataError naming file and line for a record that is of none of the forms, or says what the template leaves out.
+    Raises DataError naming file and line for a record that is of none of the forms, lacks a field that is asked for, or
+    says what the template leaves out.
     """
     require_end(tokenizer, name)
     examples, dropped = [], 0
-    loaded = _plain(config, tokenizer) if isinstance(config, PlainPrompts) else _instructions(config, tokenizer, now)
+    loaded = (
+        _plain(config, tokenizer) if isinstance(config, PlainPrompts) else _instructions(config, tokenizer, tasks, now)
+    )
     for example in loaded:
         if example is None:
             dropped += 1
@@ -130,27 +149,84 @@ def load_prompts(
             f"{name}: no usable prompt in {source}: all {dropped} are over max_prompt_length="
             f"{config.max_prompt_length} tokens, or max_characters; raise it"
         )
-    return PromptSet(examples, dropped, getattr(config, "path", config.type))
+    return PromptSet(examples, dropped, getattr(config, "path", config.type), getattr(config, "parser", None))
 
 
 def _instructions(
-    config: Prompts, tokenizer: PreTrainedTokenizerBase, now: datetime | None
+    config: RecordKeys, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, TaskKeys], now: datetime | None
 ) -> Iterator[Example | None]:
-    """None stands for a prompt that is too long."""
+    """None stands for a prompt that is too long, be it that of one task."""
     reader = PromptReader(config, tokenizer, now)
     for index, (where, record) in enumerate(records_of(config)):
-        said = parse(where, record)
-        read = reader.read(said, find_pictures(where, where.folder, record), where=where, limited=True)
-        if read is None:
+        said = _prefixed(_conversation(where, record, config), config.prefix)
+        pictures = find_pictures(where, where.folder, record)
+        fields = _fields(record, said.references, config) if tasks else {}
+        wordings = [said, *(_of_task(said, name, task, fields, where) for name, task in tasks.items())]
+        read, *of_tasks = [reader.read(one, pictures, where=where, limited=True) for one in wordings]
+        if read is None or None in of_tasks:
             yield None
             continue
         references = tuple(reference[: config.max_characters] for reference in said.references)
         if references and not references[0]:  # an answer that calls tools alone
             references = (read.answer.strip(), *references[1:])
         misplaced = None if read.misplaced is None else f"{where}: {read.misplaced}"
+        made = {}
+        for name, one in zip(tasks, of_tasks, strict=True):
+            if one.misplaced is not None:
+                raise DataError(f"{where}: the answer of task {name}: {one.misplaced}")
+            made[name] = TokenSequence(one.ids, one.answer_ids, index, one.extras)
         yield Example(
-            index, read.ids, read.answer_ids, read.text, references, read.extras, misplaced=misplaced, typed=read.typed
+            index,
+            read.ids,
+            read.answer_ids,
+            read.text,
+            references,
+            read.extras,
+            misplaced=misplaced,
+            typed=read.typed or any(one.typed for one in of_tasks),
+            tasks=made,
         )
+
+
+def _conversation(where: str, record: dict[str, Any], config: RecordKeys) -> Conversation:
+    """What a record says, in the configured words or those of its form."""
+    if config.question is None:
+        said = parse(where, record)
+    else:
+        question = fill(config.question, record, where, "question")
+        if question is None:
+            raise DataError(f"{where}: question {config.question!r}: one of its fields is null")
+        said = Conversation([{"role": "user", "content": question}])
+    return said if config.answer is None else _answered(said, fill(config.answer, record, where, "answer"))
+
+
+def _of_task(said: Conversation, name: str, task: TaskKeys, fields: Mapping[str, Any], where: str) -> Conversation:
+    return _answered(_prefixed(said, task.prefix), fill(task.answer, fields, where, f"the answer of task {name}"))
+
+
+def _answered(said: Conversation, answer: str | None) -> Conversation:
+    """The conversation with another answer in the place of its references, or with none."""
+    if answer is None:
+        return replace(said, answer=None, references=())
+    return replace(said, answer={"role": "assistant", "content": answer}, references=(answer,))
+
+
+def _prefixed(said: Conversation, prefix: str) -> Conversation:
+    """The conversation with a text before the last message that is to be answered."""
+    if not prefix:
+        return said
+    *before, last = said.messages
+    content = last["content"]
+    content = prefix + content if isinstance(content, str) else [{"type": "text", "text": prefix}, *content]
+    return replace(said, messages=[*before, {**last, "content": content}])
+
+
+def _fields(record: dict[str, Any], references: Sequence[str], config: RecordKeys) -> dict[str, Any]:
+    """The fields of a record, and the parts of its reference, which are null where there is none to find."""
+    if config.parser is None:
+        return record
+    parts = parse_answer(references[0] if references else "", config.parser)
+    return {**record, "rationale": parts.rationale, "label": parts.label}
 
 
 def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -177,4 +253,6 @@ def records_of(config: Prompts | Labels) -> Iterator[Record]:
         return read_parquet(config.path)
     if config.type == "hf":
         return read_hf(config.path, config.name, config.split)
+    if config.type == "arithmetic":
+        return arithmetic_records(config.steps, config.largest, config.split)
     return pydoc_records(config.split)

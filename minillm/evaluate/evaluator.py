@@ -4,6 +4,8 @@ Reverse KL, forward KL and entropy belong together: a reverse KL that falls whil
 KL rises is a student that collapsed onto a few answers.
 
     rouge_l, exact_match       of the scored answers, the best over the references, 0 to 100
+    label_accuracy             of the scored answers, for eval.label_accuracy: their labels are right, 0 to 100
+    unlabelled_share           share of them without a label
     rouge_l_LOW_HIGH           the same of the references of LOW to HIGH tokens, for eval.length_buckets
     length_tokens, ended_share of the scored answers
     distinct_N                 share of different N-grams among those of all scored answers, 0 to 100
@@ -31,6 +33,7 @@ from minillm.config.evaluation import EvalConfig
 from minillm.data.instructions import Example, PromptSet
 from minillm.evaluate.diversity import distinct
 from minillm.evaluate.exact_match import exact_match
+from minillm.evaluate.label_accuracy import LabelScorer
 from minillm.evaluate.length_buckets import mean_by_length
 from minillm.evaluate.rouge import rouge_l
 from minillm.evaluate.seeds import summary
@@ -76,6 +79,11 @@ class Evaluator:
                 raise UserError(f"eval.sets.{name}: no usable prompts in {prompts.source}; nothing could be measured")
         self.sets, self.config, self.seed, self.report_progress = sets, config, seed, report_progress
         self.keeps_teacher = keeps_teacher
+        self._labels = (
+            {}
+            if config.label_accuracy is None
+            else {name: LabelScorer(config.label_accuracy, one, f"eval.sets.{name}") for name, one in sets.items()}
+        )
         self.scored = Sampling(
             config.max_new_tokens,
             temperature=config.temperature,
@@ -120,6 +128,8 @@ class Evaluator:
             answers = self._answers(name, examples, rollouts, who, seed, self.scored)
             texts = [_text(models, answer) for answer in answers]
             scores = _score_texts(texts, examples)
+            if name in self._labels:
+                scores |= self._labels[name].score(texts)
             for metric, values in {**scores, **_shape(answers)}.items():
                 _add(measured, metric, statistics.fmean(value for value in values if value is not None))
             self._measure_text(measured, models, examples, answers, scores.get("rouge_l"))

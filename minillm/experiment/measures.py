@@ -15,6 +15,8 @@ def known_measures(evaluation: EvalConfig) -> dict[str, list[str]]:
     """List every measure that an evaluation of this configuration gives, with the sets that have it."""
     usual = [metric.key for metric in METRICS]
     usual += [f"distinct_{size}" for size in evaluation.distinct]
+    if evaluation.label_accuracy is not None:
+        usual += ["label_accuracy", "unlabelled_share"]
     if evaluation.length_buckets:
         usual += [f"rouge_l_{bucket}" for bucket in bucket_names(evaluation.length_buckets)]
     if evaluation.exposure_bias is not None:

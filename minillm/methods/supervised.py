@@ -8,7 +8,7 @@ from minillm.losses import TokenStats
 from minillm.methods.protocol import Item, Term, TrainingData, sequences_of
 from minillm.models.batch import TokenSequence, collate
 from minillm.teachers.pair import Models
-from minillm.teachers.teacher import require_teacher
+from minillm.teachers.teacher import Teacher, require_teacher
 
 
 def take_references(data: TrainingData, size: int) -> list[TokenSequence]:
@@ -30,26 +30,39 @@ def mixed_term(
     options: dict[str, float] | None = None,
     name: str = "distillation",
     weight: float = 1.0,
+    trains: str = "student",
+    target: Teacher | None = None,
 ) -> Term:
-    """(1 - ce_ratio) * divergence + ce_ratio * cross-entropy, as the mean over the response tokens of the step."""
+    """(1 - ce_ratio) * divergence + ce_ratio * cross-entropy, as the mean over the response tokens of the step.
+
+    `trains` is the model that learns, and `target` the constant one that it learns from, the teacher where none is given.
+    Metrics of another model than the student begin with its name.
+    """
     batch = collate(sequences_of(items), models.pad_id)
     count = float(len(batch.labels))
-    if ce_ratio == 1.0:
-        return Term(name, batch, cross_entropy, ("student_logprob",), count, weight)
+    prefix = "" if trains == "student" else f"{trains}_"
 
     def objective(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
-        distance = getattr(stats, divergence)
-        metrics = {f"{divergence}_nats": distance.detach()}
+        metrics = {}
+        if ce_ratio < 1.0:
+            distance = getattr(stats, divergence)
+            metrics[f"{prefix}{divergence}_nats"] = distance.detach()
+        if ce_ratio > 0.0:
+            metrics[f"{prefix}cross_entropy_nats"] = -stats.student_logprob.detach()
         if ce_ratio == 0.0:
             return distance, metrics
-        metrics["cross_entropy_nats"] = -stats.student_logprob.detach()
+        if ce_ratio == 1.0:
+            return -stats.student_logprob, metrics
         return (1 - ce_ratio) * distance - ce_ratio * stats.student_logprob, metrics
 
-    fields = (divergence,) if ce_ratio == 0.0 else (divergence, "student_logprob")
-    require_teacher(models.teacher, f"the term {name!r}")
-    return Term(
-        name, batch, objective, fields, count, weight, teacher=models.teacher.rows(batch), options=options or {}
-    )
+    fields = (divergence,) * (ce_ratio < 1.0) + ("student_logprob",) * (ce_ratio > 0.0)
+    if ce_ratio == 1.0:
+        return Term(name, batch, objective, fields, count, weight, trains=trains)
+    if target is None:
+        require_teacher(models.teacher, f"the term {name!r}")
+        target = models.teacher
+    rows = target.rows(batch)
+    return Term(name, batch, objective, fields, count, weight, teacher=rows, options=options or {}, trains=trains)
 
 
 def pretraining_term(blocks: int, data: TrainingData, models: Models, *, weight: float, kd_ratio: float = 0.0) -> Term:

@@ -17,7 +17,7 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer whose weight li
 FORWARDS = tuple(kind.forward for kind in LINEAR)
 
 
-def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
+def target_names(model: PreTrainedModel, asked: str | list[str], *, key: str = KEY) -> list[str]:
     """The full names of the modules that get an adapter, in the model's order.
 
     Args:
@@ -42,22 +42,22 @@ def target_names(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
     for ending in asked:
         found = {name: module for name, module in modules.items() if f".{name}".endswith(f".{ending}")}
         if any(module is head for module in found.values()):
-            raise UserError(f"{KEY}: {HEAD_REFUSED.format(ending)}")
+            raise UserError(f"{key}: {HEAD_REFUSED.format(ending)}")
         if any(isinstance(module, nn.Embedding) for module in found.values()):
-            raise UserError(f"{KEY}: {TABLE_REFUSED.format(ending)}")
+            raise UserError(f"{key}: {TABLE_REFUSED.format(ending)}")
         if not found:
-            raise UserError(f"{KEY}: {type(model).__name__} has no module {ending}; {_nearest(ending, linear)}")
+            raise UserError(f"{key}: {type(model).__name__} has no module {ending}; {_nearest(ending, linear)}")
         found = {name: module for name, module in found.items() if id(module) in below}
         if not found:
             raise UserError(
-                f"{KEY}: {ending} is outside of the language model of {type(model).__name__}, and adapters go into that "
+                f"{key}: {ending} is outside of the language model of {type(model).__name__}, and adapters go into that "
                 f"alone; {_nearest(ending, linear)}"
             )
         wrong = sorted(found.keys() - set(linear))
         if wrong:
             inside = [name for name in linear if name.startswith(f"{wrong[0]}.")]
             hint = f"linear layers in it are {_endings(inside)}" if inside else _nearest(ending, linear)
-            raise UserError(f"{KEY}: {wrong[0]} is a {type(modules[wrong[0]]).__name__}, not a linear layer; {hint}")
+            raise UserError(f"{key}: {wrong[0]} is a {type(modules[wrong[0]]).__name__}, not a linear layer; {hint}")
         chosen |= found.keys()
     return [name for name in linear if name in chosen]
 

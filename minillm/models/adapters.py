@@ -5,7 +5,8 @@ peft puts them into the model in place, so that everything else sees the model's
 
 import copy
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,20 +24,27 @@ _NAME, _FILE, _PREFIX = "default", "adapter_model.safetensors", "base_model.mode
 
 
 def add_adapters(
-    model: PreTrainedModel, config: LoraConfig, *, seed: int, base: str | None = None, revision: str | None = None
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    seed: int,
+    base: str | None = None,
+    revision: str | None = None,
+    key: str = "student.lora",
 ) -> PreTrainedModel:
     """Freeze the model and give it adapters to train, in place: at first they change nothing.
 
     What A begins as depends on `seed` alone. Adapters are float32 over weights of any dtype. `base` and
-    `revision` are where the adapter's own configuration says that others find these weights.
+    `revision` are where the adapter's own configuration says that others find these weights; `key` is the configuration's,
+    for errors.
 
     Raises UserError as target_names does.
     """
     import peft
 
-    names = target_names(model, config.target_modules)
+    names = target_names(model, config.target_modules, key=f"{key}.target_modules")
     if not names:
-        raise UserError(f"student.lora: {type(model).__name__} has no linear layers that adapters could go on")
+        raise UserError(f"{key}: {type(model).__name__} has no linear layers that adapters could go on")
     modules = dict(model.named_modules())
     settings = peft.LoraConfig(
         r=config.r,
@@ -60,6 +68,23 @@ def add_adapters(
             for part in (layer.lora_A, layer.lora_B):
                 part[_NAME].weight.data = part[_NAME].weight.data.to(layer.base_layer.weight.device)
     return model
+
+
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it was before its adapters, to the last bit, while the context is open.
+
+    Their product is scaled by 0 and not left out: under ZeRO-3 every forward pass must gather the same weights.
+    """
+    layers = list(_adapted(model).values())
+    scales = [layer.scaling[_NAME] for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling[_NAME] = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[_NAME] = scale
 
 
 def has_adapters(model: nn.Module) -> bool:

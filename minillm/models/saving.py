@@ -70,7 +70,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def write_modules(modules: Mapping[str, nn.Module], folder: Path) -> None:
     """Write what is trained beside the student into the folder's modules/, a safetensors file each.
 
-    Frozen weights are left out. All ranks call it, and rank 0 writes.
+    Frozen weights are left out. A model with adapters has them in peft's format too, in NAME_adapter/. All ranks call it, and rank 0 writes.
     """
     for name, module in modules.items():
         state = gathered_state(module) if is_sharded(module) else module.state_dict()
@@ -78,6 +78,8 @@ def write_modules(modules: Mapping[str, nn.Module], folder: Path) -> None:
             trained = {key: state[key].detach().cpu().contiguous() for key in _kept_names(module)}
             (folder / MODULES).mkdir(exist_ok=True)
             save_file(trained, folder / MODULES / f"{name}.safetensors", metadata={"format": "pt"})
+            if has_adapters(module):
+                write_adapter(module, state, folder / f"{name}_{FOLDER}")
 
 
 @torch.no_grad()

@@ -109,8 +109,9 @@ def _of_methods(curves: list[Curve]) -> list[Metric]:
     """The metrics that the stages' methods declare to have a panel of their own, as far as records have them."""
     declared = {}
     for curve in curves:
-        config_class = method_class(curve.stage.settings.get("method", {}).get("name", ""))
-        for key, (title, unit) in ({} if config_class is None else config_class.panels).items():
+        keys = curve.stage.settings.get("method", {})
+        config_class = method_class(keys.get("name", ""))
+        for key, (title, unit) in ({} if config_class is None else config_class.panels_of(keys)).items():
             declared.setdefault(key, Metric(key, title, unit, better=0))
     return [metric for metric in declared.values() if any(_has(curve, metric) for curve in curves)]
 

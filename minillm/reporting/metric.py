@@ -43,12 +43,14 @@ METRICS = (
     Metric("ended_share", "Answers that end", "%", 0),
 )
 
-# those whose names hold a number: (pattern of the key, title, unit, better)
-_NUMBERED = (
+# those that are measured where they are asked for; some hold a number: (pattern of the key, title, unit, better)
+_ASKED_FOR = (
     (r"rouge_l_(\d+)_up", "Rouge-L, references from {} tokens", "F1 × 100", +1),
     (r"rouge_l_(\d+)_(\d+)", "Rouge-L, references of {} to {} tokens", "F1 × 100", +1),
     (r"distinct_(\d+)", "Distinct {}-grams", "%", 0),
     (r"excess_error_(\d+)", "Excess error at {} tokens", "%", -1),
+    (r"label_accuracy", "Label accuracy", "%", +1),
+    (r"unlabelled_share", "Answers without a label", "%", -1),
     (r"accuracy", "Accuracy on label words", "%", +1),
     (r"ece", "Expected calibration error", "0 to 1", -1),
 )
@@ -59,7 +61,7 @@ def find_metric(key: str) -> Metric | None:
     for metric in METRICS:
         if metric.key == key:
             return metric
-    for pattern, title, unit, better in _NUMBERED:
+    for pattern, title, unit, better in _ASKED_FOR:
         match = re.fullmatch(pattern, key)
         if match:
             return Metric(key, title.format(*match.groups()), unit, better)

@@ -8,7 +8,7 @@ from minillm.reporting.curves import draw_comparison, draw_run
 from minillm.reporting.evaluation_tables import Row, evaluation_section, metrics_table, seed_rows, trained_stages
 from minillm.reporting.findings import collapses, verdicts
 from minillm.reporting.markdown import MISSING, cell, duration, number, table
-from minillm.reporting.metric import METRICS
+from minillm.reporting.metric import find_metric
 from minillm.reporting.run_files import PREPARED, RunFiles, StageFiles, read_run, stage_label
 from minillm.reporting.selection_report import selection_sections
 from minillm.reporting.settings import differing_keys, settings_table
@@ -204,7 +204,7 @@ def _times(run: RunFiles) -> str:
 def _best(stage: StageFiles) -> str:
     """The best evaluation by eval.metric, which best/ is chosen by."""
     key = stage.settings.get("eval", {}).get("metric", "rouge_l")
-    metric = next((metric for metric in METRICS if metric.key == key), None)
+    metric = find_metric(key)
     having = [one for one in stage.evaluations if metric and key in one.mean]
     if not having:
         return MISSING

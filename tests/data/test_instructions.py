@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from minillm.config.data import JsonlPrompts, PlainPrompts
+from minillm.config.data import JsonlPrompts, PlainPrompts, TaskKeys
 from minillm.data.instructions import load_prompts
 from minillm.data.sources import DataError
 from minillm.models.tokenizers import byte_tokenizer
@@ -231,3 +231,51 @@ def test_texts_to_continue_are_read_as_far_as_they_are_used(byte, tmp_path):
     (example,) = load_prompts(config, tokenizer)
     assert tokenizer.characters < 100_000
     assert byte.decode(example.prompt_ids + example.response_ids) == WORDS[:17]
+
+
+def test_fields_make_the_question_and_the_answer(tmp_path, byte):
+    path = tmp_path / "sums.jsonl"
+    path.write_text(
+        '{"Body": "Ann has 3.", "Ask": "And then?", "Equation": "(3)"}\n{"Body": "", "Ask": "", "Equation": null}'
+    )
+    keys = {"question": "{Body} {Ask}", "answer": "{Equation}", "prefix": "predict: "}
+    first, second = load(byte, str(path), **keys)
+    assert first.prompt == "predict: Ann has 3. And then?" and first.references == ("(3)",)
+    assert byte.decode(first.response_ids) == "(3)" + byte.eos_token
+    assert second.references == () and second.response_ids == []
+    with pytest.raises(DataError, match=r"sums.jsonl:1: question names the field body, and the record has Body"):
+        load(byte, str(path), question="{body}")
+    with pytest.raises(DataError, match="sums.jsonl:1: expected instruction"):
+        load(byte, str(path), answer="{Equation}")
+
+
+def test_tasks_are_made_of_every_record(tmp_path, byte):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"question": "1 + 1", "answer": "Add. #### 2"}\n{"question": "2", "answer": "unmarked"}')
+    tasks = {
+        "label": TaskKeys(prefix="p: ", answer="{label}"),
+        "both": TaskKeys(answer="{rationale} So {label} of {question}"),
+        "given": TaskKeys(prefix="g: ", answer="{answer}"),
+    }
+    config = JsonlPrompts(path=str(path), template="alpaca", parser="gsm8k", max_response_length=19)
+    first, second = load_prompts(config, byte, tasks=tasks)
+    texts = {name: byte.decode(one.response) for name, one in first.tasks.items()}
+    assert texts == {
+        "label": "2" + byte.eos_token,
+        "both": "Add. So 2 of 1 + 1" + byte.eos_token,
+        "given": "Add. #### 2" + byte.eos_token,
+    }
+    assert "### Instruction:\np: 1 + 1\n\n" in byte.decode(first.tasks["label"].prompt)
+    assert first.tasks["both"].prompt == first.prompt_ids and first.tasks["label"].key == first.index
+    assert [len(one.response) for one in second.tasks.values()] == [0, 0, 9]
+    with pytest.raises(DataError, match=r"jsonl:1: the answer of task x names the field label.*data.prompts.parser"):
+        load_prompts(config.model_copy(update={"parser": None}), byte, tasks={"x": tasks["label"]})
+
+
+def test_a_record_is_dropped_where_the_prompt_of_one_task_is_too_long(tmp_path, byte):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"question": "1234", "answer": "x"}\n{"question": "12", "answer": "y"}')
+    config = JsonlPrompts(path=str(path), template="none", max_prompt_length=6)
+    prompts = load_prompts(config, byte, tasks={"a": TaskKeys(prefix="abc:", answer="{answer}")})
+    assert [example.prompt for example in prompts] == ["12"] and prompts.dropped_long == 1
+    assert len(load_prompts(config, byte)) == 2

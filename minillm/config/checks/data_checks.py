@@ -21,6 +21,22 @@ def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
             yield from _keys_of_chats(("eval", group, name), source.template)
 
 
+def parsers_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """References are taken apart for a method that makes tasks of the parts."""
+    if data.prompts is not None and not method.needs().tasks:
+        message = f"has no effect on training by method {method.name}, which makes no tasks of rationales and labels"
+        yield Idle("data.prompts.parser", message, ("method.name",))
+
+
+def held_out_parsers_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
+    """Held-out references are taken apart where labels are compared."""
+    if eval.label_accuracy is None:
+        for name in eval.sets:
+            yield Idle(
+                ("eval", "sets", name, "parser"), "has no effect without eval.label_accuracy", ("eval.label_accuracy",)
+            )
+
+
 def _keys_of_chats(path: tuple[str, ...], template: str) -> Iterator[Found]:
     if template != "chat":
         message = f"has no effect on template {template}; it is for chat"

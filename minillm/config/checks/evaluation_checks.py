@@ -15,6 +15,10 @@ def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherConfig | None) ->
     why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
     if eval.sets and "_kl_" in eval.metric and why is not None:
         yield Found("eval.metric", f"{eval.metric} is a distance to the teacher, and {why}", ("eval.teacher",))
+    if eval.sets and eval.metric == "label_accuracy" and eval.label_accuracy is None:
+        yield Found(
+            "eval.metric", "label_accuracy is not measured here; set eval.label_accuracy", ("eval.label_accuracy",)
+        )
     if eval.exposure_bias is not None and why is not None:
         yield Found("eval.exposure_bias", f"is measured against the teacher, and {why}", ("eval.teacher",))
     if any(low >= high for low, high in pairwise(eval.length_buckets)):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
-from minillm.config.data import DataConfig, PlainPrompts, PydocPrompts
+from minillm.config.data import ArithmeticPrompts, DataConfig, PlainPrompts, PydocPrompts
 from minillm.config.evaluation import EvalConfig
 from minillm.config.method import Method
 from minillm.config.models import StudentConfig, TeacherConfig
@@ -31,10 +31,17 @@ def material(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
 
 def images_shown(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
     """Prompts come from where images may come from, where the method needs them."""
-    if method.needs().images and isinstance(data.prompts, PydocPrompts | PlainPrompts):
+    if method.needs().images and isinstance(data.prompts, PydocPrompts | ArithmeticPrompts | PlainPrompts):
         why, reads = _why(method, "images")
         message = f"{data.prompts.type} prompts show no images, which method {method.name} trains on{why}"
         yield Found("data.prompts.type", message, reads)
+
+
+def fields_there(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """Prompts come from records with fields, where the method makes tasks of these."""
+    if method.needs().tasks and isinstance(data.prompts, PlainPrompts):
+        message = f"text prompts have no fields, of which method {method.name} makes its tasks"
+        yield Found("data.prompts.type", message, ("method.name",))
 
 
 def teacher_needed(facts: Facts, teacher: TeacherConfig | None, method: Method) -> Iterator[Found]:

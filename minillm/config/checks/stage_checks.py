@@ -8,7 +8,13 @@ import inspect
 from collections.abc import Iterator
 
 from minillm.config.checks.architecture_checks import causal_models, fresh_architecture
-from minillm.config.checks.data_checks import corpus_used, evaluation_prompts, training_prompts
+from minillm.config.checks.data_checks import (
+    corpus_used,
+    evaluation_prompts,
+    held_out_parsers_used,
+    parsers_used,
+    training_prompts,
+)
 from minillm.config.checks.deepspeed_checks import deepspeed_file, deepspeed_installed, sharding_keys
 from minillm.config.checks.evaluation_checks import evaluation_keys_used, measurable, measured_after_training
 from minillm.config.checks.facts import Facts, Idle, as_path, beside
@@ -16,6 +22,7 @@ from minillm.config.checks.length_checks import answers_fit, corpus_fits, evalua
 from minillm.config.checks.method_checks import (
     adapters_trained,
     evaluations_made,
+    fields_there,
     images_shown,
     material,
     own_keys,
@@ -59,8 +66,11 @@ CHECKS = (
     deepspeed_file,
     material,
     images_shown,
+    fields_there,
     corpus_used,
     training_prompts,
+    parsers_used,
+    held_out_parsers_used,
     teacher_needed,
     own_keys,
     evaluations_made,

@@ -17,3 +17,9 @@ def test_a_system_message_is_for_chats(recipe, change):
 def test_a_stage_may_have_another_template_than_the_one_it_inherits_the_message_of(recipe):
     stages = {"one": {"data": {"prompts": {"template": "alpaca"}}}, "two": {}}
     assert recipe.problems(data__prompts=CHAT, stages=stages) == {}
+
+
+def test_training_references_are_taken_apart_for_tasks(recipe):
+    found = recipe.problems("data.prompts.parser=gsm8k", method={"name": "sft"})
+    assert "makes no tasks" in found["data.prompts.parser"]
+    assert recipe.problems("data.prompts.parser=gsm8k", method={"name": "step_by_step"}) == {}

@@ -14,6 +14,20 @@ def test_the_metric_must_be_measurable(recipe):
     assert recipe.problems(eval={"sets": sets, "metric": "loss_nats"}, **without) == {}
 
 
+def test_label_accuracy_is_asked_for_where_it_chooses_the_best_model(recipe):
+    sets = {"a": {"path": "data/train.jsonl", "parser": "gsm8k"}}
+    chosen = {"sets": sets, "metric": "label_accuracy"}
+    assert "set eval.label_accuracy" in recipe.problems(eval=chosen)["eval.metric"]
+    assert recipe.problems(eval={**chosen, "label_accuracy": {"compare": "equation"}}) == {}
+
+
+def test_a_parser_is_for_labels_that_are_compared(recipe):
+    sets = {"a": {"path": "data/train.jsonl"}}
+    found = recipe.problems("eval.sets.a.parser=gsm8k", eval={"sets": sets})
+    assert "without eval.label_accuracy" in found["eval.sets.a.parser"]
+    assert recipe.problems("eval.sets.a.parser=gsm8k", eval={"sets": sets, "label_accuracy": {}}) == {}
+
+
 def test_a_seed_is_named_once(recipe):
     assert "names 3 more than once" in recipe.problems(eval={"seeds": [3, 4, 3]})["eval.seeds"]
 

@@ -133,6 +133,30 @@ def test_images_come_with_prompts_that_may_show_some(preference):
         )
 
 
+def test_tasks_are_made_of_records_with_fields(recipe):
+    text = {"type": "text", "path": "data/book.txt"}
+    found = recipe.problems(method={"name": "step_by_step"}, teacher=None, data__prompts=text)
+    assert found["data.prompts.type"].startswith("text prompts have no fields")
+    assert "data.prompts.type" not in recipe.problems(
+        method={"name": "step_by_step"}, data__prompts={"type": "arithmetic"}
+    )
+
+
+@pytest.mark.parametrize(
+    "tasks, key",
+    [
+        ({"a": {"prefix": "x"}}, "a.answer"),
+        ({"a": {"answer": "{x"}}, "a.answer"),
+        ({"a": {"answer": "x", "weight": 0.0}}, "a.weight"),
+        ({"a/b": {"answer": "x"}}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_task_says_its_answer_and_a_positive_weight(recipe, tasks, key):
+    found = recipe.problems(method={"name": "step_by_step", "tasks": tasks})
+    assert any(path.startswith(f"method.tasks.{key}".rstrip(".")) for path in found), found
+
+
 def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):
     monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"sample"}))
     assert preference()["teacher"] == (

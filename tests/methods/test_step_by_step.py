@@ -1,0 +1,184 @@
+"""step_by_step: the loss and gradients of full logits in float64, whole runs, and records without a label."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from minillm.config.loader.run_plan import load_run
+from minillm.config.method import Task
+from minillm.config.root import StageConfig
+from minillm.data.instructions import Example
+from minillm.data.stream import Stream
+from minillm.engine.module import TermLoss
+from minillm.engine.step_sums import divisors
+from minillm.methods import build_method
+from minillm.methods.protocol import Observation, TrainingData
+from minillm.models.batch import TokenSequence
+from minillm.planning.planner import plan_run
+from tests.methods.conftest import RecordingRollouts, steps_of
+from tests.runs import panels, records
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = {"label": 0.7, "rationale": 0.4, "both": 1.5}
+# answers of different lengths, so that one mean over all tokens is another number; the second record has no label
+ANSWERS = [
+    {"label": [90], "rationale": [91, 92, 93, 94, 95], "both": [91, 92]},
+    {"label": [], "rationale": [96, 97, 98], "both": [93]},
+    {"label": [99, 100], "rationale": [101, 102], "both": [94, 95, 96]},
+    {"label": [103], "rationale": [104, 105, 106, 107], "both": [97]},
+]
+
+
+def method(*, size: int = 4):
+    tasks = {name: Task(prefix=f"{name}: ", answer="{label}", weight=weight) for name, weight in WEIGHTS.items()}
+    return build_method(
+        StageConfig(
+            output_dir="unused",
+            student={"path": "unused"},
+            method={"name": "step_by_step", "tasks": {name: task.model_dump() for name, task in tasks.items()}},
+            train={"max_steps": 1, "per_device_train_batch_size": size},
+        )
+    )
+
+
+@pytest.fixture
+def data(tmp_path):
+    examples = [
+        Example(
+            index, [60], [], "", (), tasks=
+            {name: TokenSequence([60 + index, 70, *range(place)], answer, index) for place, (name, answer) in
+             enumerate(answers.items())},
+        )
+        for index, answers in enumerate(ANSWERS)
+    ]  # fmt: skip
+    return TrainingData(Stream(examples, seed=1), None, RecordingRollouts(), tmp_path)
+
+
+def loss_of(terms, models):
+    """The loss of micro-batches as an engine adds it up, and the sums of the metrics."""
+    side = TermLoss(models.student, vocab_size=models.vocab_size, backend="torch")
+    divided_by = divisors(terms)
+    loss, sums = torch.zeros(()), {}
+    for term in terms:
+        one, metrics = side(term)
+        loss = loss + term.weight * one / (divided_by[term.name] or 1.0)
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    return loss, sums
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1], ids=["at_once", "record_by_record"])  # one record has no label
+def test_loss_and_gradients_are_those_of_full_logits_in_float64(micro_batch, make_models, data):
+    models, subject = make_models(teacher=False), method()
+    items = subject.collect(data, models, draw=0)
+    assert sorted(item.key for item in items) == [0, 1, 2, 3]
+    parts = [items[start : start + micro_batch] for start in range(0, 4, micro_batch)]
+    loss, sums = loss_of([term for part in parts for term in subject.terms(part, data, models)], models)
+    found = torch.autograd.grad(loss, list(models.student.parameters()))
+
+    student = models.student.double()
+    try:
+        want, means = torch.zeros((), dtype=torch.float64), {}
+        for place, (name, weight) in enumerate(WEIGHTS.items()):
+            tokens = []
+            for index, answers in enumerate(ANSWERS):
+                prompt, answer = [60 + index, 70, *range(place)], answers[name]
+                log_q = student(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+                tokens += [-log_q[len(prompt) - 1 + t, token] for t, token in enumerate(answer)]
+            means[name] = torch.stack(tokens).mean()
+            want = want + weight * means[name]
+        gradients = torch.autograd.grad(want, list(student.parameters()))
+    finally:
+        student.float()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    for name in WEIGHTS:
+        count = sum(len(answers[name]) for answers in ANSWERS)
+        assert sums[f"cross_entropy_nats/{name}"] / count == pytest.approx(means[name].item(), rel=1e-5)
+    scale = max(one.abs().max().item() for one in gradients)
+    assert scale > 1e-3
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_records_without_an_answer_are_counted(data, make_models):
+    subject = method()
+    subject.collect(data, None, draw=0)
+    said = subject.observe(Observation("step", {}, 1))
+    assert said == {
+        "unanswered_percent/label": 25.0,
+        "unanswered_percent/rationale": 0.0,
+        "unanswered_percent/both": 0.0,
+    }
+
+
+def test_a_step_without_any_label_trains_the_other_tasks(data, make_models):
+    models, subject = make_models(teacher=False), method(size=1)
+    (bare,) = [item for _ in range(4) for item in subject.collect(data, models, draw=0) if item.key == 1]
+    terms = {term.name: term for term in subject.terms([bare], data, models)}
+    loss, _ = loss_of(list(terms.values()), models)
+    others, _ = loss_of([terms["rationale"], terms["both"]], models)
+    assert terms["label"].count == 0 and loss.item() == others.item() > 1
+    assert all(one.isfinite().all() for one in torch.autograd.grad(loss, list(models.student.parameters())))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, small_run) -> Path:
+    folder = tmp_path_factory.mktemp("step_by_step")
+    document = small_run(folder, layers=1)
+    document["eval"] = {"sets": {}}
+    texts = [f"add {n} and {n}. #### {2 * n}" if n % 3 else f"no label for {n}" for n in range(8)]
+    lines = [json.dumps({"question": f"{n} + {n}", "answer": text}) for n, text in enumerate(texts)]
+    (folder / "sums.jsonl").write_text("\n".join(lines))
+    document["data"] = {"prompts": {"path": str(folder / "sums.jsonl"), "template": "none", "parser": "gsm8k",
+                                    "max_prompt_length": 24, "max_response_length": 20}}  # fmt: skip
+    document["train"] |= {"max_steps": 4, "learning_rate": 1e-3}
+    document["method"] = {"name": "step_by_step"}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+KEYS = [f"{kind}/{task}" for kind in ("cross_entropy_nats", "unanswered_percent") for task in ("label", "rationale")]
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed, one_thread):
+    broken, places = killed(first=16, later=12)
+    assert any(0 < steps < 4 for _, steps in places), places
+    assert records(broken) == records(trained)
+    ours, theirs = (load_file(one / "final" / "model.safetensors") for one in (broken, trained))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_two_ranks_of_zero_3_take_the_same_steps(trained, two_ranks):
+    ours, theirs = (steps_of(folder, "main") for folder in (two_ranks, trained))
+    assert {one["unanswered_percent/label"] for one in theirs} >= {
+        50.0
+    }  # a rank without a label beside one that has it
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ("loss", "loss/label", "loss/rationale", *KEYS):
+            assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+
+
+def test_the_picture_has_the_loss_of_each_task_and_what_lacks_an_answer(trained):
+    drawn, steps = panels(trained), steps_of(trained, "main")
+    for task in ("label", "rationale"):
+        for title, key in (
+            (f"Cross-entropy of task {task}", f"cross_entropy_nats/{task}"),
+            (f"Records without a {task}", f"unanswered_percent/{task}"),
+        ):
+            assert [one[key] for one in steps] in [list(line.get_ydata()) for line in drawn[title]], title
+
+
+def test_its_recipe_is_planned(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    work = plan_run(load_run([Path("configs/step_by_step.yaml")]), gpu="cpu").stages[-1].work
+    assert [(one.name, one.batch, one.rows, one.teacher) for one in work.terms] == [
+        ("label", 16, 16 * 48, False),
+        ("rationale", 16, 16 * 48, False),
+    ]
