@@ -20,16 +20,14 @@ def page():
     """The page's blocks: the configuration class, the method's class, the recipe."""
     blocks = re.findall(r"```(python|yaml)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     (keys, method), (recipe,) = ([text for kind, text in blocks if kind == wanted] for wanted in ("python", "yaml"))
-    import minillm.config.method as home
     from minillm.config.root import StageConfig
 
-    names = dict(vars(home))  # the class stands in that file
-    exec(compile(keys, str(PAGE), "exec"), names)
     module: dict = {}
+    exec(compile(keys, str(PAGE), "exec"), module)
     exec(compile(method, str(PAGE), "exec"), module)
     field = StageConfig.model_fields["method"]
     before = field.annotation
-    register(names["Annealed"], module["METHOD"])
+    register(module["KEYS"], module["METHOD"])
     yield recipe
     field.annotation = before  # messages that list the methods are other tests'
     StageConfig.model_rebuild(force=True)

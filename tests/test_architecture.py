@@ -14,7 +14,7 @@ import pytest
 
 from minillm.cli.arguments import BENCHMARKS
 from minillm.config.method import MethodConfig
-from minillm.config.root import StageConfig
+from minillm.config.root import StageConfig, method_classes
 
 ROOT = Path(__file__).parents[1]
 SOURCE = sorted(
@@ -132,6 +132,12 @@ def method_names() -> set[str]:
         get_args(one.model_fields["name"].annotation)[0]
         for one in get_args(StageConfig.model_fields["method"].annotation)
     }
+
+
+def test_the_files_of_a_method_are_called_after_it():
+    for name, keys in method_classes().items():
+        assert keys.__module__ == f"minillm.config.methods.{name}_keys"
+        assert (ROOT / "minillm" / "methods" / f"{name}.py").exists()
 
 
 def is_name_of_method(node: ast.AST) -> bool:

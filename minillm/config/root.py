@@ -8,7 +8,8 @@ from pydantic import Field, ValidationError
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
 from minillm.config.keys import FolderPath, Seed, Strict
-from minillm.config.method import Method, MethodConfig
+from minillm.config.method import MethodConfig
+from minillm.config.methods import Method
 from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import Group

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minillm.config.method import DPKD
+from minillm.config.methods.dpkd_keys import DPKD
 from minillm.losses import TokenStats
 from minillm.methods.on_policy import sampled_pairs
 from minillm.methods.preference import (

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minillm.config.method import MiniLLM
+from minillm.config.methods.minillm_keys import MiniLLM
 from minillm.losses import TokenStats
 from minillm.methods.on_policy import clipped_policy_loss, sample_answers
 from minillm.methods.protocol import Method, Term, TrainingData

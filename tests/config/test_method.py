@@ -6,7 +6,10 @@ import pytest
 
 from minillm.config.loader.schema import file_schema
 from minillm.config.loader.stages import stage_documents
-from minillm.config.method import GKD, KD, MethodConfig, MiniLLM
+from minillm.config.method import MethodConfig
+from minillm.config.methods.gkd_keys import GKD
+from minillm.config.methods.kd_keys import KD
+from minillm.config.methods.minillm_keys import MiniLLM
 from minillm.config.needs import Needs, TermNeeds, UndeclaredNeeds
 from minillm.config.root import method_classes
 

@@ -13,7 +13,7 @@ import yaml
 
 from minillm import UserError
 from minillm.config.loader.run_plan import load_run
-from minillm.config.method import DistiLLM
+from minillm.config.methods.distillm_keys import DistiLLM
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from minillm.config.method import DPKD
+from minillm.config.methods.dpkd_keys import DPKD
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss

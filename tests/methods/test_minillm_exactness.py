@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillm.config.method import MiniLLM
+from minillm.config.methods.minillm_keys import MiniLLM
 from minillm.losses import linear_objective
 from minillm.methods.minillm import add_advantages, policy_objective
 from minillm.rollout.buffer import Rollout

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from minillm import UserError
-from minillm.config.method import OPD
+from minillm.config.methods.opd_keys import OPD
 from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from minillm.config.loader.run_plan import load_run
-from minillm.config.method import Task
+from minillm.config.methods.step_by_step_keys import Task
 from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream

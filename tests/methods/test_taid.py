@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from minillm import UserError
-from minillm.config.method import TAID
+from minillm.config.methods.taid_keys import TAID
 from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream

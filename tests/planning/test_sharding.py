@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from minillm.config.method import SFT, MiniPLM
+from minillm.config.methods.miniplm_keys import MiniPLM
+from minillm.config.methods.sft_keys import SFT
 from minillm.config.models import TeacherConfig
 from minillm.planning.sharding import Sharding, sharding_of
 from minillm.planning.sizes import ModelSize

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
-from minillm.config.method import Method
+from minillm.config.methods import Method
 
 
 def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:

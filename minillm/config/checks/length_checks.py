@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from minillm.config.checks.facts import Facts, Found, architecture_of, context_of, keys_at
 from minillm.config.data import DataConfig, PlainPrompts, Prompts
 from minillm.config.evaluation import EvalConfig
-from minillm.config.method import Method
+from minillm.config.methods import Method
 from minillm.config.needs import Needs, Rows
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import KeyPath

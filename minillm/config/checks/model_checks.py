@@ -7,7 +7,8 @@ from pathlib import Path
 
 from minillm.config.checks.facts import Facts, Found, Idle, architecture_of
 from minillm.config.checks.packages import is_installed, missing_packages
-from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES
+from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES, LoraConfig
+from minillm.config.methods import Method
 from minillm.config.models import OF_INIT, StudentConfig, TeacherConfig
 from minillm.config.paths import is_hub_name
 
@@ -73,17 +74,28 @@ def pruned_layers(facts: Facts, student: StudentConfig) -> Iterator[Found]:
 
 
 def adapters(facts: Facts, student: StudentConfig) -> Iterator[Found]:
-    """The package that trains them is installed, and they are not asked for where no loss would see them."""
-    if student.lora is None:
-        return
+    """The adapters of the student can be trained."""
+    if student.lora is not None:
+        yield from _trainable(("student", "lora"), student.lora)
+
+
+def own_adapters(facts: Facts, method: Method) -> Iterator[Found]:
+    """The adapters that a method has among its keys can be trained."""
+    for key, value in method:
+        if isinstance(value, LoraConfig):
+            yield from _trainable(("method", key), value)
+
+
+def _trainable(place: tuple[str, ...], lora: LoraConfig) -> Iterator[Found]:
+    """The package that trains adapters is installed, and they are not asked for where no loss would see them."""
     if not is_installed("peft"):
-        yield Found("student.lora", "needs peft, which is not installed: pip install -e '.[lora]' in minillm's folder")
-    names = student.lora.target_modules
-    for place, name in enumerate([] if isinstance(names, str) else names):
+        yield Found(place, "needs peft, which is not installed: pip install -e '.[lora]' in minillm's folder")
+    names = lora.target_modules
+    for number, name in enumerate([] if isinstance(names, str) else names):
         last = name.rpartition(".")[2]
         refused = HEAD_REFUSED if last in HEADS else TABLE_REFUSED if last in TABLES else None
         if refused is not None:
-            yield Found(("student", "lora", "target_modules", place), refused.format(name))
+            yield Found((*place, "target_modules", number), refused.format(name))
 
 
 def installed(facts: Facts) -> Iterator[Found]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
-from minillm.config.method import Method
+from minillm.config.methods import Method
 from minillm.config.rollout import RolloutConfig
 from minillm.config.training import Engine, TrainConfig
 from minillm.distributed.launcher import launched_size

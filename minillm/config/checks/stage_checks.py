@@ -31,6 +31,7 @@ from minillm.config.checks.method_checks import (
 from minillm.config.checks.model_checks import (
     adapters,
     installed,
+    own_adapters,
     pruned_layers,
     quantized,
     revisions,
@@ -58,6 +59,7 @@ CHECKS = (
     fresh_architecture,
     adapters,
     adapters_trained,
+    own_adapters,
     installed,
     revisions,
     quantized,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.checks.place_checks import stage_problem
-from minillm.config.method import Method
+from minillm.config.methods import Method
 from minillm.config.models import StudentConfig
 from minillm.config.training import SCHEDULES, DeepSpeedEngine, TorchEngine, TrainConfig
 

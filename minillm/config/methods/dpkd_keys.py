@@ -1,0 +1,68 @@
+"""The keys of method dpkd; the formulas are in minillm/methods/dpkd.py."""
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from minillm.config.method import MethodConfig, Probability
+from minillm.config.needs import Needs, TermNeeds
+from minillm.config.preference_keys import PreferenceKeys
+
+
+class DPKD(PreferenceKeys, MethodConfig):
+    """Direct preference knowledge distillation (arXiv 2406.19774): the teacher's choice is preferred to the student's."""
+
+    name: Literal["dpkd"]
+    pairs: Literal["sequence", "token_argmax"] = Field(
+        "sequence",
+        description="sequence: sampled answers of teacher and student (the paper); token_argmax: their likeliest ids at "
+        "every token of the references (the released code)",
+    )
+    ce_coef: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="token_argmax: weight of the cross-entropy on the references"
+    )
+    lm_coef: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Weight of the pre-training loss on data.corpus")
+    pt_kd_ratio: Probability = Field(
+        0.0, description="Weight of the forward KL to the teacher in the pre-training loss (released: 0.5)"
+    )
+    summary: ClassVar[str] = (
+        "direct preference knowledge distillation (DPKD): the teacher's choice before the student's"
+    )
+    panels: ClassVar[dict[str, tuple[str, str]]] = {
+        "margin": ("Margin of the teacher's choice over the student's", "reward")
+    }
+
+    def needs(self) -> Needs:
+        token = self.pairs == "token_argmax"
+        compared = not self.reference_free
+        first = (
+            TermNeeds("preference", ("references",), teacher=True, labels=2 + (self.ce_coef > 0), scored=True)
+            if token
+            else TermNeeds("preference", ("answers",), teacher=compared, sequences=2)
+        )
+        pretraining = TermNeeds("pretraining", ("corpus",), teacher=self.pt_kd_ratio > 0)
+        return Needs(
+            (first, pretraining) if self.lm_coef > 0 else (first,),
+            references=token,
+            corpus=self.lm_coef > 0,
+            samples=() if token else ("teacher", "student"),
+            teacher=True,
+            teacher_abilities=frozenset() if token else frozenset({"sample"}),
+            because={"corpus": "lm_coef", "references": "pairs"},
+        )
+
+    def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+        yield from self.preference_findings()
+
+    def idle_keys(self) -> Iterator[tuple[str, str, str]]:
+        yield from self.idle_preference_keys()
+        if self.pairs == "token_argmax":
+            yield "length_norm", "has no effect on pairs token_argmax: every token is a pair of its own", "pairs"
+        else:
+            yield "ce_coef", "has no effect on pairs sequence; it is for token_argmax", "pairs"
+        if self.lm_coef == 0:
+            yield "pt_kd_ratio", "has no effect: with lm_coef 0 there is no pre-training loss", "lm_coef"
+
+
+KEYS = DPKD
