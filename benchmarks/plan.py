@@ -73,7 +73,8 @@ def _take_steps(case: Case) -> dict[str, int]:
         rollouts = LocalRollouts(models)
         del student, teacher, judge
         method = build_method(config)
-        engine = build_engine(config, models, total_steps=STEPS)
+        modules = method.modules(models)
+        engine = build_engine(config, models, total_steps=STEPS, modules=modules)
         data = TrainingData(*_streams(case), rollouts=rollouts, folder=Path(name))
         items: Sequence = []
         held_out = PromptSet(data.prompts.items[: 2 * case.evaluated], 0, "")

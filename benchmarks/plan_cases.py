@@ -6,6 +6,7 @@ from pathlib import Path
 STEPS = 3
 PROMPT, ANSWER = 48, 64
 SFT, KD, GKD = {"name": "sft"}, {"name": "kd"}, {"name": "gkd", "on_policy": 1.0}
+OKD = {"name": "okd", "lora": {"r": 16, "alpha": 32}}
 MINILLM = {"name": "minillm", "ppo_epochs": 2}
 
 
@@ -40,6 +41,7 @@ CASES = (
     Case("kd, bf16", "llama", KD, 384, 6, 8000, 8, batch=4, bf16=True),
     Case("kd, teacher in nf4", "llama", KD, 384, 6, 8000, 24, batch=8, quantization="nf4"),
     Case("minillm, teacher in int8", "llama", MINILLM, 384, 6, 8000, 24, batch=8, quantization="int8"),
+    Case("okd", "llama", OKD, 384, 6, 8000, 10, batch=8),
     Case("gkd, opt", "opt", GKD, 512, 6, 16000, 8, batch=8),
     Case("minillm", "llama", MINILLM, 512, 6, 16000, 10, batch=8),
     Case("minillm, long answers", "gpt2", MINILLM, 384, 6, 16000, 10, batch=8, answer=144),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minillm.config.data import TaskKeys
+from minillm.config.lora import LoraConfig
 
 Sampler = Literal["student", "teacher", "mixture"]
 Rows = Literal["answers", "references", "pairs", "corpus"]
@@ -32,6 +33,7 @@ class TermNeeds:
     teacher: bool = False
     sequences: int = 1  # of one item: a pair of sampled answers has two
     labels: int = 1  # ids that are scored at every position
+    trains: str = "student"  # the model whose rows these are
     scored: bool = False  # both models are run over the rows without a gradient first
 
 
@@ -64,6 +66,7 @@ class Needs:
     teacher: bool = False
     teacher_abilities: frozenset[Ability] = frozenset()
     reference: str | None = None  # the path, method.reference, of a frozen model that stands on the student's side
+    teacher_lora: LoraConfig | None = None  # adapters that are put into the teacher, and trained
     auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes
     because: dict[str, str] = field(default_factory=dict)

@@ -23,8 +23,8 @@ from minillm.engine.optimizer import make_optimizer
 from minillm.engine.saved_state import check_same_shapes, check_schedule_state
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
-from minillm.models.access import checkpoint_activations
 from minillm.models.loading import filled, is_hollow
+from minillm.models.modes import train_mode
 from minillm.models.quantization import is_quantized
 from minillm.models.sharded import is_sharded, name_accelerator, release
 from minillm.storage.atomic import sync
@@ -57,10 +57,8 @@ class DeepSpeedEngine:
         settings = engine_settings(train, config, world_size=self.world_size, trained=trained)
         if config.stage == 3 and not config.replicate_teacher:
             self._shard_teacher(settings)
-        student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
-        if train.gradient_checkpointing:
-            checkpoint_activations(student)
-        loss = TermLoss(student, modules, vocab_size=models.vocab_size, backend=config.backend)
+        train_mode(self.trained.values(), checkpointing=train.gradient_checkpointing)
+        loss = TermLoss(models.student, modules, vocab_size=models.vocab_size, backend=config.backend)
         # made while shapes say what decays
         client, self.scheduler = make_optimizer(
             self.trained, train, total_steps=total_steps, learning_rates=learning_rates

@@ -16,7 +16,7 @@ from minillm.engine.optimizer import make_optimizer
 from minillm.engine.saved_state import check_optimizer_state, check_schedule_state
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
-from minillm.models.access import checkpoint_activations
+from minillm.models.modes import train_mode
 from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
 
@@ -38,9 +38,8 @@ class TorchEngine:
         learning_rates: Mapping[str, float] = MappingProxyType({}),
     ):
         self.models, self.train_config = models, train
-        student = models.student.train()  # dropout is zero everywhere; checkpointing needs training mode
-        if train.gradient_checkpointing:
-            checkpoint_activations(student)
+        student = models.student
+        train_mode((student, *modules.values()), checkpointing=train.gradient_checkpointing)
         self.module = TermLoss(student, modules, vocab_size=models.vocab_size, backend=config.backend)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimizer, self.scheduler = make_optimizer(

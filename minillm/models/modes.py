@@ -1,10 +1,14 @@
-"""Running models for their outputs alone."""
+"""Running models for their outputs alone, and training them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from minillm.models.access import checkpoint_activations
+from minillm.models.loading import without_dropout
 
 
 @contextmanager
@@ -20,3 +24,13 @@ def sampling_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def train_mode(modules: Iterable[nn.Module], *, checkpointing: bool) -> None:
+    """Training mode without dropout. With `checkpointing`, which needs that mode, language models keep few activations."""
+    for module in modules:
+        module.train()
+        if isinstance(module, PreTrainedModel):
+            without_dropout(module)
+            if checkpointing:
+                checkpoint_activations(module)

@@ -147,7 +147,8 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
 
 def _not_counted(needs: Needs) -> Iterator[str]:
-    beside = [name for name in needs.trains if name != "student"]
+    counted = ("student",) if needs.teacher_lora is None else ("student", "teacher")
+    beside = [name for name in needs.trains if name not in counted]
     if beside:
         yield f"what the method trains beside the student: {', '.join(beside)}"
     if needs.images:

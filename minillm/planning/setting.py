@@ -21,6 +21,7 @@ class Setting:
     gradients_stay: bool  # from one step to the next
     checkpointing: bool
     lora: LoraConfig | None
+    teacher_lora: LoraConfig | None
 
     @classmethod
     def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
@@ -40,4 +41,5 @@ class Setting:
             gradients_stay=deepspeed,
             checkpointing=checkpointing,
             lora=student.lora,
+            teacher_lora=config.method.needs().teacher_lora,
         )

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import minillm
 from minillm import UserError
@@ -132,16 +132,22 @@ class _Simulator:
                 if setting.teacher_quantization is not None:
                     quantize(model, setting.teacher_quantization)
                 self.models["teacher"] = model.eval().requires_grad_(False)
+                if setting.teacher_lora is not None:
+                    add_adapters(without_dropout(model).train(), setting.teacher_lora, seed=0)
         if setting.checkpointing:
-            # no random state to preserve: there is no dropout
-            checkpoint_activations(self.student, preserve_rng_state=False)
+            for model in self._training():  # no random state to preserve: there is no dropout
+                checkpoint_activations(model, preserve_rng_state=False)
         self.vocab_size = min(lm_head(model).weight.shape[0] for model in self.models.values())
         self.losses: dict[str, LossShape] = {}
         self.kv_bytes = dict.fromkeys(self.models, 0)
 
+    def _training(self) -> list[PreTrainedModel]:
+        """The student, and a teacher with adapters."""
+        return [self.student] if self.setting.teacher_lora is None else [self.student, self.models["teacher"]]
+
     def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
-        self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        self.trained = [one for model in self._training() for one in model.parameters() if one.requires_grad]
         dtype = torch.float32 if self.setting.master_weights else None  # None: each weight's own
         with ledger.part("optimizer states"):
             states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
@@ -303,10 +309,11 @@ class _Simulator:
             with self.ledger.part("teacher hidden states"):
                 teacher = torch.empty(term.rows, head.shape[1], dtype=head.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            hidden = row_hidden(self.student, batch)
+            model = self.models[term.trains]
+            hidden = row_hidden(model, batch)
             compute = torch.bfloat16 if bf16 else hidden.dtype
             with self.ledger.part("loss buffers"):
-                loss = LossTwin.apply(hidden, lm_head(self.student).weight, compute, shape, self.ledger)
+                loss = LossTwin.apply(hidden, lm_head(model).weight, compute, shape, self.ledger)
         del hidden
         loss.backward()
         del teacher

@@ -108,14 +108,14 @@ def forward_flops(size: ModelSize, tokens: float, context: float) -> float:
 
 
 def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> float:
-    student = simulation.student
-    frozen = student.trained < student.parameters
-    # forward, backward once for the inputs and once for the weights, and forward again
-    passes = 3 - frozen + checkpointing
     total = 0.0
     for term in work.terms:
-        total += passes * forward_flops(student, term.batch * term.length, term.length)
-        total += term.rows * (3 - frozen) * 2.0 * student.head
+        size = simulation.student if term.trains == "student" else simulation.teacher
+        frozen = size.trained < size.parameters
+        # forward, backward once for the inputs and once for the weights, and forward again
+        passes = 3 - frozen + checkpointing
+        total += passes * forward_flops(size, term.batch * term.length, term.length)
+        total += term.rows * (3 - frozen) * 2.0 * size.head
         if term.teacher:
             total += term.rows * 2.0 * simulation.teacher.head
     return total * work.micro_batches

@@ -71,6 +71,7 @@ class TermShape:
     rows: int  # of all sequences, predictions that count
     teacher: bool  # reads the teacher's rows
     from_buffer: bool  # its teacher's hidden states come from the rollout buffer, which lies on the CPU
+    trains: str = "student"  # student, teacher
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
         batch = micro * text.sequences
         from_buffer = needs.buffered and "answers" in term.rows
         terms.append(
-            TermShape(term.name, batch, text.length, batch * text.rows * term.labels, term.teacher, from_buffer)
+            TermShape(
+                term.name, batch, text.length, batch * text.rows * term.labels, term.teacher, from_buffer, term.trains
+            )
         )
     return tuple(terms)
 

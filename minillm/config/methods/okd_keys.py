@@ -48,14 +48,15 @@ class OKD(MethodConfig):
     }
 
     def needs(self) -> Needs:
-        terms = [TermNeeds(name, ("references",), teacher=True) for name in ("student", "teacher")]
+        terms = [TermNeeds(name, ("references",), teacher=True, trains=name) for name in ("student", "teacher")]
         if self.anchor > 0:
-            terms.append(TermNeeds("anchor", ("references",), teacher=True))
+            terms.append(TermNeeds("anchor", ("references",), teacher=True, trains="teacher"))
         return Needs(
             tuple(terms),
             references=True,
             teacher=True,
             teacher_abilities=frozenset({"hidden", "train"}),
+            teacher_lora=self.lora,
             trains=("student", "teacher"),
         )
 
