@@ -137,12 +137,6 @@ def test_keys_without_effect_are_named():
     assert {key for key, *_ in okd().config.method.idle_keys()} == {"student_beta", "teacher_beta"}
 
 
-def test_without_peft_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("minillm.config.method.is_installed", lambda name: False)
-    ((key, message, _),) = okd().config.method.findings()
-    assert key == "lora" and "pip install" in message
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, small_run) -> Path:
     folder = tmp_path_factory.mktemp("okd")

@@ -133,6 +133,15 @@ def test_adapters_need_their_extra(recipe, installed):
     assert recipe.problems(student__lora={"r": 8, "alpha": 32, "target_modules": ["q_proj", "mlp.c_proj"]}) == {}
 
 
+def test_adapters_of_a_method_are_looked_at_as_the_students_are(recipe, installed):
+    method = {"name": "okd", "lora": {"r": 8, "alpha": 32, "target_modules": ["q_proj", "lm_head"]}}
+    message = recipe.problems(method=method, teacher={"path": "models/big"})
+    assert "needs peft, which is not installed" in message["method.lora"]
+    installed.add("peft")
+    ((path, message),) = recipe.problems(method=method, teacher={"path": "models/big"}).items()
+    assert path == "method.lora.target_modules[1]" and "lm_head is the LM head" in message
+
+
 @pytest.mark.parametrize(
     ("lora", "path", "words"),
     [
