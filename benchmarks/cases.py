@@ -1,4 +1,4 @@
-"""What is measured: a loss, shapes, a dtype; its inputs, drawn at random; and its exact value and gradients.
+"""The cases that are measured: a loss, shapes, a dtype; its inputs, drawn at random; and its exact value and gradients.
 
 Logits have a standard deviation of `SPREAD`, a quarter of the rows twice that (peaked distributions), and the teacher's
 differ from the student's by noise, so that the divergences are those of a student that has learnt something. Uniform
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher's hidden states and head take part."""
+        """True where the teacher's hidden states and head take part."""
         return self.loss != "cross_entropy" and not self.top_k
 
     def flops(self, mode: str) -> float:

@@ -1,4 +1,4 @@
-"""What the kernels are to reach on a Hopper GPU, as data: the cases, who must run them, and each goal's bound.
+"""The goals of the kernels on a Hopper GPU, as data: their cases, the providers that must run them, and their bounds.
 
 `minillm bench kernels --goals` measures these alone. Goals are about bf16 inputs and the reverse KL; ratios are between
 numbers of one run. "The bare products" are the head products and nothing else, with fp32 logits.
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def runs(provider: str, case: Case) -> bool:
-    """Whether a goal needs this provider, or the float64 oracle, on this case, whatever its seed."""
+    """True where a goal needs this provider, or the float64 oracle, on this case, whatever its seed."""
     case = replace(case, seed=0)
     if provider in (LEAN, TILED):
         return case == LARGE

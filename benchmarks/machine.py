@@ -1,4 +1,4 @@
-"""What a result was measured on: a number without its machine and versions is worth nothing."""
+"""The machine and versions of a result: a number without its machine and versions is worth nothing."""
 
 import importlib.metadata
 import os

@@ -119,7 +119,7 @@ def release(device: torch.device) -> None:
 
 
 def peak_bytes(run: Callable[[], Tensor], device: torch.device) -> int | None:
-    """What one warm call holds at its peak beyond what was held before: the gradients it returns, and all between."""
+    """The bytes that one warm call holds at its peak beyond what was held before: the gradients it returns, and all between."""
     release(device)
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -21,7 +21,7 @@ Call = Callable[[], Tensor]
 
 
 class Unavailable(Exception):
-    """Why a provider does not run a case."""
+    """The reason for which a provider does not run a case."""
 
 
 LIGER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # and TRL's: the end points of their generalised JSD

@@ -1,4 +1,4 @@
-"""Who computes a loss: this library's backends, plain torch, the bare matrix products, and the peers of `peers`.
+"""All that compute a loss: this library's backends, plain torch, the bare matrix products, and the peers of `peers`.
 
 A provider is a function that takes the inputs of a case and returns a call: the mean loss over kept tokens, a scalar
 with a graph. It raises Unavailable with the reason where it is not installed, or computes another loss, or cannot run
@@ -61,7 +61,7 @@ def _ours(backend: str, inputs: Inputs, **options: object) -> Call:
 
 
 def _rows(inputs: Inputs) -> tuple[Tensor, ...]:
-    """What `_rowwise` takes of every kept token."""
+    """The values that `_rowwise` takes of every kept token."""
     hidden, teacher, labels, advantages = inputs.kept()
     return hidden, labels, advantages, *(inputs.kept_top_k() if inputs.case.top_k else (teacher,))
 

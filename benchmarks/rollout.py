@@ -40,7 +40,7 @@ COLUMNS = ("hidden", "layers", "vocab", "mode", "answers", "provider", "tokens_p
 
 @dataclass(frozen=True)
 class Case:
-    """What is sampled."""
+    """The models, prompts and answers of one line of the table."""
 
     hidden: int
     layers: int

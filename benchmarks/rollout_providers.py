@@ -1,4 +1,4 @@
-"""What `minillm bench rollout` compares: our two decode loops and transformers' `generate` with two kinds of cache."""
+"""The samplers that `minillm bench rollout` compares: our two decode loops and transformers' `generate` with two kinds of cache."""
 
 import argparse
 import random
@@ -32,7 +32,7 @@ Run = Callable[[int], int]  # answers every prompt once; from the number of the 
 
 
 def why_not(provider: str, device: torch.device) -> str | None:
-    """Why a provider cannot run on a device, None where it can."""
+    """The reason for which a provider cannot run on a device, None where it can."""
     return "needs a GPU" if provider == "ours-graphs" and device.type != "cuda" else None
 
 

@@ -18,7 +18,7 @@ LEARNING_RATE = 1e-5
 
 
 class Unavailable(Exception):
-    """Why a provider cannot run here."""
+    """The reason for which a provider cannot run here."""
 
 
 class Silent:

@@ -71,7 +71,7 @@ def _reason(failure: Exception) -> str:
 
 
 def profile(inputs: Inputs, rows: int = 14) -> str:
-    """Where the time of one forward and backward pass goes, by kernel."""
+    """The time of one forward and backward pass, by kernel."""
     from torch.profiler import ProfilerActivity
 
     leaves = inputs.student_hidden, inputs.student_weight

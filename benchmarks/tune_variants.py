@@ -1,4 +1,4 @@
-"""What `minillm bench tune` times: the machine's ceilings, and the kernels with every size that is worth a try."""
+"""The variants that `minillm bench tune` times: the machine's ceilings, and the kernels with every size that is worth a try."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What a caller may pass, argument by argument: errors that name it and say what to do."""
+"""Checks of every argument that a caller passes: errors name it and say what to do."""
 
 import math
 import numbers

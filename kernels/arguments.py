@@ -207,7 +207,7 @@ def _specs(model: Model, *, graded: bool) -> tuple[HeadSpec, ...]:
 
 
 def accumulation(weight_grad: Any, tensors: Tensors, logits: torch.dtype) -> tuple[torch.dtype | Tensor, ...]:
-    """What `weight_grad` means for the weight of every head of the student. Raises ValueError naming it."""
+    """The meaning of `weight_grad` for the weight of every head of the student. Raises ValueError naming it."""
     heads = tensors.student
     if isinstance(weight_grad, tuple | list):
         if len(weight_grad) != len(heads) or len(heads) == 1:

@@ -28,7 +28,7 @@ FAR = 1e30  # stands for an infinite log-ratio: 0 * FAR is 0 where 0 * inf would
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the row operations compute, and how raw logits become logits: z = softcap(scale * raw) / temperature."""
+    """The fields that row operations compute, and the way from raw logits: z = softcap(scale * raw) / temperature."""
 
     fields: tuple[str, ...]  # names of FIELDS
     temperature: float = 1.0
@@ -41,7 +41,7 @@ class RowSpec:
     interpolation: float = 0.4  # t of interpolated_cross_entropy
 
     def needs(self, what: str) -> bool:
-        """Whether any field needs the `teacher`, the `labels`, or a `second_pass`."""
+        """True where any field needs the `teacher`, the `labels`, or a `second_pass`."""
         return any(getattr(FIELDS[name], what) for name in self.fields)
 
 
@@ -152,7 +152,7 @@ class Field:
 
     @property
     def second_pass(self) -> bool:
-        """Whether an online pass is not enough: normalised probabilities of both models must be known first."""
+        """True where an online pass is not enough: normalised probabilities of both models must be known first."""
         return self.u is not None
 
 

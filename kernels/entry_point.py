@@ -1,4 +1,4 @@
-"""What makes a function one of the door's: its options as declared, and the transforms of torch that it does not take."""
+"""Common to all functions of the door: options as declared, and a refusal of the transforms of torch that none takes."""
 
 import difflib
 import functools

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: raw logits to logits, the log-ratio of two models, and the online softmax.
+"""The common part of the Triton kernels: raw logits to logits, the log-ratio of two models, and the online softmax.
 
 Every lane of a block keeps its own running maximum m and sums under e = exp(z - m), so that no reduction stands inside
 a loop over the vocabulary; one exponential does for both cases of the online softmax, as of exp(z - m_old) and
@@ -18,7 +18,7 @@ FAR = tl.constexpr(divergences.FAR)
 
 
 def transform(spec: RowSpec) -> dict[str, float | int]:
-    """How raw logits become logits, as the kernels take it."""
+    """The way from raw logits to logits, as the kernels take it."""
     result: dict[str, float | int] = {}
     for who, scale, softcap in (
         ("student", spec.student_scale, spec.student_softcap),

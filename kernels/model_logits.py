@@ -27,7 +27,7 @@ class HeadTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """How one head is multiplied out."""
+    """The products of one head."""
 
     compute: torch.dtype  # of its GEMMs
     scale: float = 1.0  # of a summand; of a single head the RowSpec has them
@@ -36,12 +36,12 @@ class HeadSpec:
 
     @property
     def keeps_raw(self) -> bool:
-        """Whether the gradient reads the summand's raw logits."""
+        """True where the gradient reads the summand's raw logits."""
         return self.softcap is not None and self.graded
 
 
 def buffers(specs: tuple[HeadSpec, ...]) -> int:
-    """How many (C, V) buffers of logits ModelLogits holds."""
+    """The number of (C, V) buffers of logits that ModelLogits holds."""
     first, *others = _order(specs)
     passing = any(specs[index].softcap is not None and not specs[index].keeps_raw for index in others)
     return 1 + sum(spec.keeps_raw for spec in specs) + passing

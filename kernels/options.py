@@ -12,7 +12,7 @@ WeightGrad = str | Tensor | tuple[str | Tensor, ...]
 
 
 class Option(NamedTuple):
-    """What a declaration says of an option besides its type."""
+    """The part of an option's declaration besides its type."""
 
     default: Any
     meaning: str

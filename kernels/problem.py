@@ -26,7 +26,7 @@ class Tensors(NamedTuple):
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
-        """What may require grad: hidden states, weight and bias of every head of the student."""
+        """The tensors that may require grad: hidden states, weight and bias of every head of the student."""
         return tuple(tensor for head in self.student for tensor in head)
 
     @property
@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed and how, without any tensor."""
+    """The computation that is asked for, without any tensor."""
 
     spec: RowSpec
     shape: torch.Size  # leading dimensions of the hidden states
@@ -132,7 +132,7 @@ class Problem:
         )
 
     def empty_statistics(self, device: torch.device) -> dict[str, Tensor]:
-        """What the row operations would return for no rows."""
+        """The results of the row operations for no rows."""
         empty = {name: torch.int64 if name.endswith("argmax") else self.logits for name in self.spec.fields}
         return {name: torch.empty(0, dtype=dtype, device=device) for name, dtype in empty.items()}
 

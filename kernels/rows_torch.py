@@ -214,7 +214,7 @@ def _rows(
     values: bool,
     slope: bool,
 ) -> Rows:
-    """What gradients of `fields` read; `values`: and their values; `slope`: and the derivative of a softcap.
+    """The rows that gradients of `fields` read; `values`: and their values; `slope`: and the derivative of a softcap.
 
     The logits stay as they are; the teacher's probabilities go where no field needs them.
     """
@@ -255,7 +255,7 @@ def _interpolated(student: Softmax, teacher: Softmax, weight: float) -> Tensor: 
 
 
 def _banned(z: Tensor) -> Tensor | None:
-    """Where z is -inf, (B, V) bool; None where nowhere, which a CPU can afford to ask."""
+    """A mask of the entries of z that are -inf, (B, V) bool; None without any, which a CPU can afford to ask."""
     if z.device.type == "cpu" and z.amin() > -torch.inf:  # false for NaN too, which could hide an infinity
         return None
     return z == -torch.inf

@@ -126,7 +126,7 @@ def gradient_vectors(
     *,
     teacher: bool,  # whether a coefficient needs it
 ) -> tuple[Tensor, dict[str, int]]:
-    """What the gradient reads of these rows, (slots, C) fp32, and what stands in which slot."""
+    """The values that the gradient reads of these rows, (slots, C) fp32, and the slot of each."""
     models = ("student", "teacher") if teacher else ("student",)
     vectors = {name: statistics[name] for who in models for name in LOG_SUMS[who]}
     vectors |= {name: statistics[name] for name, field in ROW_STATISTICS if field in coefficients}
@@ -250,14 +250,14 @@ def _blocks(logits: Tensor) -> tuple[int, int]:
 
 
 def _in_place(student: Tensor, grad_dtype: torch.dtype) -> Tensor:
-    """Where the gradient of these logits goes: their own rows, of which half precision takes the first half."""
+    """The memory for the gradient of these logits: their own rows, of which half precision takes the first half."""
     return student if grad_dtype == student.dtype else student.view(grad_dtype)[:, : student.shape[1]]
 
 
 def _gradient_arguments(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, gradient: Tensor, vectors: Tensor, spec: RowSpec
 ) -> dict[str, object]:
-    """What both kernels that end in a gradient are called with."""
+    """The arguments of both kernels that end in a gradient."""
     return (
         transform(spec)
         | _weights(spec)

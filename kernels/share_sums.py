@@ -50,7 +50,7 @@ class ShareSums:
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        """What the kernels know of it when they are compiled."""
+        """The part of it that the kernels know when they are compiled."""
         return {
             **{name.upper(): self.slots.get(name, -1) for name in SLOTS},
             "STUDENT_ARGMAX": "student_argmax" in self.spec.fields,
@@ -58,7 +58,7 @@ class ShareSums:
         }
 
     def statistics(self) -> dict[str, Tensor]:
-        """What `rows_torch.row_statistics` returns for these rows, (K,) each, fp32 (argmaxes int64)."""
+        """The statistics that `rows_torch.row_statistics` returns for these rows, (K,) each, fp32 (argmaxes int64)."""
 
         def sums(name: str) -> Tensor:  # (shares, K), one at a time: all of them in float64 would take most memory
             return self.sums[self.slots[name]].double()

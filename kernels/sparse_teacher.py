@@ -69,7 +69,7 @@ class SparseRows(NamedTuple):
 def check_top_k(
     top_k: TopK, teacher_head: Any, shape: torch.Size, device: torch.device, vocab_size: int, temperature: float
 ) -> None:
-    """What can be told without reading a number. Raises ValueError."""
+    """Check all that can be told without reading a number. Raises ValueError."""
     if teacher_head is not None:
         raise ValueError("teacher_head must be None where teacher_hidden is a TopK: there is nothing to project")
     ids, logprobs = top_k.ids, top_k.logprobs
@@ -115,7 +115,7 @@ def check_sayable(fields: tuple[str, ...]) -> None:
 
 
 class RowChecks:
-    """What must hold in every kept row, counted on the device, to be read together with the number of kept rows."""
+    """Kept rows that break a rule, counted on the device, to be read together with the number of kept rows."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ def teacher_argmax(rows: SparseRows, vocab_size: int) -> Tensor:
 
 
 def _rounding(logprobs: Tensor, dtype: torch.dtype) -> Tensor:  # (C, k) -> (C,) float64
-    """How far the probabilities' sum may be from what it was before the logarithms were rounded to their dtype.
+    """The distance that the probabilities' sum may have from what it was before the logarithms were rounded to their dtype.
 
     Half a unit in the last place of each, and the last place of 1 in the precision of the softmax: float64 if everything
     is, else fp32.
@@ -199,6 +199,6 @@ def _rounding(logprobs: Tensor, dtype: torch.dtype) -> Tensor:  # (C, k) -> (C,)
 
 
 def _most(dtype: torch.dtype) -> float:
-    """How far above 1 the probabilities may add up, and above 0 a log-probability may be: who subtracts a log-sum-exp of
+    """The excess over 1 that the probabilities' sum may have, and over 0 a log-probability: who subtracts a log-sum-exp of
     300 in fp32 is off by 2e-5, and half precision by its last place times the entropy."""
     return 1e-4 + 8 * torch.finfo(dtype).eps

@@ -33,7 +33,7 @@ Statistics = dict[str, Tensor]
 
 
 class Tail(Protocol):
-    """What a backend computes over whole rows, of which the k ids are banned; in a module of functions."""
+    """The functions of a backend over whole rows, of which the k ids are banned; a module has them."""
 
     def tail_statistics(self, student: Tensor, spec: RowSpec, *, entropy: bool, argmax: bool) -> Statistics:
         """tail_max and tail_log_sum, which add up to the log-sum-exp of z, both -inf where there is no id; tail_entropy

@@ -184,7 +184,7 @@ def tiled_stats(
     labels: Tensor | None,  # (K,) int64 in [0, V), where a field needs them
     spec: RowSpec,
 ) -> dict[str, Tensor]:
-    """What `rows_torch.row_statistics` returns for these rows, (K,) each, without logits.
+    """The statistics that `rows_torch.row_statistics` returns for these rows, (K,) each, without logits.
 
     Raises ValueError for fields outside SHARED_FIELDS and for inputs in float64.
     """

@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 def tile_statistics(problem: Problem, tensors: Tensors) -> dict[str, Tensor]:
-    """What `rows_torch.row_statistics` returns for the kept rows, (K,) each."""
+    """The statistics that `rows_torch.row_statistics` returns for the kept rows, (K,) each."""
     teacher = tensors.teacher is not None
     shares, width = -(-problem.vocab_size // TILE_IDS), min(TILE_IDS, problem.vocab_size)
     device = tensors.device

@@ -252,3 +252,11 @@ def test_a_file_name_appears_once():
     tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     names = Counter(path.name for path in [*SOURCE, *tests] if path.name != "__init__.py" and path not in verbs)
     assert {name for name, count in names.items() if count > 1} == FILE_NAME_EXCEPTIONS
+
+
+def test_docstrings_begin_with_what_a_thing_is_and_not_with_a_question():
+    questions = {"What", "How", "Whether", "Which", "Who", "Why"}
+    for file, _, tree in parsed():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                assert (ast.get_docstring(node) or "-").split()[0] not in questions, (file, getattr(node, "name", ""))

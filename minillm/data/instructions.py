@@ -189,7 +189,7 @@ def _instructions(
 
 
 def _conversation(where: str, record: dict[str, Any], config: RecordKeys) -> Conversation:
-    """What a record says, in the configured words or those of its form."""
+    """The question of a record, in the configured words or those of its form."""
     if config.question is None:
         said = parse(where, record)
     else:
