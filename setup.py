@@ -21,6 +21,7 @@ setup(
         "minillm.config",
         "minillm.config.checks",
         "minillm.config.loader",
+        "minillm.config.methods",
         "minillm.data",
         "minillm.distributed",
         "minillm.engine",
