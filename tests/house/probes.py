@@ -15,17 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from minillm.cli.main import program
-from minillm.config.lora import LoraConfig
 from minillm.config.method import MethodConfig
 from minillm.config.needs import Needs, TermNeeds
-from minillm.losses import TokenStats
 from minillm.methods import register
 from minillm.methods.protocol import HiddenLoss, Item, Method, Term, TrainingData
-from minillm.methods.supervised import cross_entropy, mixed_term, take_references
+from minillm.methods.supervised import cross_entropy, take_references
 from minillm.models.access import rows_of
-from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch, TokenSequence, collate
-from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
 
@@ -34,52 +30,6 @@ class OnReferences(Method):
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         return take_references(data, self.step_size)
-
-
-class BothConfig(MethodConfig):
-    """Adapters in the teacher are trained together with the student, each towards the other."""
-
-    name: Literal["probe_both"]
-    teacher_rate: float = 1e-2
-    summary: ClassVar[str] = "student and teacher towards each other"
-
-    def needs(self) -> Needs:
-        terms = (TermNeeds("student", ("references",), teacher=True), TermNeeds("teacher", ("references",)))
-        return Needs(
-            terms,
-            references=True,
-            teacher=True,
-            teacher_abilities=frozenset({"hidden", "train"}),
-            trains=("student", "teacher"),
-        )
-
-
-class Both(OnReferences):
-    """The student's forward KL to the teacher, and the teacher's to the student; the other side is a constant."""
-
-    def modules(self, models: Models) -> dict[str, nn.Module]:
-        return {"teacher": add_adapters(models.teacher.model, LoraConfig(r=2, alpha=4), seed=self.config.seed)}
-
-    def learning_rates(self) -> dict[str, float]:
-        return {"teacher": self.config.method.teacher_rate}
-
-    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
-        student = mixed_term(items, models, divergence="forward_kl", ce_ratio=0.0, name="student")
-        batch = student.batch
-
-        def towards_the_student(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
-            return stats.forward_kl, {"distance_nats": stats.forward_kl.detach()}
-
-        teacher = Term(
-            "teacher",
-            batch,
-            towards_the_student,
-            ("forward_kl",),
-            count=float(len(batch.labels)),
-            teacher=LocalTeacher(models.student).rows(batch),
-            trains="teacher",
-        )
-        return [student, teacher]
 
 
 class ProjectorConfig(MethodConfig):
@@ -196,7 +146,6 @@ class Select(Method):
 
 
 PROBES = (
-    (BothConfig, Both),
     (ProjectorConfig, Projector),
     (BalanceConfig, Balance),
     (SelectConfig, Select),

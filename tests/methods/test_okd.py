@@ -126,6 +126,11 @@ def test_each_side_has_its_loss_and_moves_itself_alone(student, teacher, ratios,
     assert sum(drift is not None for _, _, drift, _ in found.values()) == 1
 
 
+def test_each_side_may_have_its_own_learning_rate():
+    assert okd(teacher_learning_rate=5e-2).learning_rates() == {"teacher": 5e-2}
+    assert okd().learning_rates() == {}  # train.learning_rate
+
+
 def test_a_quantised_teacher_is_not_trained():
     assert "train" in TeacherConfig(path="x").abilities
     assert "train" not in TeacherConfig(path="x", quantization="nf4").abilities
