@@ -35,7 +35,8 @@ class ExperimentConfig(Strict):
     seeds: list[Seed] = Field(min_length=1, description="Every arm is trained with each of them")
     base: dict[str, Any] = Field(description="The keys that all runs have, as in a run's configuration")
     shared: dict[str, dict[str, Any] | None] = Field(
-        {}, description="Stages trained once per seed, which arms start from as student.path: stage:NAME"
+        {},
+        description="Stages trained once per seed, which arms take as stage:NAME: a model to start from, or data that a stage without steps has left",
     )
     arms: dict[str, dict[str, Any] | str | None] = Field(
         min_length=1,

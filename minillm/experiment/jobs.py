@@ -1,6 +1,6 @@
 """The work of an experiment in the order in which it can be done: shared stages, then arms, seed by seed.
 
-OUTPUT/seed-1/warmup/      a shared stage: a run's folder
+OUTPUT/seed-1/warmup/      a shared stage: a run's folder, with its model in final/, or its data in stages/warmup/
 OUTPUT/seed-1/kd/          an arm: a run's folder, and evaluation.json once it has been measured
 """
 
@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from minillm.config.paths import STAGE
 from minillm.experiment.experiment_file import STUDENT, Experiment
@@ -22,6 +24,7 @@ class Job:
     name: str
     seed: int
     folder: Path
+    result: Path  # the folder of what it leaves: a model, or data for other stages
     trained: bool  # false for an arm that is a model as it is
     measured: bool  # false for a shared stage
 
@@ -31,9 +34,11 @@ def folder_of(output: Path, seed: int, name: str) -> Path:
     return output / f"seed-{seed}" / name
 
 
-def model_folder(output: Path, seed: int, path: str) -> Path:
-    """Return the folder of the model that stage:NAME means in an experiment."""
-    return folder_of(output, seed, path.removeprefix(STAGE)) / FINAL
+def result_folder(experiment: Experiment, output: Path, seed: int, name: str) -> Path:
+    """Return the folder of what a job leaves: a model, or data where its method takes no step."""
+    folder = folder_of(output, seed, name)
+    takes_steps = experiment.stage(name).config.method.needs().takes_steps
+    return folder / FINAL if takes_steps else folder / "stages" / name
 
 
 def plan_jobs(experiment: Experiment, output: Path, seeds: Sequence[int], arms: Sequence[str]) -> list[Job]:
@@ -45,7 +50,8 @@ def plan_jobs(experiment: Experiment, output: Path, seeds: Sequence[int], arms: 
             if name in needed and (not is_seedless(experiment, name) or seed == experiment.config.seeds[0]):
                 trained = name not in experiment.as_is
                 measured = name in arms and name not in experiment.shared
-                jobs.append(Job(name, seed, folder_of(output, seed, name), trained, measured))
+                result = result_folder(experiment, output, seed, name)
+                jobs.append(Job(name, seed, folder_of(output, seed, name), result, trained, measured))
     return jobs
 
 
@@ -65,17 +71,25 @@ def _needed(experiment: Experiment, arms: Sequence[str]) -> set[str]:
 
 
 def references(experiment: Experiment, name: str) -> list[str]:
-    """List the stages and arms whose model or training time a job takes."""
+    """List the stages and arms whose model, data or training time a job takes."""
     if name in experiment.as_is:
         texts: list = [experiment.as_is[name], experiment.base.config.teacher and experiment.base.config.teacher.path]
         if texts[0] == STUDENT:
             texts.append(experiment.base.config.student.path)
     else:
-        config = experiment.stage(name).config
-        teacher = config.teacher
-        texts = [config.student.path, config.student.tokenizer, config.train.max_seconds]
-        texts += [teacher.path, teacher.tokenizer] if teacher else []
+        texts = list(stage_references(experiment.stage(name).config).values())
     return [text.removeprefix(STAGE) for text in texts if isinstance(text, str) and text.startswith(STAGE)]
+
+
+def stage_references(config: BaseModel) -> dict[tuple[str, ...], str]:
+    """The keys of a configuration that say stage:NAME, and what they say."""
+    found = {}
+    for key, value in config:
+        if isinstance(value, BaseModel):
+            found |= {(key, *path): text for path, text in stage_references(value).items()}
+        elif isinstance(value, str) and value.startswith(STAGE):
+            found[(key,)] = value
+    return found
 
 
 def command_of(experiment: Experiment, output: Path, seeds: Sequence[int]) -> list[str]:

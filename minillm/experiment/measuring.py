@@ -3,7 +3,7 @@
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minillm import UserError
 from minillm.config.models import StudentConfig, TeacherConfig
@@ -14,7 +14,7 @@ from minillm.engine.placement import engine_device
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
 from minillm.experiment.experiment_file import STUDENT, Experiment
-from minillm.experiment.jobs import FINAL, Job, model_folder
+from minillm.experiment.jobs import Job, result_folder
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
 from minillm.storage.manifest import published_damage
@@ -27,6 +27,7 @@ from minillm.train.trainer import TrainingError
 EVALUATION, TEACHERS = "evaluation.json", "teachers"
 SEED = 0  # of the evaluation's samples
 Evaluators = tuple[Evaluator, Analyses]
+Config = TypeVar("Config", StudentConfig, TeacherConfig)
 
 
 class Measuring:
@@ -38,7 +39,7 @@ class Measuring:
 
     def is_done(self, job: Job) -> bool:
         """True where nothing of a job is left to do."""
-        trained = not job.trained or (job.folder / FINAL).is_dir()
+        trained = not job.trained or job.result.is_dir()
         return trained and (not job.measured or self._is_measured(job.folder))
 
     def measure(self, job: Job, console) -> None:
@@ -89,13 +90,26 @@ class Measuring:
     def _configs(self, job: Job) -> tuple[StudentConfig, TeacherConfig | None]:
         """The finished student of a job and its teacher, with folders for stage:NAME."""
         base = self.experiment.stage(job.name).config
-        teacher = base.teacher and _found(base.teacher, self.output, job)
+        teacher = base.teacher and self._found(base.teacher, job)
         common = {key: getattr(base.student, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
         if job.trained:
-            return StudentConfig(path=str(require_whole(job.folder / FINAL)), **common), teacher
+            return StudentConfig(path=str(require_whole(job.result)), **common), teacher
         path = self.experiment.as_is[job.name]
         student = base.student if path == STUDENT else StudentConfig(path=path, **common)
-        return _found(student, self.output, job), teacher
+        return self._found(student, job), teacher
+
+    def _found(self, config: Config, job: Job) -> Config:
+        """A model's configuration with the folder of what stage:NAME means."""
+        found = {}
+        for key in ("path", "tokenizer"):
+            text = getattr(config, key) or ""
+            if text.startswith(STAGE):
+                name = text.removeprefix(STAGE)
+                folder = result_folder(self.experiment, self.output, job.seed, name)
+                if not folder.is_dir():
+                    raise TrainingError(f"{name} with seed {job.seed} has left no model")
+                found[key] = str(require_whole(folder))
+        return config.model_copy(update=found)
 
     def _open(self, job: Job, student: StudentConfig, teacher: TeacherConfig | None) -> Models:
         device = engine_device(self.experiment.stage(job.name).config.engine)
@@ -123,21 +137,8 @@ class Measuring:
         return self._evaluators[1]
 
 
-def _found(config, output: Path, job: Job):
-    """A model's configuration with the folder of what stage:NAME means."""
-    found = {}
-    for key in ("path", "tokenizer"):
-        text = getattr(config, key) or ""
-        if text.startswith(STAGE):
-            folder = model_folder(output, job.seed, text)
-            if not folder.is_dir():
-                raise TrainingError(f"{text.removeprefix(STAGE)} with seed {job.seed} has left no model")
-            found[key] = str(require_whole(folder))
-    return config.model_copy(update=found)
-
-
 def require_whole(folder: Path) -> Path:
-    """Return the folder of a finished run's model. Raises TrainingError where that is damaged."""
+    """Return the folder of a finished run's result. Raises TrainingError where that is damaged."""
     damage = published_damage(folder)
     if damage is not None:
         raise TrainingError(f"{folder} is not whole ({damage}); delete it to have it published again")

@@ -1,19 +1,21 @@
 """The work that is left of an experiment, one run after the other; the report is written anew after each."""
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
-from minillm.config.models import ModelConfig
 from minillm.config.paths import STAGE
 from minillm.experiment.experiment_file import Experiment
 from minillm.experiment.experiment_report import write_experiment_report
-from minillm.experiment.jobs import FINAL, Job, folder_of, model_folder, plan_jobs
+from minillm.experiment.jobs import Job, folder_of, plan_jobs, result_folder, stage_references
 from minillm.experiment.measuring import Measuring, require_whole
 from minillm.experiment.results import FAILURE
 from minillm.reporting.console import Console
@@ -57,7 +59,7 @@ def run_experiment(
             console.note(f"[{place}/{len(todo)}] {job.name}, seed {job.seed}{_remaining(began, done, len(todo))}")
             try:
                 with alone(job, console):
-                    if job.trained and not (job.folder / FINAL).is_dir():
+                    if job.trained and not job.result.is_dir():
                         run(plan_of(experiment, output, job), resume=True, console=console, cache=cache)
                     if job.measured:
                         measuring.measure(job, console)
@@ -78,7 +80,7 @@ def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int]
     Raises UserError where there is not exactly one run to train, and TrainingError as `run` does.
     """
     jobs = plan_jobs(experiment, output, seeds, arms)
-    left = [job for job in jobs if job.trained and not (job.folder / FINAL).is_dir()]
+    left = [job for job in jobs if job.trained and not job.result.is_dir()]
     if len(left) != 1:
         names = ", ".join(f"{job.name} with seed {job.seed}" for job in left) or "none"
         raise UserError(f"a launcher of several processes trains one run at a time; left to train: {names}. Name one "
@@ -95,7 +97,7 @@ def train_together(experiment: Experiment, output: Path, *, seeds: Sequence[int]
 def check_finished(experiment: Experiment, output: Path, jobs: Sequence[Job]) -> None:
     """Refuse finished runs whose keys are not those of now. Raises UserError, which names the keys."""
     for job in jobs:
-        if job.trained and (job.folder / FINAL).is_dir():
+        if job.trained and job.result.is_dir():
             before = yaml.safe_load((job.folder / "config.yaml").read_text(encoding="utf-8"))
             now = plan_of(experiment, output, job).document
             changed = sorted(key for key in {*before, *now} - FREE_ON_RESUME if before.get(key) != now.get(key))
@@ -112,53 +114,51 @@ def plan_of(experiment: Experiment, output: Path, job: Job) -> RunPlan:
     Raises TrainingError where what it starts from is not there.
     """
     config = experiment.stage(job.name).config
-    changes = {"seed": job.seed, "output_dir": str(job.folder)}
-    for who in ("student", "teacher"):
-        model: ModelConfig | None = getattr(config, who)
-        paths = {} if model is None else {key: getattr(model, key) for key in ("path", "tokenizer")}
-        found = {key: str(_existing(output, job, path)) for key, path in paths.items() if _is_stage(path)}
-        if found:
-            changes[who] = model.model_copy(update=found)
-    if _is_stage(config.train.max_seconds):
-        seconds = _seconds_of(output, job, config.train.max_seconds)
-        changes["train"] = config.train.model_copy(update={"max_seconds": seconds})
-    config = config.model_copy(update=changes)
+    changes = {
+        path: _meaning(experiment, output, job, path, text.removeprefix(STAGE))
+        for path, text in stage_references(config).items()
+    }
+    changes |= {("seed",): job.seed, ("output_dir",): str(job.folder)}
+    document = copy.deepcopy(experiment.documents[job.name])
+    for path, value in changes.items():
+        config = _with_value(config, path, value)
+        _write(document, path, value)
     # a stage called after the arm: the order of its data is its own, and its records carry its name
-    document = {**_with(experiment.documents[job.name], config), "stages": {job.name: {}}}
-    return RunPlan(job.folder, [Stage(job.name, config)], document, [experiment.file])
+    return RunPlan(job.folder, [Stage(job.name, config)], {**document, "stages": {job.name: {}}}, [experiment.file])
 
 
-def _with(document: dict, config) -> dict:
-    """The keys as they were written, and those that the experiment has filled in."""
-    changed = {**document, "output_dir": config.output_dir, "seed": config.seed}
-    for who in ("student", "teacher"):
-        for key in ("path", "tokenizer"):
-            if _is_stage((document.get(who) or {}).get(key)):
-                changed[who] = {**changed[who], key: getattr(getattr(config, who), key)}
-    if _is_stage(document["train"].get("max_seconds")):
-        changed["train"] = {**document["train"], "max_seconds": config.train.max_seconds}
-    return changed
-
-
-def _is_stage(value) -> bool:
-    return isinstance(value, str) and value.startswith(STAGE)
-
-
-def _existing(output: Path, job: Job, path: str) -> Path:
-    folder = model_folder(output, job.seed, path)
+def _meaning(experiment: Experiment, output: Path, job: Job, path: tuple[str, ...], name: str) -> str | float:
+    """The value that stage:NAME stands for at a key: seconds, the files of data, or the folder of a model."""
+    folder = result_folder(experiment, output, job.seed, name)
+    if path == ("train", "max_seconds"):
+        return _seconds_of(output, job, name, folder)
     if not folder.is_dir():
-        raise TrainingError(
-            f"it starts from {path.removeprefix(STAGE)} with seed {job.seed}, of which there is no model"
-        )
-    return require_whole(folder)
+        raise TrainingError(f"it starts from {name} with seed {job.seed}, which is not there")
+    whole = require_whole(folder)
+    return str(whole / "*.jsonl*") if path[0] == "data" else str(whole)
 
 
-def _seconds_of(output: Path, job: Job, path: str) -> float:
+def _with_value(config: BaseModel, path: tuple[str, ...], value: Any) -> BaseModel:
+    key, *below = path
+    new = _with_value(getattr(config, key), tuple(below), value) if below else value
+    return config.model_copy(update={key: new})
+
+
+def _write(document: dict, path: tuple[str, ...], value: Any) -> None:
+    """Put a value where a document says stage:NAME, or at its top."""
+    *above, key = path
+    for one in above:
+        document = document.get(one) or {}
+    if key in document or not above:
+        document[key] = value
+
+
+def _seconds_of(output: Path, job: Job, name: str, result: Path) -> float:
     """The seconds that the training of another arm took."""
-    folder = folder_of(output, job.seed, path.removeprefix(STAGE))
-    records = [record for record in read_records(folder / METRICS) if record["kind"] == "train"]
-    if not records or not (folder / FINAL).is_dir():
-        raise TrainingError(f"its time is that of {path.removeprefix(STAGE)} with seed {job.seed}, which is not done")
+    records = read_records(folder_of(output, job.seed, name) / METRICS)
+    records = [record for record in records if record["kind"] == "train"]
+    if not records or not result.is_dir():
+        raise TrainingError(f"its time is that of {name} with seed {job.seed}, which is not done")
     return records[-1]["seconds"]
 
 

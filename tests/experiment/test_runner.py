@@ -12,6 +12,7 @@ from minillm.cli.main import main
 from minillm.experiment import runner
 from minillm.experiment.experiment_file import load_experiment
 from minillm.experiment.experiment_report import write_experiment_report
+from minillm.experiment.jobs import commands
 from minillm.storage.metrics_log import read_records
 from tests.runs import Silent, in_a_child
 
@@ -74,6 +75,35 @@ def test_an_arm_may_have_the_time_of_another(write):
     seconds = read_records(Path("out/seed-1/sft/metrics.jsonl"))[-1]["seconds"]
     config = yaml.safe_load(Path("out/seed-1/timed/config.yaml").read_text())
     assert config["train"]["max_seconds"] == pytest.approx(seconds)
+
+
+def test_an_arm_reads_the_data_that_a_stage_without_steps_has_left(write, folder):
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {n} of some length"}) + "\n" for n in range(12))
+    )
+    read = {"prompts": None, "corpus": {"path": "corpus.jsonl", "block_size": 8}}
+    file = write(
+        shared__choose={
+            "data": read,
+            "teacher": {"path": "stage:warmup"},
+            "method": {"name": "miniplm", "reference": "stage:warmup", "ratio": 0.25},
+        },
+        arms={"lm": {"data": {**read, "corpus": {**read["corpus"], "path": "stage:choose"}}, "method": {"name": "lm"}}},
+        claims=[],
+    )
+    assert do(file, "--seeds", "1") == 0
+    (chosen,) = Path("out/seed-1/choose/stages/choose").glob("*.jsonl*")
+    config = yaml.safe_load(Path("out/seed-1/lm/config.yaml").read_text())
+    assert [Path(path) for path in Path().glob(config["data"]["corpus"]["path"])] == [chosen]
+    before = chosen.stat().st_mtime_ns
+    assert do(file, "--seeds", "1") == 0 and chosen.stat().st_mtime_ns == before
+    waves = [line for line in _listed(file) if line.startswith("#")]
+    assert waves[0] == "# these first, all at once" and len(waves) == 4
+
+
+def _listed(file: str) -> list[str]:
+    experiment = load_experiment(file)
+    return list(commands(experiment, Path("out"), [1], list(experiment.config.arms)))
 
 
 def test_an_interrupted_arm_goes_on_from_its_checkpoint(write, monkeypatch):
