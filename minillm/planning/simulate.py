@@ -245,7 +245,7 @@ class _Simulator:
                 with ledger.part(f"{name} KV cache"):
                     super().lazy_initialization(*states)
 
-        return make_cache(self.models[name].config, lambda: Layer(room))
+        return make_cache(self.models[name], lambda: Layer(room))
 
     def _decode(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
         for layer in cache.layers:

@@ -94,7 +94,7 @@ def _stepwise(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> 
     """The logits of every text's answer as the growing decode loop has them; the first text's without the last token."""
     width = max(len(text.prompt) for text in texts)
     room = width + STEPS - 1
-    decoder = Decoder(model, make_cache(model.config, lambda: RoomyLayer(room)), vocab_size=size)
+    decoder = Decoder(model, make_cache(model, lambda: RoomyLayer(room)), vocab_size=size)
     parts = pad_left([text.prompt for text in texts], width, 0)
     fed, padding, position = (part.to(model.device) for part in parts)
     mask = (torch.arange(room, device=model.device) >= padding).long()

@@ -2,10 +2,10 @@
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from minillm import UserError
 from minillm.models.quantization import is_quantized
+from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.teachers.pair import Models
 
 
@@ -29,7 +29,8 @@ def require_gpu(device: torch.device) -> None:
 def require_static_shapes(role: str, model: PreTrainedModel) -> None:
     """Raises UserError where a model's pass over one token depends on more than the memory that it reads."""
     config = model.config.get_text_config()
-    special = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__})
+    layers = make_cache(model, lambda: RoomyLayer(0)).layers
+    special = sorted({type(layer).__name__ for layer in layers} - {RoomyLayer.__name__})
     rotary = {one.get("rope_type") for one in _rope_parameters(config)} & {"dynamic", "longrope"}
     attention = config._attn_implementation
     if special:

@@ -32,7 +32,7 @@ def decode(
     width = max(map(len, prompts))
     room = width + steps - 1
     members = [models.model(role) for role in roles]
-    caches = [make_cache(model.config, lambda: RoomyLayer(room)) for model in members]
+    caches = [make_cache(model, lambda: RoomyLayer(room)) for model in members]
     decoders = [
         Decoder(model, cache, vocab_size=models.vocab_size) for model, cache in zip(members, caches, strict=True)
     ]

@@ -1,13 +1,18 @@
 """The key-value cache of the decode loop: transformers' cache, its growing layers written into room made in advance."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from minillm import UserError
+from minillm.models.families import text_model
+
+# the functions of transformers that make the masks of layers that forget
+_WINDOW_MASKS = {"create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 
 
 class RoomyLayer(DynamicLayer):
@@ -91,11 +96,22 @@ class StaticLayer(RoomyLayer):
         self.use(0)
 
 
-def make_cache(config: PreTrainedConfig, make_layer: Callable[[], RoomyLayer]) -> Cache:
-    """A cache with our layers. Sliding-window and recurrent ones, bounded anyway, stay transformers' own."""
-    cache = DynamicCache(config=config)
-    cache.layers = [make_layer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+def make_cache(model: PreTrainedModel, make_layer: Callable[[], RoomyLayer]) -> Cache:
+    """A cache with our layers. Sliding-window and recurrent ones, bounded anyway, stay transformers' own.
+
+    transformers takes a layer for a sliding window by the configuration alone. Where the code of the model masks none
+    (Moshi), a full pass sees the whole text, so the cache keeps all of it.
+    """
+    cache = DynamicCache(config=model.config)
+    ours = {DynamicLayer} if _masks_windows(model) else {DynamicLayer, DynamicSlidingWindowLayer}
+    cache.layers = [make_layer() if type(layer) in ours else layer for layer in cache.layers]
     return cache
+
+
+def _masks_windows(model: PreTrainedModel) -> bool:
+    """True where the code of a model can make the mask of a sliding window."""
+    forward = inspect.unwrap(type(text_model(model)).forward)
+    return not _WINDOW_MASKS.isdisjoint(forward.__globals__)
 
 
 def _make_room(states: Tensor, room: int) -> Tensor:  # (B, heads, any, head size)

@@ -55,7 +55,7 @@ class StaticLoop:
         for role in roles:
             model = models.model(role)
             require_static_shapes(role, model)
-            cache = make_cache(model.config, lambda: StaticLayer(self.room, self.column))
+            cache = make_cache(model, lambda: StaticLayer(self.room, self.column))
             self.decoders.append(Decoder(model, cache, vocab_size=models.vocab_size))
             self.layers += cache.layers
             self.masks[model.dtype] = torch.zeros((batch, 1, 1, self.room), dtype=model.dtype, device=device)

@@ -12,7 +12,7 @@ def test_logits_of_the_shared_vocabulary(make_models, architecture):
     model = make_models(architecture).teacher.model
     shared = model.config.vocab_size - 5
     ids = torch.randint(1, shared, (3, 6))
-    decoder = Decoder(model, make_cache(model.config, lambda: RoomyLayer(8)), vocab_size=shared)
+    decoder = Decoder(model, make_cache(model, lambda: RoomyLayer(8)), vocab_size=shared)
     with torch.no_grad():
         for end in (6, 7, 8):
             expected = model(ids).logits[:, -1, :shared]
@@ -29,7 +29,7 @@ def test_half_precision_weights_give_fp32_logits(make_models):
     model = make_models(teacher=False).student.bfloat16()
     ids = torch.randint(1, 61, (2, 5))
     with torch.no_grad():
-        decoder = Decoder(model, make_cache(model.config, lambda: RoomyLayer(5)), vocab_size=61)
+        decoder = Decoder(model, make_cache(model, lambda: RoomyLayer(5)), vocab_size=61)
         logits = decoder.forward(ids, torch.ones_like(ids), torch.arange(5).expand(2, -1))
         hidden = model.model(ids).last_hidden_state[:, -1]
     assert logits.dtype == torch.float32

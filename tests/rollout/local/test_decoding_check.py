@@ -18,9 +18,11 @@ def pair(model_type):
     return Models(tiny_model(tiny_architecture(model_type)), None, byte_tokenizer(), 264, ENDS, 0, torch.device("cpu"))
 
 
-# rotary and learned positions, windows, a softcap, ALiBi, recurrent states alone and beside attention, experts
+# rotary and learned positions, windows, a window that no mask knows, a softcap, ALiBi, recurrent states alone and beside
+# attention, experts
 @pytest.mark.parametrize(
-    "kind", ["llama", "gpt2", "opt", "gemma2", "bloom", "mamba", "mamba2", "falcon_mamba", "bamba", "qwen3_moe"]
+    "kind",
+    ["llama", "gpt2", "opt", "gemma2", "moshi", "bloom", "mamba", "mamba2", "falcon_mamba", "bamba", "qwen3_moe"],
 )
 def test_answers_are_drawn_from_what_full_passes_say(kind):
     models = pair(kind)

@@ -5,6 +5,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from minillm.rollout.local.kv_cache import RoomyLayer, StaticLayer, make_cache
+from tests.sweep.tiny_models import tiny_architecture, tiny_model
 
 
 def test_same_keys_and_values_as_a_dynamic_layer():
@@ -63,7 +64,24 @@ def test_a_fixed_layer_writes_where_its_column_says():
 
 
 def test_bounded_layers_stay_those_of_transformers(make_models):
-    layers = make_cache(make_models("gemma2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
+    layers = make_cache(make_models("gemma2", teacher=False).student, lambda: RoomyLayer(30)).layers
     assert [type(layer) for layer in layers] == [DynamicSlidingWindowLayer, RoomyLayer]
-    layers = make_cache(make_models("gpt2", teacher=False).student.config, lambda: RoomyLayer(30)).layers
+    layers = make_cache(make_models("gpt2", teacher=False).student, lambda: RoomyLayer(30)).layers
     assert [type(layer) for layer in layers] == [RoomyLayer, RoomyLayer]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("mistral", [DynamicSlidingWindowLayer] * 4),
+        ("llama4_text", [DynamicSlidingWindowLayer] * 3 + [RoomyLayer]),  # chunks
+        (
+            "gemma3",
+            [DynamicSlidingWindowLayer] * 4,
+        ),  # the text model's file makes the masks, below that of the pictures
+        ("moshi", [RoomyLayer] * 4),  # its configuration has a window, which no mask of its code knows
+    ],
+)
+def test_a_window_is_cut_only_where_the_model_masks_it(kind, layers):
+    model = tiny_model(tiny_architecture(kind))
+    assert [type(layer) for layer in make_cache(model, lambda: RoomyLayer(30)).layers] == layers
