@@ -167,7 +167,10 @@ Prompts = Annotated[
 
 
 class CorpusKeys(Strict):
-    """The way from documents to blocks: they are joined by EOS and cut."""
+    """The way from documents to blocks: they are joined by EOS and cut.
+
+    Special tokens that a document spells, such as <|endoftext|>, are the tokens, so that it may have separators of its own.
+    """
 
     block_size: Annotated[int, Field(ge=2)] = Field(512, description="Number of tokens in a block")
     limit: Annotated[int, Field(ge=1)] | None = Field(
@@ -215,5 +218,7 @@ class DataConfig(Strict):
         None, description="Instructions, or beginnings of texts; most methods train on these"
     )
     corpus: Corpus | None = Field(
-        None, description="Plain text, for a pre-training loss (method.lm_coef) and for methods that choose from it"
+        None,
+        description="Plain text, for a pre-training loss (method.lm_coef) and for methods that choose from it; special tokens "
+        "that it spells, such as <|endoftext|>, are the tokens (those of prompts are text, by prompts.special_tokens)",
     )

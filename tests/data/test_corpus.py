@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillm.config.data import HfCorpus, PydocCorpus, TextCorpus
+from minillm.config.data import DataConfig, HfCorpus, PydocCorpus, TextCorpus
 from minillm.data.corpus import load_corpus
 from minillm.data.sources import DataError
 
@@ -29,6 +29,14 @@ def test_skip_and_limit_count_documents(byte, jsonl):
     path = jsonl(*({"text": text} for text in ("aa", "bb", "cc", "dd")))
     corpus = load_corpus(TextCorpus(path=path, block_size=3, skip=1, limit=2), byte)
     assert [byte.decode(block) for block in corpus.blocks] == ["bb<|end|>", "cc<|end|>"] and corpus.documents == 2
+
+
+def test_special_tokens_that_a_document_spells_are_separators(byte, jsonl):
+    path = jsonl({"text": "aa<|end|>bb"}, {"text": "cc"})
+    (block,) = load_corpus(TextCorpus(path=path, block_size=8), byte).blocks
+    a, b, c = (byte(letter).input_ids[0] for letter in "abc")
+    assert block == [a, a, byte.eos_token_id, b, b, byte.eos_token_id, c, c]
+    assert "special tokens that it spells" in DataConfig.model_fields["corpus"].description
 
 
 def test_pydoc(byte):
