@@ -1,5 +1,6 @@
 """`student` and `teacher`: the places that models come from, and the form in which they are loaded."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -73,6 +74,18 @@ class StudentConfig(ModelConfig):
     lora: LoraConfig | None = Field(
         None, description="Train low-rank adapters alone; the models that the run saves have them merged in"
     )
+
+    def saved_in(self, folder: Path) -> "StudentConfig":
+        """The keys for this student as a run has saved it, its tokenizer too, wherever both came from."""
+        own = {
+            "path": str(folder),
+            "revision": None,
+            "tokenizer": None,
+            "init": "pretrained",
+            "layers": None,
+            "config": None,
+        }
+        return self.model_copy(update=own)
 
     @model_validator(mode="after")
     def _without_those_of_another_init(self) -> "StudentConfig":

@@ -71,7 +71,7 @@ def load_student(
     `source` is an already loaded model of the same path; it is copied instead of being read again. `saved` is a folder
     with the very weights, whatever `path` and `init` made them from. `hollow`: see is_hollow.
     """
-    start = config if saved is None else config.model_copy(update={"path": str(saved), "init": "pretrained"})
+    start = config if saved is None else config.saved_in(saved)
     if start.init == "random":
         model = _fresh(start, output_dir, seed, hollow)
     elif source is not None:

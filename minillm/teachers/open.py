@@ -65,7 +65,7 @@ def open_models(
         seed: of fresh weights and adapters.
         trained: the student keeps the weights that require a gradient; otherwise nothing of it is trained.
         copy_teacher: the student starts from the very weights of the teacher, which are copied and not read again.
-        saved: a folder with the student's weights, whatever its configuration made them from.
+        saved: a folder with the student's weights and tokenizer, wherever its configuration had them from.
         hollow: the student's weights come from rank 0 later (minillm.models.loading.is_hollow).
         by_layers: sharded weights are gathered a layer at a time.
 
@@ -79,7 +79,7 @@ def open_models(
     model = collectives.together(lambda: load_student(student, source=source, saved=saved, **options))
     if not trained:
         model = model.eval().requires_grad_(False)
-    tokenizer = load_tokenizer(student, output_dir)
+    tokenizer = load_tokenizer(student if saved is None else student.saved_in(saved), output_dir)
     with gathered(None if judge is None else judge.model, by_layers=by_layers):  # an earlier stage may have sharded it
         return collectives.together(
             lambda: preflight(model, judge, tokenizer, teacher_tokenizer, device, by_layers=by_layers)

@@ -61,12 +61,17 @@ class StageBuilder:
         judge_teacher: bool,
         planned_peak_gib: Callable[[torch.device], float | None],
     ) -> StageTrainer:
-        """The trainer of a stage, its student from the checkpoint where there is one. All ranks call it together."""
-        read = collectives.together(lambda: read_stage_data(stage, self.output_dir, self.started))
+        """The trainer of a stage, its student from the checkpoint where there is one. All ranks call it together.
+
+        A student that goes on comes from this run's own copies, tokenizer included: the folder that it was first read
+        from may hold another one by now.
+        """
+        saved = self._saved_student(stage, checkpoint)
+        read = collectives.together(lambda: read_stage_data(stage, self.output_dir, self.started, saved=saved))
         evaluator = self._make_evaluator(stage, read.tokenizer)
         held_out = {} if evaluator is None else {f"eval.sets.{name}": one for name, one in evaluator.sets.items()}
         require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
-        models, rows = self.open_models(stage, read.tokenizer, checkpoint)
+        models, rows = self.open_models(stage, read.tokenizer, checkpoint, saved)
         self.console.preflight([*rows, *read.rows])
         collectives.together(lambda: require_shared_ids(models, read, held_out))
         needs = stage.config.method.needs()
@@ -97,7 +102,7 @@ class StageBuilder:
         Raises KeyboardInterrupt where `interrupted` says so between two parts of the work that are reported.
         """
         read = collectives.together(lambda: read_stage_data(stage, self.output_dir, self.started))
-        models, rows = self.open_models(stage, read.tokenizer, None)
+        models, rows = self.open_models(stage, read.tokenizer)
         reference = stage.config.method.needs().reference
         self.console.preflight([*rows, *read.rows], beside_teacher="student" if reference is None else "reference")
         collectives.together(lambda: require_shared_ids(models, read, {}))
@@ -138,10 +143,26 @@ class StageBuilder:
             documents=read.documents,
         )
 
+    def _saved_student(self, stage: Stage, checkpoint: Path | None) -> Path | None:
+        """The folder of this run that the student of a resumed stage is read from: the checkpoint, or the frozen weights
+        below its adapters. Raises UserError where those are not whole."""
+        needs = stage.config.method.needs()
+        if checkpoint is None or "student" not in needs.trains and needs.reference is None:
+            return None
+        if stage.config.student_side.lora is None:
+            return checkpoint
+        return Path(collectives.on_rank_0(lambda: str(find_frozen_weights(stage.name, self.output_dir))))
+
     def open_models(
-        self, stage: Stage, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
+        self,
+        stage: Stage,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpoint: Path | None = None,
+        saved: Path | None = None,
     ) -> tuple[Models, list[Row]]:
         """Student and teacher where the engine wants them, and the rows of their preflight table.
+
+        The student is read from the folder `saved` where there is one; adapters are the checkpoint's.
 
         A stage that takes no step has its models whole on every rank: there is no engine that could shard them.
 
@@ -167,9 +188,6 @@ class StageBuilder:
             return open_models(None, teacher, output_dir=self.output_dir, device=device)
         hollow = sharded and collectives.rank() > 0
         copied = checkpoint is None and not hollow and teacher is not None and not is_sharded(teacher.teacher.model)
-        saved = checkpoint  # the architecture and the weights are the checkpoint's, or lie below its adapters
-        if checkpoint is not None and adapted:
-            saved = Path(collectives.on_rank_0(lambda: str(find_frozen_weights(stage.name, self.output_dir))))
         models, rows = open_models(
             student,
             teacher,

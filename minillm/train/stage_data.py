@@ -38,14 +38,17 @@ class StageData:
     documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
 
 
-def read_stage_data(stage: Stage, output_dir: Path, started: datetime) -> StageData:
+def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved: Path | None = None) -> StageData:
     """Tokenizers and data, before any model: what is wrong with them is said first.
 
-    Args: started: when the run was, which chat templates take for the time.
+    Args:
+        started: when the run was, which chat templates take for the time.
+        saved: the run's own copy of the student that the stage goes on with.
     """
     config, needs = stage.config, stage.config.method.needs()
     check_backend(config.engine, engine_device(config.engine))
-    tokenizer = load_tokenizer(config.student_side, output_dir)
+    side = config.student_side
+    tokenizer = load_tokenizer(side if saved is None else side.saved_in(saved), output_dir)
     judges = None if config.teacher is None else load_tokenizer(config.teacher, output_dir)
     if judges is not None:
         require_same_tokenizer(tokenizer, judges, reference=needs.reference)

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from minillm import UserError
 from minillm.config.loader.run_plan import load_run
 from minillm.storage.manifest import MANIFEST
 from minillm.train.run import run
@@ -128,6 +129,26 @@ def test_killed_it_ends_as_an_unbroken_run_though_the_first_folder_has_changed(d
     for part in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (killed / "final" / part).read_bytes() == (final / part).read_bytes(), part
     assert records(killed) == records(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_it_goes_on_from_its_own_copies_though_the_signed_folder_has_changed(document, lora, tmp_path):
+    first = tmp_path / "signed"
+    shutil.copytree(tmp_path / "before" / "final", first)
+    document["student"] = {"path": str(first)} if lora is None else {**document["student"], "path": str(first)}
+    document["train"]["max_steps"] = 2
+    final = train(document, tmp_path / "unbroken")
+    resumed = tmp_path / "run"
+    train(document, resumed)
+    shutil.rmtree(resumed / "final")
+    shutil.rmtree(resumed / "checkpoint-2")
+    path = first / "model.safetensors"
+    save_file({name: one + 1 for name, one in load_file(path).items()}, path, metadata={"format": "pt"})
+    (first / "tokenizer.json").write_text("{}")
+    train(document, resumed, resume=True)
+    assert (resumed / "final" / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="signed: it is not the model that was saved there"):
+        train(document, tmp_path / "anew")
 
 
 def test_weights_below_the_adapters_that_are_not_those_are_refused(document, tmp_path):
