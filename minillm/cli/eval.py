@@ -19,12 +19,14 @@ from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
-from minillm.models.open import model_path
+from minillm.models.locations import resolve_path
+from minillm.models.open import model_path, run_folder
 from minillm.models.tokenizers import load_tokenizer
 from minillm.reporting.analysis_figures import draw_analyses
 from minillm.reporting.console import Console
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
+from minillm.storage.environment import read_start
 from minillm.storage.metrics_log import plain
 from minillm.teachers.open import open_named
 
@@ -140,15 +142,21 @@ def evaluate_model(
     who = "teacher" if model == TEACHER else "student"
     if who == "teacher" and plan.teacher is None:
         raise UserError("there is no teacher to evaluate: the configuration has no `teacher`")
+    path = plan.teacher.path if who == "teacher" else model_path(model)
     models, rows = open_named(
-        None if who == "teacher" else model_path(model),
+        None if who == "teacher" else path,
         plan.teacher if who == "teacher" or plan.eval.teacher else None,
         device=plan.engine.device if plan.engine.type == "torch" else "auto",
         dtype=dtype,
         output_dir=plan.output_dir,
     )
     rollouts = LocalRollouts(models, cuda_graphs=plan.rollout.cuda_graphs)
-    now = datetime.now()
+    # a model of a run is asked on the day of the run, as it was trained, whatever day it is
+    run = run_folder(Path(resolve_path(path, plan.output_dir, verify=False)))
+    began = None if run is None else read_start(run)
+    now = began or datetime.now()
+    if "strftime_now" in str(models.tokenizer.chat_template):
+        rows.append(("date in prompts", f"{now:%Y-%m-%d}, {'today' if began is None else 'when its run began'}", ""))
     sets = {
         name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}", now=now)
         for name, prompts in plan.eval.sets.items()

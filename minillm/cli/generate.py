@@ -19,7 +19,7 @@ from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.records import Conversation
 from minillm.models.families import text_config
-from minillm.models.open import model_path
+from minillm.models.open import model_path, run_folder
 from minillm.models.processors import unshared_pictures
 from minillm.models.tokenizers import load_tokenizer
 from minillm.reporting.console import Console
@@ -190,7 +190,7 @@ def prompt_keys(
 
 def _trained_with(model: Path) -> Prompts | None:
     """data.prompts of the stage that the model comes from, None where it comes from no run."""
-    run = next((folder for folder in list(model.parents)[:2] if (folder / "metrics.jsonl").is_file()), None)
+    run, model = run_folder(model), model.absolute()
     if run is None:
         return None
     document = read_file(run / "config.yaml", [])

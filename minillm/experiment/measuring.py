@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from minillm.experiment.experiment_file import STUDENT, Experiment
 from minillm.experiment.jobs import Job, result_folder
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
+from minillm.storage.environment import read_start
 from minillm.storage.manifest import published_damage
 from minillm.storage.metrics_log import plain
 from minillm.teachers.open import open_models
@@ -24,14 +26,17 @@ from minillm.teachers.pair import Models
 from minillm.train.model_cache import ModelCache
 from minillm.train.trainer import TrainingError
 
-EVALUATION, TEACHERS = "evaluation.json", "teachers"
+EVALUATION, TEACHERS, STARTED = "evaluation.json", "teachers", "started.txt"
 SEED = 0  # of the evaluation's samples
 Evaluators = tuple[Evaluator, Analyses]
 Config = TypeVar("Config", StudentConfig, TeacherConfig)
 
 
 class Measuring:
-    """The measuring of arm after arm; the teacher, its answers and its hidden states are kept from one to the next."""
+    """The measuring of arm after arm; the teacher, its answers and its hidden states are kept from one to the next.
+
+    Chat templates that print the date print that of the experiment's first run, for all arms and on all days.
+    """
 
     def __init__(self, experiment: Experiment, output: Path, cache: ModelCache):
         self.experiment, self.output, self.cache = experiment, output, cache
@@ -120,13 +125,13 @@ class Measuring:
     def _load_evaluators(self, models: Models, teacher: TeacherConfig | None, console) -> Evaluators:
         # with one teacher the tokenizer is one; without, every arm reads the sets with its own
         if teacher is None or self._evaluators[0] != teacher:
-            config, tokenizer = self.experiment.evaluation, models.tokenizer
+            config, tokenizer, now = self.experiment.evaluation, models.tokenizer, kept_start(self.output)
             sets = {
-                name: load_prompts(prompts, tokenizer, name=f"evaluation.sets.{name}")
+                name: load_prompts(prompts, tokenizer, name=f"evaluation.sets.{name}", now=now)
                 for name, prompts in config.sets.items()
             }
             labels = {
-                name: load_labels(source, tokenizer, name=f"evaluation.calibration.{name}")
+                name: load_labels(source, tokenizer, name=f"evaluation.calibration.{name}", now=now)
                 for name, source in config.calibration.items()
             }
 
@@ -135,6 +140,19 @@ class Measuring:
         for one in self._evaluators[1]:
             one.report_progress = console.working  # an evaluator may outlive the run it was made for
         return self._evaluators[1]
+
+
+def kept_start(output: Path) -> datetime:
+    """When an experiment began: its first run, or where there is none its first measurement. Written down once."""
+    path = output / STARTED
+    if not path.is_file():
+        runs = [start for run in output.glob("seed-*/*") if (start := read_start(run)) is not None]
+        start = min(runs, key=datetime.timestamp, default=datetime.now().astimezone())
+        write_text(path, f"{start.isoformat(timespec='seconds')}\n")
+    try:
+        return datetime.fromisoformat(path.read_text().strip())
+    except ValueError as error:
+        raise UserError(f"{path} holds no time ({error}); delete it to have it written again") from None
 
 
 def require_whole(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minillm import UserError
 from minillm.config.paths import PACKAGE, STAGE, expand, is_hub_name, package_file
+from minillm.storage.metrics_log import METRICS
 
 
 def model_path(text: str) -> str:
@@ -30,3 +31,10 @@ def model_path(text: str) -> str:
     if is_hub_name(path):
         return path
     raise UserError(f"{text}: no such folder (from the current folder, {Path.cwd()})")
+
+
+def run_folder(model: Path) -> Path | None:
+    """The folder of the run that a model's folder lies in, be it below stages/; None for a model of no run."""
+    if not model.is_dir():
+        return None
+    return next((folder for folder in model.absolute().parents[:2] if (folder / METRICS).is_file()), None)

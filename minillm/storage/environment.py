@@ -1,11 +1,16 @@
 """The versions and the machine that a run used, for env.json and the report."""
 
+import json
 import os
 import platform
 import time
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+
+ENVIRONMENT = "env.json"
 
 
 def describe_environment() -> dict:
@@ -24,3 +29,11 @@ def describe_environment() -> dict:
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def read_start(run: Path) -> datetime | None:
+    """When the run of a folder began, by its env.json; None where that does not say."""
+    try:
+        return datetime.fromisoformat(json.loads((run / ENVIRONMENT).read_text())["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -22,7 +22,7 @@ from minillm.reporting.model_card import write_model_card
 from minillm.reporting.report import write_report
 from minillm.storage.atomic import clean, remove_folder, write_folder, write_text
 from minillm.storage.checkpoint import list_checkpoints, newest_whole
-from minillm.storage.environment import describe_environment
+from minillm.storage.environment import ENVIRONMENT, describe_environment, read_start
 from minillm.storage.folder_lock import hold_folder
 from minillm.storage.manifest import MANIFEST, published_damage, sign
 from minillm.storage.metrics_log import MetricsLog, SilentLog
@@ -91,7 +91,7 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
     if collectives.rank() == 0:
         write_text(output_dir / "config.yaml", yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True))
         environment = {**describe_environment(), "started": started}
-        write_text(output_dir / "env.json", json.dumps(environment, indent=1))
+        write_text(output_dir / ENVIRONMENT, json.dumps(environment, indent=1))
 
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: the run's own
     log = SilentLog() if collectives.rank() else MetricsLog(output_dir, plan.stages[0].config.log.report_to)
@@ -151,11 +151,8 @@ def _started(output_dir: Path, progress: Progress | None, resume: bool) -> str:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     if not resume:
         return now
-    try:  # a run without a checkpoint, or one of a version whose checkpoints do not say it
-        began = json.loads((output_dir / "env.json").read_text())["started"]
-        return datetime.fromisoformat(began).isoformat()
-    except (OSError, ValueError, KeyError, TypeError):
-        return now
+    began = read_start(output_dir)  # a run without a checkpoint, or one of a version whose checkpoints do not say it
+    return now if began is None else began.isoformat()
 
 
 def _prepare(output_dir: Path, resume: bool, console) -> str | None:

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from minillm.cli.eval import evaluate_model, evaluation_plan
 from minillm.config.errors import ConfigErrors
 from minillm.config.models import StudentConfig
 from minillm.evaluate.evaluator import Evaluation
+from minillm.models import tokenizers
 from minillm.models.loading import load_student
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import load_tokenizer
@@ -102,6 +105,39 @@ def test_a_student_beside_its_teacher(folder):
     text = file.getvalue()
     assert "Evaluation of student\n" in text and "Reverse KL" in text and "  teacher: " in text
     assert "own: 3 prompts" in text
+
+
+def test_a_model_of_a_run_is_asked_on_the_day_of_the_run(folder, monkeypatch):
+    """On whatever day; another model on the day that it is."""
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + tokenizers.BYTE_TEMPLATE
+    monkeypatch.setattr(tokenizers, "BYTE_TEMPLATE", dated)
+    for run in ("run/stages/first", "run/final", "elsewhere"):
+        save_random_model(folder / run, seed=0)
+    (folder / "run" / "metrics.jsonl").write_text("")
+    (folder / "run" / "env.json").write_text('{"started": "2026-02-03T12:00:00+0000"}')
+    plan = evaluation_plan([folder / "run.yaml"], ["eval.sets.own.template=chat"], max_prompts=1)
+    asked, real = [], standalone.load_prompts
+
+    def spy(*arguments, **options):
+        asked.append(real(*arguments, **options))
+        return asked[-1]
+
+    monkeypatch.setattr(standalone, "load_prompts", spy)
+    for day, model, printed in (
+        (7, "run", "03 Feb 2026"),
+        (8, "run/stages/first", "03 Feb 2026"),
+        (8, "elsewhere", "08 Mar 2026"),
+    ):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, tz=None, day=day: datetime(2026, 3, day))})
+        monkeypatch.setattr(standalone, "datetime", clock)
+        file = io.StringIO()
+        evaluate_model(model, plan, Console(rank=0, file=file))
+        assert asked[-1].examples[0].prompt.startswith(printed)
+        assert f"{datetime.strptime(printed, '%d %b %Y'):%Y-%m-%d}, " in file.getvalue()
+    teacher = plan.teacher.model_copy(update={"path": "stage:first"})
+    changed = replace(plan, teacher=teacher, output_dir=folder / "run")
+    evaluate_model("teacher", changed, Console(rank=1))
+    assert asked[-1].examples[0].prompt.startswith("03 Feb 2026")
 
 
 def test_the_teacher_itself(folder):

@@ -115,6 +115,8 @@ def test_lines_of_stdin_are_prompts(folder, monkeypatch):
 
 
 def run_folder(tmp_path: Path, document: dict) -> Path:
+    for place in ("final", "best", "checkpoint-3", "stages/first", "stages/last"):
+        (tmp_path / place).mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
     return tmp_path
