@@ -24,7 +24,20 @@ from minillm.models.families import (
 
 # What the code of an architecture raises where its configuration does not go together or its inputs are not what it takes.
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def failed_run(model: PreTrainedModel, error: Exception) -> str:
+    """`in bfloat16 on the cpu (RuntimeError: ...)` and what to do, for a model whose own code has raised an error."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    said = f"in {dtype} on the {model.device.type} ({type(error).__name__}: {' '.join(str(error).split())})"
+    if model.dtype.itemsize < 4:
+        return (
+            f"{said}; where its code does not take {dtype} there, float32 does (`dtype` beside its path, or --dtype); else "
+            "its configuration does not go together, or its code needs another environment"
+        )
+    return f"{said}; its configuration does not go together, or its code needs another environment"
 
 
 def last_hidden(

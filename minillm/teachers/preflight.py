@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm import UserError
-from minillm.models.access import REFUSALS, head_error, lm_head, padding_error
+from minillm.models.access import OUT_OF_MEMORY, failed_run, head_error, lm_head, padding_error
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.loading import is_hollow
 from minillm.models.processors import placeholder_ids, processor_of
@@ -107,13 +107,10 @@ def _check_model(who: str, model: PreTrainedModel) -> None:
     name = type(model).__name__
     try:
         head, padding = head_error(model), padding_error(model)
-    except UserError:
+    except (UserError, *OUT_OF_MEMORY):
         raise
-    except REFUSALS as error:
-        raise PreflightError(
-            f"{who}: {name} cannot be run on a few tokens ({type(error).__name__}: {error}); its configuration does not go "
-            "together, or its code needs another environment"
-        ) from error
+    except Exception as error:  # whatever the code of an architecture raises
+        raise PreflightError(f"{who}: {name} cannot be run on a few tokens {failed_run(model, error)}") from error
     exact = model.dtype in (torch.float32, torch.float64)
     if not head <= (1e-4 if exact else 0.05):
         raise PreflightError(

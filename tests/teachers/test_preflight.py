@@ -184,7 +184,38 @@ def test_a_model_that_cannot_be_run_is_one_sentence(build_model, monkeypatch):
         raise TypeError("topk(): argument 'k' must be int, not NoneType")
 
     monkeypatch.setattr(model.model, "forward", refuse)
-    with pytest.raises(
-        PreflightError, match=r"student: LlamaForCausalLM cannot be run on a few tokens \(TypeError: topk"
+    for dtype, advice in (
+        (torch.float32, "; its configuration"),
+        (torch.bfloat16, "; where .* bfloat16 there, float32"),
     ):
+        with pytest.raises(
+            PreflightError,
+            match=r"student: LlamaForCausalLM cannot be run on a few tokens in \w+ on the cpu \(TypeError: topk.*\)"
+            + advice,
+        ):
+            preflight(model.to(dtype), None, byte_tokenizer(), None, CPU)
+
+
+@pytest.mark.parametrize(
+    "raised", [ImportError("no such kernel"), NotImplementedError("not\nhere"), ZeroDivisionError("0")]
+)
+def test_whatever_a_models_code_raises_is_one_sentence(build_model, monkeypatch, raised):
+    model = build_model("llama", vocab_size=257)
+
+    def refuse(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(model.model, "forward", refuse)
+    with pytest.raises(PreflightError, match=rf"on the cpu \({type(raised).__name__}: [a-z0 ]+\); its"):
+        preflight(model, None, byte_tokenizer(), None, CPU)
+
+
+def test_a_full_memory_is_no_fault_of_the_model(build_model, monkeypatch):
+    model = build_model("llama", vocab_size=257)
+
+    def refuse(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(model.model, "forward", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
         preflight(model, None, byte_tokenizer(), None, CPU)

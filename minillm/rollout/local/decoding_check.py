@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from minillm import UserError
 from minillm.kernels.reference import logits as head_logits
-from minillm.models.access import REFUSALS, lm_head, row_hidden
+from minillm.models.access import OUT_OF_MEMORY, failed_run, lm_head, row_hidden
 from minillm.models.batch import TokenSequence, collate
 from minillm.models.families import text_config
 from minillm.models.loading import is_hollow
@@ -37,19 +37,19 @@ def require_exact_decoding(role: str, model: PreTrainedModel) -> None:
         return
     name = type(model).__name__
     try:
-        error = decoding_error(model)
-    except UserError:
+        apart = decoding_error(model)
+    except (UserError, *OUT_OF_MEMORY):
         raise
-    except REFUSALS as reason:
+    except Exception as error:  # whatever the code of an architecture raises
         raise UserError(
-            f"{role}: answers of {name} cannot be drawn token by token with a cache ({type(reason).__name__}: {reason}); "
-            "choose another model, or a method and an evaluation that draw none"
-        ) from reason
+            f"{role}: answers of {name} cannot be drawn token by token with a cache {failed_run(model, error)}. Choose another "
+            "model, or a method and an evaluation that draw none"
+        ) from error
     exact = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
-    if not error <= (TOLERANCE if exact else TOLERANCE_16_BITS):
+    if not apart <= (TOLERANCE if exact else TOLERANCE_16_BITS):
         raise UserError(
             f"{role}: the logits of {name} in a batch of prompts padded at the left, token by token with a cache, differ "
-            f"from those of whole texts by {error:.1%}, so answers would be of another model. Its code loses the cache, or "
+            f"from those of whole texts by {apart:.1%}, so answers would be of another model. Its code loses the cache, or "
             "reads padding as text; choose another model, or a method and an evaluation that draw no answers"
         )
 

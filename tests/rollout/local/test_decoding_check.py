@@ -71,7 +71,7 @@ def test_a_cache_that_cannot_be_used_is_one_sentence(monkeypatch):
         raise ValueError("no such cache")
 
     monkeypatch.setattr(models.student.model, "forward", refuse)
-    with pytest.raises(UserError, match=r"cannot be drawn token by token with a cache \(ValueError: no such cache\)"):
+    with pytest.raises(UserError, match=r"with a cache in float32 on the cpu \(ValueError: no such cache\)"):
         LocalRollouts(models).check("student")
 
 
