@@ -81,6 +81,35 @@ def _call(where: str, name: str, call: Any) -> dict[str, Any]:
     return {**made, "id": call["id"]} if call.get("id") is not None else made
 
 
+def call_forms(messages: list[Message]) -> list[list[Message]]:
+    """The forms in which templates read messages that call tools, the usual one first; one form where none does.
+
+    Arguments are an object, or JSON (DeepSeek's templates join texts); a message that only calls tools says the empty text,
+    or nothing (they take its text, be it empty, for the whole of it).
+    """
+    forms: list[list[Message]] = []
+    for silent in (False, True):
+        for as_json in (False, True):
+            form = [_calling(message, silent, as_json) for message in messages]
+            if form not in forms:
+                forms.append(form)
+    return forms
+
+
+def _calling(message: Message, silent: bool, as_json: bool) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    message = {**message, "content": None} if silent and not message["content"] else message
+    if not as_json:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
 def _content(where: str, name: str, content: str | list) -> str | list[dict[str, Any]]:
     """A text, or parts of type text and image."""
     if isinstance(content, str):

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from minillm.data.chat_messages import REASONING, tool_name
+from minillm.data.chat_messages import REASONING, call_forms, tool_name
 from minillm.data.sources import DataError
 from minillm.data.special_text import SpecialTokens, special_tokens_of
 from minillm.models.tokenizers import Message, apply_chat_template, in_parts
@@ -43,12 +45,7 @@ def finished_turn(
         return None
     special = special_tokens_of(tokenizer)
     as_parts = any(isinstance(message["content"], list) for message in messages)
-    try:
-        finished = apply_chat_template(tokenizer, [*messages, in_parts(answer) if as_parts else answer], **options)
-    except TemplateError as error:
-        finished, refused = "", f" ({error})"
-    else:
-        refused = ""
+    finished, refused = _render_finished(prompt, messages, in_parts(answer) if as_parts else answer, tokenizer, options)
     text = answer["content"]
     thoughts, calls = answer.get(REASONING[0]), answer.get("tool_calls", ())
     if finished.startswith(prompt):
@@ -56,7 +53,7 @@ def finished_turn(
         lost = [
             *(["its answer"] if not shows(turn.text, text.rpartition("</think>")[2]) else []),
             *([REASONING[0]] if thoughts and not shows(turn.text, thoughts) else []),
-            *(["its tool calls"] if not all(shows(turn.text, tool_name(call)) for call in calls) else []),
+            *([] if _shows_calls(turn.text, calls) else ["its tool calls"]),
         ]
         if lost:
             raise DataError(
@@ -64,14 +61,17 @@ def finished_turn(
                 "it out of the data"
             )
         return turn
-    if calls:
-        raise DataError(
-            f"{where}: the tokenizer's chat template shows no answer that calls tools after its prompt{refused}; use a "
-            "tokenizer whose template knows tools"
-        )
     end = special.end_of_turn
-    tag = _opened_tag(prompt, finished)
-    if tag is None:
+    opened = _opened_thoughts(prompt, finished)
+    if calls:
+        turn = None if opened is None else _closed(finished[opened.place :], tokenizer, special)
+        if turn is None or not _shows_calls(turn.text, calls) or not shows(turn.text, text):
+            raise DataError(
+                f"{where}: the tokenizer's chat template shows no answer that calls tools after its prompt{refused}; use a "
+                "tokenizer whose template knows tools"
+            )
+        text, end = turn.text.lstrip(), end if turn.end is None else turn.end
+    if opened is None:
         if thoughts:
             raise DataError(
                 f"{where}: the tokenizer's chat template leaves out {REASONING[0]}{refused}; use a tokenizer whose template "
@@ -79,6 +79,7 @@ def finished_turn(
             )
         return Answer(text, end)
     # the prompt has begun the thoughts
+    tag = opened.tag
     if thoughts:
         return Answer(f"{thoughts.strip()}\n</{tag}>\n\n{text}", end)
     begun = text.lstrip()
@@ -94,6 +95,34 @@ def finished_turn(
     )
 
 
+def _render_finished(
+    prompt: str,
+    messages: list[Message],
+    answer: Message,
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+) -> tuple[str, str]:
+    """The finished turn, empty where the template refuses it; and why it does, in brackets.
+
+    Calls of tools are given in the first form that the template shows.
+    """
+    found, refused = [], ""
+    for (form,) in call_forms([answer]):
+        try:
+            finished = apply_chat_template(tokenizer, [*messages, form], **options)
+        except TemplateError as error:
+            refused = refused or f" ({error})"
+            continue
+        if _shows_calls(finished[len(commonprefix([prompt, finished])) :], answer.get("tool_calls", ())):
+            return finished, ""
+        found.append(finished)
+    return (found[0], "") if found else ("", refused)
+
+
+def _shows_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> bool:
+    return all(shows(text, tool_name(call)) for call in calls)
+
+
 def _closed(rest: str, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> Answer:
     """The text that a template writes after a prompt, cut where it closes the answer."""
     closing = special.closing(rest)
@@ -105,12 +134,22 @@ def _closed(rest: str, tokenizer: PreTrainedTokenizerBase, special: SpecialToken
     return Answer(rest[: closing[which][0]], ids[which])
 
 
-def _opened_tag(prompt: str, finished: str) -> str | None:
+class _Opened(NamedTuple):
+    """The tag by which a prompt begins thoughts, and its place in the prompt, with the space before it."""
+
+    tag: str
+    place: int
+
+
+def _opened_thoughts(prompt: str, finished: str) -> _Opened | None:
     """The tag that a prompt ends in, where it begins thoughts that the finished turn does not have at that place."""
     found = re.search(r"<(\w+)>\s*\Z", prompt)
-    if found is None or not finished.startswith(prompt[: found.start()].rstrip()):
+    if found is None:
         return None
-    return None if finished.startswith(prompt.rstrip()) else found[1]
+    before = prompt[: found.start()].rstrip()
+    if not finished.startswith(before) or finished.startswith(prompt.rstrip()):
+        return None
+    return _Opened(found[1], len(before))
 
 
 def shows(text: str, said: str) -> bool:

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import TemplateKeys
-from minillm.data.chat_messages import REASONING, tool_name
+from minillm.data.chat_messages import REASONING, call_forms, tool_name
 from minillm.data.finished_turns import Answer, finished_turn, shows
 from minillm.data.images import as_texts
 from minillm.data.sources import DataError
@@ -102,13 +102,15 @@ def render(
 def _prompt(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, options: dict[str, Any]
 ) -> tuple[str, list[Message]]:
-    """The rendered messages, and the form of them that the template reads: contents as texts, or as lists of parts.
+    """The rendered messages, and the form of them that the template reads: contents as texts, or as lists of parts; and
+    calls of tools as `call_forms` says.
 
     Templates of models of images and text want lists, and most others texts; some drop the other form without a word.
     """
     forms = [messages, [in_parts(message) for message in messages]]
     if processor_of(tokenizer) is not None:
         forms.reverse()
+    forms = [one for form in forms for one in call_forms(form)]
     problems = []
     for form in forms:
         try:

@@ -34,6 +34,14 @@ BYTE_TEMPLATE = (
 )
 
 
+# The beginning of a template for messages whose content is none, which transformers takes away before it calls one.
+_WITHOUT_CONTENT = (
+    "{% set given = namespace(messages=[]) %}{% for message in messages %}{% set given.messages = given.messages + "
+    "[message if message.content is defined else dict(message, content=none)] %}{% endfor %}"
+    "{% set messages = given.messages %}"
+)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte and one that ends a text: any text goes in and comes out, from no file at all."""
     alphabet = sorted(ByteLevel.alphabet())
@@ -98,7 +106,7 @@ def apply_chat_template(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> str:
-    """The text of a conversation, whatever the template leaves out of it.
+    """The text of a conversation, whatever the template leaves out of it. A content may be None.
 
     Args:
         now: what the template takes for the time (strftime_now); default: the time.
@@ -111,6 +119,8 @@ def apply_chat_template(
         template = tokenizer.get_chat_template(tools=tools)
         if now is not None and "strftime_now" in template:
             template = _at(now) + template
+        if any(message["content"] is None for message in messages):
+            template = _WITHOUT_CONTENT + template
         return tokenizer.apply_chat_template(messages, chat_template=template, tools=tools, tokenize=False, **variables)
     except (TemplateError, MemoryError):
         raise

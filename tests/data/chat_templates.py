@@ -28,6 +28,13 @@ OPENED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content.split('</think>')[-1] }}<|im_end|>"
     "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+# as DeepSeek R1: a turn calls tools where it has no content, and their arguments are joined as text
+CALLING = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}<|assistant|>{% for call in m.tool_calls %}"
+    "{{ '<call>' + call.type + ' ' + call.function.name + '\n' + call.function.arguments + '</call>' }}{% endfor %}<|im_end|>"
+    "{% elif m.role == 'tool' %}<out>{{ m.content }}</out>"
+    + OPENED.replace("{% for m in messages %}{% if", "{% elif", 1)
+)
 # as LLaVA: parts alone
 PARTS = (
     START + "{% if m.content is not string %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"

@@ -5,7 +5,7 @@ import pytest
 from minillm.config.data import JsonlPrompts
 from minillm.data.instructions import load_prompts
 from minillm.data.sources import DataError
-from tests.data.chat_templates import ALTERNATING, CHATML, DEAF, OPENED, THINKING, TOOLS, chat_tokenizer
+from tests.data.chat_templates import ALTERNATING, CALLING, CHATML, DEAF, OPENED, THINKING, TOOLS, chat_tokenizer
 
 USER, BOT = "<|im_start|>user\n", "<|im_start|>assistant\n"
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -108,6 +108,32 @@ def test_tools_and_a_final_call_are_the_templates(jsonl):
         assert '"name": "weather", "parameters"' in example.prompt
         assert example.references == ('<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>',)
         assert chat_tokenizer().decode(example.response_ids) == example.references[0] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Köln"}, '{"city": "Köln"}'])
+def test_calls_of_tools_are_given_in_the_form_that_the_template_reads(jsonl, arguments):
+    """DeepSeek's wants arguments that are text, and no content; the thoughts that the prompt has opened are closed first."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    turns = [
+        ASK,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": None, "reasoning_content": "Again.", "tool_calls": [call, call]},
+    ]
+    written = '<call>function weather\n{"city": "Köln"}</call>'
+    (example,) = load(jsonl({"messages": turns}), CALLING)
+    assert f"<|assistant|>{written}<|im_end|><out>rain</out>" in example.prompt
+    assert example.prompt.endswith("<|assistant|><think>\n") and example.misplaced is None
+    answer = chat_tokenizer().decode(example.response_ids)
+    assert answer == f"Again.\n</think>\n\n{written}{written}<|im_end|>"
+    del turns[-1]["reasoning_content"]
+    (example,) = load(jsonl({"messages": turns}), CALLING)
+    assert example.references == (written + written,)
+    assert "begins the answer with <think>, and the reference has no thoughts" in example.misplaced
+    with pytest.raises(
+        DataError, match="shows no answer that calls tools after its prompt"
+    ):  # its content alone is shown
+        load(jsonl({"messages": [*turns[:-1], {**turns[-1], "content": "Hm."}]}), CALLING)
 
 
 def test_results_of_tools_are_shown(jsonl):
