@@ -40,7 +40,8 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The module below the LM head: it takes ids, pictures too in its family, and gives last hidden states.
 
-    Raises UserError where there is none.
+    Where a model of images and text has a whole language model inside, head and all (Llama 4), it is the one of that,
+    which takes ids alone. Raises UserError where there is none.
     """
     if model.base_model is not model:
         return model.base_model
@@ -50,7 +51,9 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
         for child in model.children()
         if isinstance(child, PreTrainedModel) and any(module is embeddings for module in child.modules())
     ]
-    if len(found) != 1 or found[0].get_output_embeddings() is not None:
+    if len(found) == 1 and found[0].get_output_embeddings() is not None:
+        return decoder(found[0])
+    if len(found) != 1:
         raise UserError(
             f"{type(model).__name__} computes its logits without a module below the LM head that could be run by itself; "
             "choose a model of another architecture"
@@ -67,7 +70,8 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 def sees_pictures(model: PreTrainedModel) -> bool:
     """True where a model takes pictures in its prompts."""
-    return opens_pictures(model.config) and placeholder_id(model.config) is not None
+    listed = opens_pictures(model.config) and placeholder_id(model.config) is not None
+    return listed and "pixel_values" in _arguments(model)
 
 
 def placeholder_id(config: PreTrainedConfig) -> int | None:
@@ -103,8 +107,8 @@ def require_sight(model: PreTrainedModel, extras: Mapping[str, Tensor]) -> None:
         return
     if not sees_pictures(model):
         raise UserError(
-            f"the prompts show pictures, and {type(model).__name__} reads text alone; choose a model of images and text, or "
-            "data without pictures"
+            f"the prompts show pictures, and {type(model).__name__} reads text alone here; choose another model of images and "
+            "text, or data without pictures"
         )
     unknown = sorted(set(extras) - _arguments(model))
     if unknown:

@@ -40,14 +40,25 @@ def test_a_decoder_under_another_name_than_its_prefix(ids):
     assert len(layers_of(model)[2]) == 4 and head_error(model) <= 1e-5
 
 
-def test_a_model_that_has_nothing_below_its_head_is_refused():
+def test_a_whole_language_model_inside_is_read_below_its_own_head(ids):
+    """Llama 4 puts the pictures in by itself, so what is below the head reads text alone, and says so."""
     vision = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
               "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}  # fmt: skip
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model("llama4", text_config=LLAMA4, vision_config=vision)
-        )
-    with pytest.raises(UserError, match="Llama4ForConditionalGeneration computes its logits without a module below"):
+    torch.manual_seed(0)
+    architecture = AutoConfig.for_model("llama4", text_config=LLAMA4, vision_config=vision, image_token_index=5)
+    model = AutoModelForImageTextToText.from_config(architecture).eval()
+    assert decoder(model) is model.language_model.model and text_model(model) is model.language_model.model
+    assert len(layers_of(model)[2]) == 4 and head_error(model) <= 1e-5 and not sees_pictures(model)
+    assert target_names(model, "all-linear")[0].startswith("language_model.model.layers.0.")
+    with pytest.raises(UserError, match="Llama4ForConditionalGeneration reads text alone here"):
+        forward_shown(model, ids, torch.ones_like(ids), None, {"pixel_values": torch.zeros(1, 3, 28, 28)})
+
+
+def test_a_model_that_has_nothing_below_its_head_is_refused(build_model, monkeypatch):
+    model = build_model("llama")
+    monkeypatch.setattr(type(model), "base_model_prefix", "nothing")
+    monkeypatch.setattr(model, "children", lambda: iter(()))
+    with pytest.raises(UserError, match="LlamaForCausalLM computes its logits without a module below"):
         decoder(model)
 
 

@@ -19,6 +19,7 @@ JOURNEYS = {
     "gemma4_text": set(),  # a table of all layers
     "qwen3_moe": set(),
     "deepseek_v3": set(),  # latent attention
+    "llama4": set(),  # a language model, head and all, inside of a model of images and text
     "mamba2": set(),  # a state
     "bamba": set(),  # a state and attention
     "bart": {"decoding", "prune", "train", "eval", "generate"},  # positions without a look at the padding

@@ -89,6 +89,19 @@ OF_ARCHITECTURE = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
     "opt": {"word_embed_proj_dim": 32},
+    # what the sizes of pictures have to do with each other
+    "llama4": {
+        "vision_config": {
+            "model_type": "llama4_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32),
+        }
+    },
 }
 
 
