@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from minillm.config.keys import ModelPath, Strict, TokenizerPath
 from minillm.config.lora import LoraConfig
 from minillm.config.needs import ABILITIES, Ability
+from minillm.config.upcycle import UpcycleConfig
 
 AttnImplementation = Literal[
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
@@ -16,7 +17,7 @@ MODEL_PATH = (
     "A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed Python package "
     "carries), or stage:NAME (the model that an earlier stage left)"
 )
-OF_INIT = {"layers": "prune", "config": "random"}  # key -> the only `init` with which it means something
+OF_INIT = {"layers": "prune", "config": "random", "upcycle": "upcycle"}  # key -> the only `init` with which it means something
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
 
@@ -57,14 +58,17 @@ class TeacherConfig(ModelConfig):
 class StudentConfig(ModelConfig):
     """The model that is trained. Keys of another `init`, which a stage may inherit, become None."""
 
-    init: Literal["pretrained", "prune", "random"] = Field(
+    init: Literal["pretrained", "prune", "upcycle", "random"] = Field(
         "pretrained",
         description="pretrained: the weights at `path`; prune: `path` with only some of its layers; "
-        "random: fresh weights of the architecture in `config`",
+        "upcycle: `path` with its feed-forward layers copied into experts; random: fresh weights of the architecture in `config`",
     )
     layers: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
         description="prune: the layers that are kept, as a list, or their number, evenly spaced with the first and the last",
+    )
+    upcycle: UpcycleConfig | None = Field(
+        None, description="upcycle: how many experts there are, and where; default: four, two for each token"
     )
     config: dict[str, Any] | None = Field(
         None,
@@ -92,4 +96,6 @@ class StudentConfig(ModelConfig):
         for key, init in OF_INIT.items():
             if self.init != init:
                 object.__setattr__(self, key, None)
+        if self.init == "upcycle" and self.upcycle is None:
+            object.__setattr__(self, "upcycle", UpcycleConfig())
         return self

@@ -30,6 +30,7 @@ from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.quantization import check_quantized, quantization_options
 from minillm.models.tokenizers import load_tokenizer
+from minillm.models.upcycling import upcycle
 
 _hollow_models: WeakSet[nn.Module] = WeakSet()
 
@@ -81,6 +82,10 @@ def load_student(
         model = _load(start, output_dir, hollow)
     if start.init == "prune":
         model = prune_layers(model, config.layers, hollow=hollow)
+    elif start.init == "upcycle":
+        model = upcycle(model, config.upcycle, seed=seed, hollow=hollow)
+        if hollow:
+            _hollow_models.add(model)
     model = without_dropout(model).to(device).requires_grad_(True)
     if config.lora is None:
         return model

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -165,20 +165,31 @@ def _made_again(model: PreTrainedModel) -> PreTrainedModel:
 def _require_same_hidden(model: PreTrainedModel, again: PreTrainedModel, message: str) -> None:
     again.load_state_dict(model.state_dict(), assign=True)
     again.train(model.training)
+    hidden = last_hidden_of_both(model, again, message)
+    if not torch.allclose(*hidden, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise UserError(message)
+
+
+def last_hidden_of_both(
+    model: PreTrainedModel, other: PreTrainedModel, message: str
+) -> tuple[Tensor, Tensor]:  # (1, 8, H) each
+    """The last hidden states of two models over the same few ids. Raises UserError, with `message`, where one cannot run."""
     ids = torch.arange(1, 9)[None] % text_config(model.config).vocab_size
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # which runs everywhere
+    before = model.config._attn_implementation, other.config._attn_implementation
+    for one in (model, other):
+        one.set_attn_implementation("eager")  # which runs everywhere
     try:
-        hidden = [
-            decoder(one)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
-            for one in (model, again)
-        ]
+        with torch.no_grad():
+            first, second = (
+                decoder(one)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+                for one in (model, other)
+            )
     except (KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{message} ({type(error).__name__}: {error})") from error
     finally:
-        model.set_attn_implementation(attention)
-    if not torch.allclose(*hidden, rtol=1e-3, atol=1e-5, equal_nan=True):
-        raise UserError(message)
+        for one, attention in zip((model, other), before, strict=True):
+            one.set_attn_implementation(attention)
+    return first, second
 
 
 def _rewrite(config: PreTrainedConfig, keep: Sequence[int]) -> None:

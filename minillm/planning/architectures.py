@@ -19,6 +19,7 @@ from minillm.models.loading import changed_architecture
 from minillm.models.locations import hub_arguments
 from minillm.models.pruning import pruned_architecture
 from minillm.models.tokenizers import load_tokenizer
+from minillm.models.upcycling import upcycled_architecture
 
 
 class Architectures:
@@ -29,7 +30,7 @@ class Architectures:
         self._folders = architecture_folders(plan.files)
 
     def student(self, stage: Stage) -> PreTrainedConfig:
-        """Return the student's architecture as it is trained: pruned, changed or fresh; or that of the reference model which
+        """Return the student's architecture as it is trained: pruned, upcycled, changed or fresh; or that of the reference model which
         stands in the student's place.
 
         Raises UserError where it is not known.
@@ -40,6 +41,8 @@ class Architectures:
         architecture = self._read(config)
         if config.init == "prune":
             architecture = pruned_architecture(architecture, config.layers)
+        elif config.init == "upcycle":
+            architecture = upcycled_architecture(architecture, config.upcycle)
         return architecture
 
     def teacher(self, stage: Stage) -> PreTrainedConfig | None:

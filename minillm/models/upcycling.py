@@ -1,0 +1,187 @@
+"""A mixture of experts from a dense model: its feed-forward layers copied into the experts of a stock architecture.
+
+Sparse upcycling (Komatsuzaki et al., 2212.05055), with the routed experts' weights renormalised to 1: while all experts
+of a layer are one function, the mixture computes what the dense model does, whatever its routers say.
+"""
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from minillm import UserError
+from minillm.config.upcycle import SPARSE_FORMS, SparseForm, UpcycleConfig
+from minillm.models.families import auto_class, text_config
+from minillm.models.pruning import last_hidden_of_both, layers_of
+
+KEY = "student.init=upcycle"
+# What a configuration says of its file and not of its model.
+_NOT_OF_THE_MODEL = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+_UNDECLARED = ("head_dim",)  # which every attention layer reads where its configuration has it
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}  # routers compute in fp32
+_ROUNDING_OF_HALVES = 0.05
+
+
+def upcycled_architecture(architecture: PreTrainedConfig, keys: UpcycleConfig) -> PreTrainedConfig:
+    """The configuration of the mixture of experts; the one given stays as it is.
+
+    A model that sees pictures gets it in the place of its text_config.
+    Raises UserError for an architecture without a sparse form, and for a value that the sparse form cannot say.
+    """
+    dense = text_config(architecture)
+    form = _form_of(dense)
+    values = _values(dense, form)
+    values |= {form.experts: keys.num_experts, form.per_token: keys.num_experts_per_tok}
+    values |= {form.width: dense.intermediate_size} | copy.deepcopy(form.fixed)
+    values |= _steps(dense, form, keys.every)
+    sparse = CONFIG_MAPPING[form.model_type](**values)
+    if dense is architecture:
+        return sparse
+    whole = copy.deepcopy(architecture)
+    (name,) = (name for name in whole.sub_configs if getattr(architecture, name, None) is dense)
+    setattr(whole, name, sparse)
+    return whole
+
+
+def upcycle(model: PreTrainedModel, keys: UpcycleConfig, *, seed: int, hollow: bool = False) -> PreTrainedModel:
+    """The mixture of experts that begins as a dense model; it takes over the tensors of the one given.
+
+    Args:
+        seed: keys the routers' weights, and the noise on the copies.
+        hollow: the weights hold nothing yet, and hold nothing in the result.
+    Raises UserError as upcycled_architecture does, and for a model whose sparse form would compute something else.
+    """
+    form = _form_of(text_config(model.config))
+    architecture = upcycled_architecture(model.config, keys)
+    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    if model.dtype == torch.float64:  # which grouped products do not have
+        options["experts_implementation"] = "eager"
+    with no_init_weights():  # memory that is never written takes no room
+        sparse = auto_class(architecture).from_config(architecture, **options)
+    sparse.generation_config = copy.deepcopy(model.generation_config)
+    sparse.train(model.training)
+    _fill(sparse, model, form, keys, torch.Generator().manual_seed(seed))
+    if hollow:
+        return sparse
+    _require_same_outputs(model, sparse)
+    if keys.noise:
+        _add_noise(sparse, keys.noise, torch.Generator().manual_seed(seed + 1))
+    return sparse
+
+
+def _form_of(dense: PreTrainedConfig) -> SparseForm:
+    kind = dense.model_type
+    if kind in SPARSE_FORMS:
+        return SPARSE_FORMS[kind]
+    sparse = {form.model_type for form in SPARSE_FORMS.values()}
+    if kind in sparse or getattr(dense, "num_experts_per_tok", None):
+        raise UserError(f"{KEY}: a {kind} is a mixture of experts already; train it with init: pretrained")
+    raise UserError(
+        f"{KEY}: transformers has no architecture that is a {kind} with experts in the place of its feed-forward layers; "
+        f"choose one of {', '.join(SPARSE_FORMS)}"
+    )
+
+
+def _values(dense: PreTrainedConfig, form: SparseForm) -> dict[str, Any]:
+    """All that the dense configuration says, in the keys of the sparse one."""
+    family = CONFIG_MAPPING[form.model_type]
+    says, known = ({one.name for one in fields(each)} for each in (type(dense), family))
+    values = {}
+    for key, value in dense.to_dict().items():
+        if key in _NOT_OF_THE_MODEL:
+            continue
+        if key in known or key not in says or key in _UNDECLARED:  # what neither declares is kept by both
+            values[key] = value
+        elif key not in form.lacks or form.lacks[key] not in ((), value):
+            raise UserError(
+                f"{KEY}: this {dense.model_type} has {key}: {value!r}, which no {form.model_type} can have; choose another "
+                "model"
+            )
+    kinds = set(getattr(dense, "layer_types", None) or ())
+    if "layer_types" not in known and kinds:
+        if len(kinds) > 1:
+            raise UserError(
+                f"{KEY}: the layers of this {dense.model_type} attend in {len(kinds)} ways (layer_types), and those of a "
+                f"{form.model_type} in one; choose another model"
+            )
+        values["use_sliding_window"] = kinds == {"sliding_attention"}
+    return values
+
+
+def _steps(dense: PreTrainedConfig, form: SparseForm, every: int) -> dict[str, int]:
+    if every > dense.num_hidden_layers:
+        raise UserError(f"student.upcycle.every is {every}, but the model has {dense.num_hidden_layers} layers")
+    if form.layer_step is not None:
+        return {form.layer_step: every}
+    if every > 1:
+        having = [name for name, one in SPARSE_FORMS.items() if one.layer_step is not None]
+        raise UserError(
+            f"student.upcycle.every: every layer of a {form.model_type} has experts; leave it at 1, or choose one of "
+            f"{', '.join(having)}"
+        )
+    return {}
+
+
+@torch.no_grad()
+def _fill(
+    sparse: PreTrainedModel, dense: PreTrainedModel, form: SparseForm, keys: UpcycleConfig, drawn: torch.Generator
+) -> None:
+    """Give the sparse model the dense one's weights, copies of its feed-forward layers, and new routers."""
+    given, state = dense.state_dict(), {}
+    wanted = sparse.state_dict()
+    blocks = dict(_blocks(sparse, dense, form))
+    for name, tensor in wanted.items():
+        block = next((one for one in blocks if name.startswith(f"{one}.")), None)
+        if block is None:
+            state[name] = given.pop(name, None)
+            continue
+        part = name.removeprefix(f"{block}.")
+        if part in ("experts.gate_up_proj", "experts.down_proj"):
+            projections = ("gate_proj", "up_proj") if "gate" in part else ("down_proj",)
+            whole = torch.cat([given.pop(f"{blocks[block]}.{one}.weight") for one in projections])
+            state[name] = whole.expand(keys.num_experts, *whole.shape).clone()  # (E, 2 I, H) or (E, H, I)
+        elif part.startswith(form.zeros):
+            state[name] = torch.zeros_like(tensor)
+        else:
+            state[name] = (keys.router_std * torch.randn(tensor.shape, generator=drawn)).to(tensor)  # (E, H)
+    wrong = [name for name, tensor in state.items() if tensor is None or tensor.shape != wanted[name].shape]
+    left = [*wrong, *given]
+    if left:
+        raise UserError(f"{KEY}: {left[0]} of a {form.model_type} is not that of this model; choose another one")
+    sparse.load_state_dict(state, assign=True)
+    sparse.tie_weights()
+
+
+def _blocks(sparse: PreTrainedModel, dense: PreTrainedModel, form: SparseForm):
+    """(name of a block of experts, name of the feed-forward layer that it is made of), from the first layer on."""
+    names = {id(module): name for name, module in sparse.named_modules()}
+    for layer, before in zip(layers_of(sparse)[2], layers_of(dense)[2], strict=True):
+        block = getattr(layer, form.block)
+        if hasattr(block, "experts"):
+            yield names[id(block)], next(name for name, one in dense.named_modules() if one is before.mlp)
+
+
+@torch.no_grad()
+def _add_noise(sparse: PreTrainedModel, size: float, drawn: torch.Generator) -> None:
+    for module in experts_of(sparse):
+        for weight in module.parameters():  # (E, O, I)
+            for one in weight:
+                noise = torch.randn(one.shape, generator=drawn)
+                one.add_((size * one.float().std() * noise).to(one))
+
+
+def experts_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that hold a layer's experts, from the first layer on; [] for a dense model."""
+    return [module for name, module in model.named_modules() if name.endswith(".experts")]
+
+
+def _require_same_outputs(dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
+    message = f"{KEY}: {type(sparse).__name__} computes something else than this {type(dense).__name__}"
+    expected, found = last_hidden_of_both(dense, sparse, message)
+    difference: Tensor = (found - expected).norm() / expected.norm()
+    if not difference <= _ROUNDING.get(dense.dtype, _ROUNDING_OF_HALVES):
+        raise UserError(f"{message} (they differ by {difference:.1e} of what it computes); choose another model")
