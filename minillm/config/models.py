@@ -17,7 +17,11 @@ MODEL_PATH = (
     "A Hugging Face folder, a hub name, a .gguf file, package:NAME/FILE (a file that an installed Python package "
     "carries), or stage:NAME (the model that an earlier stage left)"
 )
-OF_INIT = {"layers": "prune", "config": "random", "upcycle": "upcycle"}  # key -> the only `init` with which it means something
+OF_INIT = {
+    "layers": "prune",
+    "config": "random",
+    "upcycle": "upcycle",
+}  # key -> the only `init` with which it means something
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
 

@@ -75,6 +75,11 @@ class TrainConfig(Strict):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="A gradient with a larger 2-norm is scaled down to it; null: no gradient is"
     )
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Weight of the load-balancing loss of a student that is a mixture of experts, added to the loss of "
+        "whatever method once: the architecture's own formula, over all tokens that the student is trained on",
+    )
     bf16: bool = Field(
         False,
         description="Train in bfloat16: with engine.type torch under autocast, while answers are sampled and scored in the "

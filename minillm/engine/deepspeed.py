@@ -104,7 +104,15 @@ class DeepSpeedEngine:
         if not math.isfinite(grad_norm) or not self.engine.was_step_applied():
             raise NonFiniteError.of(losses(numbers) | {"grad_norm": grad_norm})
         self.scheduler.step()
-        return step_result(numbers, grad_norm=grad_norm, learning_rate=learning_rate)
+        return step_result(
+            numbers, grad_norm=grad_norm, learning_rate=learning_rate, expert_tokens=self._expert_tokens()
+        )
+
+    def _expert_tokens(self) -> torch.Tensor | None:  # (layers, E) int64
+        mine = self.engine.module.take_expert_tokens()
+        if mine is None:
+            return None
+        return torch.stack([one["tokens"] for one in collectives.gather_tensors({"tokens": mine})]).sum(0)
 
     def _forget_gradients(self) -> None:
         """Zero the sharded gradients that ZeRO-3 keeps.

@@ -4,7 +4,7 @@ A method never learns which engine runs it; an engine never learns which method 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,8 @@ class StepResult:
 
     metrics: dict[str, float]  # loss, loss/<term>, grad_norm, learning_rate, and the means of the terms' metrics
     rows: int  # predictions that received a gradient
+    # of a mixture of experts: how often tokens were sent to each expert, a list for each layer
+    expert_tokens: list[list[int]] = field(default_factory=list)
 
 
 class Engine(Protocol):

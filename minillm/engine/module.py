@@ -6,13 +6,14 @@ That is the one form that is right for a plain model and for one whose weights a
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from minillm.losses import LMHead, linear_objective
 from minillm.methods.protocol import HiddenLoss, Term
 from minillm.models.access import forward_batch, lm_head, rows_of
 from minillm.models.batch import TokenBatch
-from minillm.models.routers import balance_loss
+from minillm.models.routers import balance_loss, expert_tokens, experts_of, recorded_routing
 from minillm.teachers.teacher import HiddenRows, TeacherRows
 
 
@@ -28,6 +29,9 @@ class TermLoss(nn.Module):
         self.trained_beside = nn.ModuleDict(modules or {})
         self.vocab_size = vocab_size
         self.backend = backend
+        experts = experts_of(student)
+        # (layers, E) int64, how often the student's tokens were sent to each expert; None for a dense student
+        self.expert_tokens = torch.zeros(len(experts), experts[0].num_experts, dtype=torch.int64) if experts else None
 
     def forward(self, term: Term) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the term's rows of its objective, and its metrics summed likewise. Scalars, fp32.
@@ -37,9 +41,11 @@ class TermLoss(nn.Module):
         model = self.student if term.trains == "student" else self.trained_beside[term.trains]
         batch = term.batch
         asked = {"output_hidden_states": True} if term.hidden is not None else {}
-        if term.auxiliary:
-            asked["output_router_logits"] = True
-        output = forward_batch(model, batch, **asked)
+        with recorded_routing(model) as routing:
+            output = forward_batch(model, batch, **asked)
+        if model is self.student and self.expert_tokens is not None:
+            found = expert_tokens(routing, self.expert_tokens.shape[1], batch.attention_mask)
+            self.expert_tokens = self.expert_tokens.to(found.device) + found
         # gradients are taken in the forward pass, so that the teacher's head is not read again after it
         with self._teacher_side(term.teacher) as (said, teacher_head):
             loss, metrics = linear_objective(
@@ -61,7 +67,7 @@ class TermLoss(nn.Module):
             of_hidden, measured = self._hidden_loss(term.hidden, output, batch)
             loss, metrics = loss + of_hidden, {**metrics, **measured}
         if term.auxiliary:
-            balance = balance_loss(model, output, batch.attention_mask)
+            balance = balance_loss(model, routing, batch.attention_mask)
             loss = loss + term.auxiliary * term.count * balance
             # a mean over tokens, and metrics are sums over rows
             metrics = {**metrics, "auxiliary_loss": balance.detach() * batch.tokens}
@@ -77,6 +83,13 @@ class TermLoss(nn.Module):
         else:
             with rows.for_losses() as both:
                 yield both
+
+    def take_expert_tokens(self) -> Tensor | None:  # (layers, E) int64
+        """How often tokens were sent to each expert since the last call; None for a dense student."""
+        tokens = self.expert_tokens
+        if tokens is not None:
+            self.expert_tokens = torch.zeros_like(tokens)
+        return tokens
 
     def children_that_train(self) -> list[nn.Module]:
         """The student and what is trained beside it."""

@@ -43,11 +43,25 @@ def losses(numbers: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if ":" not in name}
 
 
-def step_result(numbers: Mapping[str, float], *, grad_norm: float, learning_rate: float) -> StepResult:
-    """The losses, and the means of the metrics over their term's rows."""
+def step_result(
+    numbers: Mapping[str, float],
+    *,
+    grad_norm: float,
+    learning_rate: float,
+    expert_tokens: Tensor | None = None,  # (layers, E) int64, over all ranks
+) -> StepResult:
+    """The losses, and the means of the metrics over their term's rows; of the auxiliary loss the mean over its terms."""
     metrics = losses(numbers) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
     for name, value in numbers.items():
         term, _, metric = name.partition(":")
         if term and metric:
             metrics[metric] = value / max(numbers[f":{term}"], 1)
-    return StepResult(metrics, int(sum(value for name, value in numbers.items() if name.startswith(":"))))
+    balances = [
+        value / max(numbers[f":{name.partition(':')[0]}"], 1)
+        for name, value in numbers.items()
+        if name.endswith(":auxiliary_loss")
+    ]
+    if balances:
+        metrics["auxiliary_loss"] = sum(balances) / len(balances)
+    rows = int(sum(value for name, value in numbers.items() if name.startswith(":")))
+    return StepResult(metrics, rows, [] if expert_tokens is None else expert_tokens.tolist())

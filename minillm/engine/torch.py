@@ -62,7 +62,12 @@ class TorchEngine:
         numbers = sums.numbers()
         if not (math.isfinite(numbers["loss"]) and math.isfinite(grad_norm)):
             raise NonFiniteError.of(losses(numbers) | {"grad_norm": grad_norm})
-        result = step_result(numbers, grad_norm=grad_norm, learning_rate=self.scheduler.get_last_lr()[0])
+        result = step_result(
+            numbers,
+            grad_norm=grad_norm,
+            learning_rate=self.scheduler.get_last_lr()[0],
+            expert_tokens=self.module.take_expert_tokens(),
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # now, so that the next rollouts have their memory
         self.scheduler.step()

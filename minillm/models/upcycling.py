@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -17,6 +17,7 @@ from minillm import UserError
 from minillm.config.upcycle import SPARSE_FORMS, SparseForm, UpcycleConfig
 from minillm.models.families import auto_class, text_config
 from minillm.models.pruning import last_hidden_of_both, layers_of
+from minillm.models.routers import experts_of
 
 KEY = "student.init=upcycle"
 # What a configuration says of its file and not of its model.
@@ -114,7 +115,9 @@ def _values(dense: PreTrainedConfig, form: SparseForm) -> dict[str, Any]:
 
 def _steps(dense: PreTrainedConfig, form: SparseForm, every: int) -> dict[str, int]:
     if every > dense.num_hidden_layers:
-        raise UserError(f"student.upcycle.every is {every}, but the model has {dense.num_hidden_layers} layers")
+        raise UserError(
+            f"student.upcycle.every: with {every} no layer has experts, since the model has {dense.num_hidden_layers} layers"
+        )
     if form.layer_step is not None:
         return {form.layer_step: every}
     if every > 1:
@@ -172,11 +175,6 @@ def _add_noise(sparse: PreTrainedModel, size: float, drawn: torch.Generator) -> 
             for one in weight:
                 noise = torch.randn(one.shape, generator=drawn)
                 one.add_((size * one.float().std() * noise).to(one))
-
-
-def experts_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that hold a layer's experts, from the first layer on; [] for a dense model."""
-    return [module for name, module in model.named_modules() if name.endswith(".experts")]
 
 
 def _require_same_outputs(dense: PreTrainedModel, sparse: PreTrainedModel) -> None:

@@ -92,6 +92,7 @@ def _origin(first: StageFiles) -> str:
     start = {
         "pretrained": "the student started from the weights of {}",
         "prune": "the student started from some of the layers of {}",
+        "upcycle": "the student started from {}, with its feed-forward layers copied into experts",
         "random": "the student started from random weights, with the architecture of {}",
     }[student.get("init", "pretrained")]
     if student.get("init") == "random" and not student.get("path"):

@@ -20,7 +20,7 @@ from minillm.evaluate.evaluator import Evaluator
 from minillm.methods import build_method
 from minillm.methods.protocol import TrainingData
 from minillm.models.adapters import FOLDER, load_adapter
-from minillm.models.routers import balance_problem
+from minillm.models.routers import balance_problem, require_balance
 from minillm.models.sharded import is_sharded
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Rollouts, Who, require_rollouts
@@ -75,7 +75,12 @@ class StageBuilder:
         self.console.preflight([*rows, *read.rows])
         collectives.together(lambda: require_shared_ids(models, read, held_out))
         needs = stage.config.method.needs()
-        unbalanced = balance_problem(models.student, added=needs.auxiliary) if "student" in needs.trains else None
+        unbalanced = None
+        if "student" in needs.trains:
+            weight = stage.config.train.router_aux_loss_coef
+            if weight:
+                require_balance(models.student)
+            unbalanced = balance_problem(models.student, added=needs.auxiliary or weight > 0)
         if unbalanced is not None:
             self.console.note(unbalanced)
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)

@@ -18,7 +18,9 @@ from minillm.engine import build_engine
 from minillm.engine.engine import NonFiniteError
 from minillm.evaluate.evaluator import Evaluator
 from minillm.methods import build_method
+from minillm.methods.balance import add_balance
 from minillm.methods.protocol import Item, Observation, TrainingData
+from minillm.models.routers import load_metrics
 from minillm.models.saving import read_modules, write_model, write_modules
 from minillm.reporting.time_left import Limits
 from minillm.rollout.buffer import RolloutBuffer
@@ -158,11 +160,14 @@ class StageTrainer:
         chosen = self._next_indices()
         # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
         # buffer by minillm.config.checks.stage_checks.whole_batches, and a step's items are as many on every rank
-        size = self.config.train.per_device_train_batch_size
+        size, balance = self.config.train.per_device_train_batch_size, self.config.train.router_aux_loss_coef
         with timing.of("scoring"):
             items = rank_items(self.items, chosen)
             micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
-            terms = [method.terms(micro_batch, self.data, self.models) for micro_batch in micro_batches]
+            terms = [
+                add_balance(method.terms(micro_batch, self.data, self.models), balance, method.needs)
+                for micro_batch in micro_batches
+            ]
         try:
             with timing.of("update"):
                 result = self.engine.step(terms)
@@ -197,6 +202,7 @@ class StageTrainer:
             "tokens_per_s": result.rows / seconds,
             "memory/peak_gib": peak,
             **result.metrics,
+            **(load_metrics(result.expert_tokens) if result.expert_tokens else {}),
             **adapted,
         }
 

@@ -11,7 +11,7 @@ from minillm.engine.module import TermLoss
 from minillm.methods.protocol import HiddenLoss, Term
 from minillm.methods.supervised import cross_entropy
 from minillm.models.batch import TokenSequence, collate
-from minillm.models.routers import balance_loss
+from minillm.models.routers import Routing, balance_loss
 from minillm.teachers.local import LocalTeacher
 from tests.conftest import tiny_llama
 from tests.models.test_routers import build as build_with_routers
@@ -120,6 +120,6 @@ def test_the_balance_loss_of_routers_is_a_mean_that_the_divisor_leaves_one():
         position_ids=batch.position_ids,
         output_router_logits=True,
     )
-    balance = balance_loss(model, output, batch.attention_mask)
+    balance = balance_loss(model, Routing(list(output.router_logits)), batch.attention_mask)
     torch.testing.assert_close((loss - plain) / 7.0, 0.3 * balance, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(metrics["auxiliary_loss"], 4 * balance)  # metrics are divided by the 4 rows

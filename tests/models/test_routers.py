@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm import UserError
 from minillm.models.access import forward_decoder
-from minillm.models.routers import balance_loss, balance_problem
+from minillm.models.routers import balance_loss, balance_problem, recorded_routing
 
 EXPERTS, CHOSEN = 4, 2
 SHAPE = {
@@ -41,8 +41,9 @@ def test_it_is_the_share_of_each_expert_times_its_probability(name, ids):
         layer.mlp.gate.register_forward_pre_hook(lambda gate, inputs: read.append((gate.weight, inputs[0])))
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    output = forward_decoder(model, ids, mask, None, use_cache=False, output_router_logits=True)
-    found = balance_loss(model, output, mask)
+    with recorded_routing(model) as routing:
+        forward_decoder(model, ids, mask, None, use_cache=False)
+    found = balance_loss(model, routing, mask)
     real = mask.flatten().bool()
     logits = [states.detach().flatten(0, -2).double() @ weight.double().T for weight, states in read]
     probabilities = torch.cat([one[real] for one in logits]).softmax(-1)
@@ -56,9 +57,11 @@ def test_it_is_the_share_of_each_expert_times_its_probability(name, ids):
 
 def test_a_model_without_routers_is_refused(build_model, ids):
     model = build_model("llama")
-    output = forward_decoder(model, ids, torch.ones_like(ids), None, use_cache=False)
+    with recorded_routing(model) as routing:
+        forward_decoder(model, ids, torch.ones_like(ids), None, use_cache=False)
+    assert not routing.logits and not routing.chosen
     with pytest.raises(UserError, match="LlamaForCausalLM has no routers"):
-        balance_loss(model, output, torch.ones_like(ids))
+        balance_loss(model, routing, torch.ones_like(ids))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

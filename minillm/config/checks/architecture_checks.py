@@ -14,8 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minillm.config.checks.facts import Facts, Found, read_config_json
+from minillm import UserError
+from minillm.config.checks.facts import Facts, Found, keys_at, read_config_json
 from minillm.config.models import StudentConfig
+from minillm.config.upcycle import UpcycleConfig
 from minillm.config.wording import expected, show
 
 # The names that families give to numbers of layers, heads, tokens and features.
@@ -64,6 +66,47 @@ def fresh_architecture(facts: Facts, student: StudentConfig) -> Iterator[Found]:
         yield Found(("student", "config", key), message)
     if not wrong:
         yield from _wrong_keys(json.dumps(keys), json.dumps(student.config))
+
+
+def sparse_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
+    """A student that is to be upcycled has an architecture with experts that says all that its own one does."""
+    keys = student.upcycle
+    if keys is None:
+        return
+    if keys.num_experts_per_tok > keys.num_experts:
+        message = f"of {keys.num_experts} experts no token can be sent to {keys.num_experts_per_tok}"
+        yield Found("student.upcycle.num_experts_per_tok", message, ("student.upcycle.num_experts",))
+        return
+    dense = keys_at(facts, student.path or "")
+    if not isinstance(dense.get("model_type"), str) or student.trust_remote_code:
+        return
+    problem = _upcycling_problem(json.dumps(dense), keys.every)
+    if problem is not None:
+        key, message = problem
+        yield Found(key, message, ("student.path", "student.init"))
+
+
+@cache
+def _upcycling_problem(dense: str, every: int) -> tuple[str, str] | None:
+    """The key and the message of what keeps a dense architecture, its keys as JSON, from being upcycled; or None."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from minillm.models.upcycling import upcycled_architecture
+
+    keys = json.loads(dense)
+    kind = keys.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        return None
+    family = CONFIG_MAPPING[kind]
+    try:
+        with _quiet():
+            upcycled_architecture(family(**keys), UpcycleConfig(every=every))
+    except UserError as error:
+        key, _, message = str(error).partition(": ")
+        return key.partition("=")[0], message
+    except Exception:  # of keys that are wrong by themselves, which opening the model says
+        return None
+    return None
 
 
 def _is_size(value: Any) -> bool:

@@ -10,6 +10,7 @@ from minillm.config.errors import Finding
 from minillm.config.paths import STAGE
 from minillm.config.shape import KeyPath
 from minillm.config.tree import Node
+from minillm.config.upcycle import SPARSE_FORMS
 
 # The names that families give to these sizes.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -106,6 +107,8 @@ def architecture_keys(facts: Facts, who: str, *, pruned: bool = True) -> dict[st
     if who == "student" and pruned and group.init == "prune" and group.layers is not None:
         kept = group.layers if isinstance(group.layers, int) else len(group.layers)
         keys = {**{key: value for key, value in keys.items() if key not in _LAYERS}, _LAYERS[0]: kept}
+    if who == "student" and group.init == "upcycle" and keys.get("model_type") in SPARSE_FORMS:
+        keys = {**keys, "model_type": SPARSE_FORMS[keys["model_type"]].model_type}
     return keys
 
 

@@ -7,7 +7,7 @@ of these groups is itself in error, and nothing is reported of a key that depend
 import inspect
 from collections.abc import Iterator
 
-from minillm.config.checks.architecture_checks import causal_models, fresh_architecture
+from minillm.config.checks.architecture_checks import causal_models, fresh_architecture, sparse_form
 from minillm.config.checks.data_checks import (
     corpus_used,
     evaluation_prompts,
@@ -45,7 +45,13 @@ from minillm.config.checks.rollout_checks import (
     sampling_keys_used,
     whole_batches,
 )
-from minillm.config.checks.training_checks import length_of_training, schedule_arguments, trainable_weights
+from minillm.config.checks.training_checks import (
+    balance_added_once,
+    experts_to_balance,
+    length_of_training,
+    schedule_arguments,
+    trainable_weights,
+)
 from minillm.config.errors import Finding
 from minillm.config.root import STAGE_SHAPE
 from minillm.config.shape import Group, KeyPath, Leaf, group_of, walk
@@ -57,6 +63,7 @@ CHECKS = (
     pruned_layers,
     causal_models,
     fresh_architecture,
+    sparse_form,
     adapters,
     adapters_trained,
     own_adapters,
@@ -86,6 +93,8 @@ CHECKS = (
     evaluation_fits,
     length_of_training,
     trainable_weights,
+    balance_added_once,
+    experts_to_balance,
     schedule_arguments,
     measurable,
     evaluation_keys_used,

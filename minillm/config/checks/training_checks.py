@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from minillm.config.checks.facts import Facts, Found, Idle
+from minillm.config.checks.facts import Facts, Found, Idle, architecture_keys
 from minillm.config.checks.place_checks import stage_problem
 from minillm.config.methods import Method
 from minillm.config.models import StudentConfig
 from minillm.config.training import SCHEDULES, DeepSpeedEngine, TorchEngine, TrainConfig
+from minillm.config.upcycle import SPARSE_FORMS
 
 LIMITS = ("train.max_steps", "train.num_train_epochs", "train.max_seconds", "train.max_student_tokens")
 
@@ -43,6 +44,21 @@ def trainable_weights(
             "compute in bfloat16, or train adapters over them (student.lora)"
         )
         yield Found("student.dtype", message, ("train.bf16", "student.lora"))
+
+
+def balance_added_once(facts: Facts, method: Method, train: TrainConfig) -> Iterator[Found]:
+    """The balance loss of a mixture of experts is not added by the method and by `train` at once."""
+    if method.needs().auxiliary and train.router_aux_loss_coef:
+        message = f"method {method.name} adds the balance loss itself, so that it would count twice; leave this at 0"
+        yield Found("train.router_aux_loss_coef", message, ("method.name",))
+
+
+def experts_to_balance(facts: Facts, student: StudentConfig, train: TrainConfig) -> Iterator[Found]:
+    """A balance loss is for a student that is a mixture of experts, as far as its architecture is known here."""
+    kind = architecture_keys(facts, "student").get("model_type")
+    if train.router_aux_loss_coef and kind in SPARSE_FORMS:
+        message = f"the student, a {kind}, has no experts to balance; leave this at 0, or upcycle it (student.init)"
+        yield Found("train.router_aux_loss_coef", message, ("student.init", "student.path", "student.config"))
 
 
 def schedule_arguments(facts: Facts, train: TrainConfig) -> Iterator[Found]:
