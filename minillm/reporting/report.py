@@ -6,6 +6,7 @@ from pathlib import Path
 from minillm.config.lora import words as lora_words
 from minillm.reporting.curves import draw_comparison, draw_run
 from minillm.reporting.evaluation_tables import Row, evaluation_section, metrics_table, seed_rows, trained_stages
+from minillm.reporting.expert_report import expert_section
 from minillm.reporting.findings import collapses, verdicts
 from minillm.reporting.markdown import MISSING, cell, duration, number, table
 from minillm.reporting.metric import find_metric
@@ -36,6 +37,7 @@ def write_report(output_dir: Path) -> Path:
         evaluation_section(run) or _unevaluated(run),
         _samples(run),
         *selection_sections(run.folder),
+        expert_section(run),
         _stages(run),
         _times(run),
         _configuration(run),
