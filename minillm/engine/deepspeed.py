@@ -51,6 +51,8 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed()
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.models, self.trained = models, {"student": models.student, **modules}
+        for module in self.trained.values():
+            _keep_empty_weights(module)
         trained = sum(
             one.numel() for module in self.trained.values() for one in module.parameters() if one.requires_grad
         )
@@ -167,18 +169,31 @@ class DeepSpeedEngine:
         return list(self.optimizer.single_partition_of_fp32_groups)
 
 
+def _keep_empty_weights(model: nn.Module) -> None:
+    """Make buffers of weights without elements, as a Qwen2-MoE without a shared expert has: DeepSpeed cannot gather them."""
+    if is_sharded(model):
+        return
+    for module in model.modules():
+        empty = {name: one for name, one in module.named_parameters(recurse=False) if one.numel() == 0}
+        for name, parameter in empty.items():
+            delattr(module, name)
+            module.register_buffer(name, parameter.data)
+
+
 def _shard(model: nn.Module, dtype: torch.dtype, settings: dict[str, Any], device: torch.device) -> None:
     """Shard every weight over the ranks' devices, one weight after the other, as rank 0 has it."""
     import deepspeed
 
     hollow = is_hollow(model)
+    _keep_empty_weights(model)
     for parameter in model.parameters():
         data = parameter.data
         parameter.data = torch.empty_like(data, dtype=dtype) if hollow else data.to(dtype)
     deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     for buffer in model.buffers():  # rotary frequencies: DeepSpeed leaves them where they are
         buffer.data = buffer.data.to(device)
-        deepspeed.comm.broadcast(buffer.data, 0)
+        if buffer.numel():
+            deepspeed.comm.broadcast(buffer.data, 0)
     filled(model)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from minillm.reporting.markdown import number, percentage, table
 from minillm.reporting.panels import COLOURS, TEACHER, draw_panels, dress
@@ -18,7 +19,7 @@ END, ENTROPY = "Experts' load at the end", "Entropy of the load"
 def expert_section(run: RunFiles) -> str:
     """The report's section on experts, empty for a run without a mixture of experts; its picture is written beside it."""
     loads = {name: load for name, stage in run.stages.items() if (load := load_of(stage)).size}
-    drawn = draw_load(loads, run.folder / EXPERTS)
+    drawn = draw_load({name: (run.stages[name], load) for name, load in loads.items()}, run.folder / EXPERTS)
     if not loads:
         return ""
     header = ["stage", "layers with experts", "experts in each", "entropy at first (nats)", "entropy at the end",
@@ -56,16 +57,17 @@ def entropies(load: np.ndarray) -> np.ndarray:  # (records, layers, experts) -> 
     return -(load * np.log(np.where(load > 0, load, 1.0))).sum(-1)
 
 
-def draw_load(loads: dict[str, np.ndarray], path: Path) -> bool:
+def draw_load(loads: dict[str, tuple[StageFiles, np.ndarray]], path: Path) -> bool:
     """Draw every stage's load at its end, and the entropy on the way there; returns what draw_panels does."""
-    keys = {f"{title}: {name}": (title, load) for name, load in loads.items() for title in (END, ENTROPY)}
+    keys = {f"{title}: {name}": (title, *of_stage) for name, of_stage in loads.items() for title in (END, ENTROPY)}
 
     def draw(panel: Axes, key: str) -> None:
-        title, load = keys[key]
+        title, stage, load = keys[key]
         if title == END:
             _draw_end(panel, key, load)
         else:
-            _draw_entropy(panel, key, load)
+            steps = [record["stage_step"] for record in stage.train if "expert_load" in record]
+            _draw_entropy(panel, key, steps, load)
 
     return draw_panels(list(keys), draw, path)
 
@@ -78,15 +80,17 @@ def _draw_end(panel: Axes, title: str, load: np.ndarray) -> None:
     )  # fmt: skip
     panel.figure.colorbar(image, ax=panel, label="% of the layer's choices")
     dress(panel, title, "layers with experts", "experts")
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    panel.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     panel.grid(False)
 
 
-def _draw_entropy(panel: Axes, title: str, load: np.ndarray) -> None:
-    found, steps = entropies(load), np.arange(1, len(load) + 1)
+def _draw_entropy(panel: Axes, title: str, steps: list[int], load: np.ndarray) -> None:
+    found = entropies(load)
     for label, values, width in (("mean of layers", found.mean(-1), 1.8), ("least even layer", found.min(-1), 1.0)):
         panel.plot(
             steps, values, color=COLOURS[0], linewidth=width, label=label, marker="o" if len(load) == 1 else None
         )
     panel.axhline(math.log(load.shape[-1]), color=TEACHER, linestyle=(0, (5, 3)), linewidth=1.1, label="equal shares")
-    dress(panel, title, "nats", "records of the stage")
+    dress(panel, title, "nats", "steps of the stage")
     panel.set_ylim(bottom=0)
