@@ -31,6 +31,9 @@ class UpcycleConfig(Strict):
     )
 
 
+ANY = ()  # in the place of a value: whatever it is, nothing is computed from it
+
+
 @dataclass(frozen=True)
 class SparseForm:
     """The stock architecture that the experts of a dense one go into, in the words of transformers."""
@@ -41,8 +44,9 @@ class SparseForm:
     per_token: str = "num_experts_per_tok"
     width: str = "intermediate_size"  # the key of an expert's own width
     fixed: dict[str, Any] = field(default_factory=dict)  # values that make the experts all that a layer computes
-    # Keys of the dense architecture that the sparse one lacks -> the value that it computes with, () for whatever value.
-    lacks: dict[str, Any] = field(default_factory=dict)
+    only: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys of the dense architecture -> the one value that can be said
     block: str = "mlp"  # the name in a layer of what holds router and experts; the dense one is called mlp
     zeros: tuple[str, ...] = ()  # other weights of the block, which begin at 0
 
@@ -51,7 +55,7 @@ SPARSE_FORMS: dict[str, SparseForm] = {
     "llama": SparseForm(
         "mixtral",
         experts="num_local_experts",
-        lacks={"attention_bias": False, "mlp_bias": False, "pretraining_tp": ()},
+        only={"attention_bias": False, "mlp_bias": False, "pretraining_tp": ANY},
     ),
     "mistral": SparseForm("mixtral", experts="num_local_experts"),
     "qwen2": SparseForm(
@@ -66,11 +70,11 @@ SPARSE_FORMS: dict[str, SparseForm] = {
         "decoder_sparse_step",
         width="moe_intermediate_size",
         fixed={"norm_topk_prob": True, "mlp_only_layers": []},
-        lacks={"layer_types": (), "max_window_layers": ()},  # alike in all layers: minillm.models.upcycling
+        only={"layer_types": ANY, "max_window_layers": ANY},  # alike in all layers: minillm.models.upcycling
     ),
     "olmo2": SparseForm("flex_olmo", fixed={"norm_topk_prob": True}),
     "granite": SparseForm(
-        "granitemoe", experts="num_local_experts", lacks={"mlp_bias": False}, block="block_sparse_moe"
+        "granitemoe", experts="num_local_experts", only={"mlp_bias": False}, block="block_sparse_moe"
     ),
     "ernie4_5": SparseForm(
         "ernie4_5_moe",
@@ -79,6 +83,7 @@ SPARSE_FORMS: dict[str, SparseForm] = {
         per_token="moe_k",
         width="moe_intermediate_size",
         fixed={"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": -1},
+        only={"use_bias": False},
         zeros=("gate.moe_statics",),
     ),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from minillm import UserError
-from minillm.config.upcycle import SPARSE_FORMS, SparseForm, UpcycleConfig
+from minillm.config.upcycle import ANY, SPARSE_FORMS, SparseForm, UpcycleConfig
 from minillm.models.families import auto_class, text_config
 from minillm.models.pruning import last_hidden_of_both, layers_of
 from minillm.models.routers import experts_of
@@ -95,13 +95,14 @@ def _values(dense: PreTrainedConfig, form: SparseForm) -> dict[str, Any]:
     for key, value in dense.to_dict().items():
         if key in _NOT_OF_THE_MODEL:
             continue
-        if key in known or key not in says or key in _UNDECLARED:  # what neither declares is kept by both
-            values[key] = value
-        elif key not in form.lacks or form.lacks[key] not in ((), value):
+        kept = key in known or key not in says or key in _UNDECLARED  # what neither declares is kept by both
+        if not (form.only[key] in (ANY, value) if key in form.only else kept):
             raise UserError(
                 f"{KEY}: this {dense.model_type} has {key}: {value!r}, which no {form.model_type} can have; choose another "
                 "model"
             )
+        if kept:
+            values[key] = value
     kinds = set(getattr(dense, "layer_types", None) or ())
     if "layer_types" not in known and kinds:
         if len(kinds) > 1:

@@ -67,7 +67,9 @@ def test_it_begins_as_the_dense_model_and_its_experts_part(trained):  # noqa: F8
     for step in (first, last):
         ((*shares,),) = step["expert_load"]  # one layer
         assert len(shares) == EXPERTS and sum(shares) == pytest.approx(1, abs=1e-4)
-        assert (step["expert_load_least"], step["expert_load_most"]) == pytest.approx((min(shares), max(shares)), abs=1e-5)
+        assert (step["expert_load_least"], step["expert_load_most"]) == pytest.approx(
+            (min(shares), max(shares)), abs=1e-5
+        )
     model = AutoModelForCausalLM.from_pretrained(trained / "final")
     assert type(model).__name__ == "Qwen2MoeForCausalLM"
     one, *others = model.model.layers[1].mlp.experts.down_proj
