@@ -11,7 +11,8 @@ from minillm.engine.module import TermLoss
 from minillm.methods.protocol import HiddenLoss, Term
 from minillm.methods.supervised import cross_entropy
 from minillm.models.batch import TokenSequence, collate
-from minillm.models.routers import Routing, balance_loss
+from minillm.models.modes import train_mode
+from minillm.models.routers import Routing, balance_loss, routers_of
 from minillm.teachers.local import LocalTeacher
 from tests.conftest import tiny_llama
 from tests.models.test_routers import build as build_with_routers
@@ -123,3 +124,20 @@ def test_the_balance_loss_of_routers_is_a_mean_that_the_divisor_leaves_one():
     balance = balance_loss(model, Routing(list(output.router_logits)), batch.attention_mask)
     torch.testing.assert_close((loss - plain) / 7.0, 0.3 * balance, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(metrics["auxiliary_loss"], 4 * balance)  # metrics are divided by the 4 rows
+
+
+def test_experts_are_counted_once_for_every_real_token_and_balanced_when_layers_are_computed_again():
+    counts, gradients = [], []
+    for checkpointing in (False, True):
+        model = build_with_routers("qwen3_moe")
+        train_mode([model], checkpointing=checkpointing)
+        module = TermLoss(model, vocab_size=71, backend="torch")
+        one = term(auxiliary=0.5)
+        module(one)[0].backward()
+        counts.append(module.take_expert_tokens())
+        gradients.append([router.weight.grad for router, _ in routers_of(model)])
+    mask = one.batch.attention_mask
+    assert (mask == 0).any() and counts[0].sum(1).tolist() == [2 * int(mask.sum())] * 3
+    assert torch.equal(*counts)
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
