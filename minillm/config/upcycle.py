@@ -70,7 +70,7 @@ SPARSE_FORMS: dict[str, SparseForm] = {
         "decoder_sparse_step",
         width="moe_intermediate_size",
         fixed={"norm_topk_prob": True, "mlp_only_layers": []},
-        only={"layer_types": ANY, "max_window_layers": ANY},  # alike in all layers: minillm.models.upcycling
+        only={"layer_types": ANY, "max_window_layers": ANY},  # alike in all layers: minillm.config.sparse_architecture
     ),
     "olmo2": SparseForm("flex_olmo", fixed={"norm_topk_prob": True}),
     "granite": SparseForm(

@@ -85,7 +85,7 @@ class TermLoss(nn.Module):
                 yield both
 
     def take_expert_tokens(self) -> Tensor | None:  # (layers, E) int64
-        """How often tokens were sent to each expert since the last call; None for a dense student."""
+        """The number of times that tokens were sent to each expert since the last call; None for a dense student."""
         tokens = self.expert_tokens
         if tokens is not None:
             self.expert_tokens = torch.zeros_like(tokens)

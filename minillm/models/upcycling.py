@@ -5,47 +5,21 @@ of a layer are one function, the mixture computes what the dense model does, wha
 """
 
 import copy
-from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from minillm import UserError
-from minillm.config.upcycle import ANY, SPARSE_FORMS, SparseForm, UpcycleConfig
+from minillm.config.sparse_architecture import KEY, form_of, upcycled_architecture
+from minillm.config.upcycle import SparseForm, UpcycleConfig
 from minillm.models.families import auto_class, text_config
 from minillm.models.pruning import last_hidden_of_both, layers_of
 from minillm.models.routers import experts_of
 
-KEY = "student.init=upcycle"
-# What a configuration says of its file and not of its model.
-_NOT_OF_THE_MODEL = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
-_UNDECLARED = ("head_dim",)  # which every attention layer reads where its configuration has it
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}  # routers compute in fp32
 _ROUNDING_OF_HALVES = 0.05
-
-
-def upcycled_architecture(architecture: PreTrainedConfig, keys: UpcycleConfig) -> PreTrainedConfig:
-    """The configuration of the mixture of experts; the one given stays as it is.
-
-    A model that sees pictures gets it in the place of its text_config.
-    Raises UserError for an architecture without a sparse form, and for a value that the sparse form cannot say.
-    """
-    dense = text_config(architecture)
-    form = _form_of(dense)
-    values = _values(dense, form)
-    values |= {form.experts: keys.num_experts, form.per_token: keys.num_experts_per_tok}
-    values |= {form.width: dense.intermediate_size} | copy.deepcopy(form.fixed)
-    values |= _steps(dense, form, keys.every)
-    sparse = CONFIG_MAPPING[form.model_type](**values)
-    if dense is architecture:
-        return sparse
-    whole = copy.deepcopy(architecture)
-    (name,) = (name for name in whole.sub_configs if getattr(architecture, name, None) is dense)
-    setattr(whole, name, sparse)
-    return whole
 
 
 def upcycle(model: PreTrainedModel, keys: UpcycleConfig, *, seed: int, hollow: bool = False) -> PreTrainedModel:
@@ -56,7 +30,7 @@ def upcycle(model: PreTrainedModel, keys: UpcycleConfig, *, seed: int, hollow: b
         hollow: the weights hold nothing yet, and hold nothing in the result.
     Raises UserError as upcycled_architecture does, and for a model whose sparse form would compute something else.
     """
-    form = _form_of(text_config(model.config))
+    form = form_of(text_config(model.config))
     architecture = upcycled_architecture(model.config, keys)
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     if model.dtype == torch.float64:  # which grouped products do not have
@@ -72,62 +46,6 @@ def upcycle(model: PreTrainedModel, keys: UpcycleConfig, *, seed: int, hollow: b
     if keys.noise:
         _add_noise(sparse, keys.noise, torch.Generator().manual_seed(seed + 1))
     return sparse
-
-
-def _form_of(dense: PreTrainedConfig) -> SparseForm:
-    kind = dense.model_type
-    if kind in SPARSE_FORMS:
-        return SPARSE_FORMS[kind]
-    sparse = {form.model_type for form in SPARSE_FORMS.values()}
-    if kind in sparse or getattr(dense, "num_experts_per_tok", None):
-        raise UserError(f"{KEY}: a {kind} is a mixture of experts already; train it with init: pretrained")
-    raise UserError(
-        f"{KEY}: transformers has no architecture that is a {kind} with experts in the place of its feed-forward layers; "
-        f"choose one of {', '.join(SPARSE_FORMS)}"
-    )
-
-
-def _values(dense: PreTrainedConfig, form: SparseForm) -> dict[str, Any]:
-    """All that the dense configuration says, in the keys of the sparse one."""
-    family = CONFIG_MAPPING[form.model_type]
-    says, known = ({one.name for one in fields(each)} for each in (type(dense), family))
-    values = {}
-    for key, value in dense.to_dict().items():
-        if key in _NOT_OF_THE_MODEL:
-            continue
-        kept = key in known or key not in says or key in _UNDECLARED  # what neither declares is kept by both
-        if not (form.only[key] in (ANY, value) if key in form.only else kept):
-            raise UserError(
-                f"{KEY}: this {dense.model_type} has {key}: {value!r}, which no {form.model_type} can have; choose another "
-                "model"
-            )
-        if kept:
-            values[key] = value
-    kinds = set(getattr(dense, "layer_types", None) or ())
-    if "layer_types" not in known and kinds:
-        if len(kinds) > 1:
-            raise UserError(
-                f"{KEY}: the layers of this {dense.model_type} attend in {len(kinds)} ways (layer_types), and those of a "
-                f"{form.model_type} in one; choose another model"
-            )
-        values["use_sliding_window"] = kinds == {"sliding_attention"}
-    return values
-
-
-def _steps(dense: PreTrainedConfig, form: SparseForm, every: int) -> dict[str, int]:
-    if every > dense.num_hidden_layers:
-        raise UserError(
-            f"student.upcycle.every: with {every} no layer has experts, since the model has {dense.num_hidden_layers} layers"
-        )
-    if form.layer_step is not None:
-        return {form.layer_step: every}
-    if every > 1:
-        having = [name for name, one in SPARSE_FORMS.items() if one.layer_step is not None]
-        raise UserError(
-            f"student.upcycle.every: every layer of a {form.model_type} has experts; leave it at 1, or choose one of "
-            f"{', '.join(having)}"
-        )
-    return {}
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.models import ModelConfig, StudentConfig
 from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
+from minillm.config.sparse_architecture import upcycled_architecture
 from minillm.models.loading import changed_architecture
 from minillm.models.locations import hub_arguments
 from minillm.models.pruning import pruned_architecture
 from minillm.models.tokenizers import load_tokenizer
-from minillm.models.upcycling import upcycled_architecture
 
 
 class Architectures:

@@ -88,7 +88,7 @@ class BalanceConfig(MethodConfig):
     summary: ClassVar[str] = "references, with balanced experts"
 
     def needs(self) -> Needs:
-        return Needs((TermNeeds("supervised", ("references",)),), references=True)
+        return Needs((TermNeeds("supervised", ("references",)),), references=True, auxiliary=True)
 
 
 class Balance(OnReferences):

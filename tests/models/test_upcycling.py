@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from minillm import UserError
+from minillm.config.sparse_architecture import upcycled_architecture
 from minillm.config.upcycle import SPARSE_FORMS, UpcycleConfig
 from minillm.models.routers import balance_loss, experts_of, recorded_routing, routers_of
-from minillm.models.upcycling import upcycle, upcycled_architecture
+from minillm.models.upcycling import upcycle
 from tests.models.conftest import ROTARY
 from tests.pictures import build_processor, build_seeing, picture
 

@@ -31,6 +31,22 @@ def test_a_pruned_student_has_the_layers_that_it_keeps(students, tmp_path):
     assert found.num_hidden_layers == 2 and list(found.layer_types) == ["full_attention", "sliding_attention"]
 
 
+def test_an_upcycled_student_is_planned_with_its_experts(recipe, tmp_path):
+    """Three copies of every second feed-forward layer and their routers, of which a token meets one expert."""
+    (tmp_path / "model").mkdir()
+    shape = {**SHAPE, "model_type": "qwen2", "num_hidden_layers": 4}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
+    keys = {"num_experts": 3, "num_experts_per_tok": 1, "every": 2}
+    dense = {"path": str(tmp_path / "model"), "tokenizer": "byte"}
+    before, after = (
+        planned(recipe(method={"name": "sft"}, student=student, teacher=None)).simulation.student
+        for student in (dense, {**dense, "init": "upcycle", "upcycle": keys})
+    )
+    feed_forward, router, shared_gate = 3 * 64 * 128, 3 * 64, 64
+    assert after.parameters - before.parameters == 2 * (2 * feed_forward + router + shared_gate)
+    assert after.idle == 2 * 2 * feed_forward and before.idle == 0
+
+
 def test_a_stage_starts_from_what_an_earlier_one_left(students):
     stages = {"one": {}, "two": {"student": {"path": "stage:one", "init": "pretrained", "config": None}}}
     one, two = students(stages=stages, method={"name": "sft"})

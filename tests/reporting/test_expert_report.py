@@ -7,7 +7,6 @@ from PIL import Image
 from minillm.reporting import expert_report, report
 from tests.reporting.made_up import DOCUMENT, Run, rows
 
-
 FIRST, LAST = [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [[0.25, 0.25, 0.25, 0.25], [0.4, 0.3, 0.2, 0.1]]
 
 

@@ -91,7 +91,7 @@ def _upcycling_problem(dense: str, every: int) -> tuple[str, str] | None:
     """The key and the message of what keeps a dense architecture, its keys as JSON, from being upcycled; or None."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from minillm.models.upcycling import upcycled_architecture
+    from minillm.config.sparse_architecture import upcycled_architecture
 
     keys = json.loads(dense)
     kind = keys.pop("model_type")

@@ -146,3 +146,33 @@ def test_models_of_other_kinds_in_local_folders(recipe, who, keys, words):
 def test_a_config_json_that_cannot_be_read_says_nothing(recipe):
     (recipe.folder / "models" / "big" / "config.json").write_text("[" * 100_000)
     assert recipe.problems() == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "upcycle", "wrong"),
+    [
+        ({}, {}, {}),
+        ({"attention_bias": True}, {}, {"student.init": "has attention_bias: True, which no mixtral can have"}),
+        ({"model_type": "qwen3"}, {"every": 2}, {}),
+        ({"model_type": "qwen3"}, {"every": 9}, {"student.upcycle.every": "with 9 no layer has experts"}),
+        ({"model_type": "gpt2"}, {}, {"student.init": "transformers has no architecture that is a gpt2 with experts"}),
+        ({"model_type": "nobody_knows"}, {}, {}),
+    ],
+)
+def test_what_an_upcycled_model_cannot_be_is_said_before_it_is_read(recipe, config, upcycle, wrong):
+    recipe.model("models/dense", **{**LLAMA, "num_hidden_layers": 4, **config})
+    found = recipe.problems(student={"path": "models/dense", "init": "upcycle", "upcycle": upcycle})
+    assert set(found) == set(wrong)
+    for path, words in wrong.items():
+        assert words in found[path]
+
+
+def test_a_later_stage_goes_on_from_the_mixture_and_does_not_upcycle_it_again(recipe):
+    sparse = {"student": {"path": "models/big", "init": "upcycle"}}
+    for init, wrong in (
+        ("pretrained", {}),
+        ("upcycle", {"stages.two.student.init": "is a mixture of experts already"}),
+    ):
+        stages = {"one": sparse, "two": {"student": {"path": "stage:one", "init": init}}}
+        found = recipe.problems(student=..., stages=stages)
+        assert set(found) == set(wrong) and all(wrong[path] in found[path] for path in wrong)

@@ -46,6 +46,18 @@ def installed(monkeypatch):
         ({"path": "models/big", "init": "prune", "layers": [1, 2, 1]}, {"student.layers": "names 1 more than once"}),
         ({"path": "models/big", "init": "prune", "layers": []}, {"student.layers": "must not be empty"}),
         ({"path": "org/name", "init": "prune", "layers": [0, 99]}, {}),
+        ({"init": "upcycle"}, {"student.path": "init: upcycle takes"}),
+        ({"path": "models/big", "init": "upcycle"}, {}),
+        ({"path": "models/big", "upcycle": {}}, {"student.upcycle": "no effect without init: upcycle"}),
+        (
+            {"path": "models/big", "init": "upcycle", "upcycle": {"num_experts": 2, "num_experts_per_tok": 3}},
+            {"student.upcycle.num_experts_per_tok": "of 2 experts no token can be sent to 3"},
+        ),
+        (
+            {"path": "models/big", "init": "upcycle", "upcycle": {"every": 2}},
+            {"student.upcycle.every": "of a mixtral has"},
+        ),
+        ({"path": "org/name", "init": "upcycle", "upcycle": {"every": 2}}, {}),
     ],
 )
 def test_forms_of_a_student(recipe, student, wrong):

@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from minillm.config.training import SCHEDULES
+from tests.house.probes import BalanceConfig
 
 
 def test_training_must_end(recipe):
@@ -69,3 +70,22 @@ def test_sixteen_bits_below_adapters_or_masters_in_32(recipe):
     for changes in fine:
         assert "student.dtype" not in recipe.problems(student__dtype="bfloat16", **changes)
     assert "student.dtype" in recipe.problems(student__dtype="bfloat16", engine=shards)
+
+
+def test_the_balance_loss_is_for_experts(recipe):
+    found = recipe.problems(train__router_aux_loss_coef=0.01)
+    assert (
+        set(found) == {"train.router_aux_loss_coef"}
+        and "a llama, has no experts" in found["train.router_aux_loss_coef"]
+    )
+    sparse = {"path": "models/big", "init": "upcycle"}
+    assert recipe.problems(student=sparse, train__router_aux_loss_coef=0.01) == {}
+    assert recipe.problems(student={"path": "org/name"}, train__router_aux_loss_coef=0.01) == {}
+
+
+def test_the_balance_loss_is_added_once(recipe, registered):
+    registered(BalanceConfig)
+    sparse = {"student": {"path": "models/big", "init": "upcycle"}, "method": {"name": "probe_balance"}}
+    assert recipe.problems(**sparse) == {}
+    found = recipe.problems(**sparse, train__router_aux_loss_coef=0.01)
+    assert "it would count twice" in found["train.router_aux_loss_coef"]
