@@ -25,7 +25,7 @@ from tests.methods.conftest import (  # noqa: F401  fixtures
 )
 from tests.runs import in_a_child, train
 
-STEPS, LAYERS, EXPERTS = 3, 2, 4
+STEPS, LAYERS, EXPERTS, BALANCE = 3, 2, 4, 0.02
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def recipe(tmp_path_factory, small_run, undrawn_experts) -> Path:
     document["teacher"] = {"path": str(folder / "dense")}
     document["method"] = {"name": "kd"}
     # with a large epsilon AdamW does not turn a gradient that is rounding into a whole step
-    document["train"] |= {"max_steps": STEPS, "adam_epsilon": 1e-3, "router_aux_loss_coef": 0.5}
+    document["train"] |= {"max_steps": STEPS, "adam_epsilon": 1e-3, "router_aux_loss_coef": BALANCE}
     document["eval"] = {"sets": {}}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
@@ -63,7 +63,7 @@ def recipe(tmp_path_factory, small_run, undrawn_experts) -> Path:
 def test_it_begins_as_the_dense_model_and_its_experts_part(trained):  # noqa: F811
     first, *_, last = steps_of(trained, "main")
     assert first["forward_kl_nats"] == pytest.approx(0, abs=1e-6) and last["forward_kl_nats"] > 1e-4
-    assert first["loss"] == pytest.approx(0.5 * first["cross_entropy_nats"] + 0.5 * first["auxiliary_loss"], rel=1e-5)
+    assert first["loss"] == pytest.approx(0.5 * first["cross_entropy_nats"] + BALANCE * first["auxiliary_loss"], rel=1e-5)
     for step in (first, last):
         ((*shares,),) = step["expert_load"]  # one layer
         assert len(shares) == EXPERTS and sum(shares) == pytest.approx(1, abs=1e-4)
@@ -105,7 +105,7 @@ def test_two_ranks_of_zero_3_take_the_same_steps_with_sharded_experts(trained, t
         assert one["cross_entropy_nats"] == pytest.approx(other["cross_entropy_nats"], rel=2e-3)
     models = [AutoModelForCausalLM.from_pretrained(folder / "final") for folder in (two_ranks, trained)]
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert ours.shape == theirs.shape and (ours - theirs).abs().sum() <= 5e-4 * ours.numel()
+        assert ours.shape == theirs.shape and (ours - theirs).abs().mean() <= 3e-4
     state = torch.load(two_ranks / f"checkpoint-{STEPS}" / "state" / "engine-0-of-2.pt", weights_only=True)
     half = sum(parameter.numel() for parameter in models[0].parameters()) / 2
     assert half <= sum(part.numel() for part in state["weights"]) < half + 100  # each weight is padded to two halves
