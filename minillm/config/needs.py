@@ -35,6 +35,7 @@ class TermNeeds:
     labels: int = 1  # ids that are scored at every position
     trains: str = "student"  # the model whose rows these are
     scored: bool = False  # both models are run over the rows without a gradient first
+    kept: bool = False  # the teacher reads the rows without the term, and what it says is kept for later passes
 
 
 @dataclass(frozen=True)

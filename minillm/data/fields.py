@@ -38,3 +38,14 @@ def fill(text: str, fields: Mapping[str, Any], where: str, key: str) -> str | No
             raise DataError(f"{where}: {name}: expected text or a number, found {type(value).__name__}; {key} names it")
         values[name] = str(value)
     return _PART.sub(lambda found: values[found[1]] if found[1] else found[0][0], text)
+
+
+def fill_question(text: str, fields: Mapping[str, Any], where: str, key: str = "question") -> str:
+    """As `fill`, for a text that cannot be missing: raises DataError where one of its fields is null."""
+    filled = fill(text, fields, where, key)
+    if filled is None:
+        empty = next(name for name in field_names(text) if fields[name] is None)
+        raise DataError(
+            f"{where}: {key} names the field {empty}, which is null here; fill it in, or take the record out"
+        )
+    return filled

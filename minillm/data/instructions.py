@@ -1,19 +1,19 @@
 """Prompts with their references, from records of any known form, tokenised once."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
-from minillm.config.data import Parser, PlainPrompts, Prompts, RecordKeys, TaskKeys
+from minillm.config.data import Pairs, Parser, PlainPrompts, Prompts, QuestionKeys, RecordKeys, TaskKeys
 from minillm.data.answer_parsers import parse_answer
 from minillm.data.arithmetic import arithmetic_records
-from minillm.data.fields import fill
+from minillm.data.fields import fill, fill_question
 from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
@@ -47,6 +47,19 @@ class Example:
     def answered(self, response: list[int]) -> TokenSequence:
         """The prompt with another response in the place of the reference."""
         return TokenSequence(self.prompt_ids, response, self.index, self.extras)
+
+
+class TextSet(Protocol):
+    """Texts that models read, some of which may show pictures."""
+
+    @property
+    def pictured(self) -> int:
+        """The number of those that do."""
+
+    def ids(self) -> Iterator[list[int]]:
+        """The ids of all of them."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class PromptSet(Sequence[Example]):
 
 
 def require_shared_pictures(
-    sets: Mapping[str, PromptSet],
+    sets: Mapping[str, TextSet],
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase | None,
     *,
@@ -158,7 +171,7 @@ def _instructions(
     """None stands for a prompt that is too long, be it that of one task."""
     reader = PromptReader(config, tokenizer, now)
     for index, (where, record) in enumerate(records_of(config)):
-        said = _prefixed(_conversation(where, record, config), config.prefix)
+        said = _conversation(where, record, config)
         pictures = find_pictures(where, where.folder, record)
         fields = _fields(record, said.references, config) if tasks else {}
         wordings = [said, *(_of_task(said, name, task, fields, where) for name, task in tasks.items())]
@@ -188,37 +201,20 @@ def _instructions(
         )
 
 
-def _conversation(where: str, record: dict[str, Any], config: RecordKeys) -> Conversation:
-    """The question of a record, in the configured words or those of its form."""
+def read_question(where: str, record: dict[str, Any], config: QuestionKeys) -> Conversation:
+    """The content of a record in the words of config.question, or those of its form, without config.prefix."""
     if config.question is None:
-        said = parse(where, record)
-    else:
-        question = fill(config.question, record, where, "question")
-        if question is None:
-            raise DataError(f"{where}: question {config.question!r}: one of its fields is null")
-        said = Conversation([{"role": "user", "content": question}])
-    return said if config.answer is None else _answered(said, fill(config.answer, record, where, "answer"))
+        return parse(where, record)
+    return Conversation([{"role": "user", "content": fill_question(config.question, record, where)}])
+
+
+def _conversation(where: str, record: dict[str, Any], config: RecordKeys) -> Conversation:
+    said = read_question(where, record, config).with_prefix(config.prefix)
+    return said if config.answer is None else said.with_answer(fill(config.answer, record, where, "answer"))
 
 
 def _of_task(said: Conversation, name: str, task: TaskKeys, fields: Mapping[str, Any], where: str) -> Conversation:
-    return _answered(_prefixed(said, task.prefix), fill(task.answer, fields, where, f"the answer of task {name}"))
-
-
-def _answered(said: Conversation, answer: str | None) -> Conversation:
-    """The conversation with another answer in the place of its references, or with none."""
-    if answer is None:
-        return replace(said, answer=None, references=())
-    return replace(said, answer={"role": "assistant", "content": answer}, references=(answer,))
-
-
-def _prefixed(said: Conversation, prefix: str) -> Conversation:
-    """The conversation with a text before the last message that is to be answered."""
-    if not prefix:
-        return said
-    *before, last = said.messages
-    content = last["content"]
-    content = prefix + content if isinstance(content, str) else [{"type": "text", "text": prefix}, *content]
-    return replace(said, messages=[*before, {**last, "content": content}])
+    return said.with_prefix(task.prefix).with_answer(fill(task.answer, fields, where, f"the answer of task {name}"))
 
 
 def _fields(record: dict[str, Any], references: Sequence[str], config: RecordKeys) -> dict[str, Any]:
@@ -245,7 +241,7 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
         yield Example(index, prompt_ids, response_ids, prompt, (reference,), typed=marked != text)
 
 
-def records_of(config: Prompts | Labels) -> Iterator[Record]:
+def records_of(config: Prompts | Pairs | Labels) -> Iterator[Record]:
     """The records of a source, whatever it is."""
     if config.type == "jsonl":
         return read_jsonl(config.path)

@@ -14,6 +14,19 @@ def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
         yield from _keys_of_chats(("data", "prompts"), data.prompts.template)
 
 
+def training_pairs(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """Pairs have two answers, the keys of their prompts go together, and the method trains on them."""
+    if data.pairs is None:
+        return
+    if not method.needs().pairs:
+        message = f"has no effect: method {method.name} trains on no pairs of the data with these keys"
+        yield Idle("data.pairs", message, ("method.name",))
+    if data.pairs.chosen == data.pairs.rejected:
+        message = f"is the field {data.pairs.rejected!r}, as data.pairs.chosen is; name that of the other answer"
+        yield Found("data.pairs.rejected", message, ("data.pairs.chosen",))
+    yield from _keys_of_chats(("data", "pairs"), data.pairs.template)
+
+
 def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     """The keys of all held-out prompts and questions go together."""
     for group in ("sets", "calibration"):

@@ -13,6 +13,7 @@ from minillm.config.checks.data_checks import (
     evaluation_prompts,
     held_out_parsers_used,
     parsers_used,
+    training_pairs,
     training_prompts,
 )
 from minillm.config.checks.deepspeed_checks import deepspeed_file, deepspeed_installed, sharding_keys
@@ -71,6 +72,7 @@ CHECKS = (
     fields_there,
     corpus_used,
     training_prompts,
+    training_pairs,
     parsers_used,
     held_out_parsers_used,
     teacher_needed,

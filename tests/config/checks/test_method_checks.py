@@ -124,6 +124,28 @@ def test_data_for_which_there_is_no_key_is_said_at_the_name_of_the_method(prefer
     )
 
 
+def test_pairs_of_the_data_are_for_a_method_that_trains_on_them(recipe):
+    (recipe.folder / "data" / "pairs.jsonl").write_text("")
+    pairs, method = {"path": "data/pairs.jsonl"}, {"name": "dpkd", "pairs": "data", "lm_coef": 0.0}
+    assert recipe.problems(method=method, data={"pairs": pairs}) == {}
+    assert recipe.problems(method=method, data={"pairs": pairs}, teacher=...) == {
+        "teacher": "missing: method dpkd needs one while method.reference_free is false; give it here, or set "
+        "method.reference_free to true"
+    }
+    assert recipe.problems(method={**method, "reference_free": True}, data={"pairs": pairs}, teacher=...) == {}
+    assert recipe.problems(method=method) == {
+        "data.pairs": "missing: method dpkd trains on pairs of a chosen and a rejected answer while method.pairs is data; "
+        "give it here, or set method.pairs to sequence"
+    }
+    found = recipe.problems("data.pairs.chosen=rejected", method=method, data={"pairs": pairs})
+    assert set(found) == {"data.pairs.rejected"}
+    found = recipe.problems("data.pairs.path=data/pairs.jsonl", method={"name": "sft"})
+    assert "trains on no pairs" in found["data.pairs.path"]
+    recipe.model("models/small", max_position_embeddings=300)
+    found = recipe.problems(method=method, data={"pairs": pairs}, teacher__path="models/small")
+    assert "more than the 300 that the teacher" in found["data.pairs.max_response_length"]
+
+
 def test_images_come_with_prompts_that_may_show_some(preference):
     assert "data.prompts.type" not in preference(weight=0.1)
     for prompts in ({"type": "pydoc"}, {"type": "text", "path": "data/book.txt"}):
