@@ -1,5 +1,6 @@
 """`data`: prompts to answer, pairs of answers, and plain text for the pre-training loss."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -68,7 +69,13 @@ class InstructionKeys(TemplateKeys):
     )
 
 
+FIELD_PART = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 FieldText = Annotated[str, Field(pattern=r"^([^{}]|\{\{|\}\}|\{[^{}]+\})*$")]  # with {FIELD}, and {{ for a brace
+
+
+def field_names(text: str) -> list[str]:
+    """The fields that a text names, in order."""
+    return [found[1] for found in FIELD_PART.finditer(text) if found[1]]
 
 
 class QuestionKeys(InstructionKeys):

@@ -145,7 +145,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
             Decoding(
                 SAMPLING_MODELS[sampler],
                 side_by_side,
-                _prompt_length(_prompts(config)),
+                _prompt_length(_prompts(config)) if needs.few_shot is None else needs.few_shot.max_prompt_length,
                 rollout.max_new_tokens,
                 prompts,
                 rollout.cuda_graphs,

@@ -9,6 +9,7 @@ from minillm.reporting.evaluation_tables import Row, evaluation_section, metrics
 from minillm.reporting.findings import collapses, verdicts
 from minillm.reporting.markdown import MISSING, cell, duration, number, table
 from minillm.reporting.metric import find_metric
+from minillm.reporting.rationale_report import rationale_sections
 from minillm.reporting.run_files import PREPARED, RunFiles, StageFiles, read_run, stage_label
 from minillm.reporting.selection_report import selection_sections
 from minillm.reporting.settings import differing_keys, settings_table
@@ -36,6 +37,7 @@ def write_report(output_dir: Path) -> Path:
         evaluation_section(run) or _unevaluated(run),
         _samples(run),
         *selection_sections(run.folder),
+        *rationale_sections(run.folder),
         _stages(run),
         _times(run),
         _configuration(run),

@@ -58,7 +58,9 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     rows = []
     if needs.prompts:
         source = _with_stage_files(config.data.prompts, output_dir)
-        prompts = load_prompts(source, tokenizer, tasks=needs.tasks, now=started)
+        prompts = load_prompts(
+            source, tokenizer, tasks=needs.tasks, few_shot=needs.few_shot, written=needs.written, now=started
+        )
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         if prompts.typed:
             rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))

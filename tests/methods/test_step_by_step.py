@@ -19,9 +19,11 @@ from minillm.engine.step_sums import divisors
 from minillm.methods import build_method
 from minillm.methods.protocol import Observation, TrainingData
 from minillm.models.batch import TokenSequence
+from minillm.models.tokenizers import byte_tokenizer
 from minillm.planning.planner import plan_run
+from minillm.reporting.rationale_report import rationale_sections
 from tests.methods.conftest import RecordingRollouts, steps_of
-from tests.runs import panels, records
+from tests.runs import in_a_child, panels, records, train
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = {"label": 0.7, "rationale": 0.4, "both": 1.5}
@@ -127,7 +129,8 @@ def test_a_step_without_any_label_trains_the_other_tasks(data, make_models):
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, small_run) -> Path:
+def recipe(tmp_path_factory, small_run, undrawn) -> Path:
+    """A stage on the records' own rationales, and one on those that a teacher writes, which has learned how answers look."""
     folder = tmp_path_factory.mktemp("step_by_step")
     document = small_run(folder, layers=1)
     document["eval"] = {"sets": {}}
@@ -136,8 +139,23 @@ def recipe(tmp_path_factory, small_run) -> Path:
     (folder / "sums.jsonl").write_text("\n".join(lines))
     document["data"] = {"prompts": {"path": str(folder / "sums.jsonl"), "template": "none", "parser": "gsm8k",
                                     "max_prompt_length": 24, "max_response_length": 20}}  # fmt: skip
+    learned = {"question": "Q: {question}\nA:", "answer": " so####7", "parser": None}
+    shown = {"data": {"prompts": document["data"]["prompts"] | learned}, "save": {}}
+    shown["train"] = {"max_steps": 35, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    (folder / "teacher.yaml").write_text(yaml.safe_dump(document | shown))
+    assert in_a_child(lambda: train(folder / "teacher.yaml", f"output_dir={folder / 'teacher'}")) == 0
+
     document["train"] |= {"max_steps": 4, "learning_rate": 1e-3}
+    document["rollout"] = {"batch_size": 4, "max_new_tokens": 12}
     document["method"] = {"name": "step_by_step"}
+    asks = {"prompt": "Q: {question}\nA:", "parser": "gsm8k", "stop": ["\n"], "temperature": 1.0}
+    document["stages"] = {
+        "main": {},
+        "written": {
+            "teacher": {"path": str(folder / "teacher" / "final")},
+            "method": {"rationales": "teacher", "labels": "teacher", "few_shot": {**asks, "max_prompt_length": 16}},
+        },
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
@@ -147,8 +165,10 @@ KEYS = [f"{kind}/{task}" for kind in ("cross_entropy_nats", "unanswered_percent"
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed, one_thread):
-    broken, places = killed(first=16, later=12)
-    assert any(0 < steps < 4 for _, steps in places), places
+    broken, places = killed(first=24, later=29)
+    assert {stage for stage, steps in places if 0 < steps < 4} == {"main", "written"}, places
+    written = [(one / "written" / "written" / "answers.jsonl").read_text() for one in (broken, trained)]
+    assert sorted(written[0].splitlines()) == sorted(written[1].splitlines())
     assert records(broken) == records(trained)
     ours, theirs = (load_file(one / "final" / "model.safetensors") for one in (broken, trained))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -163,6 +183,22 @@ def test_two_ranks_of_zero_3_take_the_same_steps(trained, two_ranks):
     for mine, other in zip(ours, theirs, strict=True):
         for key in ("loss", "loss/label", "loss/rationale", *KEYS):
             assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+
+
+def test_rationales_that_the_teacher_writes_are_trained_on_and_reported(trained):
+    """What it wrote is read once more here, from the archive, by the words of the parser."""
+    header, *lines = map(json.loads, (trained / "written" / "written" / "answers.jsonl").read_text().splitlines())
+    assert header["teacher"]["path"].endswith("teacher/final") and header["sampling"]["temperature"] == 1.0
+    texts = {one["key"]: byte_tokenizer().decode(one["response"], skip_special_tokens=True) for one in lines}
+    labelled = [text for text in texts.values() if "####" in text.partition("\n")[0]]
+    assert sorted(texts) == list(range(8)) and len(labelled) > 0
+    steps = steps_of(trained, "written")
+    counted = [one["unanswered_percent/label"] for one in steps]
+    assert sum(counted) / len(counted) == pytest.approx(100 * (8 - len(labelled)) / 8)  # four steps of two
+    assert any(one["cross_entropy_nats/rationale"] > 1 for one in steps)
+    (section,) = rationale_sections(trained)
+    assert section.startswith("## Rationales written for stage written\n\nThe teacher wrote 8 answers.")
+    assert f"no label in {8 - len(labelled)} " in section and "| 1 + 1 |" in section and "### With a label" in section
 
 
 def test_the_picture_has_the_loss_of_each_task_and_what_lacks_an_answer(trained):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from minillm.config.checks.facts import Facts, Found, architecture_of, context_of, keys_at
 from minillm.config.data import DataConfig, Pairs, PlainPrompts, Prompts
 from minillm.config.evaluation import EvalConfig
+from minillm.config.few_shot import FewShot
 from minillm.config.methods import Method
 from minillm.config.needs import Needs, Rows
 from minillm.config.rollout import RolloutConfig
@@ -16,7 +17,11 @@ GIVEN: dict[Rows, str] = {"references": "prompts", "pairs": "pairs"}  # rows -> 
 def answers_fit(facts: Facts, data: DataConfig, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
     """A prompt and its answer, sampled or given, fit together."""
     needs = method.needs()
-    if needs.samples and data.prompts is not None:
+    if needs.few_shot is not None:  # the teacher alone reads it
+        readers = [reader for reader in _readers(facts, teacher=True) if reader[0] == "teacher"]
+        where, answer = ("method", "few_shot"), ("rollout", "max_new_tokens")
+        yield from _prompt_and_answer(needs.few_shot, where, rollout.max_new_tokens, answer, readers)
+    elif needs.samples and data.prompts is not None:
         readers = _readers(facts, teacher=needs.teacher_answers or _teacher_reads(needs, "answers"))
         yield from _prompt_and_answer(
             data.prompts, ("data", "prompts"), rollout.max_new_tokens, ("rollout", "max_new_tokens"), readers
@@ -64,7 +69,11 @@ def evaluation_fits(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
 
 
 def _prompt_and_answer(
-    prompts: Prompts | Pairs, where: KeyPath, answer: int, answer_key: KeyPath, readers: list[tuple[str, str, int]]
+    prompts: Prompts | Pairs | FewShot,
+    where: KeyPath,
+    answer: int,
+    answer_key: KeyPath,
+    readers: list[tuple[str, str, int]],
 ) -> Iterator[Found]:
     key = "prompt_length" if isinstance(prompts, PlainPrompts) else "max_prompt_length"
     prompt = getattr(prompts, key)

@@ -11,6 +11,7 @@ from minillm.config.checks.architecture_checks import causal_models, fresh_archi
 from minillm.config.checks.data_checks import (
     corpus_used,
     evaluation_prompts,
+    few_shot_prompts,
     held_out_parsers_used,
     parsers_used,
     training_pairs,
@@ -73,6 +74,7 @@ CHECKS = (
     corpus_used,
     training_prompts,
     training_pairs,
+    few_shot_prompts,
     parsers_used,
     held_out_parsers_used,
     teacher_needed,
