@@ -179,6 +179,35 @@ def test_a_task_says_its_answer_and_a_positive_weight(recipe, tasks, key):
     assert any(path.startswith(f"method.tasks.{key}".rstrip(".")) for path in found), found
 
 
+def test_a_teacher_that_writes_rationales_is_there_and_asked_by_a_prompt(recipe):
+    asks = {"prompt": "{question}", "parser": "gsm8k", "max_prompt_length": 200}
+    writes = {"name": "step_by_step", "rationales": "teacher", "few_shot": asks}
+    data = {"prompts": {"path": "data/train.jsonl", "parser": "gsm8k"}}
+
+    def problems(*overrides, **changes):
+        return recipe.problems(*overrides, **{"method": writes, "data": data, "rollout": {}, **changes})
+
+    assert problems() == {}
+    assert problems(method={**writes, "labels": "teacher"}, data={"prompts": {"path": "data/train.jsonl"}}) == {}
+    assert problems(teacher=...) == {
+        "teacher": "missing: method step_by_step needs one while method.rationales is teacher; give it here, or set "
+        "method.rationales to data"
+    }
+    found = problems(method={"name": "step_by_step", "labels": "teacher"})
+    assert found == {
+        "method.few_shot": "missing: while method.labels is teacher, it is the prompt that the teacher answers"
+    }
+    found = problems(method={**writes, "tasks": {"label": {"answer": "{label}"}}})
+    assert found["method.rationales"].startswith("is teacher, and no task has {rationale} in its answer")
+    found = problems("method.few_shot.parser=cqa", method={**writes, "rationales": "data"})
+    assert found == {"method.few_shot.parser": "has no effect: nothing is written by the teacher"}
+    assert "method.few_shot.temperature" in problems("rollout.temperature=0.5")["rollout.temperature"]
+    assert "for chat" in problems("method.few_shot.system=x")["method.few_shot.system"]
+    found = problems("data.prompts.parser=cqa", method={**writes, "labels": "teacher"})
+    assert "read by method.few_shot.parser" in found["data.prompts.parser"]
+    assert set(problems(method={**writes, "few_shot": {"prompt": "{question}"}})) == {"method.few_shot.parser"}
+
+
 def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):
     monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"sample"}))
     assert preference()["teacher"] == (
