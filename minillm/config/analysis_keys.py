@@ -1,11 +1,11 @@
 """Keys of the analyses that an evaluation may make beside its scores: exposure bias, and calibration on label words."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from minillm.config.data import TemplateKeys
-from minillm.config.keys import DatasetPath, FilesPath, Strict, default_type
+from minillm.config.data import FieldText, HfSource, JsonlSource, ParquetSource, TemplateKeys
+from minillm.config.keys import Strict, default_type
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -22,7 +22,7 @@ class ExposureBias(Strict):
 class LabelKeys(TemplateKeys):
     """The way from a record to a question and one of several label words, whatever file it comes from."""
 
-    question: str = Field(description="The instruction, with {FIELD} for fields of the record")
+    question: FieldText = Field(description="The instruction, with {FIELD} for fields of the record")
     label: str = Field(
         description="The field that holds the label: one of the words, its position among them, or true or false"
     )
@@ -34,28 +34,17 @@ class LabelKeys(TemplateKeys):
     limit: Positive | None = Field(None, description="The number of usable records that are taken, from the first on")
 
 
-class JsonlLabels(LabelKeys):
+class JsonlLabels(JsonlSource, LabelKeys):
     """JSON objects, one per line; .gz files are read as they are."""
 
-    type: Literal["jsonl"] = "jsonl"
-    path: FilesPath = Field(description="A file or a glob")
 
-
-class ParquetLabels(LabelKeys):
+class ParquetLabels(ParquetSource, LabelKeys):
     """Parquet files."""
 
-    type: Literal["parquet"]
-    path: FilesPath = Field(description="A file or a glob")
 
-
-class HfLabels(LabelKeys):
+class HfLabels(HfSource, LabelKeys):
     """A dataset of the `datasets` library, by its hub name or in a folder."""
 
-    type: Literal["hf"]
-    path: DatasetPath = Field(
-        description="A hub name, a folder that save_to_disk wrote, or one with files that `datasets` knows"
-    )
-    name: str | None = Field(None, description="The configuration of a hub dataset")
     split: str = Field("validation", description="The part of the dataset")
 
 

@@ -1,5 +1,6 @@
-"""`data`: prompts to answer and plain text for the pre-training loss."""
+"""`data`: prompts to answer, pairs of answers, and plain text for the pre-training loss."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -68,19 +69,30 @@ class InstructionKeys(TemplateKeys):
     )
 
 
+FIELD_PART = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 FieldText = Annotated[str, Field(pattern=r"^([^{}]|\{\{|\}\}|\{[^{}]+\})*$")]  # with {FIELD}, and {{ for a brace
 
 
-class RecordKeys(InstructionKeys):
-    """The way from a record with fields to a question and an answer that are made of them."""
+def field_names(text: str) -> list[str]:
+    """The fields that a text names, in order."""
+    return [found[1] for found in FIELD_PART.finditer(text) if found[1]]
+
+
+class QuestionKeys(InstructionKeys):
+    """The way from a record with fields to a question."""
 
     question: FieldText | None = Field(
         None, description="A text with {FIELD} for fields of the record; null: a record of one of the known forms"
     )
+    prefix: str = Field("", description="Put before the question, such as `predict: ` for a student of several tasks")
+
+
+class RecordKeys(QuestionKeys):
+    """The way from a record with fields to a question and an answer that are made of them."""
+
     answer: FieldText | None = Field(
         None, description="The reference, likewise; null: that of the known form, and none to a question of your own"
     )
-    prefix: str = Field("", description="Put before the question, such as `predict: ` for a student of several tasks")
     parser: Parser | None = Field(
         None,
         description="Takes the reference apart into a rationale and a label, which are {rationale} and {label} of "
@@ -97,21 +109,21 @@ class TaskKeys(Strict):
     )
 
 
-class JsonlPrompts(RecordKeys):
+class JsonlSource(Strict):
     """JSON objects, one per line; .gz files are read as they are."""
 
     type: Literal["jsonl"] = "jsonl"
     path: FilesPath = Field(description="A file or a glob")
 
 
-class ParquetPrompts(RecordKeys):
+class ParquetSource(Strict):
     """Parquet files."""
 
     type: Literal["parquet"]
     path: FilesPath = Field(description="A file or a glob")
 
 
-class HfPrompts(RecordKeys):
+class HfSource(Strict):
     """A dataset of the `datasets` library, by its hub name or in a folder."""
 
     type: Literal["hf"]
@@ -120,6 +132,18 @@ class HfPrompts(RecordKeys):
     )
     name: str | None = Field(None, description="The configuration of a hub dataset")
     split: str = Field("train", description="The part of the dataset")
+
+
+class JsonlPrompts(JsonlSource, RecordKeys):
+    """JSON objects, one per line; .gz files are read as they are."""
+
+
+class ParquetPrompts(ParquetSource, RecordKeys):
+    """Parquet files."""
+
+
+class HfPrompts(HfSource, RecordKeys):
+    """A dataset of the `datasets` library, by its hub name or in a folder."""
 
 
 class PydocPrompts(RecordKeys):
@@ -164,6 +188,32 @@ Prompts = Annotated[
     Field(discriminator="type"),
     default_type("jsonl"),
 ]
+
+
+class PairKeys(QuestionKeys):
+    """The way from a record to a prompt with two answers, of which the first is preferred.
+
+    The answers are texts, or lists of messages: the answer alone, or the whole conversation with it as the last message,
+    which gives the prompt where the record has no question.
+    """
+
+    chosen: str = Field("chosen", description="The field with the preferred answer")
+    rejected: str = Field("rejected", description="The field with the other answer")
+
+
+class JsonlPairs(JsonlSource, PairKeys):
+    """JSON objects, one per line; .gz files are read as they are."""
+
+
+class ParquetPairs(ParquetSource, PairKeys):
+    """Parquet files."""
+
+
+class HfPairs(HfSource, PairKeys):
+    """A dataset of the `datasets` library, by its hub name or in a folder."""
+
+
+Pairs = Annotated[JsonlPairs | ParquetPairs | HfPairs, Field(discriminator="type"), default_type("jsonl")]
 
 
 class CorpusKeys(Strict):
@@ -216,6 +266,10 @@ class DataConfig(Strict):
 
     prompts: Prompts | None = Field(
         None, description="Instructions, or beginnings of texts; most methods train on these"
+    )
+    pairs: Pairs | None = Field(
+        None,
+        description="Prompts with a chosen and a rejected answer each, for a preference (method dpkd, pairs: data)",
     )
     corpus: Corpus | None = Field(
         None,

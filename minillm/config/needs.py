@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minillm.config.data import TaskKeys
+from minillm.config.few_shot import FewShot, Part
 from minillm.config.lora import LoraConfig
 
 Sampler = Literal["student", "teacher", "mixture"]
@@ -35,6 +36,7 @@ class TermNeeds:
     labels: int = 1  # ids that are scored at every position
     trains: str = "student"  # the model whose rows these are
     scored: bool = False  # both models are run over the rows without a gradient first
+    kept: bool = False  # the teacher reads the rows without the term, and what it says is kept for later passes
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Needs:
     images: bool = False  # prompts show images
     evaluations: bool = False  # the method adapts to evaluations while it trains
     tasks: dict[str, TaskKeys] = field(default_factory=dict)  # that are made of every record, by name
+    few_shot: FewShot | None = (
+        None  # method.few_shot, by which the teacher is asked in the place of the prompts themselves
+    )
+    written: tuple[Part, ...] = ()  # parts of the records that are read from the teacher's answers
     # sampling
     samples: tuple[Sampler, ...] = ()  # the samplers that answer prompts while the stage runs, one after the other
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk

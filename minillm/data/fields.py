@@ -1,18 +1,12 @@
 """Texts with {FIELD} in them, filled from the fields of a record."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from minillm.config.data import FIELD_PART, field_names
 from minillm.data.sources import DataError
 
 PARSED = ("rationale", "label")  # fields that a parser of references adds
-_PART = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
-
-
-def field_names(text: str) -> list[str]:
-    """The fields that a text names, in order."""
-    return [found[1] for found in _PART.finditer(text) if found[1]]
 
 
 def fill(text: str, fields: Mapping[str, Any], where: str, key: str) -> str | None:
@@ -37,4 +31,15 @@ def fill(text: str, fields: Mapping[str, Any], where: str, key: str) -> str | No
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise DataError(f"{where}: {name}: expected text or a number, found {type(value).__name__}; {key} names it")
         values[name] = str(value)
-    return _PART.sub(lambda found: values[found[1]] if found[1] else found[0][0], text)
+    return FIELD_PART.sub(lambda found: values[found[1]] if found[1] else found[0][0], text)
+
+
+def fill_question(text: str, fields: Mapping[str, Any], where: str, key: str = "question") -> str:
+    """As `fill`, for a text that cannot be missing: raises DataError where one of its fields is null."""
+    filled = fill(text, fields, where, key)
+    if filled is None:
+        empty = next(name for name in field_names(text) if fields[name] is None)
+        raise DataError(
+            f"{where}: {key} names the field {empty}, which is null here; fill it in, or take the record out"
+        )
+    return filled

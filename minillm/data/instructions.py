@@ -1,22 +1,34 @@
 """Prompts with their references, from records of any known form, tokenised once."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
-from minillm.config.data import Parser, PlainPrompts, Prompts, RecordKeys, TaskKeys
+from minillm.config.data import (
+    InstructionKeys,
+    Pairs,
+    Parser,
+    PlainPrompts,
+    Prompts,
+    QuestionKeys,
+    RecordKeys,
+    TaskKeys,
+    TemplateKeys,
+)
+from minillm.config.few_shot import FewShot, Part
 from minillm.data.answer_parsers import parse_answer
 from minillm.data.arithmetic import arithmetic_records
-from minillm.data.fields import fill
+from minillm.data.fields import fill, fill_question
 from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
+from minillm.data.record_tasks import RecordTasks
 from minillm.data.records import Conversation, parse
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
 from minillm.data.special_text import special_tokens_of
@@ -38,6 +50,8 @@ class Example:
     misplaced: str | None = None  # why nobody may be trained on the reference, where the template puts it elsewhere
     typed: bool = False  # it spells special tokens, which are text in it
     tasks: Mapping[str, TokenSequence] = field(default_factory=dict)  # by name; a response is empty where there is none
+    asked: TokenSequence | None = None  # the few-shot prompt to the teacher, without a response
+    maker: RecordTasks | None = None  # makes the tasks anew of what the teacher has written
 
     @property
     def sequence(self) -> TokenSequence:
@@ -47,6 +61,19 @@ class Example:
     def answered(self, response: list[int]) -> TokenSequence:
         """The prompt with another response in the place of the reference."""
         return TokenSequence(self.prompt_ids, response, self.index, self.extras)
+
+
+class TextSet(Protocol):
+    """Texts that models read, some of which may show pictures."""
+
+    @property
+    def pictured(self) -> int:
+        """The number of those that do."""
+
+    def ids(self) -> Iterator[list[int]]:
+        """The ids of all of them."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +103,8 @@ class PromptSet(Sequence[Example]):
             for task in example.tasks.values():
                 yield task.prompt
                 yield task.response
+            if example.asked is not None:
+                yield example.asked.prompt
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -85,7 +114,7 @@ class PromptSet(Sequence[Example]):
 
 
 def require_shared_pictures(
-    sets: Mapping[str, PromptSet],
+    sets: Mapping[str, TextSet],
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase | None,
     *,
@@ -117,6 +146,8 @@ def load_prompts(
     *,
     name: str = "data.prompts",
     tasks: Mapping[str, TaskKeys] = MappingProxyType({}),
+    few_shot: FewShot | None = None,
+    written: Sequence[Part] = (),
     now: datetime | None = None,
 ) -> PromptSet:
     """Read, render and tokenise.
@@ -124,6 +155,8 @@ def load_prompts(
     Args:
         name: of the set, for errors.
         tasks: made of every record beside its own question and answer; plain texts have no fields for them.
+        few_shot: the prompt by which a teacher is asked for what it writes to every record.
+        written: parts of the records that the tasks lack until it has.
         now: what chat templates take for the time; default: the time.
 
     Raises DataError naming file and line for a record that is of none of the forms, lacks a field that is asked for, or
@@ -132,7 +165,9 @@ def load_prompts(
     require_end(tokenizer, name)
     examples, dropped = [], 0
     loaded = (
-        _plain(config, tokenizer) if isinstance(config, PlainPrompts) else _instructions(config, tokenizer, tasks, now)
+        _plain(config, tokenizer)
+        if isinstance(config, PlainPrompts)
+        else _instructions(config, tokenizer, tasks, few_shot, written, now)
     )
     for example in loaded:
         if example is None:
@@ -145,36 +180,45 @@ def load_prompts(
         source = getattr(config, "path", config.type)
         if not dropped:
             raise DataError(f"{name}: no prompt in {source}")
+        beyond = "" if few_shot is None else f", or method.few_shot.max_prompt_length={few_shot.max_prompt_length}"
         raise DataError(
             f"{name}: no usable prompt in {source}: all {dropped} are over max_prompt_length="
-            f"{config.max_prompt_length} tokens, or max_characters; raise it"
+            f"{config.max_prompt_length} tokens, or max_characters{beyond}; raise it"
         )
     return PromptSet(examples, dropped, getattr(config, "path", config.type), getattr(config, "parser", None))
 
 
 def _instructions(
-    config: RecordKeys, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, TaskKeys], now: datetime | None
+    config: RecordKeys,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, TaskKeys],
+    few_shot: FewShot | None,
+    written: Sequence[Part],
+    now: datetime | None,
 ) -> Iterator[Example | None]:
-    """None stands for a prompt that is too long, be it that of one task."""
+    """None stands for a prompt that is too long, be it that of one task, or the one that the teacher is asked by."""
     reader = PromptReader(config, tokenizer, now)
+    asker = None if few_shot is None else PromptReader(_keys_of_few_shot(few_shot, config), tokenizer, now)
     for index, (where, record) in enumerate(records_of(config)):
-        said = _prefixed(_conversation(where, record, config), config.prefix)
+        said = _conversation(where, record, config)
         pictures = find_pictures(where, where.folder, record)
-        fields = _fields(record, said.references, config) if tasks else {}
-        wordings = [said, *(_of_task(said, name, task, fields, where) for name, task in tasks.items())]
-        read, *of_tasks = [reader.read(one, pictures, where=where, limited=True) for one in wordings]
-        if read is None or None in of_tasks:
+        read = reader.read(said, pictures, where=where, limited=True)
+        made, maker, asked = {}, None, None
+        if tasks and read is not None:
+            fields = _fields(record, said.references, config)
+            maker = RecordTasks(tasks, reader, said, pictures, fields, index=index, where=where)
+            made = maker.make(dict.fromkeys(written))
+        if asker is not None and read is not None:
+            question = fill_question(few_shot.prompt, record, where, "method.few_shot.prompt")
+            asking = Conversation([{"role": "user", "content": question}])
+            asked = asker.read(asking, pictures, where=where, limited=True)
+        if read is None or made is None or asker is not None and asked is None:
             yield None
             continue
         references = tuple(reference[: config.max_characters] for reference in said.references)
         if references and not references[0]:  # an answer that calls tools alone
             references = (read.answer.strip(), *references[1:])
         misplaced = None if read.misplaced is None else f"{where}: {read.misplaced}"
-        made = {}
-        for name, one in zip(tasks, of_tasks, strict=True):
-            if one.misplaced is not None:
-                raise DataError(f"{where}: the answer of task {name}: {one.misplaced}")
-            made[name] = TokenSequence(one.ids, one.answer_ids, index, one.extras)
         yield Example(
             index,
             read.ids,
@@ -183,42 +227,29 @@ def _instructions(
             references,
             read.extras,
             misplaced=misplaced,
-            typed=read.typed or any(one.typed for one in of_tasks),
+            typed=read.typed or maker is not None and maker.typed,
             tasks=made,
+            asked=None if asked is None else TokenSequence(asked.ids, [], index, asked.extras),
+            maker=maker if written else None,
         )
 
 
-def _conversation(where: str, record: dict[str, Any], config: RecordKeys) -> Conversation:
-    """The question of a record, in the configured words or those of its form."""
+def _keys_of_few_shot(few_shot: FewShot, config: RecordKeys) -> InstructionKeys:
+    """The way of a few-shot prompt to the teacher: its own template and length, with the bounds of the records."""
+    own = few_shot.model_dump(include={*TemplateKeys.model_fields, "max_prompt_length"})
+    return InstructionKeys(**own, **config.model_dump(include={"max_characters", "max_image_pixels"}))
+
+
+def read_question(where: str, record: dict[str, Any], config: QuestionKeys) -> Conversation:
+    """The content of a record in the words of config.question, or those of its form, without config.prefix."""
     if config.question is None:
-        said = parse(where, record)
-    else:
-        question = fill(config.question, record, where, "question")
-        if question is None:
-            raise DataError(f"{where}: question {config.question!r}: one of its fields is null")
-        said = Conversation([{"role": "user", "content": question}])
-    return said if config.answer is None else _answered(said, fill(config.answer, record, where, "answer"))
+        return parse(where, record)
+    return Conversation([{"role": "user", "content": fill_question(config.question, record, where)}])
 
 
-def _of_task(said: Conversation, name: str, task: TaskKeys, fields: Mapping[str, Any], where: str) -> Conversation:
-    return _answered(_prefixed(said, task.prefix), fill(task.answer, fields, where, f"the answer of task {name}"))
-
-
-def _answered(said: Conversation, answer: str | None) -> Conversation:
-    """The conversation with another answer in the place of its references, or with none."""
-    if answer is None:
-        return replace(said, answer=None, references=())
-    return replace(said, answer={"role": "assistant", "content": answer}, references=(answer,))
-
-
-def _prefixed(said: Conversation, prefix: str) -> Conversation:
-    """The conversation with a text before the last message that is to be answered."""
-    if not prefix:
-        return said
-    *before, last = said.messages
-    content = last["content"]
-    content = prefix + content if isinstance(content, str) else [{"type": "text", "text": prefix}, *content]
-    return replace(said, messages=[*before, {**last, "content": content}])
+def _conversation(where: str, record: dict[str, Any], config: RecordKeys) -> Conversation:
+    said = read_question(where, record, config).with_prefix(config.prefix)
+    return said if config.answer is None else said.with_answer(fill(config.answer, record, where, "answer"))
 
 
 def _fields(record: dict[str, Any], references: Sequence[str], config: RecordKeys) -> dict[str, Any]:
@@ -245,7 +276,7 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
         yield Example(index, prompt_ids, response_ids, prompt, (reference,), typed=marked != text)
 
 
-def records_of(config: Prompts | Labels) -> Iterator[Record]:
+def records_of(config: Prompts | Pairs | Labels) -> Iterator[Record]:
     """The records of a source, whatever it is."""
     if config.type == "jsonl":
         return read_jsonl(config.path)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.analysis_keys import Labels
+from minillm.data.fields import fill_question
 from minillm.data.images import find_pictures
 from minillm.data.instructions import records_of
 from minillm.data.sources import DataError
@@ -54,11 +55,7 @@ def load_labels(
     for where, record in records_of(config):
         if find_pictures(where, where.folder, record):
             raise DataError(f"{where}: it shows pictures, which questions of {name} cannot; take them out")
-        try:
-            text = config.question.format(**record)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            found = ", ".join(record)
-            raise DataError(f"{where}: question {config.question!r}: no field {error}; there are {found}") from None
+        text = fill_question(config.question, record, where)
         prompt = render([{"role": "user", "content": text}], config, tokenizer, now=now, where=where).prompt
         prompt_ids = encode(tokenizer, prompt, special, first=config.max_prompt_length)
         if len(prompt_ids) > config.max_prompt_length:

@@ -55,9 +55,11 @@ class PromptReader:
         *,
         where: str = "this prompt",
         limited: bool = False,
+        before: ReadPrompt | None = None,
     ) -> ReadPrompt | None:
         """Args:
             pictures: those that no part of a message names.
+            before: the same messages, read with another answer: their pictures are not read again.
             limited: return None for a prompt that is over max_characters or max_prompt_length.
 
         Raises DataError for pictures that cannot be shown, to this model or at all, and for what the template would leave
@@ -102,7 +104,10 @@ class PromptReader:
                 raise DataError(
                     f"{where}: its text spells {typed}, which beside pictures cannot be read as text; take that out"
                 )
-            ids, extras = self.pictures.read(where, text, shown, special=special)
+            if before is not None:
+                ids, extras = before.ids, before.extras
+            else:
+                ids, extras = self.pictures.read(where, text, shown, special=special)
             if special and ids and ids[-1] == self.tokenizer.eos_token_id and text_ids[-1] != ids[-1]:
                 ids = ids[:-1]  # as `encode` has it
         elif self.placeholders & set(ids):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minillm.data.chat_messages import REASONING, TOOL_CALLS, check_text, read_messages, read_text, short, tool_name
@@ -54,6 +54,21 @@ class Conversation:
     context: str = ""
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)  # of the template, for this record
+
+    def with_answer(self, answer: str | None) -> "Conversation":
+        """The conversation with another answer in the place of its references, or with none."""
+        if answer is None:
+            return replace(self, answer=None, references=())
+        return replace(self, answer={"role": "assistant", "content": answer}, references=(answer,))
+
+    def with_prefix(self, prefix: str) -> "Conversation":
+        """The conversation with a text before the last message that is to be answered."""
+        if not prefix:
+            return self
+        *before, last = self.messages
+        content = last["content"]
+        content = prefix + content if isinstance(content, str) else [{"type": "text", "text": prefix}, *content]
+        return replace(self, messages=[*before, {**last, "content": content}])
 
 
 def parse(where: str, record: dict[str, Any]) -> Conversation:
@@ -113,18 +128,14 @@ def _of_messages(where: str, record: dict[str, Any], messages: list[Message], op
     if last["role"] == "assistant":
         if len(messages) == 1:
             raise DataError(f"{where}: messages: an answer without a question before it")
-        _check_weight(where, "messages: the answer's ", last)
+        last = answer_message(where, "messages", last)
         content = last["content"]
-        if not isinstance(content, str):
-            if any(part["type"] != "text" for part in content):
-                raise DataError(f"{where}: messages: the answer shows a picture; only questions can")
-            content = "".join(part["text"] for part in content)
         missed = next(
             (name for name in ANSWERS if _said(record, name) and record[name] not in (content, [content])), None
         )
         if missed is not None and record.get("messages") is not None:
             raise DataError(f"{where}: {missed} and the last of messages differ, and one would be ignored; keep one")
-        finished = _with_reasoning(where, record, {**last, "content": content})
+        finished = _with_reasoning(where, record, last)
         return Conversation(messages[:-1], finished, (content,), context, **options)
     given = [name for name in ANSWERS if record.get(name) is not None]
     _require_one(where, record, given, "several references are a list")
@@ -135,6 +146,17 @@ def _of_messages(where: str, record: dict[str, Any], messages: list[Message], op
     references = tuple(read_text(where, given[0], one) for one in (value if isinstance(value, list) else [value]))
     finished = {"role": "assistant", "content": references[0]} if references else None
     return Conversation(messages, _with_reasoning(where, record, finished), references, context, **options)
+
+
+def answer_message(where: str, name: str, message: Message) -> Message:
+    """The last message of a record's field `name`, with a content that is a text. Raises DataError for one that shows a picture."""
+    _check_weight(where, f"{name}: the answer's ", message)
+    content = message["content"]
+    if not isinstance(content, str):
+        if any(part["type"] != "text" for part in content):
+            raise DataError(f"{where}: {name}: the answer shows a picture; only questions can")
+        content = "".join(part["text"] for part in content)
+    return {**message, "content": content}
 
 
 def _before(where: str, record: dict[str, Any]) -> list[Message]:

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minillm.data.pairs import AnswerPair
 from minillm.losses import TokenStats
 from minillm.methods.on_policy import sampled_pairs
-from minillm.methods.preference import AnswerPair
 from minillm.methods.protocol import Method, Term, TrainingData
 from minillm.methods.supervised import take_references
 from minillm.models.batch import TokenSequence, collate

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minillm.config.root import StageConfig
-from minillm.methods.preference import AnswerPair
+from minillm.data.pairs import AnswerPair
 from minillm.methods.protocol import TrainingData
 from minillm.models.batch import TokenSequence
 from minillm.rollout.noise import distinct_keys

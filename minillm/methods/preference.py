@@ -12,30 +12,21 @@ SimPO 2405.14734 (equation 6).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from minillm.config.preference_keys import PreferenceKeys
+from minillm.data.pairs import AnswerPair
 from minillm.losses import TokenStats
 from minillm.methods.protocol import Term
-from minillm.models.batch import TokenBatch, TokenSequence, collate
+from minillm.models.batch import TokenBatch, collate
 from minillm.teachers.pair import Models
 from minillm.teachers.teacher import require_teacher
 
 PAIRS = "pairs_per_token"  # what turns the means over rows that an engine reports into means over pairs
 PER_PAIR = ("margin", "preferred")
-
-
-@dataclass(frozen=True)
-class AnswerPair:
-    """Two answers to a prompt, the first preferred."""
-
-    key: int  # of the prompt
-    chosen: TokenSequence
-    rejected: TokenSequence
 
 
 def preference_loss(
@@ -74,23 +65,34 @@ def preference_term(
     *,
     name: str = "preference",
     weight: float = 1.0,
+    reference: Tensor | None = None,  # (P, 2)
 ) -> Term:
     """The mean of the loss over the pairs of the step. `pair_means` turns what the step reports of it into means over pairs.
 
-    Raises UserError without a teacher, unless the keys leave it out.
+    Args: reference: the reference's log-probability of each chosen and rejected answer, where it is known; else the
+        teacher is asked.
+
+    Raises UserError without a teacher, unless the keys leave it out or the reference is known.
     """
     batch = collate([one for pair in pairs for one in (pair.chosen, pair.rejected)], models.pad_id)
-    if not keys.reference_free:
-        require_teacher(models.teacher, f"the term {name!r}")
+    lengths = torch.tensor(batch.lengths, dtype=torch.float64).clamp(min=1).view(-1, 2)  # (P, 2)
+    known = reference is not None and not keys.reference_free
 
     def objective(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
-        sums = answer_sums(log_ratio(stats, keys), batch, mean=keys.length_norm).view(-1, 2)  # (P, 2)
+        ratio = stats.student_logprob if known else log_ratio(stats, keys)
+        sums = answer_sums(ratio, batch, mean=keys.length_norm).view(-1, 2)  # (P, 2)
+        if known:
+            sums = sums - (reference / lengths if keys.length_norm else reference).to(sums)
         loss, margin = preference_loss(sums[:, 0], sums[:, 1], keys)
         preferred = (margin > 0).to(margin.dtype)
         return loss, {"margin": margin, "preferred": preferred, PAIRS: torch.ones_like(margin)}
 
-    teacher = None if keys.reference_free else models.teacher.rows(batch)
-    return Term(name, batch, objective, ratio_fields(keys), float(len(pairs)), weight, teacher=teacher, coupled=True)
+    teacher = None
+    fields = ("student_logprob",) if known else ratio_fields(keys)
+    if not known and not keys.reference_free:
+        require_teacher(models.teacher, f"the term {name!r}")
+        teacher = models.teacher.rows(batch)
+    return Term(name, batch, objective, fields, float(len(pairs)), weight, teacher=teacher, coupled=True)
 
 
 def answer_sums(vector: Tensor, batch: TokenBatch, *, mean: bool) -> Tensor:  # (N,) -> (B,)

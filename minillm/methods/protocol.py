@@ -86,6 +86,7 @@ class TrainingData:
     folder: Path  # of this stage alone: for what is made once and kept
     report_progress: ProgressCallback = lambda what, done, total: None  # told how far long work inside `collect` is
     timing: Timing = field(default_factory=Timing)  # told what that work was
+    pairs: Stream | None = None  # of minillm.data.pairs.AnswerPair
     documents: Documents | None = None  # of data.corpus, whole and in order: in the place of its blocks
 
 

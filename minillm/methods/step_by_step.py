@@ -6,6 +6,9 @@ Every task has a mean of its own: a rationale of fifty tokens does not drown a l
 both. At test time the label is asked for alone, by its prefix. A record without an answer to a task, such as one in whose
 text no label was found, takes no part in that task, and is counted.
 
+Rationales, and labels, are the data's or the teacher's, which writes them once in answer to a few-shot prompt, before the
+first step; the answers are kept on disk (minillm/rollout/archive.py), and read by a parser each time.
+
 Differences from the paper. Its students are encoders with decoders (T5), which read the question in the encoder; here they
 are decoders alone, which read it as a prompt whose tokens are not predicted. Its code weights the two losses by 0.5 each
 (alpha and 1 - alpha); here, as in the paper's formula, a weight is 1 where nothing else is said. Any number of tasks is
@@ -17,8 +20,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from minillm.data.rationales import read_answer, write_summary
+from minillm.distributed import collectives
 from minillm.losses import TokenStats
 from minillm.methods.protocol import Method, Observation, Term, TrainingData
+from minillm.methods.written_answers import written_answers
 from minillm.models.batch import TokenSequence, collate
 from minillm.teachers.pair import Models
 
@@ -37,13 +43,34 @@ class StepByStep(Method):
     def __init__(self, config):
         super().__init__(config)
         self.missing: dict[str, float] = {}  # task -> percentage of the step's records without an answer to it
+        self._written: dict[int, dict[str, TokenSequence]] | None = None  # key of a record -> its tasks
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TaskRecord]:
-        records = [TaskRecord(one.index, dict(one.tasks)) for one in data.prompts.take(self.step_size)]
+        if self.needs.written and self._written is None:
+            self._written = self._tasks_written(data, models)
+        examples = data.prompts.take(self.step_size)
+        records = [
+            TaskRecord(one.index, dict(one.tasks if self._written is None else self._written[one.index]))
+            for one in examples
+        ]
         for name in self.config.method.tasks:
             bare = sum(not record.tasks[name].response for record in records)
             self.missing[f"unanswered_percent/{name}"] = 100.0 * bare / len(records)
         return records
+
+    def _tasks_written(self, data: TrainingData, models: Models) -> dict[int, dict[str, TokenSequence]]:
+        """The tasks of all records, with the rationales and labels that the teacher wrote."""
+        few_shot, examples = self.needs.few_shot, data.prompts.items
+        asked = [example.asked for example in examples]
+        found = written_answers(asked, data, models, self.config, temperature=few_shot.temperature)
+        texts = [models.tokenizer.decode(found[one.index], skip_special_tokens=True) for one in examples]
+        parts = [read_answer(text, few_shot) for text in texts]
+        questions = [example.prompt for example in examples]
+        collectives.on_rank_0(lambda: write_summary(data.folder, questions, texts, parts, few_shot))
+        return {
+            example.index: example.maker.make({name: getattr(part, name) for name in self.needs.written})
+            for example, part in zip(examples, parts, strict=True)
+        }
 
     def terms(self, items: Sequence[TaskRecord], data: TrainingData, models: Models) -> list[Term]:
         return [

@@ -145,7 +145,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
             Decoding(
                 SAMPLING_MODELS[sampler],
                 side_by_side,
-                _prompt_length(_prompts(config)),
+                _prompt_length(_prompts(config)) if needs.few_shot is None else needs.few_shot.max_prompt_length,
                 rollout.max_new_tokens,
                 prompts,
                 rollout.cuda_graphs,
@@ -169,7 +169,13 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
         from_buffer = needs.buffered and "answers" in term.rows
         terms.append(
             TermShape(
-                term.name, batch, text.length, batch * text.rows * term.labels, term.teacher, from_buffer, term.trains
+                term.name,
+                batch,
+                text.length,
+                batch * text.rows * term.labels,
+                term.teacher and not term.kept,
+                from_buffer,
+                term.trains,
             )
         )
     return tuple(terms)
@@ -185,7 +191,10 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
     if needs.takes_steps:
         return tuple(
             _longest(term, config).forward(
-                ("teacher", "student") if term.scored else ("teacher",), micro, statistics=term.scored, total=step
+                ("teacher", "student") if term.scored else ("teacher",),
+                micro,
+                statistics=term.scored or term.kept,
+                total=step,
             )
             for term in needs.terms
             if term.teacher
@@ -212,9 +221,14 @@ def _text(kind: Rows, config: StageConfig) -> _Text:
             raise UserError("data.corpus is missing, so the length of its blocks is not known")
         fed = config.data.corpus.block_size - 1
         return _Text(1, fed, fed)
+    if kind == "pairs":
+        if config.data.pairs is None:
+            raise UserError("data.pairs is missing, so the length of a pair is not known")
+        answer = config.data.pairs.max_response_length
+        return _Text(2, config.data.pairs.max_prompt_length + answer - 1, answer)
     prompts = _prompts(config)
     answer = config.rollout.max_new_tokens if kind == "answers" else prompts.max_response_length
-    return _Text(2 if kind == "pairs" else 1, _prompt_length(prompts) + answer - 1, answer)
+    return _Text(1, _prompt_length(prompts) + answer - 1, answer)
 
 
 def _prompts(config: StageConfig) -> Prompts:

@@ -10,6 +10,7 @@ from minillm.reporting.expert_report import expert_section
 from minillm.reporting.findings import collapses, verdicts
 from minillm.reporting.markdown import MISSING, cell, duration, number, table
 from minillm.reporting.metric import find_metric
+from minillm.reporting.rationale_report import rationale_sections
 from minillm.reporting.run_files import PREPARED, RunFiles, StageFiles, read_run, stage_label
 from minillm.reporting.selection_report import selection_sections
 from minillm.reporting.settings import differing_keys, settings_table
@@ -38,6 +39,7 @@ def write_report(output_dir: Path) -> Path:
         _samples(run),
         *selection_sections(run.folder),
         expert_section(run),
+        *rationale_sections(run.folder),
         _stages(run),
         _times(run),
         _configuration(run),

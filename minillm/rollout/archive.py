@@ -56,7 +56,7 @@ class AnswerArchive:
         for key in prompt_of.keys() & found.keys():
             if found[key]["prompt_crc"] != _crc(prompt_of[key]):
                 raise UserError(
-                    f"{self.path}: the answer with key {key} was written to another prompt; the data has changed since. "
+                    f"{self.path}: the answer with key {key} was written to another prompt; the data, or the words by which it is asked, have changed since. "
                     "Delete the file to have the answers written anew"
                 )
         missing = sorted(prompt_of.keys() - found.keys(), key=lambda key: (-len(prompt_of[key]), key))

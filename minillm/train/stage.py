@@ -141,6 +141,7 @@ class StageBuilder:
         order = zlib.crc32(f"{config.seed}/{stage.name}".encode())
         return TrainingData(
             prompts=None if read.prompts is None else Stream(read.prompts.examples, seed=order),
+            pairs=None if read.pairs is None else Stream(read.pairs, seed=order),
             corpus=None if read.corpus is None else _rank_slice(Stream(read.corpus.blocks, seed=order)),
             rollouts=rollouts,
             folder=self.output_dir / "written" / stage.name,

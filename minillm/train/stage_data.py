@@ -1,6 +1,6 @@
 """The data of a stage, read and looked at before any model is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from minillm.config.paths import STAGE
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.documents import Documents, survey_documents
 from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
+from minillm.data.pairs import PairSet, load_pairs
 from minillm.data.tokenization import require_end
 from minillm.distributed import collectives
 from minillm.engine.placement import check_backend, engine_device
@@ -35,6 +36,7 @@ class StageData:
     prompts: PromptSet | None
     corpus: Corpus | None
     rows: list[Row]
+    pairs: PairSet | None = None
     documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
 
 
@@ -52,20 +54,28 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     judges = None if config.teacher is None else load_tokenizer(config.teacher, output_dir)
     if judges is not None:
         require_same_tokenizer(tokenizer, judges, reference=needs.reference)
-    prompts = corpus = documents = None
+    prompts = pairs = corpus = documents = None
     rows = []
     if needs.prompts:
         source = _with_stage_files(config.data.prompts, output_dir)
-        prompts = load_prompts(source, tokenizer, tasks=needs.tasks, now=started)
+        prompts = load_prompts(
+            source, tokenizer, tasks=needs.tasks, few_shot=needs.few_shot, written=needs.written, now=started
+        )
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         if prompts.typed:
             rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
     if needs.references:
         _require_references(stage, prompts)
-    if prompts is not None:
-        require_shared_pictures({"data.prompts": prompts}, tokenizer, judges, ranks=collectives.world_size())
+    if needs.pairs:
+        pairs = load_pairs(_with_stage_files(config.data.pairs, output_dir), tokenizer, now=started)
+        used = f"{len(pairs)} used, {pairs.dropped_long} too long, {pairs.dropped_alike} of answers that are alike"
+        rows.append(("pairs", used, pairs.source))
+        if pairs.typed:
+            rows.append(("special tokens", f"text in {pairs.typed} pairs that spell them", pairs.source))
+    read = {name: one for name, one in (("data.prompts", prompts), ("data.pairs", pairs)) if one is not None}
+    require_shared_pictures(read, tokenizer, judges, ranks=collectives.world_size())
     if needs.images:
-        _require_pictures(stage, prompts)
+        _require_pictures(stage, prompts, pairs)
     if needs.whole_documents:
         require_end(tokenizer, "data.corpus")
         documents = survey_documents(_with_stage_files(config.data.corpus, output_dir))
@@ -73,14 +83,14 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     elif config.data.corpus is not None:
         corpus = load_corpus(_with_stage_files(config.data.corpus, output_dir), tokenizer)
         rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-    return StageData(tokenizer, judges, prompts, corpus, rows, documents)
+    return StageData(tokenizer, judges, prompts, corpus, rows, pairs, documents)
 
 
 def require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:
     """Raises UserError for texts with ids that student and teacher do not share."""
-    prompts = {} if read.prompts is None else {"data.prompts": read.prompts}
-    for name, one in {**prompts, **held_out}.items():
-        models.require_shared(name, one.ids())
+    for name, one in {"data.prompts": read.prompts, "data.pairs": read.pairs, **held_out}.items():
+        if one is not None:
+            models.require_shared(name, one.ids())
     if read.corpus is not None:
         models.require_shared("data.corpus", read.corpus.blocks)
 
@@ -92,21 +102,24 @@ def _require_references(stage: Stage, prompts: PromptSet) -> None:
             f"stage {stage.name!r}: method {stage.config.method.name} imitates the references, and {len(misplaced)} of "
             f"{len(prompts)} stand where the model would not write them: {misplaced[0]}"
         )
+    bare = [example.index for example in prompts if not example.response_ids]
     remedy = "give them an answer, or use a method that samples its answers"
-    _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy)
+    _require_none(stage, "data.prompts", bare, len(prompts), "imitates the references", remedy)
 
 
-def _require_pictures(stage: Stage, prompts: PromptSet) -> None:
-    _require_of_each(stage, prompts, "extras", "reads the pictures of prompts", "give them one")
+def _require_pictures(stage: Stage, prompts: PromptSet | None, pairs: PairSet | None = None) -> None:
+    bare = {"data.prompts": [one.index for one in prompts or () if not one.extras],
+            "data.pairs": [one.key for one in pairs or () if not one.chosen.extras]}  # fmt: skip
+    for name, texts in (("data.prompts", prompts), ("data.pairs", pairs)):
+        _require_none(stage, name, bare[name], len(texts or ()), "reads the pictures of prompts", "give them one")
 
 
-def _require_of_each(stage: Stage, prompts: PromptSet, part: str, use: str, remedy: str) -> None:
-    """Raises UserError where a prompt lacks a part that the method needs, the name of a field of Example."""
-    bare = [example.index for example in prompts.examples if not getattr(example, part)]
+def _require_none(stage: Stage, name: str, bare: Sequence[int], total: int, use: str, remedy: str) -> None:
+    """Raises UserError where there are prompts, by their places in the data, that lack what the method needs."""
     if bare:
         raise UserError(
-            f"stage {stage.name!r}: method {stage.config.method.name} {use}, but {len(bare)} of {len(prompts)} prompts of "
-            f"data.prompts have none (the first is number {bare[0] + 1}); {remedy}"
+            f"stage {stage.name!r}: method {stage.config.method.name} {use}, but {len(bare)} of {total} prompts of "
+            f"{name} have none (the first is number {bare[0] + 1}); {remedy}"
         )
 
 

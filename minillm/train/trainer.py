@@ -172,7 +172,7 @@ class StageTrainer:
             with timing.of("update"):
                 result = self.engine.step(terms)
         except NonFiniteError as error:
-            items = "prompts" if self.data.prompts is not None else "blocks of data.corpus"
+            items = next(words for words, stream in self._by_importance() if stream is not None)
             raise TrainingError(
                 f"step {progress.step + 1} of stage {self.name!r}: {error}. The {items} of the batch (by index): "
                 f"{[self.items[index].key for index in chosen]}. Nothing of this step was saved, and the last checkpoint is good. Look at "
@@ -323,11 +323,16 @@ class StageTrainer:
 
     @property
     def _passed(self) -> Stream | RankSlice:
-        """The stream whose passes are counted: prompts, where the method has any."""
-        return self.data.corpus if self.data.prompts is None else self.data.prompts
+        """The stream whose passes are counted."""
+        return next(stream for _, stream in self._by_importance() if stream is not None)
+
+    def _by_importance(self) -> list[tuple[str, Stream | RankSlice | None]]:
+        """(words for its items, stream): a step is counted in the items of the first that there is."""
+        data = self.data
+        return [("prompts", data.prompts), ("pairs", data.pairs), ("blocks of data.corpus", data.corpus)]
 
     def _streams(self) -> dict[str, Stream | RankSlice]:
-        streams = {"prompts": self.data.prompts, "corpus": self.data.corpus}
+        streams = {"prompts": self.data.prompts, "pairs": self.data.pairs, "corpus": self.data.corpus}
         return {name: stream for name, stream in streams.items() if stream is not None}
 
     def _buffer_path(self, state: Path) -> Path:

@@ -32,10 +32,12 @@ def test_long_questions_are_dropped_and_counted_and_limits_hold(byte, jsonl):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"mood": 1}, "data.jsonl:1: question .*no field 'text'; there are mood"),
+        ({"mood": 1}, "data.jsonl:1: question names the field text, and the record has mood"),
         ({"text": "a", "mood": 2}, "data.jsonl:1: mood is 2; expected one of bad, good"),
         ({"text": "a", "mood": "so so"}, "mood is 'so so'"),
         ({"text": "a"}, "mood is None"),
+        ({"text": None, "mood": 1}, "data.jsonl:1: question names the field text, which is null here"),
+        ({"text": ["a"], "mood": 1}, "data.jsonl:1: text: expected text or a number, found list"),
     ],
 )
 def test_a_record_that_says_nothing_is_named(byte, jsonl, record, message):
@@ -43,6 +45,9 @@ def test_a_record_that_says_nothing_is_named(byte, jsonl, record, message):
         load_labels(labels(jsonl(record)), byte, name="moods")
 
 
-def test_a_question_that_asks_a_field_for_more_is_named(byte, jsonl):
-    with pytest.raises(DataError, match=r"data.jsonl:1: question '\{text\.mood\}\?': no field .*there are text, mood"):
-        load_labels(labels(jsonl({"text": "a", "mood": 1}), question="{text.mood}?"), byte, name="moods")
+def test_a_question_is_a_text_with_fields_and_braces(byte, jsonl):
+    path = jsonl({"a.b": "rain", "mood": 1})
+    (question,) = load_labels(labels(path, question="{{{a.b}}}"), byte, name="moods").questions
+    assert byte.decode(question.prompt_ids) == "{rain}"
+    with pytest.raises(ValueError, match="question"):
+        labels(path, question="{a.b")

@@ -1,12 +1,16 @@
 """Labels of answers beside those of references: as texts, as equations, and where one of them has none."""
 
+import json
+
 import pytest
 
 from minillm import UserError
+from minillm.config.data import JsonlPrompts
 from minillm.config.evaluation import EvalConfig, LabelAccuracy
-from minillm.data.instructions import Example, PromptSet
+from minillm.data.instructions import Example, PromptSet, load_prompts
 from minillm.evaluate.evaluator import Evaluator
 from minillm.evaluate.label_accuracy import LabelScorer
+from minillm.models.tokenizers import byte_tokenizer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 
 
@@ -39,6 +43,21 @@ def test_equations_are_compared_by_their_exact_value():
     found = score(answers, [("( 8.0 - 3.0 )",)] * 7 + [("1000.0",)], compare="equation")
     assert found["label_accuracy"] == [100.0, 100.0, 100.0, 100.0, 0.0, 0.0, 0.0, 100.0]
     assert found["unlabelled_share"] == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+
+
+def test_equations_of_svamp_are_scored_by_their_values(assets, tmp_path):
+    """Answers that reason and end in the equation of the record, or in another one."""
+    records = json.loads((assets / "data" / "svamp" / "SVAMP.json").read_text(encoding="utf-8"))
+    path = tmp_path / "svamp.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    keys = {"question": "{Body} {Question}", "answer": "{Equation}", "template": "none", "max_prompt_length": 600}
+    found = load_prompts(JsonlPrompts(path=str(path), **keys), byte_tokenizer(), name="eval.sets.svamp")
+    assert len(found) == 1000 and found[0].references == ("( 76.0 - 25.0 )",)
+    scorer = LabelScorer(LabelAccuracy(compare="equation", parser="svamp"), found, "eval.sets.svamp")
+    right = scorer.score([f"We see. The answer is ({one.references[0]})." for one in found])
+    assert set(right["label_accuracy"]) == {100.0}
+    wrong = scorer.score([f"We see. The answer is ({one.references[0]} + 1)." for one in found])
+    assert set(wrong["label_accuracy"]) == {0.0} and set(wrong["unlabelled_share"]) == {0.0}
 
 
 @pytest.mark.parametrize(

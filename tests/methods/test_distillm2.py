@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from minillm.config.loader.run_plan import load_run
+from minillm.data.pairs import AnswerPair
 from minillm.engine.module import TermLoss
 from minillm.methods import build_method
-from minillm.methods.preference import AnswerPair
 from minillm.models.batch import TokenSequence
 from minillm.planning.planner import plan_run
 from minillm.rollout.rollouts import Sampling

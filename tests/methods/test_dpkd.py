@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import yaml
 
 from minillm.config.methods.dpkd_keys import DPKD
 from minillm.data.instructions import Example
+from minillm.data.pairs import AnswerPair
 from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss
 from minillm.losses import LMHead, linear_objective, linear_token_stats
 from minillm.methods import build_method
 from minillm.methods.dpkd import token_objective
 from minillm.methods.protocol import TrainingData
+from minillm.methods.reference_scores import ReferenceScores
+from minillm.models.batch import TokenSequence
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
 from tests.methods.conftest import SHOWN, assert_same_run, stage_of, steps_of
@@ -25,7 +29,7 @@ from tests.runs import panels
 
 GOLDEN = Path(os.environ.get("MINILLM_GOLDEN", ""))
 ROOT = Path(__file__).parents[2]
-PAIRS = ("sequence", "token_argmax")
+PAIRS = ("sequence", "token_argmax", "data")
 # answers of one to three tokens, of which the last is cut off or an end
 EXAMPLES = [Example(i, [60 + i, 70][: 1 + i % 2], [90 + i, 91, 256][: 1 + i % 3], "", ()) for i in range(6)]
 FORMS = {
@@ -200,9 +204,83 @@ def test_each_form_needs_what_it_reads():
     assert not keys_of(reference_free=True).needs().terms[0].teacher and keys_of(reference_free=True).needs().teacher
 
 
+GIVEN = [
+    AnswerPair(0, TokenSequence([60, 61], [90, 91, 92, 256]), TokenSequence([60, 61], [70, 256])),
+    AnswerPair(1, TokenSequence([62], [93]), TokenSequence([62], [94, 95, 96])),
+    AnswerPair(2, TokenSequence([63, 64, 65], [97, 98]), TokenSequence([63, 64, 65], [99, 97])),
+]
+
+
+def given(tmp_path, models) -> TrainingData:
+    return TrainingData(None, None, LocalRollouts(models), tmp_path, pairs=Stream(GIVEN, seed=1))
+
+
+@pytest.mark.parametrize("form", [{}, {"length_norm": False, "preference_loss": "ipo"}, {"dpop": 5.0}])
+def test_given_pairs_are_compared_with_a_reference_in_float64(form, make_models, tmp_path):
+    """A student that moves away from its reference, over two passes of the data: the reference is asked in the first alone."""
+    models = make_models()
+    data, method = given(tmp_path, models), dpkd(pairs="data", beta=0.7, **form)
+    loss_of, read = TermLoss(models.student, vocab_size=models.vocab_size, backend="torch"), []
+    rows = models.teacher.rows
+    models.teacher.rows = lambda batch: read.append(len(batch.lengths)) or rows(batch)
+    for _ in range(2):  # six of three pairs each
+        items = method.collect(data, models, draw=0)
+        assert sorted(item.key for item in items) == [0, 0, 1, 1, 2, 2]
+        (term,) = method.terms(items, data, models)
+        assert term.teacher is None and read == [6]
+        loss, metrics = loss_of(term)
+        student, teacher = models.student.double(), models.teacher.model.double()
+        try:
+            total = margins = 0.0
+            for item in items:
+                scores = []
+                for one in (item.chosen, item.rejected):
+                    ids, first = torch.tensor([one.prompt + one.response]), len(one.prompt) - 1
+                    places = torch.arange(len(one.response))
+                    q, p = (model(ids).logits[0, first:-1].log_softmax(-1) for model in (student, teacher))
+                    ratio = (q - p)[places, torch.tensor(one.response)].sum()
+                    scores.append((ratio / (len(one.response) if method.config.method.length_norm else 1)).item())
+                chosen, rejected = scores
+                difference = chosen - rejected - form.get("dpop", 0.0) * max(0.0, -chosen)
+                ipo = (difference - 1 / (2 * 0.7)) ** 2
+                total += ipo if "preference_loss" in form else math.log1p(math.exp(-0.7 * difference))
+                margins += 0.7 * (chosen - rejected)
+        finally:
+            student.float(), teacher.float()
+        assert loss.item() == pytest.approx(total, rel=1e-5)
+        assert metrics["margin"].item() == pytest.approx(margins, rel=1e-4)
+        with torch.no_grad():
+            for weight in models.student.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))
+
+
+def test_ranks_share_the_reading_of_the_reference(make_models, in_ranks):
+    models, alone = [make_models(), make_models()], ReferenceScores()
+    alone.add(GIVEN, models[0], batch_size=2)
+
+    def work(rank):
+        scores = ReferenceScores()
+        scores.add(GIVEN, models[rank], batch_size=2)
+        return scores.of(GIVEN)
+
+    for found in in_ranks(2, work):
+        torch.testing.assert_close(found, alone.of(GIVEN), rtol=1e-6, atol=1e-6)
+    again = ReferenceScores()
+    again.load_state_dict(alone.state_dict())
+    again.add(GIVEN, None, batch_size=2)  # nothing is left to read
+    assert torch.equal(again.of(GIVEN), alone.of(GIVEN))
+
+
+def test_without_a_reference_nothing_reads_the_pairs(make_models, tmp_path):
+    models, method = make_models(teacher=False), dpkd(pairs="data", reference_free=True)
+    data = given(tmp_path, models)
+    (term,) = method.terms(method.collect(data, models, draw=0), data, models)
+    assert term.teacher is None and term.fields == ("student_logprob",) and method.state_dict() == {}
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, small_run) -> Path:
-    """Both forms, one after the other, with the same teacher."""
+    """All forms, one after the other, with the same teacher."""
     folder = tmp_path_factory.mktemp("dpkd")
     document = small_run(folder, layers=1)
     # with a large epsilon AdamW does not turn a gradient that is rounding into a whole step
@@ -213,7 +291,14 @@ def recipe(tmp_path_factory, small_run) -> Path:
         "teacher": {"student": {"config": {"hidden_size": 24}}, "train": {"max_steps": 1}},
         "sequence": keys,
         "token_argmax": {**keys, "method": {**keys["method"], "pairs": "token_argmax"}},
+        "data": {**keys, "method": {**keys["method"], "pairs": "data", "pt_kd_ratio": 0.0}},
     }
+    # three steps of two are twice through three pairs
+    answers = [("the cat sat", "yes"), ("go", "a dog ran off"), ("it", "we saw it")]
+    lines = [json.dumps({"question": f"{n}?", "good": good, "rejected": bad}) for n, (good, bad) in enumerate(answers)]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    document["data"]["pairs"] = {"path": str(folder / "pairs.jsonl"), "template": "none", "chosen": "good",
+                                 "max_prompt_length": 8, "max_response_length": 6}  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path

@@ -7,8 +7,9 @@ import torch
 
 from minillm import UserError
 from minillm.config.preference_keys import PreferenceKeys
+from minillm.data.pairs import AnswerPair
 from minillm.engine.module import TermLoss
-from minillm.methods.preference import AnswerPair, answer_sums, pair_means, preference_loss, preference_term
+from minillm.methods.preference import answer_sums, pair_means, preference_loss, preference_term
 from minillm.models.batch import TokenSequence, collate
 
 # lengths that differ within a pair and between pairs, an answer of one token, and prompts of different lengths

@@ -18,8 +18,9 @@ def work(recipe):
 
     def make(method, *overrides, ranks=1, prompts=True):
         named = isinstance(method, dict)
-        # plain text must have a use in what is loaded, whatever takes its place
-        base = {"name": "minillm" if any(one.startswith("data.corpus") for one in overrides) else "sft"}
+        # plain text and pairs must have a use in what is loaded, whatever takes its place
+        uses = {"data.corpus": {"name": "minillm"}, "data.pairs": {"name": "dpkd", "pairs": "data", "lm_coef": 0.0}}
+        base = next((uses[key] for key in uses if any(one.startswith(key) for one in overrides)), {"name": "sft"})
         (stage,) = load_run([recipe(method=method if named else base)], overrides).stages
         changed = {} if named else {"method": method}
         if not prompts:
@@ -37,6 +38,13 @@ def elsewhere(**keys):
 def corpus(tmp_path):
     (tmp_path / "corpus.txt").write_text("plain text")
     return f"data.corpus={{path: {tmp_path / 'corpus.txt'}, block_size: {BLOCK}}}"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Pairs with lengths of their own: prompts of 20 tokens and answers of 9, which are 28 that are fed."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    return f"data.pairs={{path: {tmp_path / 'pairs.jsonl'}, max_prompt_length: 20, max_response_length: 9}}"
 
 
 @pytest.mark.parametrize(("alpha", "models"), [(0.0, ("student",)), (0.5, ("student", "teacher")), (1.0, ("teacher",))])
@@ -101,10 +109,21 @@ def test_a_buffer_keeps_the_answers_of_all_samplers(work):
     assert (found.buffered, found.steps_per_collection) == (16, 4)
 
 
-def test_a_pair_is_two_sequences_of_every_item(work):
-    found = work(elsewhere(rows=["pairs"], judged=True))
-    assert found.terms == (TermShape("imitation", 2 * MICRO, LENGTH, 2 * ROWS, teacher=True, from_buffer=False),)
-    assert found.scorings == (Forward(("teacher",), 2 * MICRO, LENGTH, 2 * ROWS, False, total=2 * MICRO),)
+def test_a_pair_is_two_sequences_of_every_item(work, pairs):
+    found = work(elsewhere(rows=["pairs"], judged=True), pairs)
+    rows = 2 * MICRO * 9
+    assert found.terms == (TermShape("imitation", 2 * MICRO, 28, rows, teacher=True, from_buffer=False),)
+    assert found.scorings == (Forward(("teacher",), 2 * MICRO, 28, rows, False, total=2 * MICRO),)
+
+
+def test_a_reference_that_is_kept_reads_the_pairs_beside_the_step(work, pairs):
+    found = work({"name": "dpkd", "pairs": "data", "lm_coef": 0.0}, pairs, prompts=False)
+    rows = 2 * MICRO * 9
+    assert found.terms == (TermShape("preference", 2 * MICRO, 28, rows, teacher=False, from_buffer=False),)
+    assert found.scorings == (Forward(("teacher",), 2 * MICRO, 28, rows, True, total=2 * MICRO),)
+    assert not found.decodings
+    free = work({"name": "dpkd", "pairs": "data", "lm_coef": 0.0, "reference_free": True}, pairs)
+    assert free.terms == found.terms and free.scorings == ()
 
 
 def test_a_method_of_plain_text_needs_no_prompts(work, corpus):
@@ -117,6 +136,8 @@ def test_what_gives_the_length_is_missed_by_name(work):
         work(elsewhere(), prompts=False)
     with pytest.raises(UserError, match="data.corpus is missing"):
         work(elsewhere(rows=["corpus"]))
+    with pytest.raises(UserError, match="data.pairs is missing"):
+        work(elsewhere(rows=["pairs"]))
 
 
 def test_a_stage_without_steps_reads_with_both_models(work, corpus):

@@ -104,8 +104,10 @@ def test_two_ranks_of_zero_3_take_the_same_steps_with_sharded_experts(trained, t
         # the balance loss is a mean over the tokens of each micro-batch, which two ranks cut differently
         assert one["cross_entropy_nats"] == pytest.approx(other["cross_entropy_nats"], rel=2e-3)
     models = [AutoModelForCausalLM.from_pretrained(folder / "final") for folder in (two_ranks, trained)]
-    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert ours.shape == theirs.shape and (ours - theirs).abs().mean() <= 3e-4
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert ours.shape == theirs.shape, name
+        if not name.endswith("mlp.gate.weight"):  # routers, which the balance loss alone moves as long as experts are alike
+            assert (ours - theirs).abs().mean() <= 3e-4, name
     state = torch.load(two_ranks / f"checkpoint-{STEPS}" / "state" / "engine-0-of-2.pt", weights_only=True)
     half = sum(parameter.numel() for parameter in models[0].parameters()) / 2
     assert half <= sum(part.numel() for part in state["weights"]) < half + 100  # each weight is padded to two halves

@@ -14,6 +14,26 @@ def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
         yield from _keys_of_chats(("data", "prompts"), data.prompts.template)
 
 
+def few_shot_prompts(facts: Facts, method: Method) -> Iterator[Found]:
+    """The keys of the prompt by which the teacher is asked go together."""
+    few_shot = method.needs().few_shot
+    if few_shot is not None:
+        yield from _keys_of_chats(("method", "few_shot"), few_shot.template)
+
+
+def training_pairs(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """Pairs have two answers, the keys of their prompts go together, and the method trains on them."""
+    if data.pairs is None:
+        return
+    if not method.needs().pairs:
+        message = f"has no effect: method {method.name} trains on no pairs of the data with these keys"
+        yield Idle("data.pairs", message, ("method.name",))
+    if data.pairs.chosen == data.pairs.rejected:
+        message = f"is the field {data.pairs.rejected!r}, as data.pairs.chosen is; name that of the other answer"
+        yield Found("data.pairs.rejected", message, ("data.pairs.chosen",))
+    yield from _keys_of_chats(("data", "pairs"), data.pairs.template)
+
+
 def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     """The keys of all held-out prompts and questions go together."""
     for group in ("sets", "calibration"):
@@ -26,6 +46,9 @@ def parsers_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Fou
     if data.prompts is not None and not method.needs().tasks:
         message = f"has no effect on training by method {method.name}, which makes no tasks of rationales and labels"
         yield Idle("data.prompts.parser", message, ("method.name",))
+    elif data.prompts is not None and len(method.needs().written) == 2:
+        message = "has no effect on training: rationales and labels are the teacher's, read by method.few_shot.parser"
+        yield Idle("data.prompts.parser", message, ("method.labels",))
 
 
 def held_out_parsers_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:

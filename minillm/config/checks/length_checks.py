@@ -3,31 +3,36 @@
 from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, architecture_of, context_of, keys_at
-from minillm.config.data import DataConfig, PlainPrompts, Prompts
+from minillm.config.data import DataConfig, Pairs, PlainPrompts, Prompts
 from minillm.config.evaluation import EvalConfig
+from minillm.config.few_shot import FewShot
 from minillm.config.methods import Method
 from minillm.config.needs import Needs, Rows
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import KeyPath
 
-DATA = ("data", "prompts")
+GIVEN: dict[Rows, str] = {"references": "prompts", "pairs": "pairs"}  # rows -> the key of `data` that gives them
 
 
 def answers_fit(facts: Facts, data: DataConfig, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
     """A prompt and its answer, sampled or given, fit together."""
-    if data.prompts is None:
-        return
     needs = method.needs()
-    if needs.samples:
+    if needs.few_shot is not None:  # the teacher alone reads it
+        readers = [reader for reader in _readers(facts, teacher=True) if reader[0] == "teacher"]
+        where, answer = ("method", "few_shot"), ("rollout", "max_new_tokens")
+        yield from _prompt_and_answer(needs.few_shot, where, rollout.max_new_tokens, answer, readers)
+    elif needs.samples and data.prompts is not None:
         readers = _readers(facts, teacher=needs.teacher_answers or _teacher_reads(needs, "answers"))
         yield from _prompt_and_answer(
-            data.prompts, DATA, rollout.max_new_tokens, ("rollout", "max_new_tokens"), readers
+            data.prompts, ("data", "prompts"), rollout.max_new_tokens, ("rollout", "max_new_tokens"), readers
         )
-    if any("references" in term.rows for term in needs.terms):
-        readers = _readers(facts, teacher=_teacher_reads(needs, "references"))
-        yield from _prompt_and_answer(
-            data.prompts, DATA, data.prompts.max_response_length, (*DATA, "max_response_length"), readers
-        )
+    for rows, name in GIVEN.items():
+        source = getattr(data, name)
+        if source is not None and any(rows in term.rows for term in needs.terms):
+            where, readers = ("data", name), _readers(facts, teacher=_teacher_reads(needs, rows))
+            yield from _prompt_and_answer(
+                source, where, source.max_response_length, (*where, "max_response_length"), readers
+            )
 
 
 def corpus_fits(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
@@ -64,7 +69,11 @@ def evaluation_fits(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
 
 
 def _prompt_and_answer(
-    prompts: Prompts, where: KeyPath, answer: int, answer_key: KeyPath, readers: list[tuple[str, str, int]]
+    prompts: Prompts | Pairs | FewShot,
+    where: KeyPath,
+    answer: int,
+    answer_key: KeyPath,
+    readers: list[tuple[str, str, int]],
 ) -> Iterator[Found]:
     key = "prompt_length" if isinstance(prompts, PlainPrompts) else "max_prompt_length"
     prompt = getattr(prompts, key)

@@ -11,8 +11,10 @@ from minillm.config.checks.architecture_checks import causal_models, fresh_archi
 from minillm.config.checks.data_checks import (
     corpus_used,
     evaluation_prompts,
+    few_shot_prompts,
     held_out_parsers_used,
     parsers_used,
+    training_pairs,
     training_prompts,
 )
 from minillm.config.checks.deepspeed_checks import deepspeed_file, deepspeed_installed, sharding_keys
@@ -78,6 +80,8 @@ CHECKS = (
     fields_there,
     corpus_used,
     training_prompts,
+    training_pairs,
+    few_shot_prompts,
     parsers_used,
     held_out_parsers_used,
     teacher_needed,

@@ -124,6 +124,28 @@ def test_data_for_which_there_is_no_key_is_said_at_the_name_of_the_method(prefer
     )
 
 
+def test_pairs_of_the_data_are_for_a_method_that_trains_on_them(recipe):
+    (recipe.folder / "data" / "pairs.jsonl").write_text("")
+    pairs, method = {"path": "data/pairs.jsonl"}, {"name": "dpkd", "pairs": "data", "lm_coef": 0.0}
+    assert recipe.problems(method=method, data={"pairs": pairs}) == {}
+    assert recipe.problems(method=method, data={"pairs": pairs}, teacher=...) == {
+        "teacher": "missing: method dpkd needs one while method.reference_free is false; give it here, or set "
+        "method.reference_free to true"
+    }
+    assert recipe.problems(method={**method, "reference_free": True}, data={"pairs": pairs}, teacher=...) == {}
+    assert recipe.problems(method=method) == {
+        "data.pairs": "missing: method dpkd trains on pairs of a chosen and a rejected answer while method.pairs is data; "
+        "give it here, or set method.pairs to sequence"
+    }
+    found = recipe.problems("data.pairs.chosen=rejected", method=method, data={"pairs": pairs})
+    assert set(found) == {"data.pairs.rejected"}
+    found = recipe.problems("data.pairs.path=data/pairs.jsonl", method={"name": "sft"})
+    assert "trains on no pairs" in found["data.pairs.path"]
+    recipe.model("models/small", max_position_embeddings=300)
+    found = recipe.problems(method=method, data={"pairs": pairs}, teacher__path="models/small")
+    assert "more than the 300 that the teacher" in found["data.pairs.max_response_length"]
+
+
 def test_images_come_with_prompts_that_may_show_some(preference):
     assert "data.prompts.type" not in preference(weight=0.1)
     for prompts in ({"type": "pydoc"}, {"type": "text", "path": "data/book.txt"}):
@@ -155,6 +177,35 @@ def test_tasks_are_made_of_records_with_fields(recipe):
 def test_a_task_says_its_answer_and_a_positive_weight(recipe, tasks, key):
     found = recipe.problems(method={"name": "step_by_step", "tasks": tasks})
     assert any(path.startswith(f"method.tasks.{key}".rstrip(".")) for path in found), found
+
+
+def test_a_teacher_that_writes_rationales_is_there_and_asked_by_a_prompt(recipe):
+    asks = {"prompt": "{question}", "parser": "gsm8k", "max_prompt_length": 200}
+    writes = {"name": "step_by_step", "rationales": "teacher", "few_shot": asks}
+    data = {"prompts": {"path": "data/train.jsonl", "parser": "gsm8k"}}
+
+    def problems(*overrides, **changes):
+        return recipe.problems(*overrides, **{"method": writes, "data": data, "rollout": {}, **changes})
+
+    assert problems() == {}
+    assert problems(method={**writes, "labels": "teacher"}, data={"prompts": {"path": "data/train.jsonl"}}) == {}
+    assert problems(teacher=...) == {
+        "teacher": "missing: method step_by_step needs one while method.rationales is teacher; give it here, or set "
+        "method.rationales to data"
+    }
+    found = problems(method={"name": "step_by_step", "labels": "teacher"})
+    assert found == {
+        "method.few_shot": "missing: while method.labels is teacher, it is the prompt that the teacher answers"
+    }
+    found = problems(method={**writes, "tasks": {"label": {"answer": "{label}"}}})
+    assert found["method.rationales"].startswith("is teacher, and no task has {rationale} in its answer")
+    found = problems("method.few_shot.parser=cqa", method={**writes, "rationales": "data"})
+    assert found == {"method.few_shot.parser": "has no effect: nothing is written by the teacher"}
+    assert "method.few_shot.temperature" in problems("rollout.temperature=0.5")["rollout.temperature"]
+    assert "for chat" in problems("method.few_shot.system=x")["method.few_shot.system"]
+    found = problems("data.prompts.parser=cqa", method={**writes, "labels": "teacher"})
+    assert "read by method.few_shot.parser" in found["data.prompts.parser"]
+    assert set(problems(method={**writes, "few_shot": {"prompt": "{question}"}})) == {"method.few_shot.parser"}
 
 
 def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):

@@ -1,0 +1,40 @@
+"""Answers that the teacher writes once, before the first step, and that later runs of the stage find on disk."""
+
+from collections.abc import Sequence
+
+from minillm.config.root import StageConfig
+from minillm.methods.protocol import TrainingData
+from minillm.models.batch import TokenSequence
+from minillm.rollout.archive import AnswerArchive
+from minillm.rollout.rollouts import Sampling
+from minillm.teachers.pair import Models
+
+# The keys of the teacher that its answers depend on.
+OF_THE_TEACHER = {"path", "revision", "dtype", "quantization"}
+
+
+def written_answers(
+    prompts: Sequence[TokenSequence], data: TrainingData, models: Models, config: StageConfig, *, temperature: float
+) -> dict[int, list[int]]:
+    """The teacher's answer to each prompt by its key: response ids, with the EOS of those that ended.
+
+    Those that are in the archive of the stage are taken from there. Raises UserError where that has answers of another
+    teacher, to other prompts, or sampled in another way.
+    """
+    rollout = config.rollout
+    archive = AnswerArchive(data.folder / "answers.jsonl")
+    with data.timing.of("rollout"):
+        archive.write(
+            data.rollouts,
+            [prompt.prompt for prompt in prompts],
+            Sampling(rollout.max_new_tokens, temperature, rollout.top_k, rollout.top_p),
+            keys=[prompt.key for prompt in prompts],
+            extras=[prompt.extras for prompt in prompts],
+            seed=config.seed,
+            batch_size=rollout.batch_size,
+            vocab_size=models.vocab_size,
+            teacher=config.teacher.model_dump(mode="json", include=OF_THE_TEACHER),
+            progress=lambda done: data.report_progress("the teacher writes", done, len(prompts)),
+        )
+    found = archive.read()
+    return {prompt.key: found[prompt.key] for prompt in prompts}
