@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHT_TILE_BYTES = 4 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
 WEIGHT_TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
@@ -22,6 +22,26 @@ class LMHead:
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    @staticmethod
+    def of(model: nn.Module, *, check: bool = False) -> "LMHead":
+        """The head of a language model of transformers, with what its architecture does to logits: a bias, Cohere's and
+        Falcon-H1's scale, Granite's divisor, Gemma's softcap. It goes with the `last_hidden_state` of the model below it.
+
+        PEFT's adapters on the head are part of it: the copy that `modules_to_save` trains, and LoRA merged on the fly,
+        W + scaling * B A, with a graph to A and B. So make it anew for every forward pass, where the head is trained.
+        Wrappers are looked through: DistributedDataParallel, DeepSpeed's engine, torch.compile, PEFT. Sharded weights
+        stay so and are gathered by the losses.
+
+        With `check` the model runs on eight ids (sharded: on all ranks), without gradient and dropout, and its own
+        logits must be those of the head to rounding: 1e-4 of the largest, in half precision 0.05.
+
+        Raises ValueError for a model without a head, an adapter that is not LoRA without dropout, a quantised head, and
+        with `check` for an architecture that does more to its logits than is known here.
+        """
+        from minillm.kernels.model_heads import head_of_model
+
+        return head_of_model(model, check=check)
 
     @staticmethod
     def sum_of(*heads: "LMHead | LMHeadSum | Tensor") -> "LMHeadSum":

@@ -1,0 +1,86 @@
+"""Weights of heads that lie in pieces on several ranks: gathered when a loss needs them, gradients sent back as their owner
+would have sent them.
+
+FSDP2's are DTensors, DeepSpeed ZeRO-3's parameters that are empty between forward passes. Neither library is imported
+before the caller hands over one of its own.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a DTensor; without importing what only they need."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_zero3_piece(tensor: object) -> bool:
+    """Whether a tensor is a parameter of ZeRO-3 that is not gathered now."""
+    return getattr(tensor, "ds_numel", None) not in (None, tensor.numel())
+
+
+def whole(
+    tensor: Tensor,  # (V, H) or (V,) in all, of which a shard may be here
+    name: str = "the weight",
+    dtype: torch.dtype | None = None,  # to gather it in
+) -> Tensor:
+    """A head's tensor with all of its elements; itself where it is a plain one. All ranks together.
+
+    The gradient of a gathered DTensor is averaged over its mesh and scattered, as FSDP2 does with those of its other
+    parameters; that of a ZeRO-3 parameter is given to its engine, which reduces it with the rest. Raises ValueError for
+    a layout in which the pieces' gradient would not be known.
+    """
+    if is_dtensor(tensor):
+        _require_data_parallel(tensor, name)
+        return _GatherDTensor.apply(tensor, dtype or tensor.dtype)
+    if is_zero3_piece(tensor):
+        return _GatherZero3.apply(tensor)
+    return tensor
+
+
+def _require_data_parallel(tensor: Tensor, name: str) -> None:
+    sharded = [placement for placement in tensor.placements if not placement.is_replicate()]
+    if any(placement.is_partial() for placement in sharded):
+        raise ValueError(f"{name} is a DTensor of partial sums; redistribute it first")
+    if len(sharded) > 1:
+        raise ValueError(
+            f"{name} is a DTensor that is sharded over {len(sharded)} dimensions of its mesh, {tensor.placements}; for a head "
+            "that tensor parallelism has cut by vocabulary pass this rank's rows and process_group=, gathered over the "
+            "data-parallel dimension"
+        )
+
+
+class _GatherDTensor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.mesh, ctx.placements, ctx.shape = tensor.device_mesh, tensor.placements, tensor.shape
+        ctx.stride, ctx.dtype = tensor.stride(), tensor.dtype
+        found = tensor.detach().to(dtype).full_tensor()
+        return found.detach().clone() if found.data_ptr() == tensor.to_local().data_ptr() else found
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        from torch.distributed.tensor import DTensor, Partial
+
+        # divided before it is added up, as FSDP2 does: gloo has no mean, and a sum in half precision less range
+        mine = gradient.to(ctx.dtype) / ctx.mesh.size()
+        partial = DTensor.from_local(
+            mine, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False, shape=ctx.shape, stride=ctx.stride
+        )
+        return partial.redistribute(placements=ctx.placements), None
+
+
+class _GatherZero3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter: Tensor) -> Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient
