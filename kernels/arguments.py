@@ -54,8 +54,12 @@ def prepare(
     *,
     fields: str | Iterable[str] | None,
     names: tuple[str, str] = ("student_hidden", "student_head"),
+    look: bool = True,
 ) -> tuple[Problem, Tensors]:
-    """Check everything and flatten. Raises ValueError naming the argument."""
+    """Check everything and flatten. Raises ValueError naming the argument.
+
+    Without `look` no number is read, as none can be where a compiler asks for shapes alone: then no token is kept.
+    """
     student = check_model(student_hidden, student_head, *names)
     shape, device = student.shape, student.device
     temperature = check_positive(options["temperature"], "temperature")
@@ -95,7 +99,9 @@ def prepare(
     if top_k is not None:
         sparse = SparseRows(_rows(_constant(top_k.ids)), _rows(_constant(top_k.logprobs)))
         checks = RowChecks(sparse, size, labels if "teacher_logprob" in fields else None)
-    if labels is not None:
+    if not look:
+        index, kept = None, 0
+    elif labels is not None:
         index, kept = keep_rows(labels, ignore_index, size, kept, checks)
     else:
         if kept not in (None, shape.numel()):

@@ -104,14 +104,30 @@ def objective_sum(
     inputs = {name: _check_input(name, value, problem, tensors) for name, value in inputs.items()}
     leaves = tensors.leaves
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
-    with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
-        sums = problem.gradients(tensors, needs, [problem.logits if isinstance(one, Tensor) else one for one in into])
-        values = ObjectiveValues(objective, graded=sums is not None)
-        (_all_at_once if coupled else _chunk_by_chunk)(problem, tensors, values, inputs, sums)
-        loss, metrics = values.result()
+    dtypes = [problem.logits if isinstance(one, Tensor) else one for one in into]
+    loss, metrics, sums = sum_and_gradients(problem, tensors, objective, inputs, needs, dtypes, coupled=coupled)
     if sums is not None:
         loss = _Attach.apply(loss, into, *leaves, *sums.totals)
     return loss, metrics
+
+
+def sum_and_gradients(
+    problem: Problem,
+    tensors: Tensors,
+    objective: Objective,
+    inputs: Mapping[str, Tensor],  # (N,) each
+    needs: Sequence[bool],  # of every leaf
+    into: Sequence[torch.dtype],  # for each head: the dtype of its weight's sum
+    *,
+    coupled: bool = False,
+) -> tuple[Tensor, dict[str, Tensor], StudentGradients | None]:
+    """objective_sum without a graph, and the gradients by the leaves that need one; None where none does."""
+    with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
+        sums = problem.gradients(tensors, needs, into)
+        values = ObjectiveValues(objective, graded=sums is not None)
+        (_all_at_once if coupled else _chunk_by_chunk)(problem, tensors, values, inputs, sums)
+        loss, metrics = values.result()
+    return loss, metrics, sums
 
 
 def _chunk_by_chunk(

@@ -19,7 +19,17 @@ def is_dtensor(tensor: object) -> bool:
 
 def is_zero3_piece(tensor: object) -> bool:
     """Whether a tensor is a parameter of ZeRO-3 that is not gathered now."""
-    return getattr(tensor, "ds_numel", None) not in (None, tensor.numel())
+    return hasattr(tensor, "ds_status") and tensor.ds_numel != tensor.numel()
+
+
+def is_lost_piece(tensor: object) -> bool:
+    """Whether a tensor stands for more elements than it has, and nothing can tell where they are."""
+    return not hasattr(tensor, "ds_status") and getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel()
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether elements of a head's tensor, or of None, are on other ranks."""
+    return tensor is not None and (is_dtensor(tensor) or is_zero3_piece(tensor))
 
 
 def whole(
