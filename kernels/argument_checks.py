@@ -162,13 +162,13 @@ def check_vocab_size(student: Model, teacher: Model | None, vocab_size: int | No
     for model in (student,) if teacher is None else (student, teacher):
         sizes |= {name: head.weight.shape[0] for name, head in zip(model.names, model.heads, strict=True)}
     if vocab_size is None:
-        if len(set(sizes.values())) > 1:
-            shared = min(sizes.values())
+        shared = min(sizes.values())
+        if any(size != shared for size in sizes.values()):
             raise ValueError(
                 f"{' and '.join(f'{name} has {size} rows' for name, size in sizes.items())}; if their first {shared} "
                 f"ids mean the same tokens (the rest is padding), pass vocab_size={shared}"
             )
-        return min(sizes.values())
+        return shared
     if not is_int(vocab_size) or not 1 <= vocab_size <= min(sizes.values()):
         raise ValueError(
             f"vocab_size={vocab_size!r} must be an integer between 1 and {min(sizes.values())}, the smaller head"

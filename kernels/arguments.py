@@ -1,6 +1,7 @@
 """From the arguments that every entry point shares to a Problem and its Tensors."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -91,7 +92,7 @@ def prepare(
     )
     if not spec.needs("teacher"):
         teacher = top_k = None
-    kept, ignore_index = check_kept(options["kept"], shape.numel()), check_ignore_index(options["ignore_index"])
+    kept, ignore_index = check_kept(options["kept"], math.prod(shape)), check_ignore_index(options["ignore_index"])
     vouched = kept is not None and device.type != "cpu"  # then nothing looks at labels and ids
     if labels is not None:
         labels = check_labels(labels, shape, device).reshape(-1).contiguous()
@@ -139,7 +140,9 @@ def prepare(
         shape=shape,
         kept=kept,
         vocab_size=size,
-        chunk=chunk_rows(
+        chunk=1
+        if not look
+        else chunk_rows(
             kept,
             ids,
             models=buffers(student_specs) + (0 if teacher is None else buffers(teacher_specs)),

@@ -31,7 +31,8 @@ def outside_compiled_graphs(function: F, reason: str) -> F:
     @functools.wraps(function)
     def entry(*args, **kwargs):
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function, reason=reason)(*args, **kwargs)
+            torch._dynamo.graph_break(msg=reason)  # for one who asked for a full graph: a disabled function's is not shown
+            return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
     return entry

@@ -5,6 +5,7 @@ and selective checkpointing see the operators when they run. What cannot be an o
 eager function takes its place: under torch.compile it stands between two graphs.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -114,7 +115,7 @@ def linear_objective(
     names = stats.fields
     first = getattr(stats, names[0])
     shape = first.shape
-    size = shape if coupled else (shape.numel(),)
+    size = shape if coupled else (math.prod(shape),)
     kept = None if labels is None else (labels != options["ignore_index"]).reshape(size)
     given = {}
     for name, value in (inputs or {}).items():
