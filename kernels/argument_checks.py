@@ -176,6 +176,18 @@ def check_vocab_size(student: Model, teacher: Model | None, vocab_size: int | No
     return int(vocab_size)
 
 
+def check_vocabulary_parallel(student: Model, teacher: Model | None, top_k: Any, options: Mapping[str, Any]) -> None:
+    """What a head that is cut by vocabulary cannot be together with."""
+    if top_k is not None:
+        raise ValueError("process_group does not go with a TopK as teacher_hidden; pass the teacher's rows of this rank")
+    if any(model is not None and len(model.heads) > 1 for model in (student, teacher)):
+        raise ValueError("process_group does not go with LMHead.sum_of; pass one head, this rank's rows of it")
+    if options["backend"] not in ("auto", "torch"):
+        raise ValueError(f"process_group goes with backend='auto' or 'torch', got {options['backend']!r}")
+    if options["vocab_size"] is not None and not is_int(options["vocab_size"]):
+        raise ValueError(f"vocab_size={options['vocab_size']!r} must be an integer")
+
+
 def check_fields(
     fields: str | Iterable[str] | None,
     *,

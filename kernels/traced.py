@@ -28,6 +28,8 @@ def refusal(options: Mapping[str, Any]) -> str | None:
     into = options["weight_grad"]
     if isinstance(into, Tensor) or (isinstance(into, tuple | list) and any(isinstance(one, Tensor) for one in into)):
         return "weight_grad is a tensor that the backward pass adds to, and an operator has no such side effect"
+    if options["process_group"] is not None:
+        return "process_group= calls collectives, in a number that depends on the labels"
     return None
 
 
