@@ -47,7 +47,7 @@ def whole(
         _require_data_parallel(tensor, name)
         return _GatherDTensor.apply(tensor, dtype or tensor.dtype)
     if is_zero3_piece(tensor):
-        return _GatherZero3.apply(tensor)
+        return _gathered_by_zero3(tensor)
     return tensor
 
 
@@ -83,14 +83,20 @@ class _GatherDTensor(torch.autograd.Function):
         return partial.redistribute(placements=ctx.placements), None
 
 
-class _GatherZero3(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, parameter: Tensor) -> Tensor:
-        import deepspeed
+def _gathered_by_zero3(parameter: Tensor) -> Tensor:
+    """A copy of the parameter. Its engine takes the gradient as it takes others, while all of the parameter is here: so it
+    is gathered again when the gradient arrives, until the backward pass ends."""
+    import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.data.clone()
+    # a graph that begins while all of it is here knows the shape of its gradient
+    with deepspeed.zero.GatheredParameters([parameter]):
+        full = parameter.clone()
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient
+    def gather(gradient: Tensor) -> None:
+        again = deepspeed.zero.GatheredParameters([parameter])
+        again.__enter__()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: again.__exit__(None, None, None))
+
+    if full.requires_grad:
+        full.register_hook(gather)
+    return full
