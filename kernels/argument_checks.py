@@ -179,7 +179,9 @@ def check_vocab_size(student: Model, teacher: Model | None, vocab_size: int | No
 def check_vocabulary_parallel(student: Model, teacher: Model | None, top_k: Any, options: Mapping[str, Any]) -> None:
     """What a head that is cut by vocabulary cannot be together with."""
     if top_k is not None:
-        raise ValueError("process_group does not go with a TopK as teacher_hidden; pass the teacher's rows of this rank")
+        raise ValueError(
+            "process_group does not go with a TopK as teacher_hidden; pass the teacher's rows of this rank"
+        )
     if any(model is not None and len(model.heads) > 1 for model in (student, teacher)):
         raise ValueError("process_group does not go with LMHead.sum_of; pass one head, this rank's rows of it")
     if options["backend"] not in ("auto", "torch"):

@@ -13,7 +13,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 F = TypeVar("F", bound=Callable)
 
-_RECORDERS = ("torch.fx.", "torch._subclasses.", "torch.utils.checkpoint", "torch._functorch.")  # modules of their modes
+_RECORDERS = (
+    "torch.fx.",
+    "torch._subclasses.",
+    "torch.utils.checkpoint",
+    "torch._functorch.",
+)  # modules of their modes
 
 
 def is_recorded() -> bool:
@@ -31,7 +36,9 @@ def outside_compiled_graphs(function: F, reason: str) -> F:
     @functools.wraps(function)
     def entry(*args, **kwargs):
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=reason)  # for one who asked for a full graph: a disabled function's is not shown
+            torch._dynamo.graph_break(
+                msg=reason
+            )  # for one who asked for a full graph: a disabled function's is not shown
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 

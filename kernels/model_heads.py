@@ -27,7 +27,9 @@ def head_of_model(model: nn.Module, *, check: bool = False) -> LMHead:
     find = getattr(model, "get_output_embeddings", None)
     module = find() if callable(find) else None
     if module is None:
-        raise ValueError(f"{type(model).__name__} has no LM head; pass a model that answers in text, such as a ...ForCausalLM")
+        raise ValueError(
+            f"{type(model).__name__} has no LM head; pass a model that answers in text, such as a ...ForCausalLM"
+        )
     scale, softcap = _scaling(model)
     weight, bias = linear_parameters(module, f"the head of {type(model).__name__}")
     head = LMHead(weight, bias, logit_scale=scale, softcap=softcap)

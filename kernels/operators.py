@@ -67,7 +67,9 @@ class Arguments(NamedTuple):
         biases = iter(self.student_bias)
         return [
             tensor
-            for hidden, weight, biased in zip(self.student_hidden, self.student_weight, self.student_has_bias, strict=True)
+            for hidden, weight, biased in zip(
+                self.student_hidden, self.student_weight, self.student_has_bias, strict=True
+            )
             for tensor in (hidden, weight, next(biases) if biased else None)
         ]
 
@@ -157,7 +159,9 @@ def statistics(*flat) -> list[Tensor]:
     problem, tensors = arguments.prepare()
     with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
         found = compute_statistics(problem, tensors, graded=any(arguments.needs))
-        fields = [problem.spread(found[name], tensors.kept).reshape(problem.shape).clone() for name in problem.spec.fields]
+        fields = [
+            problem.spread(found[name], tensors.kept).reshape(problem.shape).clone() for name in problem.spec.fields
+        ]
         names = _saved_names(problem)
         saved = torch.zeros(len(names), tensors.rows, dtype=problem.logits, device=tensors.device)
         for name, row in zip(names, saved, strict=True):

@@ -125,7 +125,8 @@ def linear_objective(
         given[name] = torch.where(kept, value, torch.zeros_like(value)) if coupled and kept is not None else value
     values = {name: getattr(stats, name).reshape(size) for name in names}
     result = objective(
-        TokenStats({name: one if FIELDS[name].differentiable else one.detach() for name, one in values.items()}), **given
+        TokenStats({name: one if FIELDS[name].differentiable else one.detach() for name, one in values.items()}),
+        **given,
     )
     loss, metrics = result if isinstance(result, tuple) else (result, {})
     dtype = next((value.dtype for value in values.values() if value.is_floating_point()), torch.float32)
@@ -143,7 +144,14 @@ def _sum_over_kept(value: Tensor, kept: Tensor | None, size: tuple[int, ...]) ->
 
 
 def _arguments(
-    student_hidden, student_head, teacher_hidden, teacher_head, labels, fields, options, names="student_hidden,student_head"
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    labels,
+    fields,
+    options,
+    names="student_hidden,student_head",
 ) -> operators.Arguments:
     options = {**_DEFAULTS, **options}
     student = _model(student_hidden, student_head, names.split(",")[1])

@@ -43,7 +43,9 @@ class VocabularyShard(Ids):
                 f"process_group: its ranks have {', '.join(map(str, numbers))} tokens; pass the same tokens on all of them"
             )
         if vocab_size is not None and not 1 <= vocab_size <= sum(sizes):
-            raise ValueError(f"vocab_size={vocab_size} must lie between 1 and {sum(sizes)}, the rows of all ranks' heads")
+            raise ValueError(
+                f"vocab_size={vocab_size} must lie between 1 and {sum(sizes)}, the rows of all ranks' heads"
+            )
         total, first, used = vocab_size or sum(sizes), 0, []
         for size in sizes:
             used.append((first, max(0, min(size, total - first))))

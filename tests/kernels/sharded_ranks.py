@@ -30,7 +30,11 @@ class Student(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.layer, self.head = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, VOCAB)
+        self.embedding, self.layer, self.head = (
+            nn.Embedding(VOCAB, HIDDEN),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.Linear(HIDDEN, VOCAB),
+        )
 
     def forward(self, ids: Tensor, *loss_on: Tensor) -> Tensor:  # (B, L)
         hidden = torch.tanh(self.layer(self.embedding(ids)))
@@ -186,7 +190,7 @@ def vocabulary_parallel(name: str) -> dict[str, Tensor]:
 
 def refused() -> dict[str, str]:
     """What was said to what cannot be, by what should have been."""
-    from torch.distributed.tensor import Partial, Shard, distribute_tensor, DTensor, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor, init_device_mesh
 
     inputs = vocabulary_parallel_inputs("mean")
     ids = torch.randint(0, VOCAB, (3, 7))
@@ -202,7 +206,9 @@ def refused() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     grid = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
     weight = inputs["weight"]
-    attempt("sharded over 2 dimensions of its mesh", inputs["hidden"], distribute_tensor(weight, grid, [Shard(0), Shard(1)]))
+    attempt(
+        "sharded over 2 dimensions of its mesh", inputs["hidden"], distribute_tensor(weight, grid, [Shard(0), Shard(1)])
+    )
     attempt("DTensor of partial sums", inputs["hidden"], DTensor.from_local(weight, mesh, [Partial()]))
     attempt("pass this rank's tokens", distribute_tensor(inputs["hidden"], mesh, [Shard(0)]), weight)
     attempt("goes with backend='auto' or 'torch'", inputs["hidden"], weight, backend="tiled", **group)

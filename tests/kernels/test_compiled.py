@@ -62,7 +62,9 @@ CALLS = {
 
 def under_autocast(hidden, case):
     with torch.autocast(hidden.device.type, torch.bfloat16):
-        return linear_divergence(hidden, head_of(case), *case.arguments[2:4], labels=case.labels, divergence="forward_kl")
+        return linear_divergence(
+            hidden, head_of(case), *case.arguments[2:4], labels=case.labels, divergence="forward_kl"
+        )
 
 
 @pytest.fixture
@@ -101,7 +103,9 @@ def test_inductor_compiles_a_model_with_its_loss_and_takes_its_steps():
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            shape = dict(vocab_size=71, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+            shape = dict(
+                vocab_size=71, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+            )
             self.student, self.teacher = (LlamaForCausalLM(LlamaConfig(**shape)) for _ in range(2))
 
         def forward(self, ids, labels):
@@ -173,7 +177,9 @@ def test_a_tensor_to_add_into_breaks_the_graph_and_says_why(case):
     with pytest.raises(Exception, match="weight_grad is a tensor that the backward pass adds to"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(case.student_hidden)
     torch.compile(step, backend="aot_eager")(case.student_hidden).backward()
-    expected = torch.autograd.grad(linear_cross_entropy(case.student_hidden, head_of(case), case.labels), case.student_weight)
+    expected = torch.autograd.grad(
+        linear_cross_entropy(case.student_hidden, head_of(case), case.labels), case.student_weight
+    )
     assert torch.equal(main, expected[0])
 
 
