@@ -62,7 +62,8 @@ def linear_objective(
     (float64 for float64 inputs).
 
     The gradient with respect to the student's hidden states, weight and bias is computed here and scaled in the
-    backward pass; the teacher is a constant.
+    backward pass; the teacher is a constant. Under torch.compile and torch.export the objective is traced with what
+    surrounds it, over all tokens at once, and the backward pass computes the logits a second time.
 
     Args:
         teacher_hidden, teacher_head: None for both where no field needs them; a TopK and None.
