@@ -44,7 +44,7 @@ class LMHead:
         return head_of_model(model, check=check)
 
     @staticmethod
-    def sum_of(*heads: "LMHead | LMHeadSum | Tensor") -> "LMHeadSum":
+    def sum_of(*heads: "LMHead | LMHeadSum | Tensor | nn.Module") -> "LMHeadSum":
         """The head whose logits are the sum of these heads' logits, each with its own bias, scale and softcap.
 
         Its hidden states are a tuple, one tensor for each head, whose hidden sizes may differ:
@@ -62,10 +62,11 @@ class LMHead:
 class LMHeadSum:
     """Heads whose logits are added up; `LMHead.sum_of` makes it."""
 
-    heads: tuple[LMHead | Tensor, ...]
+    heads: tuple[LMHead | Tensor | nn.Module, ...]
 
 
-Head = LMHead | LMHeadSum | Tensor  # what the losses take as a head: a tensor is a weight
+# what the losses take as a head: a tensor is a weight, a module a linear layer
+Head = LMHead | LMHeadSum | Tensor | nn.Module
 Hidden = Tensor | tuple[Tensor, ...]  # and as its hidden states: a tuple for a sum of heads
 
 

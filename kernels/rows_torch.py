@@ -5,13 +5,13 @@ Rows go through in blocks that fit a core's cache, so that the many elementwise 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
+from minillm.kernels.softmax_torch import ALL, Ids, Softmax
 
 BLOCK_BYTES = 2 * 2**20  # of one (B, V) temporary on a CPU: they stay in its caches, and calls cost little beside them
 DEVICE_BLOCK_BYTES = 64 * 2**20  # elsewhere
@@ -22,7 +22,7 @@ def row_statistics(
     teacher: Tensor | None,  # (C, V), where a field needs it
     labels: Tensor | None,  # (C,) int64 in [0, V), where a field needs them
     spec: RowSpec,
-    ids: "Ids | None" = None,
+    ids: Ids | None = None,
 ) -> dict[str, Tensor]:
     """The statistics `spec.fields`, each (C,) in the dtype of the logits (argmaxes int64). The logits stay as they are.
 
@@ -51,7 +51,7 @@ def row_gradients(
     coefficients: dict[str, Tensor],  # (C,) each: d loss / d field; absent means zero
     spec: RowSpec,
     grad_dtype: torch.dtype,
-    ids: "Ids | None" = None,
+    ids: Ids | None = None,
 ) -> Tensor:
     """d loss / d raw student logits, (C, V) of `grad_dtype`: the gradient of the module `divergences`, chained on.
 
@@ -82,7 +82,7 @@ def row_loss_gradients(
     spec: RowSpec,
     differentiate: Callable[[slice, dict[str, Tensor]], dict[str, Tensor]],
     grad_dtype: torch.dtype,
-    ids: "Ids | None" = None,
+    ids: Ids | None = None,
 ) -> Tensor | None:
     """row_statistics and row_gradients in one pass: a block's probabilities are used while a cache still has them.
 
@@ -148,72 +148,12 @@ def softcap_slope(raw: Tensor, inner: float) -> Tensor:
     return e.mul(4.0).div_(e.add_(1.0).square_())
 
 
-def row_blocks(logits: Tensor, ids: "Ids | None" = None) -> Iterator[slice]:
+def row_blocks(logits: Tensor, ids: Ids | None = None) -> Iterator[slice]:
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     width = logits.shape[1] if ids is None else ids.widest(logits)
     rows = max(1, budget // (width * logits.element_size()))
     for start in range(0, logits.shape[0], rows):
         yield slice(start, start + rows)
-
-
-@dataclass
-class Softmax:
-    """A model's rows: logits z, their largest, and softmax(z), but for a factor close to 1 that its sum gives away.
-
-    Torch's softmax goes over a row once for all of it, where the exponential alone takes longer than that; but it adds
-    up a row in few lanes, which costs the last digits of a large vocabulary.
-    """
-
-    z: Tensor  # (B, V)
-    softmax: Tensor  # (B, V)
-    largest: Tensor  # (B, 1)
-    total: Tensor  # (B, 1), of softmax
-    top: Tensor  # (B, 1), the largest probability: one over sum exp(z - largest)
-
-    @classmethod
-    def of(cls, z: Tensor) -> "Softmax":  # (B, V)
-        softmax = torch.softmax(z, 1)
-        total = softmax.sum(1, keepdim=True)
-        return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total)
-
-    def probabilities(self) -> Tensor:  # (B, V)
-        return self.softmax.mul_(self.total.reciprocal())
-
-    def logprob(self, labels: Tensor) -> Tensor:  # (B, 1) int64 -> (B, 1)
-        return (self.z.gather(1, labels) - self.largest).add_(self.top.log())
-
-    def log_probabilities(self, banned: Tensor | None) -> Tensor:  # (B, V), 0 where banned, NaN where all are
-        result = (self.z - self.largest).add_(self.top.log())
-        return result if banned is None else result.masked_fill_(banned & ~self.top.isnan(), 0.0)
-
-
-class Ids:
-    """The ids whose logits are the columns: all of them. `vocabulary_parallel` has those of which a rank holds some."""
-
-    def widest(self, logits: Tensor) -> int:  # (C, V)
-        """The number of columns that decides how many rows make a block."""
-        return logits.shape[1]
-
-    def softmax(self, z: Tensor) -> Softmax:  # (B, V)
-        return Softmax.of(z)
-
-    def logprob(self, model: Softmax, labels: Tensor) -> Tensor:  # (B, 1) int64 -> (B, 1)
-        """log softmax at the label, as a part of a sum over columns."""
-        return model.logprob(labels)
-
-    def argmax(self, model: Softmax) -> Tensor:
-        """The lowest id with the largest logit, (B,)."""
-        return model.z.argmax(1)
-
-    def sums(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:  # (B,) or (B, 1) each
-        """What sums over the columns add up to over all ids."""
-        return parts
-
-    def add_at_label(self, dz: Tensor, labels: Tensor, value: Tensor) -> None:  # (B, V), (B, 1), (B, 1)
-        dz.scatter_add_(1, labels, value)
-
-
-ALL = Ids()
 
 
 def _block_statistics(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.kernels import rows_torch
 from minillm.kernels.divergences import RowSpec
-from minillm.kernels.rows_torch import Ids, Softmax
+from minillm.kernels.softmax_torch import Ids, Softmax
 
 NEVER = 2**62  # the argmax of a rank that does not have it
 
