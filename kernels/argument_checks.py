@@ -177,7 +177,7 @@ def check_vocab_size(student: Model, teacher: Model | None, vocab_size: int | No
 
 
 def check_vocabulary_parallel(student: Model, teacher: Model | None, top_k: Any, options: Mapping[str, Any]) -> None:
-    """What a head that is cut by vocabulary cannot be together with."""
+    """Refuse what does not go with a head that is cut by vocabulary. Raises ValueError."""
     if top_k is not None:
         raise ValueError(
             "process_group does not go with a TopK as teacher_hidden; pass the teacher's rows of this rank"

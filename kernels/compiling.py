@@ -1,4 +1,4 @@
-"""What records or replaces the operations of a call: torch.compile, torch.export, make_fx, FakeTensorMode, selective checkpointing.
+"""Recorders of calls, which replace operations or remember them: torch.compile, torch.export, make_fx, FakeTensorMode, selective checkpointing.
 
 Under any of them the door's functions are the operators of `traced`; what only counts or times operations, such as
 FlopCounterMode, sees those of the eager functions.
@@ -22,7 +22,7 @@ _RECORDERS = (
 
 
 def is_recorded() -> bool:
-    """Whether the calls of this thread are recorded or replaced at the moment."""
+    """True where the calls of this thread are recorded or replaced at the moment."""
     if torch.compiler.is_compiling():
         return True
     if not torch._C._len_torch_dispatch_stack():

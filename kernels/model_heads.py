@@ -76,7 +76,8 @@ def _scaling(model: nn.Module) -> tuple[float, float | None]:
 def model_body(model: nn.Module) -> nn.Module:
     """The module of a transformers model whose `last_hidden_state` the head is applied to.
 
-    Where a model of images and text has a whole language model inside, head and all (Llama 4), it is the one of that. Raises ValueError where there is none.
+    Where a model of images and text has a whole language model inside, head and all (Llama 4), it is the one of that.
+    Raises ValueError where there is none.
     """
     if model.base_model is not model:
         return model.base_model

@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor is a DTensor; without importing what only they need."""
+    """True for a DTensor; found without importing what only they need."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_zero3_piece(tensor: object) -> bool:
-    """Whether a tensor is a parameter of ZeRO-3 that is not gathered now."""
+    """True for a parameter of ZeRO-3 that is not gathered now."""
     return hasattr(tensor, "ds_status") and tensor.ds_numel != tensor.numel()
 
 
 def is_lost_piece(tensor: object) -> bool:
-    """Whether a tensor stands for more elements than it has, and nothing can tell where they are."""
+    """True for a tensor that stands for more elements than it has, and nothing can tell where they are."""
     return not hasattr(tensor, "ds_status") and getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel()
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether elements of a head's tensor, or of None, are on other ranks."""
+    """True where elements of a head's tensor are on other ranks; False for None."""
     return tensor is not None and (is_dtensor(tensor) or is_zero3_piece(tensor))
 
 

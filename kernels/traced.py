@@ -24,7 +24,7 @@ _DEFAULTS = {name: option.default for name, (_, option) in declared(LossOptions)
 
 
 def refusal(options: Mapping[str, Any]) -> str | None:
-    """Why a call with these options can be no operator; None where it can."""
+    """The reason why a call with these options can be no operator; None where it can."""
     into = options["weight_grad"]
     if isinstance(into, Tensor) or (isinstance(into, tuple | list) and any(isinstance(one, Tensor) for one in into)):
         return "weight_grad is a tensor that the backward pass adds to, and an operator has no such side effect"

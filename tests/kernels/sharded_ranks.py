@@ -189,7 +189,7 @@ def vocabulary_parallel(name: str) -> dict[str, Tensor]:
 
 
 def refused() -> dict[str, str]:
-    """What was said to what cannot be, by what should have been."""
+    """The answers to what cannot be, by what they should hold."""
     from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor, init_device_mesh
 
     inputs = vocabulary_parallel_inputs("mean")

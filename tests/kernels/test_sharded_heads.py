@@ -19,7 +19,7 @@ TOLERANCE = 2e-6  # relative L2
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory) -> list[dict]:
-    """What each rank found, by case."""
+    """The findings of each rank, by case."""
     folder, count = tmp_path_factory.mktemp("ranks"), request.param
     with socket.socket() as free:
         free.bind(("localhost", 0))
