@@ -38,7 +38,7 @@ class Statistic:
         return self.factor * getattr(stats, self.field)
 
     def add_known(self, values: ObjectiveValues, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:  # (C,) each
-        """What values.rows(statistics) does, with the derivative as it is known."""
+        """values.rows(statistics), with the derivative as it is known."""
         value = statistics[self.field]
         values.losses.append(self.factor * value)
         return {self.field: torch.full_like(value, self.factor)}

@@ -56,7 +56,7 @@ class Ids:
         return model.z.argmax(1)
 
     def sums(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:  # (B,) or (B, 1) each
-        """What sums over the columns add up to over all ids."""
+        """Sums over the columns, added up over all ids."""
         return parts
 
     def add_at_label(self, dz: Tensor, labels: Tensor, value: Tensor) -> None:  # (B, V), (B, 1), (B, 1)
