@@ -3,13 +3,16 @@
 import math
 import numbers
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.kernels.divergences import FIELDS
 from minillm.kernels.head import LMHead, LMHeadSum
+from minillm.kernels.model_heads import linear_parameters
+from minillm.kernels.sharded_heads import is_dtensor, is_lost_piece, is_sharded, whole
 
 TOKEN_STATS = (
     "student_logprob",
@@ -52,7 +55,7 @@ def check_model(hidden: Any, head: Any, name: str, head_name: str) -> Model:
                 f"{name} is a tuple, but {head_name} is one head; pass LMHead.sum_of(...) with a head for each of its "
                 f"{len(hidden)} hidden states, or one tensor"
             )
-        head = check_head(head, head_name)
+        head = check_head(head, head_name, _dtype(hidden))
         check_hidden(hidden, head, name, head_name)
         return Model((hidden,), (head,), (head_name,))
     count = len(head.heads)
@@ -62,11 +65,18 @@ def check_model(hidden: Any, head: Any, name: str, head_name: str) -> Model:
             f"{name} must be a tuple of {count} hidden states, one for each head of {head_name}, got {got}"
         )
     names = tuple(f"{head_name}.heads[{index}]" for index in range(count))
-    heads = tuple(check_head(part, part_name) for part, part_name in zip(head.heads, names, strict=True))
+    heads = tuple(
+        check_head(part, part_name, _dtype(states))
+        for part, part_name, states in zip(head.heads, names, hidden, strict=True)
+    )
     for index, (states, part, part_name) in enumerate(zip(hidden, heads, names, strict=True)):
         check_hidden(states, part, f"{name}[{index}]", part_name)
         check_same_tokens(states, hidden[0], f"{name}[{index}]", f"{name}[0]")
     return Model(tuple(hidden), heads, names)
+
+
+def _dtype(hidden: Any) -> torch.dtype | None:
+    return hidden.dtype if isinstance(hidden, Tensor) else None
 
 
 def check_same_tokens(hidden: Tensor, other: Tensor, name: str, other_name: str) -> None:
@@ -79,38 +89,43 @@ def check_same_tokens(hidden: Tensor, other: Tensor, name: str, other_name: str)
         raise ValueError(f"{name} is on {hidden.device}, {other_name} on {other.device}; move them to one device")
 
 
-def check_head(head: Any, name: str) -> LMHead:
+def resolved_head(head: Any, name: str, dtype: torch.dtype | None = None) -> LMHead:
+    """The LMHead of what a caller may pass for one head, with plain tensors: a weight, a linear layer as PEFT's adapters
+    leave it, a head whose weights are sharded, which are gathered here. `dtype`: of the hidden states."""
+    if isinstance(head, nn.Module):
+        head = LMHead(*linear_parameters(head, name))
     if isinstance(head, Tensor):
         head = LMHead(head)
     if not isinstance(head, LMHead):
-        wrapped = hasattr(head, "base_layer") or hasattr(head, "lora_A")
         raise ValueError(
-            f"{name} is a {type(head).__name__}, not an LMHead or a weight tensor; "
-            + (
-                "a LoRA-wrapped head would train on the base weight alone: merge the adapter, or leave lm_head out of "
-                "its target modules"
-                if wrapped
-                else "pass LMHead(module.weight, module.bias)"
-            )
+            f"{name} is a {type(head).__name__}, not an LMHead, a weight tensor or a linear layer; pass LMHead.of(model), or "
+            "LMHead(module.weight, module.bias)"
         )
     for what, tensor in (("weight", head.weight), ("bias", head.bias)):
         if tensor is None and what == "bias":
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{name}.{what} is a {type(tensor).__name__}, not a tensor; a LoRA-wrapped head must be merged first"
+                f"{name}.{what} is a {type(tensor).__name__}, not a tensor; pass the module itself, LMHead.of(model), or the "
+                "weight of a merged layer"
             )
-        if hasattr(tensor, "device_mesh"):
+        if is_lost_piece(tensor):
             raise ValueError(
-                f"{name}.{what} is a DTensor (sharded); pass {what}.full_tensor(), or call the loss inside the "
-                "forward of the module that owns the head, where FSDP has gathered it"
+                f"{name}.{what} is a ZeRO-3 shard (0 of {tensor.ds_numel} elements are here) that is no parameter of "
+                "DeepSpeed any more; pass the parameter itself"
             )
-        if getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel():
-            raise ValueError(
-                f"{name}.{what} is a ZeRO-3 shard (0 of {tensor.ds_numel} elements are here); call the loss inside "
-                "the forward of the engine's module, or inside deepspeed.zero.GatheredParameters together with "
-                "backward"
-            )
+    if not (is_sharded(head.weight) or is_sharded(head.bias)):
+        return head
+    wide = torch.float64 in (dtype, head.weight.dtype)
+    weight, bias = (
+        None if tensor is None else whole(tensor, f"{name}.{what}", None if wide else dtype)
+        for what, tensor in (("weight", head.weight), ("bias", head.bias))
+    )
+    return replace(head, weight=weight, bias=bias)
+
+
+def check_head(head: Any, name: str, dtype: torch.dtype | None) -> LMHead:
+    head = resolved_head(head, name, dtype)
     if head.weight.dim() != 2 or head.weight.numel() == 0:
         raise ValueError(f"{name}.weight must be (V, H) and not empty, got {tuple(head.weight.shape)}")
     if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
@@ -122,6 +137,8 @@ def check_hidden(hidden: Any, head: LMHead, name: str, head_name: str) -> None:
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.dim() < 1:
         got = f"{tuple(hidden.shape)} {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValueError(f"{name} must be a floating-point tensor (..., H), got {got}")
+    if is_dtensor(hidden):
+        raise ValueError(f"{name} is a DTensor; pass this rank's tokens, {name}.to_local()")
     if hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
             f"{name} has hidden size {hidden.shape[-1]}, but {head_name}.weight is (V={head.weight.shape[0]}, "
@@ -145,18 +162,32 @@ def check_vocab_size(student: Model, teacher: Model | None, vocab_size: int | No
     for model in (student,) if teacher is None else (student, teacher):
         sizes |= {name: head.weight.shape[0] for name, head in zip(model.names, model.heads, strict=True)}
     if vocab_size is None:
-        if len(set(sizes.values())) > 1:
-            shared = min(sizes.values())
+        shared = min(sizes.values())
+        if any(size != shared for size in sizes.values()):
             raise ValueError(
                 f"{' and '.join(f'{name} has {size} rows' for name, size in sizes.items())}; if their first {shared} "
                 f"ids mean the same tokens (the rest is padding), pass vocab_size={shared}"
             )
-        return min(sizes.values())
+        return shared
     if not is_int(vocab_size) or not 1 <= vocab_size <= min(sizes.values()):
         raise ValueError(
             f"vocab_size={vocab_size!r} must be an integer between 1 and {min(sizes.values())}, the smaller head"
         )
     return int(vocab_size)
+
+
+def check_vocabulary_parallel(student: Model, teacher: Model | None, top_k: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what does not go with a head that is cut by vocabulary. Raises ValueError."""
+    if top_k is not None:
+        raise ValueError(
+            "process_group does not go with a TopK as teacher_hidden; pass the teacher's rows of this rank"
+        )
+    if any(model is not None and len(model.heads) > 1 for model in (student, teacher)):
+        raise ValueError("process_group does not go with LMHead.sum_of; pass one head, this rank's rows of it")
+    if options["backend"] not in ("auto", "torch"):
+        raise ValueError(f"process_group goes with backend='auto' or 'torch', got {options['backend']!r}")
+    if options["vocab_size"] is not None and not is_int(options["vocab_size"]):
+        raise ValueError(f"vocab_size={options['vocab_size']!r} must be an integer")
 
 
 def check_fields(

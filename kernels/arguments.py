@@ -1,6 +1,7 @@
 """From the arguments that every entry point shares to a Problem and its Tensors."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from minillm.kernels.argument_checks import (
     check_same_tokens,
     check_softcap,
     check_vocab_size,
+    check_vocabulary_parallel,
     check_weight,
     is_int,
     under_autocast,
@@ -40,6 +42,7 @@ from minillm.kernels.sparse_teacher import (
     check_sayable,
     check_top_k,
 )
+from minillm.kernels.vocabulary_parallel import Replicated, VocabularyShard
 
 BACKENDS = ("auto", "torch", "triton", "tiled")
 
@@ -54,8 +57,12 @@ def prepare(
     *,
     fields: str | Iterable[str] | None,
     names: tuple[str, str] = ("student_hidden", "student_head"),
+    look: bool = True,
 ) -> tuple[Problem, Tensors]:
-    """Check everything and flatten. Raises ValueError naming the argument."""
+    """Check everything and flatten. Raises ValueError naming the argument.
+
+    Without `look` no number is read, as none can be where a compiler asks for shapes alone: then no token is kept.
+    """
     student = check_model(student_hidden, student_head, *names)
     shape, device = student.shape, student.device
     temperature = check_positive(options["temperature"], "temperature")
@@ -66,7 +73,16 @@ def prepare(
     if top_k is None and teacher_head is not None:
         teacher = check_model(teacher_hidden, teacher_head, "teacher_hidden", "teacher_head")
         check_same_tokens(teacher.hidden[0], student.hidden[0], "teacher_hidden", names[0])
-    size = check_vocab_size(student, teacher, options["vocab_size"])
+    group = options.get("process_group")
+    if group is None:
+        shard, size = None, check_vocab_size(student, teacher, options["vocab_size"])
+        columns = size
+    else:
+        check_vocabulary_parallel(student, teacher, top_k, options)
+        rows = check_vocab_size(student, teacher, None)
+        shard = VocabularyShard.of(group, rows, options["vocab_size"], math.prod(shape), device)
+        size, columns = shard.total, shard.size
+        student = student._replace(hidden=tuple(Replicated.apply(hidden, group) for hidden in student.hidden))
     if top_k is not None:
         check_top_k(top_k, teacher_head, shape, device, size, temperature)
     fields = check_fields(
@@ -87,7 +103,7 @@ def prepare(
     )
     if not spec.needs("teacher"):
         teacher = top_k = None
-    kept, ignore_index = check_kept(options["kept"], shape.numel()), check_ignore_index(options["ignore_index"])
+    kept, ignore_index = check_kept(options["kept"], math.prod(shape)), check_ignore_index(options["ignore_index"])
     vouched = kept is not None and device.type != "cpu"  # then nothing looks at labels and ids
     if labels is not None:
         labels = check_labels(labels, shape, device).reshape(-1).contiguous()
@@ -95,7 +111,9 @@ def prepare(
     if top_k is not None:
         sparse = SparseRows(_rows(_constant(top_k.ids)), _rows(_constant(top_k.logprobs)))
         checks = RowChecks(sparse, size, labels if "teacher_logprob" in fields else None)
-    if labels is not None:
+    if not look:
+        index, kept = None, 0
+    elif labels is not None:
         index, kept = keep_rows(labels, ignore_index, size, kept, checks)
     else:
         if kept not in (None, shape.numel()):
@@ -109,13 +127,15 @@ def prepare(
         labels = None
     elif vouched:
         labels = labels.clamp(0, size - 1)
+    if shard is not None:
+        labels = shard.local(labels)
     wide = student.wide or (teacher is not None and teacher.wide)
     logits = torch.float64 if wide else torch.float32
     chunk_bytes = options["chunk_bytes"]
     if chunk_bytes is not None and not (is_int(chunk_bytes) and chunk_bytes > 0):
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     backend = _backend(
-        options["backend"],
+        "torch" if shard is not None else options["backend"],
         device,
         logits,
         fields,
@@ -126,14 +146,18 @@ def prepare(
     teacher_specs = None if teacher is None else _specs(teacher, graded=False)
     if backend == "tiled":
         ids, chunk_bytes = min(size, TILE_IDS), chunk_bytes or TILE_BYTES
+    elif shard is not None:
+        ids = shard.largest  # all ranks must make the same chunks
     else:
         ids = size if sparse is None else size + OUTCOME_BUFFERS * (sparse.ids.shape[1] + 1)
     problem = Problem(
         spec=spec,
         shape=shape,
         kept=kept,
-        vocab_size=size,
-        chunk=chunk_rows(
+        vocab_size=columns,
+        chunk=1
+        if not look
+        else chunk_rows(
             kept,
             ids,
             models=buffers(student_specs) + (0 if teacher is None else buffers(teacher_specs)),
@@ -146,6 +170,7 @@ def prepare(
         logits=logits,
         backend=backend,
         sparse_teacher=sparse is not None,
+        shard=shard,
     )
     tensors = Tensors(
         student=tuple(
@@ -157,8 +182,8 @@ def prepare(
         else tuple(
             HeadTensors(
                 _rows(_constant(hidden)),
-                _constant(head.weight)[:size],
-                None if head.bias is None else _constant(head.bias)[:size],
+                _constant(head.weight)[:columns],
+                None if head.bias is None else _constant(head.bias)[:columns],
             )
             for hidden, head in zip(teacher.hidden, teacher.heads, strict=True)
         ),

@@ -9,17 +9,22 @@ from typing import TypeVar, get_args
 
 import torch
 
-from minillm.kernels.compiling import outside_compiled_graphs
+from minillm.kernels.compiling import is_recorded, outside_compiled_graphs
 from minillm.kernels.options import Option, declared
 
 F = TypeVar("F", bound=Callable)
+
+# By name: the functions in terms of operators, and why a call with some options can be none.
+recorded: dict[str, Callable] = {}
+refusals: list[Callable[[dict], str | None]] = []
 
 
 def entry_point(function: F) -> F:
     """`function(..., **options: Unpack[...])` with the declared options in its signature, docstring and calls.
 
-    The function gets every option, given or not; an unknown keyword is a TypeError that names the nearest. Calls stand
-    between the graphs of torch.compile, and raise a RuntimeError under the transforms of torch.func.
+    The function gets every option, given or not; an unknown keyword is a TypeError that names the nearest. Where calls are
+    recorded (torch.compile and its kind), the function of that name in `recorded` takes its place. The transforms of torch.func
+    raise a RuntimeError.
     """
     own = inspect.signature(function)
     *parameters, options = own.parameters.values()
@@ -41,9 +46,14 @@ def entry_point(function: F) -> F:
                 f"{function.__name__} does not support torch.func.grad, vmap and their kind; call it on plain tensors, "
                 "with all rows in the leading dimensions, and take its gradient by backward() or torch.autograd.grad"
             )
-        return function(*args, **{**defaults, **given})
+        given = {**defaults, **given}
+        if function.__name__ in recorded and is_recorded():
+            reason = next((reason for refusal in refusals if (reason := refusal(given))), None)
+            if reason is None:
+                return recorded[function.__name__](*args, **given)
+            return outside_compiled_graphs(function, reason)(*args, **given)
+        return function(*args, **given)
 
-    entry = outside_compiled_graphs(entry)
     entry.__signature__ = own.replace(parameters=parameters)
     if function.__doc__:  # none under python -OO
         entry.__doc__ = _documented(function.__doc__, {name: option for name, (_, option) in options.items()})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHT_TILE_BYTES = 4 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
 WEIGHT_TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
@@ -24,7 +24,27 @@ class LMHead:
     softcap: float | None = None
 
     @staticmethod
-    def sum_of(*heads: "LMHead | LMHeadSum | Tensor") -> "LMHeadSum":
+    def of(model: nn.Module, *, check: bool = False) -> "LMHead":
+        """The head of a language model of transformers, with what its architecture does to logits: a bias, Cohere's and
+        Falcon-H1's scale, Granite's divisor, Gemma's softcap. It goes with the `last_hidden_state` of the model below it.
+
+        PEFT's adapters on the head are part of it: the copy that `modules_to_save` trains, and LoRA merged on the fly,
+        W + scaling * B A, with a graph to A and B. So make it anew for every forward pass, where the head is trained.
+        Wrappers are looked through: DistributedDataParallel, DeepSpeed's engine, torch.compile, PEFT. Sharded weights
+        stay so and are gathered by the losses.
+
+        With `check` the model runs on eight ids (sharded: on all ranks), without gradient and dropout, and its own
+        logits must be those of the head to rounding: 1e-4 of the largest, in half precision 0.05.
+
+        Raises ValueError for a model without a head, an adapter that is not LoRA without dropout, a quantised head, and
+        with `check` for an architecture that does more to its logits than is known here.
+        """
+        from minillm.kernels.model_heads import head_of_model
+
+        return head_of_model(model, check=check)
+
+    @staticmethod
+    def sum_of(*heads: "LMHead | LMHeadSum | Tensor | nn.Module") -> "LMHeadSum":
         """The head whose logits are the sum of these heads' logits, each with its own bias, scale and softcap.
 
         Its hidden states are a tuple, one tensor for each head, whose hidden sizes may differ:
@@ -42,10 +62,11 @@ class LMHead:
 class LMHeadSum:
     """Heads whose logits are added up; `LMHead.sum_of` makes it."""
 
-    heads: tuple[LMHead | Tensor, ...]
+    heads: tuple[LMHead | Tensor | nn.Module, ...]
 
 
-Head = LMHead | LMHeadSum | Tensor  # what the losses take as a head: a tensor is a weight
+# what the losses take as a head: a tensor is a weight, a module a linear layer
+Head = LMHead | LMHeadSum | Tensor | nn.Module
 Hidden = Tensor | tuple[Tensor, ...]  # and as its hidden states: a tuple for a sum of heads
 
 

@@ -37,6 +37,12 @@ class Statistic:
     def __call__(self, stats: TokenStats) -> Tensor:
         return self.factor * getattr(stats, self.field)
 
+    def add_known(self, values: ObjectiveValues, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:  # (C,) each
+        """values.rows(statistics), with the derivative as it is known."""
+        value = statistics[self.field]
+        values.losses.append(self.factor * value)
+        return {self.field: torch.full_like(value, self.factor)}
+
 
 @entry_point
 def linear_objective(
@@ -56,7 +62,8 @@ def linear_objective(
     (float64 for float64 inputs).
 
     The gradient with respect to the student's hidden states, weight and bias is computed here and scaled in the
-    backward pass; the teacher is a constant.
+    backward pass; the teacher is a constant. Under torch.compile and torch.export the objective is traced with what
+    surrounds it, over all tokens at once, and the backward pass computes the logits a second time.
 
     Args:
         teacher_hidden, teacher_head: None for both where no field needs them; a TopK and None.
@@ -104,14 +111,30 @@ def objective_sum(
     inputs = {name: _check_input(name, value, problem, tensors) for name, value in inputs.items()}
     leaves = tensors.leaves
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves)
-    with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
-        sums = problem.gradients(tensors, needs, [problem.logits if isinstance(one, Tensor) else one for one in into])
-        values = ObjectiveValues(objective, graded=sums is not None)
-        (_all_at_once if coupled else _chunk_by_chunk)(problem, tensors, values, inputs, sums)
-        loss, metrics = values.result()
+    dtypes = [problem.logits if isinstance(one, Tensor) else one for one in into]
+    loss, metrics, sums = sum_and_gradients(problem, tensors, objective, inputs, needs, dtypes, coupled=coupled)
     if sums is not None:
         loss = _Attach.apply(loss, into, *leaves, *sums.totals)
     return loss, metrics
+
+
+def sum_and_gradients(
+    problem: Problem,
+    tensors: Tensors,
+    objective: Objective,
+    inputs: Mapping[str, Tensor],  # (N,) each
+    needs: Sequence[bool],  # of every leaf
+    into: Sequence[torch.dtype],  # for each head: the dtype of its weight's sum
+    *,
+    coupled: bool = False,
+) -> tuple[Tensor, dict[str, Tensor], StudentGradients | None]:
+    """objective_sum without a graph, and the gradients by the leaves that need one; None where none does."""
+    with torch.no_grad(), torch.autocast(tensors.device.type, enabled=False):
+        sums = problem.gradients(tensors, needs, into)
+        values = ObjectiveValues(objective, graded=sums is not None)
+        (_all_at_once if coupled else _chunk_by_chunk)(problem, tensors, values, inputs, sums)
+        loss, metrics = values.result()
+    return loss, metrics, sums
 
 
 def _chunk_by_chunk(
@@ -126,7 +149,10 @@ def _chunk_by_chunk(
         given = {name: value[chunk.rows] for name, value in inputs.items()}
 
         def differentiate(rows: slice, statistics: dict[str, Tensor], given=given) -> dict[str, Tensor]:
-            found = values.rows(statistics, {name: value[rows] for name, value in given.items()})
+            if isinstance(values.objective, Statistic) and values.graded:  # no autograd: an operator is below it
+                found = values.objective.add_known(values, statistics)
+            else:
+                found = values.rows(statistics, {name: value[rows] for name, value in given.items()})
             return found if headroom == 1.0 else {name: headroom * value for name, value in found.items()}
 
         logits = chunk.student, chunk.teacher, chunk.labels

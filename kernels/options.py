@@ -44,6 +44,16 @@ class HeadOptions(TypedDict, total=False):
         Option("auto", "auto (triton for CUDA tensors, torch elsewhere), torch, triton or tiled; float64 is torch's"),
     ]
     chunk_bytes: Annotated[int | None, Option(None, "bytes of logits alive at a time; None fits them to the device")]
+    process_group: Annotated[
+        Any,
+        Option(
+            None,
+            "a torch.distributed group whose ranks have cut the vocabulary among them: each passes the same tokens, and "
+            "its own rows of every head (and bias), consecutive ids in the order of the ranks. Labels and vocab_size count "
+            "all ids. Every rank gets the whole loss, the gradient of its rows, and that of the hidden states in full. In "
+            "torch's operations on rows; without a TopK and LMHead.sum_of",
+        ),
+    ]
 
 
 class LossOptions(HeadOptions, total=False):

@@ -14,6 +14,7 @@ from minillm.kernels.head import LMHead
 from minillm.kernels.model_logits import HeadSpec, HeadTensors, ModelLogits, StudentGradients
 from minillm.kernels.sparse_teacher import SparseRows
 from minillm.kernels.sparse_teacher_rows import OutcomeRows
+from minillm.kernels.vocabulary_parallel import VocabularyShard
 
 
 class Tensors(NamedTuple):
@@ -62,10 +63,13 @@ class Problem:
     logits: torch.dtype
     backend: str  # torch | triton | tiled
     sparse_teacher: bool = False  # the teacher is a TopK
+    shard: VocabularyShard | None = None  # the ids are those of this rank: vocab_size of them, labels by their columns
 
     @property
-    def rows(self) -> ModuleType | OutcomeRows:
+    def rows(self) -> ModuleType | OutcomeRows | VocabularyShard:
         """The row operations of the backend."""
+        if self.shard is not None:
+            return self.shard
         return self._module("sparse_teacher").ROWS if self.sparse_teacher else self._module("rows")
 
     def _module(self, name: str) -> ModuleType:

@@ -5,13 +5,13 @@ Rows go through in blocks that fit a core's cache, so that the many elementwise 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
+from minillm.kernels.softmax_torch import ALL, Ids, Softmax
 
 BLOCK_BYTES = 2 * 2**20  # of one (B, V) temporary on a CPU: they stay in its caches, and calls cost little beside them
 DEVICE_BLOCK_BYTES = 64 * 2**20  # elsewhere
@@ -22,6 +22,7 @@ def row_statistics(
     teacher: Tensor | None,  # (C, V), where a field needs it
     labels: Tensor | None,  # (C,) int64 in [0, V), where a field needs them
     spec: RowSpec,
+    ids: Ids | None = None,
 ) -> dict[str, Tensor]:
     """The statistics `spec.fields`, each (C,) in the dtype of the logits (argmaxes int64). The logits stay as they are.
 
@@ -34,9 +35,10 @@ def row_statistics(
             None if teacher is None else teacher[block],
             None if labels is None else labels[block, None],
             spec,
+            ids or ALL,
             graded=False,
         )[0]
-        for block in row_blocks(student)
+        for block in row_blocks(student, ids)
     ]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
@@ -49,6 +51,7 @@ def row_gradients(
     coefficients: dict[str, Tensor],  # (C,) each: d loss / d field; absent means zero
     spec: RowSpec,
     grad_dtype: torch.dtype,
+    ids: Ids | None = None,
 ) -> Tensor:
     """d loss / d raw student logits, (C, V) of `grad_dtype`: the gradient of the module `divergences`, chained on.
 
@@ -57,15 +60,18 @@ def row_gradients(
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     if not any(FIELDS[name].teacher for name in coefficients):
         teacher = None
-    for block in row_blocks(student):
+    softmax = (ids or ALL).softmax
+    for block in row_blocks(student, ids):
         here = {name: value[block, None] for name, value in statistics.items()}
         chosen = {name: value[block, None] for name, value in coefficients.items()}
-        models = {"student": Softmax.of(logits_from_raw(student[block], *_scaling(spec, "student")))}
+        models = {"student": softmax(logits_from_raw(student[block], *_scaling(spec, "student")))}
         if teacher is not None:
-            models["teacher"] = Softmax.of(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
-        rows = _rows(spec, **models, fields=set(chosen), values=False, slope=spec.student_softcap is not None)
+            models["teacher"] = softmax(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
+        rows = _rows(
+            spec, **models, fields=set(chosen), values=False, slope=spec.student_softcap is not None, softmax=softmax
+        )
         label = labels[block, None] if "student_logprob" in coefficients else None
-        _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
+        _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec, ids or ALL)
     return gradient
 
 
@@ -76,6 +82,7 @@ def row_loss_gradients(
     spec: RowSpec,
     differentiate: Callable[[slice, dict[str, Tensor]], dict[str, Tensor]],
     grad_dtype: torch.dtype,
+    ids: Ids | None = None,
 ) -> Tensor | None:
     """row_statistics and row_gradients in one pass: a block's probabilities are used while a cache still has them.
 
@@ -84,16 +91,16 @@ def row_loss_gradients(
     """
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
     found = False
-    for block in row_blocks(student):
+    for block in row_blocks(student, ids):
         label = None if labels is None else labels[block, None]
         statistics, rows = _block_statistics(
-            student[block], None if teacher is None else teacher[block], label, spec, graded=True
+            student[block], None if teacher is None else teacher[block], label, spec, ids or ALL, graded=True
         )
         coefficients = differentiate(block, {name: statistics[name] for name in spec.fields})
         if coefficients:
             here = {name: value[:, None] for name, value in statistics.items()}
             chosen = {name: value[:, None] for name, value in coefficients.items()}
-            _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec)
+            _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec, ids or ALL)
             found = True
         else:
             gradient[block] = 0.0
@@ -141,63 +148,34 @@ def softcap_slope(raw: Tensor, inner: float) -> Tensor:
     return e.mul(4.0).div_(e.add_(1.0).square_())
 
 
-def row_blocks(logits: Tensor) -> Iterator[slice]:
+def row_blocks(logits: Tensor, ids: Ids | None = None) -> Iterator[slice]:
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    rows = max(1, budget // (logits.shape[1] * logits.element_size()))
+    width = logits.shape[1] if ids is None else ids.widest(logits)
+    rows = max(1, budget // (width * logits.element_size()))
     for start in range(0, logits.shape[0], rows):
         yield slice(start, start + rows)
 
 
-@dataclass
-class Softmax:
-    """A model's rows: logits z, their largest, and softmax(z), but for a factor close to 1 that its sum gives away.
-
-    Torch's softmax goes over a row once for all of it, where the exponential alone takes longer than that; but it adds
-    up a row in few lanes, which costs the last digits of a large vocabulary.
-    """
-
-    z: Tensor  # (B, V)
-    softmax: Tensor  # (B, V)
-    largest: Tensor  # (B, 1)
-    total: Tensor  # (B, 1), of softmax
-    top: Tensor  # (B, 1), the largest probability: one over sum exp(z - largest)
-
-    @classmethod
-    def of(cls, z: Tensor) -> "Softmax":  # (B, V)
-        softmax = torch.softmax(z, 1)
-        total = softmax.sum(1, keepdim=True)
-        return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total)
-
-    def probabilities(self) -> Tensor:  # (B, V)
-        return self.softmax.mul_(self.total.reciprocal())
-
-    def logprob(self, labels: Tensor) -> Tensor:  # (B, 1) int64 -> (B, 1)
-        return (self.z.gather(1, labels) - self.largest).add_(self.top.log())
-
-    def log_probabilities(self, banned: Tensor | None) -> Tensor:  # (B, V), 0 where banned, NaN where all are
-        result = (self.z - self.largest).add_(self.top.log())
-        return result if banned is None else result.masked_fill_(banned & ~self.top.isnan(), 0.0)
-
-
 def _block_statistics(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, *, graded: bool
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, ids: Ids, *, graded: bool
 ) -> tuple[dict[str, Tensor], Rows | None]:
     """The statistics, and the distributions that they and, where `graded`, the gradient are made of."""
-    models = {"student": Softmax.of(logits_from_raw(student, *_scaling(spec, "student")))}
+    models = {"student": ids.softmax(logits_from_raw(student, *_scaling(spec, "student")))}
     if teacher is not None:
-        models["teacher"] = Softmax.of(logits_from_raw(teacher, *_scaling(spec, "teacher")))
-    result = {}
+        models["teacher"] = ids.softmax(logits_from_raw(teacher, *_scaling(spec, "teacher")))
+    result, sums = {}, {}
     for who, model in models.items():
         result |= {f"{who}_max": model.largest, f"{who}_log_sum": -model.top.log()}
         if f"{who}_logprob" in spec.fields:
-            result[f"{who}_logprob"] = model.logprob(labels)
+            sums[f"{who}_logprob"] = ids.logprob(model, labels)
         if f"{who}_argmax" in spec.fields:
-            result[f"{who}_argmax"] = model.z.argmax(1)
+            result[f"{who}_argmax"] = ids.argmax(model)
     rows = None
     if graded or any(FIELDS[name].value for name in spec.fields):
         slope = graded and spec.student_softcap is not None
-        rows = _rows(spec, **models, fields=set(spec.fields), values=True, slope=slope)
-        result |= {name: FIELDS[name].value(rows, spec) for name in spec.fields if FIELDS[name].value is not None}
+        rows = _rows(spec, **models, fields=set(spec.fields), values=True, slope=slope, softmax=ids.softmax)
+        sums |= {name: FIELDS[name].value(rows, spec) for name in spec.fields if FIELDS[name].value is not None}
+    result |= ids.sums({name: value.reshape(-1) for name, value in sums.items()})
     return {name: value.reshape(-1) for name, value in result.items()}, rows
 
 
@@ -213,6 +191,7 @@ def _rows(
     fields: set[str],
     values: bool,
     slope: bool,
+    softmax: Callable[[Tensor], Softmax],
 ) -> Rows:
     """The rows that gradients of `fields` read; `values`: and their values; `slope`: and the derivative of a softcap.
 
@@ -222,7 +201,7 @@ def _rows(
     interpolated = "interpolated_cross_entropy" in fields
     rows = Rows(q=student.probabilities())
     if interpolated:
-        rows.target = _interpolated(student, teacher, spec.interpolation)
+        rows.target = _interpolated(student, teacher, spec.interpolation, softmax)
     if second_pass or fields & {"forward_kl", "teacher_entropy"}:
         rows.p = teacher.probabilities()
     sound = False  # known to hold no -inf
@@ -234,7 +213,7 @@ def _rows(
         # an infinity or NaN anywhere shows in the sum, which a CPU can afford to look at
         sound = rows.r.device.type == "cpu" and bool(rows.r.sum().isfinite())
         if not sound:
-            _replace_infinite(rows, _banned(student.z), _banned(teacher.z))
+            _replace_infinite(rows, student, teacher)
     elif "student_entropy" in fields or (interpolated and values) or slope:
         rows.student_banned = _banned(student.z)
     if "student_entropy" in fields or (interpolated and values):
@@ -244,14 +223,16 @@ def _rows(
     return rows
 
 
-def _interpolated(student: Softmax, teacher: Softmax, weight: float) -> Tensor:  # (B, V)
+def _interpolated(
+    student: Softmax, teacher: Softmax, weight: float, softmax: Callable[[Tensor], Softmax]
+) -> Tensor:  # (B, V)
     """The softmax of (1 - weight) z_s + weight z_t; a model of weight 0 bans nothing."""
     if weight in (0, 1):
         model = teacher if weight else student
         z = model.z - model.largest
     else:  # from the largest, which costs no digits where both models' logits are
         z = (student.z - student.largest).mul_(1 - weight).add_((teacher.z - teacher.largest).mul_(weight))
-    return Softmax.of(z).probabilities()
+    return softmax(z).probabilities()
 
 
 def _banned(z: Tensor) -> Tensor | None:
@@ -261,8 +242,9 @@ def _banned(z: Tensor) -> Tensor | None:
     return z == -torch.inf
 
 
-def _replace_infinite(rows: Rows, student_banned: Tensor | None, teacher_banned: Tensor | None) -> None:
+def _replace_infinite(rows: Rows, student: Softmax, teacher: Softmax) -> None:
     """Infinite entries of r as `divergences` says, and the rows whose KLs are infinite."""
+    student_banned, teacher_banned = _banned(student.z), _banned(teacher.z)
     rows.student_banned = student_banned
     if student_banned is None and teacher_banned is None:
         return
@@ -272,7 +254,7 @@ def _replace_infinite(rows: Rows, student_banned: Tensor | None, teacher_banned:
         teacher_banned = torch.zeros_like(student_banned)
     rows.r.masked_fill_(student_banned, -FAR).masked_fill_(teacher_banned, FAR)
     rows.r.masked_fill_(student_banned & teacher_banned, 0.0)
-    nothing = student_banned.all(1, keepdim=True) | teacher_banned.all(1, keepdim=True)
+    nothing = (student.largest == -torch.inf) | (teacher.largest == -torch.inf)
     rows.r.masked_fill_(nothing, torch.nan)  # no id at all is no distribution
     rows.student_only = (teacher_banned & ~student_banned).any(1)
     rows.teacher_only = (student_banned & ~teacher_banned).any(1)
@@ -286,6 +268,7 @@ def _block_gradients(
     statistics: dict[str, Tensor],
     coefficients: dict[str, Tensor],
     spec: RowSpec,
+    ids: Ids,
 ) -> None:
     """Writes the block's gradient; uses up `rows`."""
     chain = spec.student_scale / spec.temperature
@@ -297,11 +280,12 @@ def _block_gradients(
     constant = torch.zeros_like(rows.q[:, :1])
     bracket = None
     read_off = {"forward_kl", "interpolated_cross_entropy", "student_logprob"}
-    for name in sorted(set(c) - read_off, key=lambda name: not FIELDS[name].second_pass):
+    # in the same order in every process: of sets it changes from run to run
+    for name in sorted(set(c) - read_off, key=lambda name: (not FIELDS[name].second_pass, name)):
         if FIELDS[name].second_pass:
             u = FIELDS[name].u(rows, spec)
             # of this very u: where q is almost 1, a saved mean that differs in rounding would ruin tvd's signs
-            mean = expectation(rows.q, u)[:, None]
+            mean = ids.sums({name: expectation(rows.q, u)})[name][:, None]
         else:  # these two overwrite what u is read from, so they come last
             mean, u = statistics[name], rows.r if name == "reverse_kl" else rows.log_q.neg_()
         constant = constant - torch.where(c[name] == 0, 0.0, c[name] * mean)
@@ -318,7 +302,7 @@ def _block_gradients(
     for name, target in targets.items():
         dz.sub_(target.mul_(c[name]))
     if "student_logprob" in c:
-        dz.scatter_add_(1, labels, c["student_logprob"])
+        ids.add_at_label(dz, labels, c["student_logprob"])
     if slope is not None:
         dz.mul_(slope)
         if rows.student_banned is not None:

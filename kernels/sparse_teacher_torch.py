@@ -8,7 +8,8 @@ from torch import Tensor
 from minillm.kernels import rows_torch
 from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import RowSpec, expectation
-from minillm.kernels.rows_torch import Softmax, logits_from_raw, row_blocks, softcap_slope
+from minillm.kernels.rows_torch import logits_from_raw, row_blocks, softcap_slope
+from minillm.kernels.softmax_torch import Softmax
 from minillm.kernels.sparse_teacher_rows import OutcomeRows
 
 

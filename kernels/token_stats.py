@@ -96,12 +96,17 @@ def linear_token_stats(
     get 0, and -1 for the argmaxes; they reach no GEMM. Every float statistic of the student is differentiable with
     respect to the student's hidden states, weight and bias, for any upstream gradient; the teacher is a constant.
 
+    A head is an LMHead, a weight, or a linear module with PEFT's adapters. Weights that FSDP2 or ZeRO-3 have sharded are
+    gathered, and their gradients reduced as their owner reduces them; `process_group` is for heads cut by vocabulary.
+    torch.compile, torch.export and make_fx see one operator.
+
     Args:
         fields: the statistics to compute; None means the eight of TokenStats, less those that need a teacher or
             labels that are None, and those of them that a TopK can say.
 
     Raises:
-        ValueError: shapes, dtypes, devices, vocabularies or labels that do not fit, a wrapped or sharded head.
+        ValueError: shapes, dtypes, devices, vocabularies or labels that do not fit; an adapter on the head that is not LoRA
+            without dropout, a head that is sharded over two dimensions of a mesh.
         TypeError: an unknown argument.
         RuntimeError: on double backward, and under the transforms of torch.func.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm import UserError
-from minillm.kernels.reference import logits as head_logits
+from minillm.kernels import model_heads
 from minillm.losses import LMHead
 from minillm.models.batch import TokenBatch
 from minillm.models.families import (
@@ -18,7 +18,6 @@ from minillm.models.families import (
     own_positions,
     require_sight,
     sees_pictures,
-    text_config,
     token_kinds,
 )
 
@@ -133,40 +132,18 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 
 def _plain_head(model: PreTrainedModel) -> LMHead:
     head = model.get_output_embeddings()
-    config = text_config(model.config)
     if head is None:
         raise UserError(f"{type(model).__name__} has no LM head; choose a model that answers in text")
     if hasattr(head, "base_layer"):
         raise UserError("the LM head is wrapped by an adapter, which a fused loss cannot see; leave lm_head out of it")
-    scale = getattr(config, "logit_scale", None)
-    if scale is None:
-        scale = 1.0
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor:
-        scale = scale / divisor
-    return LMHead(
-        head.weight,
-        bias=getattr(head, "bias", None),
-        logit_scale=float(scale),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    return LMHead.of(model)
 
 
-@torch.no_grad()
 def head_error(model: PreTrainedModel) -> float:
-    """The distance of the head of `lm_head` on `last_hidden` from the logits of the model: the largest difference, as a
-    share of the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits
+    """The distance of the head of `lm_head` on the last hidden states from the logits of the model: the largest difference,
+    as a share of the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits
     that `lm_head` does not know."""
-    head = _plain_head(model)
-    ids = torch.arange(8, device=model.device)[None] % len(head.weight)
-    mask = torch.ones_like(ids)
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-    ours = head_logits(
-        last_hidden(model, ids, mask), head.weight, head.bias, logit_scale=head.logit_scale, softcap=head.softcap
-    ).float()
-    difference = torch.where(ours == expected, 0.0, (ours - expected).abs()).max()  # banned ids are -inf in both
-    largest = expected.masked_fill(expected == -torch.inf, 0.0).abs().max()
-    return (difference / largest).item() if difference != 0 else 0.0
+    return model_heads.head_error(model, _plain_head(model))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from minillm import UserError
+from minillm.kernels.model_heads import model_body
 
 # Architectures that read a prompt in both directions and an answer from left to right: token_type_ids are 0 and 1.
 _PREFIX_READERS = {"paligemma"}
@@ -43,22 +44,10 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     Where a model of images and text has a whole language model inside, head and all (Llama 4), it is the one of that,
     which takes ids alone. Raises UserError where there is none.
     """
-    if model.base_model is not model:
-        return model.base_model
-    embeddings = model.get_input_embeddings()
-    found = [
-        child
-        for child in model.children()
-        if isinstance(child, PreTrainedModel) and any(module is embeddings for module in child.modules())
-    ]
-    if len(found) == 1 and found[0].get_output_embeddings() is not None:
-        return decoder(found[0])
-    if len(found) != 1:
-        raise UserError(
-            f"{type(model).__name__} computes its logits without a module below the LM head that could be run by itself; "
-            "choose a model of another architecture"
-        )
-    return found[0]
+    try:
+        return model_body(model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -31,7 +31,7 @@ WRONG = {
     "softcap": (lambda h, w: (h, LMHead.sum_of(w[0], LMHead(w[1], softcap=-1))), r"head.heads\[1\].softcap must be a pos"),
     "scale": (lambda h, w: (h, LMHead.sum_of(LMHead(w[0], logit_scale=0), w[1])), r"head.heads\[0\].logit_scale must be"),
     "dtype": (lambda h, w: (h, LMHead.sum_of(w[0], w[1].double())), r"head.heads\[1\].weight is torch.float64"),
-    "LoRA": (lambda h, w: (h, LMHead.sum_of(Adapter(), w[1])), r"head.heads\[0\] is a Adapter.*merge the adapter"),
+    "LoRA": (lambda h, w: (h, LMHead.sum_of(Adapter(), w[1])), r"head.heads\[0\] is wrapped by an adapter"),
 }  # fmt: skip
 
 
