@@ -1,8 +1,49 @@
-"""Packaging. Ranges are what the code is written for; constraints.txt pins what was tested."""
+"""Packaging. Ranges end where nothing newer has been tried; constraints.txt pins what the README's commands install.
+
+Tried beside the pins, each in an environment of its own with tests/kernels and configs/tiny.yaml: torch 2.15.0 and
+transformers 5.24.0. Of triton, peft, trl, lightning and accelerate the pins are the newest there are.
+"""
 
 from pathlib import Path
 
 from setuptools import setup
+
+# The trainer: every verb of the command line. The losses need none of it.
+TRAIN = [
+    "numpy>=1.26",
+    "transformers>=5.17,<6",
+    "safetensors>=0.5",
+    "pydantic>=2.11,<3",
+    "pyyaml>=6",
+    "jinja2>=3.1",
+    "rich>=13.7",
+    "datasets>=4",
+    "rouge-score>=0.1.2",
+    "matplotlib>=3.9",
+    "pillow>=10.3",
+    "tensorboard>=2.17",
+]
+# What keys of a configuration need beyond that; each brings the trainer along.
+FEATURES = {
+    "deepspeed": ["deepspeed>=0.19,<0.20"],
+    "gguf": ["gguf>=0.10", "accelerate>=1.1"],
+    "lora": ["peft>=0.21,<0.22"],
+    "quantization": ["bitsandbytes>=0.49,<0.51", "accelerate>=1.1"],
+    "flash": ["flash-attn>=2.7"],
+    "images": ["num2words>=0.5.12"],  # for SmolVLM's processor alone
+    "test": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.115",
+        "ruff>=0.9",
+        "deepspeed>=0.19,<0.20",
+        "peft>=0.21,<0.22",
+        "bitsandbytes>=0.49,<0.51",
+        "accelerate>=1.1",
+        "trl>=1.16,<2",
+        "lightning>=2.6,<3",
+    ],
+}
 
 setup(
     name="minillm",
@@ -27,6 +68,7 @@ setup(
         "minillm.engine",
         "minillm.evaluate",
         "minillm.experiment",
+        "minillm.integrations",
         "minillm.methods",
         "minillm.models",
         "minillm.planning",
@@ -37,40 +79,9 @@ setup(
         "minillm.teachers",
         "minillm.train",
     ],
-    install_requires=[
-        "torch>=2.11,<2.14",
-        "numpy>=1.26",
-        "triton>=3.6; platform_system == 'Linux'",
-        "transformers>=5.17,<6",
-        "safetensors>=0.5",
-        "pydantic>=2.11,<3",
-        "pyyaml>=6",
-        "jinja2>=3.1",
-        "rich>=13.7",
-        "datasets>=4",
-        "rouge-score>=0.1.2",
-        "matplotlib>=3.9",
-        "pillow>=10.3",
-        "tensorboard>=2.17",
-    ],
-    extras_require={
-        "deepspeed": ["deepspeed>=0.19,<0.20"],
-        "gguf": ["gguf>=0.10", "accelerate>=1.1"],
-        "lora": ["peft>=0.21,<0.22"],
-        "quantization": ["bitsandbytes>=0.49,<0.51", "accelerate>=1.1"],
-        "flash": ["flash-attn>=2.7"],
-        "images": ["num2words>=0.5.12"],  # for SmolVLM's processor alone
-        "test": [
-            "pytest>=8.3",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.115",
-            "ruff>=0.9",
-            "deepspeed>=0.19,<0.20",
-            "peft>=0.21,<0.22",
-            "bitsandbytes>=0.49,<0.51",
-            "accelerate>=1.1",
-        ],
-    },
+    package_data={"minillm": ["py.typed"]},
+    install_requires=["torch>=2.11,<2.16", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={"train": TRAIN} | {name: TRAIN + packages for name, packages in FEATURES.items()},
     entry_points={"console_scripts": ["minillm=minillm.cli.main:program"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
 )

@@ -1,7 +1,8 @@
 """The text and the exit status for an exception that ends a command.
 
-Three kinds: an error for the person at the terminal (UserError), a failure of the machine (a full disk, a file that may
-not be written, no memory left), and everything else, which is a defect of minillm and keeps its traceback.
+Four kinds: an error for the person at the terminal (UserError), a package of the trainer that is not installed, a
+failure of the machine (a full disk, a file that may not be written, no memory left), and everything else, which is a
+defect of minillm and keeps its traceback.
 """
 
 import errno
@@ -25,6 +26,11 @@ OF_THE_MACHINE = frozenset(
 # The way to go on after an interruption, or once the machine is right again.
 CONTINUE = {"train": "--resume goes on from the last checkpoint", "experiment": "the same command goes on"}
 
+# What the extra `train` installs, {name to import: name to install}: a verb may find any of them missing.
+TRAINER_PACKAGES = {
+    name: name for name in "numpy transformers safetensors pydantic jinja2 rich datasets matplotlib tensorboard".split()
+} | {"yaml": "pyyaml", "rouge_score": "rouge-score", "PIL": "pillow"}
+
 
 def describe(error: BaseException, argv: Sequence[str]) -> tuple[str, int]:
     """(text for stderr, exit status) of an exception that ended the command `argv`."""
@@ -33,6 +39,12 @@ def describe(error: BaseException, argv: Sequence[str]) -> tuple[str, int]:
         return _line(f"interrupted; {go_on}" if go_on else "interrupted"), INTERRUPTED
     if isinstance(error, UserError):
         return _line(str(error)), error.exit_status
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAINER_PACKAGES:
+        verb = " ".join(["minillm", *argv[:1]])
+        return _line(
+            f"`{verb}` needs {TRAINER_PACKAGES[error.name]}, which is not installed: pip install -e '.[train]' in "
+            "minillm's folder"
+        ), UserError.exit_status
     refused = _machine_failure(error)
     if refused is not None:
         return _line(f"{refused}; set that right, and {go_on}" if go_on else refused), STOPPED

@@ -1,6 +1,7 @@
 """What a failure prints, and its exit status."""
 
 import errno
+import importlib
 import json
 import os
 import resource
@@ -55,6 +56,22 @@ def test_an_error_for_the_person_is_its_text(folder, fake, capsys):
     fake("minillm.train.run", run=lambda plan, *, resume, console: find_files("nothing/*.jsonl"))
     assert main(["train", "run.yaml"]) == 2
     assert capsys.readouterr().err == "minillm: nothing/*.jsonl: no such file\n"
+
+
+def test_a_package_of_the_trainer_that_is_missing_is_named_with_the_command_that_installs_it(
+    folder, fake, monkeypatch, capsys
+):
+    """tests/test_wheel.py does without all of them; another package that is missing is a defect all the same."""
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "minillm.gone", None)
+    fake("minillm.train.run", run=lambda plan, **options: importlib.import_module("rouge_score"))
+    assert main(["train", "run.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "minillm: `minillm train` needs rouge-score, which is not installed: pip install -e '.[train]' in minillm's folder\n"
+    )
+    fake("minillm.train.run", run=lambda plan, **options: importlib.import_module("minillm.gone"))
+    assert main(["train", "run.yaml"]) == 1
+    assert "this is a defect of minillm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
