@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -93,6 +96,16 @@ def reverse_kl(log_q: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:  # (N, V
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
+def packed(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """One row of several documents, every token of which has its label: the collators of the libraries ignore the first."""
+    ids = torch.cat([row["input_ids"] for row in rows])[None]
+    return {
+        "input_ids": ids,
+        "labels": ids.clone(),
+        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
+    }
+
+
 @pytest.fixture(scope="session")
 def reverse_kl_curve(setting, eager_curve) -> list[float]:
     return eager_curve(reverse_kl, setting.lines)
@@ -111,3 +124,30 @@ def example() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path) -> Callable[[Callable[[int], Any]], list[Any]]:
+    """A function that calls work(rank) in two forked processes of one gloo group; returns what they return, as JSON has it."""
+
+    def run(work: Callable[[int], Any]) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+        def rank(number: int) -> None:
+            torch.set_num_threads(1)
+            os.environ.update(group, RANK=str(number), LOCAL_RANK=str(number))
+            torch.distributed.init_process_group("gloo")
+            (tmp_path / f"{number}.json").write_text(json.dumps(work(number)))
+            torch.distributed.destroy_process_group()
+
+        processes = [multiprocessing.get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0, 0]
+        return [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+
+    return run

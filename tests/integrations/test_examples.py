@@ -1,15 +1,11 @@
 """Every example runs with the real library, and its loss falls along the curve of full logits in float64."""
 
-import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.integrations.conftest import ACCUMULATION, BATCH, EPOCHS, LEARNING_RATE, reverse_kl
-from tests.runs import in_a_child
 
 HUGGING_FACE = {
     "per_device_train_batch_size": BATCH,
@@ -36,6 +32,14 @@ def logged(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.fixture(scope="module")
+def half_of_both_curve(setting, eager_curve) -> list[float]:
+    def half_of_both(log_q, log_p, labels):
+        return 0.5 * reverse_kl(log_q, log_p, labels) - 0.5 * log_q.gather(-1, labels[:, None])[:, 0]
+
+    return eager_curve(half_of_both, setting.completions)
+
+
 def test_hugging_face_trainer(setting, example, reverse_kl_curve, tmp_path):
     """Texts of a micro-batch in one row without padding, counts that differ between micro-batches."""
     main = example("hugging_face_trainer").main
@@ -43,16 +47,23 @@ def test_hugging_face_trainer(setting, example, reverse_kl_curve, tmp_path):
     equal(logged(trainer), reverse_kl_curve)
 
 
-def test_trl_sft_trainer(setting, example, eager_curve, tmp_path):
-    """Prompts and completions, padded, through TRL's own preparation of data."""
-
-    def half_of_both(log_q, log_p, labels):
-        return 0.5 * reverse_kl(log_q, log_p, labels) - 0.5 * log_q.gather(-1, labels[:, None])[:, 0]
-
-    main = example("trl_sft_trainer").main
-    arguments = HUGGING_FACE | {"gradient_checkpointing": False}
-    trainer = main(setting.student, setting.teacher, setting.pairs, str(tmp_path), **arguments)
-    equal(logged(trainer), eager_curve(half_of_both, setting.completions))
+@pytest.mark.parametrize(
+    ("rows", "changed"),
+    [
+        ("padded", {}),
+        # rows of several documents: positions start again, and none is predicted from the one before it
+        ("packed", {"packing": True, "max_length": 64, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_trl_sft_trainer(setting, example, half_of_both_curve, tmp_path, rows, changed):
+    """Prompts and completions through TRL's own preparation of data."""
+    arguments = HUGGING_FACE | {"activation_checkpointing": False} | changed
+    trainer = example("trl_sft_trainer").main(
+        setting.student, setting.teacher, setting.pairs, str(tmp_path), **arguments
+    )
+    first = next(iter(trainer.get_train_dataloader()))
+    assert ("position_ids" in first and (first["position_ids"] == 0).sum() > 2) == (rows == "packed")
+    equal(logged(trainer), half_of_both_curve)
 
 
 def test_lightning_fit(setting, example, eager_curve, tmp_path):
@@ -88,33 +99,18 @@ def test_accelerate_loop(setting, example, reverse_kl_curve, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_fsdp2_loop_on_two_ranks(setting, example, reverse_kl_curve, tmp_path):
+def test_fsdp2_loop_on_two_ranks(setting, example, reverse_kl_curve, on_two_ranks):
     """The texts of a step lie on two ranks, four each with other counts of tokens: sums and gradients go over both."""
     main = example("fsdp2_loop").main
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
 
-    def rank(number: int):
-        def work():
-            os.environ.update(RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-            curve = main(
-                setting.student, setting.teacher, setting.text, epochs=EPOCHS, batch_size=BATCH * ACCUMULATION // 2,
-                learning_rate=LEARNING_RATE, param_dtype=torch.float32,
-            )  # fmt: skip
-            (tmp_path / f"{number}.json").write_text(json.dumps(curve))
+    def train(rank: int) -> list[float]:
+        return main(
+            setting.student, setting.teacher, setting.text, epochs=EPOCHS, batch_size=BATCH * ACCUMULATION // 2,
+            learning_rate=LEARNING_RATE, param_dtype=torch.float32,
+        )  # fmt: skip
 
-        return work
-
-    def both():
-        import threading
-
-        threading.Thread(target=in_a_child, args=(rank(1),)).start()
-        rank(0)()
-
-    assert in_a_child(both) == 0
-    for number in range(2):
-        equal(json.loads((tmp_path / f"{number}.json").read_text()), reverse_kl_curve)
+    for curve in on_two_ranks(train):
+        equal(curve, reverse_kl_curve)
 
 
 @pytest.mark.parametrize(
