@@ -29,7 +29,7 @@ FLOORS = (
     {"minillm"},  # the package's own __init__, with UserError
     {"kernels"},
     {"losses"},
-    {"distributed"},
+    {"distributed", "integrations"},
     {"config", "storage"},
     {"config.checks"},
     {"config.loader"},
@@ -116,6 +116,14 @@ def test_kernels_import_nothing_of_minillm_but_themselves():
         if room_of(module) == "kernels":
             others = {name for name in imports(tree, module, False) if name.split(".")[0] == "minillm"}
             assert all(name.startswith("minillm.kernels") for name in others), file
+
+
+def test_integrations_import_the_losses_alone():
+    """They are for other trainers than minillm's: whoever pastes one needs torch, triton and that trainer's library."""
+    for file, module, tree in parsed():
+        if room_of(module) == "integrations":
+            others = {name for name in imports(tree, module, file.endswith("__init__.py")) if name.startswith("minillm")}
+            assert all(room_of(name) in ("integrations", "losses") for name in others), file
 
 
 def test_an_import_upwards_is_found():
@@ -240,9 +248,9 @@ def test_what_only_says_the_name_is_fine(text):
     assert not any(knows_a_method(node, method_names()) for node in ast.walk(expression))
 
 
-def test_the_root_of_the_package_holds_folders_and_three_files():
+def test_the_root_of_the_package_holds_folders_three_modules_and_the_mark_of_types():
     files = {path.name for path in (ROOT / "minillm").iterdir() if path.is_file()}
-    assert files == {"__init__.py", "__main__.py", "losses.py"}
+    assert files == {"__init__.py", "__main__.py", "losses.py", "py.typed"}
     folders = {path.name for path in (ROOT / "minillm").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == {room for room in FLOOR if (ROOT / "minillm" / room).is_dir()}
 
