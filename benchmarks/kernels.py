@@ -1,7 +1,8 @@
 """`minillm bench kernels`: the fused losses beside plain torch and the peers that are installed.
 
 Every provider runs in a process of its own, in a new random order in every repeat; samples of all repeats are pooled.
-With --goals only what the goals of `goals` need runs, and the page says which were reached.
+With --goals only what the goals of `goals` need runs, and the page says which were reached; with --like what the losses
+cost at the shapes of a model of one's own.
 Needs torch alone (and triton on a GPU); plots need matplotlib.
 """
 
@@ -18,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from minillm.benchmarks import goals
+from minillm import UserError
+from minillm.benchmarks import goals, user_shapes
 from minillm.benchmarks.cases import LOSSES, Case, suite
 from minillm.benchmarks.machine import describe
 from minillm.benchmarks.measure import MODES
-from minillm.benchmarks.providers import PROVIDERS, YARDSTICK
+from minillm.benchmarks.providers import FULL_LOGITS, PROVIDERS, YARDSTICK
 from minillm.benchmarks.tables import Row, summarise, write_csv, write_markdown, write_plots
 
 
@@ -30,18 +32,25 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, writes results.csv, results.md and plots, prints the table. Returns the exit status."""
     arguments = _parser().parse_args(argv)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cases = _cases(arguments, device)
+    heads = user_shapes.heads_of(arguments.like, arguments.teacher) if arguments.like else None
+    cases = _cases(arguments, device) if heads is None else _cases_like(arguments, heads)
     if not cases:
         print("no case matches; --list shows them all", file=sys.stderr)
         return 2
+    if arguments.teacher and not arguments.like:
+        raise UserError("--teacher is that of a model named by --like")
     if arguments.list:
         print("\n".join(case.name for case in cases))
         return 0
     if arguments.goals and device != "cuda":
         print("--goals: they are about a GPU, and torch sees none here", file=sys.stderr)
         return 2
-    providers = arguments.providers or (goals.PROVIDERS if arguments.goals else PROVIDERS)
-    providers = list(dict.fromkeys([*providers, YARDSTICK]))
+    if heads is not None:
+        providers = [user_shapes.FULL, user_shapes.CURRENT, *user_shapes.OURS[device]]
+    else:
+        known = [name for name in PROVIDERS if name != FULL_LOGITS]
+        providers = arguments.providers or (goals.PROVIDERS if arguments.goals else known)
+        providers = list(dict.fromkeys([*providers, YARDSTICK]))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     folder = Path(arguments.output)
@@ -61,8 +70,12 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.goals:
                 verdicts = goals.as_markdown(goals.judge(rows, skipped))
             write_markdown(folder / "results.md", rows, skipped, machine, so_far, [], verdicts)
-    plots = write_plots(folder, rows)
-    print(write_markdown(folder / "results.md", rows, skipped, machine, settings, plots, verdicts))
+    plots = [] if heads is not None else write_plots(folder, rows)
+    page = write_markdown(folder / "results.md", rows, skipped, machine, settings, plots, verdicts)
+    if heads is not None:
+        page = user_shapes.as_text(arguments.like, heads, device, rows, skipped)
+        page += f"\nBeside other libraries:\n\n    {user_shapes.command(cases)}\n"
+    print(page)
     print(f"written to {folder}")
     return 0 if any(isinstance(row, Row) and row.provider != YARDSTICK for row in rows) else 1
 
@@ -76,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--match", help="only cases whose name contains this")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--like",
+        metavar="MODEL_OR_CONFIG",
+        help="full logits, a loss on them, and ours at the shapes of this model: a folder, a config.json, a hub name, or "
+        "a .yaml file of minillm; takes --tokens, --losses, --dtype, --ignored",
+    )
+    parser.add_argument("--teacher", metavar="MODEL", help="with --like: its teacher, by default of its own shapes")
     shapes = parser.add_argument_group("cases of your own, instead of the built-in ones")
     shapes.add_argument("--losses", nargs="+", choices=LOSSES)
     shapes.add_argument("--tokens", nargs="+", type=int)
@@ -114,6 +134,23 @@ def _cases(arguments: argparse.Namespace, device: str) -> list[Case]:
     return [case for case in cases if arguments.match is None or arguments.match in case.name]
 
 
+def _cases_like(arguments: argparse.Namespace, heads: user_shapes.Heads) -> list[Case]:
+    """The cases at the shapes of a user's model, forward and backward alone."""
+    taken = ("providers", "goals", "match", "shape", "top_k")
+    refused = [f"--{name.replace('_', '-')}" for name in taken if getattr(arguments, name)]
+    if refused:
+        raise UserError(f"--like says what is measured at which shapes; leave {' and '.join(refused)} out")
+    arguments.modes = ["full"]
+    cases = user_shapes.cases_of(
+        heads,
+        arguments.losses or user_shapes.LOSSES,
+        arguments.tokens or [user_shapes.TOKENS],
+        arguments.dtype,
+        arguments.ignored or [0.0],
+    )
+    return [replace(case, seed=arguments.seed) for case in cases]
+
+
 def _run(
     arguments: argparse.Namespace, device: str, cases: list[Case], providers: list[str], scratch: Path
 ) -> Iterator[list[dict]]:
@@ -126,12 +163,13 @@ def _run(
         "rep_ms": arguments.rep_ms,
         "oracles": str(scratch),
     }
-    exact = [case for case in cases if not arguments.goals or goals.runs("oracle", case)]
-    print(f"oracle: {len(exact)} case(s) in float64", file=sys.stderr)
-    oracle = {"provider": "oracle", "errors": False, "cases": [case.as_dict() for case in exact]}
-    failed = _process(job | oracle, arguments, scratch)
-    if failed:
-        raise SystemExit(f"the oracle failed: {failed[-1].get('skipped')}")
+    exact = [case for case in cases if not arguments.like and (not arguments.goals or goals.runs("oracle", case))]
+    if exact:
+        print(f"oracle: {len(exact)} case(s) in float64", file=sys.stderr)
+        oracle = {"provider": "oracle", "errors": False, "cases": [case.as_dict() for case in exact]}
+        failed = _process(job | oracle, arguments, scratch)
+        if failed:
+            raise SystemExit(f"the oracle failed: {failed[-1].get('skipped')}")
     order = random.Random(arguments.seed)
     results = []
     unavailable: set[str] = set()

@@ -22,6 +22,7 @@ from minillm.kernels.chunks import chunk_rows, logits_buffer
 CHECKPOINT_ROWS = 256
 LEAN = dict(weight_grad="bf16", chunk_bytes=640 * 2**20)  # half the logits and half the sum of the defaults
 YARDSTICK = "matmuls"
+FULL_LOGITS = "full_logits"  # computes no loss: runs where it is asked for
 
 
 def _ours(backend: str, inputs: Inputs, **options: object) -> Call:
@@ -103,6 +104,19 @@ def _eager(inputs: Inputs) -> Call:
     return run
 
 
+def _full_logits(inputs: Inputs) -> Call:
+    """Logits of all models and the gradient of the student's, in the dtype of the model, without any loss on them."""
+    hidden, teacher, *_ = inputs.kept()
+
+    def run() -> Tensor:
+        logits = F.linear(hidden, inputs.student_weight)
+        with torch.no_grad():  # held until the gradient of the student's has been made, as a loss would
+            run.held = F.linear(teacher, inputs.teacher_weight) if inputs.case.needs_teacher else None
+        return logits.mean()
+
+    return run
+
+
 def _compiled(inputs: Inputs) -> Call:
     rowwise = torch.compile(functools.partial(_rowwise, inputs), dynamic=False)
 
@@ -180,6 +194,7 @@ PROVIDERS: dict[str, Callable[[Inputs], Call]] = {
     "minillm_triton": functools.partial(_ours, "triton"),
     "minillm_triton_lean": functools.partial(_ours, "triton", **LEAN),
     "minillm_tiled": functools.partial(_ours, "tiled"),
+    FULL_LOGITS: _full_logits,
     "eager": _eager,
     "torch_compile": _compiled,
     "checkpointed": _checkpointed,

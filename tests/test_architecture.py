@@ -122,7 +122,9 @@ def test_integrations_import_the_losses_alone():
     """They are for other trainers than minillm's: whoever pastes one needs torch, triton and that trainer's library."""
     for file, module, tree in parsed():
         if room_of(module) == "integrations":
-            others = {name for name in imports(tree, module, file.endswith("__init__.py")) if name.startswith("minillm")}
+            others = {
+                name for name in imports(tree, module, file.endswith("__init__.py")) if name.startswith("minillm")
+            }
             assert all(room_of(name) in ("integrations", "losses") for name in others), file
 
 
