@@ -7,7 +7,7 @@ MINILLM_ASSETS ?= $(wildcard $(abspath ../shared/assets))
 export MINILLM_ASSETS
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test tiny lint mutants sweep clean
+.PHONY: quickstart test tiny lint types mutants sweep clean
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/minillm train configs/quickstart.yaml $(ARGS)
@@ -33,6 +33,10 @@ sweep: $(VENV)/test.installed
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# types of the public door and the integrations, as those who call them see them: a minute, seconds when repeated
+types: $(VENV)/test.installed
+	$(BIN)/mypy
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -42,6 +42,7 @@ FEATURES = {
         "accelerate>=1.1",
         "trl>=1.16,<2",
         "lightning>=2.6,<3",
+        "mypy>=2",
     ],
 }
 

@@ -42,7 +42,7 @@ class DistillationMixin(Base):
         refused = self._refused()
         if refused:
             raise ValueError(f"{type(self).__name__}: {refused}")
-        self.divergence, self.objective, self.loss_options = divergence, objective, dict(loss_options or {})
+        self.distillation: dict[str, Any] = {"divergence": divergence, "objective": objective, **(loss_options or {})}
         self.model_accepts_loss_kwargs = (
             True  # so that the Trainer counts num_items_in_batch, whatever the model's forward
         )
@@ -60,7 +60,7 @@ class DistillationMixin(Base):
             )
         if self.compute_loss_func is not None:
             return "compute_loss_func would be ignored; pass the loss as objective="
-        if getattr(self.model.config, "output_router_logits", False):
+        if getattr(getattr(self.model, "config", None), "output_router_logits", False):
             return (
                 "output_router_logits=True adds the router's balance loss to the model's own loss, which is not computed "
                 "here; set it to False in the student's configuration"
@@ -80,16 +80,7 @@ class DistillationMixin(Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss; with `return_outputs` also the model's outputs without a loss, from a forward pass of their own."""
-        options = dict(self.loss_options)
-        loss = distillation_loss(
-            model,
-            self.teacher,
-            inputs,
-            divergence=self.divergence,
-            objective=self.objective,
-            num_items=num_items_in_batch,
-            **options,
-        )
+        loss = distillation_loss(model, self.teacher, inputs, num_items=num_items_in_batch, **self.distillation)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the count is that of all ranks, and their gradients are averaged
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
