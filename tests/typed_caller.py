@@ -48,5 +48,5 @@ def wrong(hidden: Tensor, weight: Tensor, labels: Tensor, model: nn.Module) -> N
     linear_cross_entropy(hidden, weight, labels, beta=0.5)  # type: ignore[call-arg]
     linear_objective(hidden, weight, hidden, weight, labels, "reverse_kl")  # type: ignore[arg-type]
     LMHead.of("Qwen/Qwen3-0.6B")  # type: ignore[arg-type]
-    distillation_loss(model, model, {"labels": labels}, "forward_kl")  # type: ignore[misc]
+    distillation_loss(model, model, {"labels": labels}, "forward_kl")  # type: ignore[call-arg]
     HFDistillationTrainer(model)  # type: ignore[call-arg]

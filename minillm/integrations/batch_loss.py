@@ -91,7 +91,7 @@ def distillation_loss(
             total, _ = linear_objective(*rows, targets, objective, **options)
             loss = total / ((targets != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
         found.append(loss)
-        return Placeholder.apply(loss, hidden)  # type: ignore[no-any-return]
+        return Placeholder.apply(loss, hidden)
 
     with in_place_of_head(student, loss_of):
         output = student(**inputs)

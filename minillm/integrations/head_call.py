@@ -7,6 +7,7 @@ wrappers of DistributedDataParallel and their kind, which see a forward pass lik
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ class Placeholder(torch.autograd.Function):
     the parameters behind its output, or waits for the output's backward pass, finds the loss."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, hidden: Tensor) -> Tensor:  # (), (..., H) -> (..., 1)
+    def forward(ctx: Any, loss: Tensor, hidden: Tensor) -> Tensor:  # (), (..., H) -> (..., 1)
         ctx.like = loss.dtype
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].new_zeros((), dtype=ctx.like), None
