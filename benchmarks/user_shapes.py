@@ -150,7 +150,7 @@ def _mib(row: Row) -> str:
 
 
 def _saved(here: dict[str, Row], device: str) -> list[str]:
-    """What the first of our backends saves over the loss on full logits."""
+    """The saving of the first of our backends over the loss on full logits, in a sentence."""
     ours, theirs = here.get(OURS[device][0]), here.get(CURRENT)
     if ours is None or theirs is None:
         return []

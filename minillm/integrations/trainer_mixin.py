@@ -51,7 +51,7 @@ class DistillationMixin(Base):
             self.teacher.to(self.args.device)
 
     def _refused(self) -> str:
-        """Why the Trainer's arguments do not go together with this loss; empty where they do."""
+        """The reason for which the Trainer's arguments do not go together with this loss; empty where they do."""
         args = self.args
         if args.label_smoothing_factor:
             return (
