@@ -50,7 +50,7 @@ def bare(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bare")
     wheel.extractall(folder)
     for name in needed("torch", "triton"):
-        for file in importlib.metadata.files(name):
+        for file in importlib.metadata.files(name) or []:
             top = file.parts[0]
             if top not in ("..", "__pycache__") and not (folder / top).exists():
                 (folder / top).symlink_to(importlib.metadata.distribution(name).locate_file(top))
