@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -36,6 +37,7 @@ def main(student: str, teacher: str, pairs: str, output: str, **arguments: Any) 
         "learning_rate": 1e-5,
         "num_train_epochs": 1,
         "logging_steps": 1,
+        "bf16": torch.cuda.is_available(),  # TRL's default is True
     }
     trainer = SFTDistillationTrainer(
         model=student,
