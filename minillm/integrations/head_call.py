@@ -8,6 +8,7 @@ wrappers of DistributedDataParallel and their kind, which see a forward pass lik
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+class _StandIn:
+    """The forward of a head in whose place a function is; between the graphs of torch.compile, which sees the same object
+    in every forward pass and so compiles the model once."""
+
+    def __init__(self) -> None:
+        self.function: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:  # (..., H)
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._call)(hidden)
+        return self._call(hidden)
+
+    def _call(self, hidden: Tensor) -> Tensor:
+        assert self.function is not None
+        return self.function(hidden)
+
+
+_STAND_INS: WeakKeyDictionary[nn.Module, _StandIn] = WeakKeyDictionary()
+
+
 @contextmanager
 def in_place_of_head(model: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within, `model`'s head returns function(hidden states (..., H)) in the place of logits."""
     head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise ValueError(f"{type(unwrapped(model)).__name__} has no LM head; pass a model that answers in text")
+    stand_in = _STAND_INS.setdefault(head, _StandIn())
     before = head.__dict__.get("forward")  # of accelerate's hooks, say
-    head.forward = function
+    stand_in.function, head.forward = function, stand_in
     try:
         yield
     finally:
+        stand_in.function = None
         if before is None:
             del head.forward
         else:

@@ -89,3 +89,23 @@ def test_zero_3_gathers_the_head_for_its_call(setting, exact_gradients, on_two_r
             return {name: one.detach().clone() for name, one in student.named_parameters()}
 
     assert max(on_two_ranks(train)) < 2e-5
+
+
+def test_a_compiled_student_is_compiled_once(setting):
+    """The layers are one graph; the loss runs after it, and is another function in every step."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    student = AutoModelForCausalLM.from_pretrained(setting.student)
+    teacher = AutoModelForCausalLM.from_pretrained(setting.teacher)
+    batch = packed([{"input_ids": ids} for ids, _ in setting.lines])
+    expected = distillation_loss(student, teacher, batch)
+    compiled = torch.compile(student, backend=counter)
+    graphs = []
+    for _ in range(3):
+        loss = distillation_loss(compiled, teacher, batch)
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0 and graphs[-1] == graphs[0]
+    assert all(one.grad is not None for one in student.parameters())
