@@ -1,7 +1,8 @@
 """Packaging. Ranges end where nothing newer has been tried; constraints.txt pins what the README's commands install.
 
-Tried beside the pins, each in an environment of its own on a CPU: torch 2.15.0 with tests/integrations,
-configs/tiny.yaml and the files of tests/kernels before test_tensor_cores.py; transformers 5.24.0 with tests/integrations, the opening of models in tests/models and configs/tiny.yaml.
+Tried beside the pins, each in an environment of its own on a CPU: torch 2.15.0 with tests/integrations, configs/tiny.yaml
+and the files of tests/kernels before test_tensor_cores.py; transformers 5.24.0 with tests/integrations, the opening of
+models in tests/models and configs/tiny.yaml.
 Of triton, peft, trl, lightning and accelerate the pins are the newest there are.
 """
 
