@@ -54,10 +54,10 @@ def teacher_needed(
             why, reads = _why(method, "teacher")
             yield Found("teacher", f"missing: method {method.name} needs one{why}", reads)
         return
-    which = "this one" if isinstance(teacher, TeacherConfig) else "a cached one"
-    for ability in sorted(needs.required_abilities - teacher.abilities):
-        what = ABILITIES.get(ability, ability)
-        message = f"method {method.name} needs a teacher that can {what}, which {which} cannot"
+    lacking = [ABILITIES.get(ability, ability) for ability in sorted(needs.required_abilities - teacher.abilities)]
+    if lacking:
+        which = "this one" if isinstance(teacher, TeacherConfig) else "a cached one"
+        message = f"method {method.name} needs a teacher that can {' and '.join(lacking)}, which {which} cannot"
         yield Found("teacher", message, ("method.name",))
 
 

@@ -27,7 +27,7 @@ from minillm.config.wording import show
 
 NAME_MAX = 255  # bytes of one name, on all common file systems
 PATH_MAX = 4096 - 256  # bytes of a path on Linux, with room for what a run writes below it
-RESULTS: dict[Result, str] = {"model": "a model", "data": "data", "cache": "the rows of a cached teacher"}
+RESULTS: dict[Result, str] = {"model": "a model", "data": "data", "cache": "a cached teacher"}
 
 
 def places_exist(facts: Facts) -> Iterator[Found]:
@@ -112,7 +112,8 @@ def stage_problem(text: str, facts: Facts, *, leaves: Result | None = None) -> s
         method = facts.earlier[name].groups.get("method")
         if method is None or leaves is None or method.needs().result == leaves:
             return None
-        return f"stage {name!r} ({method.name}) leaves {RESULTS[method.needs().result]}, not {RESULTS[leaves]}"
+        left, wanted = RESULTS[method.needs().result], RESULTS[leaves].removeprefix("a ")
+        return f"stage {name!r} ({method.name}) leaves {left} and no {wanted}"
     if name == facts.name:
         return f"stage {name!r} is this one; a stage takes from those before it"
     if name in facts.all_stages:

@@ -158,7 +158,7 @@ def test_a_task_says_its_answer_and_a_positive_weight(recipe, tasks, key):
 
 
 def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):
-    monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"sample"}))
+    monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"read", "sample"}))
     assert preference()["teacher"] == (
         "method preference needs a teacher that can give hidden states of inner layers, which this one cannot"
     )
