@@ -4,6 +4,7 @@ Whatever was read lies in the system's page cache, which gives way to anything e
 """
 
 import json
+import mmap
 import struct
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class MappedTensors:
                 raise ValueError("it is cut off, or no safetensors file")
             (length,) = struct.unpack("<Q", start)
             header = json.loads(file.read(length))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         ends = [one["data_offsets"][1] for one in header.values()]
         if 8 + length + max(ends, default=0) != size:
@@ -39,11 +41,9 @@ class MappedTensors:
         self._arrays: dict[str, np.ndarray] = {}
         self._bfloat16 = {name for name, one in header.items() if one["dtype"] == "BF16"}
         for name, one in header.items():
-            shape, offset = tuple(one["shape"]), 8 + length + one["data_offsets"][0]
-            if 0 in shape:
-                self._arrays[name] = np.empty(shape, _NUMPY[one["dtype"]])
-            else:
-                self._arrays[name] = np.memmap(path, _NUMPY[one["dtype"]], "r", offset, shape)
+            kind, (first, last) = np.dtype(_NUMPY[one["dtype"]]), one["data_offsets"]
+            count = (last - first) // kind.itemsize
+            self._arrays[name] = np.frombuffer(mapped, kind, count, 8 + length + first).reshape(one["shape"])
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.kernels.chunks import chunk_rows
-from minillm.kernels.reference import logits
-from minillm.losses import LMHead, TopK, linear_token_stats
+from minillm.kernels.chunks import chunk_rows, logits_buffer
+from minillm.kernels.head import project, ready
+from minillm.losses import LMHead, linear_token_stats
 
 Parts = dict[str, Tensor]  # (N, ...) each
 LARGEST = 127  # of the whole numbers of int8
@@ -68,14 +68,16 @@ def likeliest(hidden: Tensor, head: LMHead, k: int) -> tuple[Tensor, Tensor]:  #
     """
     if k > len(head.weight):
         raise ValueError(f"k is {k}, and the head has {len(head.weight)} rows")
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    weight, bias = head.weight.to(wide), None if head.bias is None else head.bias.to(wide)
-    step = chunk_rows(
-        len(hidden), len(weight), models=2, itemsize=wide.itemsize, device=hidden.device, chunk_bytes=None
-    )
+    compute, wide, device = hidden.dtype, torch.promote_types(hidden.dtype, torch.float32), hidden.device
+    size, weight = len(head.weight), ready(head.weight, compute, wide)
+    step = chunk_rows(len(hidden), size, models=2, itemsize=wide.itemsize, device=device, chunk_bytes=None)
     ids, logprobs = [hidden.new_empty((0, k), dtype=torch.int64)], [hidden.new_empty((0, k), dtype=wide)]
     for chunk in hidden.split(step) if len(hidden) else ():
-        z = logits(chunk.to(wide), weight, bias, logit_scale=head.logit_scale, softcap=head.softcap)
+        z = project(chunk, weight, head.bias, compute, logits_buffer(len(chunk), size, wide, device))
+        z *= head.logit_scale
+        if head.softcap is not None:
+            banned = z == -torch.inf
+            z = (z / head.softcap).tanh_().mul_(head.softcap).masked_fill_(banned, -torch.inf)
         best = z.topk(k)
         ids.append(best.indices)
         logprobs.append(best.values - z.logsumexp(1, keepdim=True))
@@ -141,7 +143,3 @@ class StorageError:
     def _most(self, name: str, value: float) -> None:
         self.sums[name] = max(self.sums.get(name, 0.0), value)
 
-
-def top_k_of(parts: Mapping[str, Tensor]) -> TopK:  # {"ids": (N, k), "logprobs": (N, k)}
-    """The decoded parts as the losses take them."""
-    return TopK(parts["ids"], parts["logprobs"])

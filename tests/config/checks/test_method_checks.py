@@ -195,7 +195,7 @@ def test_adapters_are_for_a_student_that_is_trained(recipe, registered):
     stages["train"]["student"] = {"path": "stage:choose"}
     assert "leaves data and no model" in recipe.problems(stages=stages)["stages.train.student.path"]
     stages = {"train": {}, "again": {"data": {"corpus": {"path": "stage:train"}}}}
-    assert "leaves a model, no data" in recipe.problems(stages=stages)["stages.again.data.corpus.path"]
+    assert "leaves a model and no data" in recipe.problems(stages=stages)["stages.again.data.corpus.path"]
 
 
 def recipe_with_long_blocks(recipe, method):
