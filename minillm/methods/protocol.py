@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from minillm.config.root import StageConfig
 from minillm.data.documents import Documents
@@ -87,6 +88,7 @@ class TrainingData:
     report_progress: ProgressCallback = lambda what, done, total: None  # told how far long work inside `collect` is
     timing: Timing = field(default_factory=Timing)  # told what that work was
     documents: Documents | None = None  # of data.corpus, whole and in order: in the place of its blocks
+    tokenizer: PreTrainedTokenizerBase | None = None  # that the texts were read with
 
 
 class Item(Protocol):

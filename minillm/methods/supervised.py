@@ -16,6 +16,11 @@ def take_references(data: TrainingData, size: int) -> list[TokenSequence]:
     return [example.sequence for example in data.prompts.take(size)]
 
 
+def corpus_text(block: list[int], place: int = 0) -> TokenSequence:
+    """A block of plain text, of which all but the first id are predicted. `place` is its own in the data."""
+    return TokenSequence(block[:1], block[1:], key=place)
+
+
 def cross_entropy(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
     """-log q(label) a token."""
     return -stats.student_logprob, {"cross_entropy_nats": -stats.student_logprob.detach()}
@@ -67,5 +72,5 @@ def mixed_term(
 
 def pretraining_term(blocks: int, data: TrainingData, models: Models, *, weight: float, kd_ratio: float = 0.0) -> Term:
     """weight times the loss on the next blocks of plain text: cross-entropy, mixed with the forward KL by kd_ratio."""
-    texts = [TokenSequence(block[:1], block[1:]) for block in data.corpus.take(blocks)]
+    texts = [corpus_text(block) for block in data.corpus.take(blocks)]
     return mixed_term(texts, models, divergence="forward_kl", ce_ratio=1 - kd_ratio, name="pretraining", weight=weight)

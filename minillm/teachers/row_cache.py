@@ -1,8 +1,9 @@
 """A teacher's rows on disk, found by the text that they belong to.
 
 cache.json               the teacher, the texts, the form of the rows and its error, fingerprints, and the size of every shard
-index.safetensors        n texts in the order of their digests: `digest` (n, 2) uint64, `shard` (n,) int32, `first` (n,)
-                         int64, the first of its rows there, `rows` (n,) int32, and `crc32` (n,) uint32 of their bytes
+index.safetensors        n texts in the order of their digests: `leading` and `trailing` (n,) uint64, the halves of the
+                         digest, `shard` (n,) int32, `first` (n,) int64, the first of its rows there, `rows` (n,) int32,
+                         and `crc32` (n,) uint32 of their bytes
 rows-NNNNNN.safetensors  hidden (N, H), with int8 scale (N,); or ids and logprobs (N, k): texts one after the other
 head.safetensors         the LM head that turns hidden states into logits
 tokenizer/               the teacher's
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from minillm import UserError
 from minillm.config.paths import CACHE, STAGE, cache_folder, expand
+from minillm.distributed import collectives
 from minillm.models.batch import TokenSequence
 from minillm.storage.manifest import find_damage
 from minillm.storage.mapped_tensors import MappedTensors
@@ -52,11 +54,6 @@ def digest_of(sequence: TokenSequence) -> bytes:  # 16 bytes
         found.update(f"{name} {extra.dtype} {tuple(extra.shape)}".encode())
         found.update(extra.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.digest()
-
-
-def digests_of(sequences) -> np.ndarray:  # (n, 2) uint64
-    """The digests of many texts."""
-    return np.frombuffer(b"".join(map(digest_of, sequences)), dtype="<u8").reshape(-1, 2)
 
 
 def checksum(parts: Mapping[str, Tensor], names: tuple[str, ...]) -> int:
@@ -85,7 +82,8 @@ class RowCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        damage = find_damage(folder, contents=lambda name: not name.startswith("rows-"))
+        reads = collectives.rank() == 0
+        damage = find_damage(folder, contents=lambda name: reads and not name.startswith("rows-"))
         if damage is not None:
             raise UserError(f"{folder} is not whole ({damage}). Put the file back as it was, or {ANEW}")
         self.described: dict[str, Any] = json.loads((folder / CACHE).read_text(encoding="utf-8"))
@@ -93,9 +91,8 @@ class RowCache:
             raise UserError(f"{folder} was written by another version (format {self.described.get('format')}); {ANEW}")
         self.storage = RowStorage(**self.described["storage"])
         index = MappedTensors(folder / INDEX)
-        self._digests = index.array("digest")
-        self._columns = [index.array(name) for name in ("shard", "first", "rows", "crc32")]
-        self._leading = index.array("leading")
+        self._leading, self._trailing = index.array("leading"), index.array("trailing")
+        self._columns = [index.array(name) for name in Place._fields]
         self._shards: OrderedDict[int, MappedTensors] = OrderedDict()
 
     def __len__(self) -> int:
@@ -107,7 +104,7 @@ class RowCache:
         leading, trailing = np.frombuffer(digest, "<u8")
         place = int(np.searchsorted(self._leading, leading))
         while place < len(self._leading) and self._leading[place] == leading:
-            if self._digests[place, 1] == trailing:
+            if self._trailing[place] == trailing:
                 return Place(*(int(column[place]) for column in self._columns))
             place += 1
         return None
