@@ -143,9 +143,7 @@ def shards_student(engine: TorchEngine | DeepSpeedEngine) -> bool:
     return engine.type == "deepspeed" and engine.stage == 3
 
 
-def shards_teacher(
-    engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | CachedTeacherConfig | None
-) -> bool:
+def shards_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherConfig | CachedTeacherConfig | None) -> bool:
     """True where each rank will hold only a shard of every weight of the teacher. A quantised one is never sharded."""
     never = not isinstance(teacher, TeacherConfig) or teacher.quantization is not None
     return shards_student(engine) and not engine.replicate_teacher and not never

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of everything by which a tokenizer makes ids of a text."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    made_of = tokenizer.get_vocab() if fast is None else {**json.loads(fast.to_str()), "padding": None, "truncation": None}
+    made_of = (
+        tokenizer.get_vocab() if fast is None else {**json.loads(fast.to_str()), "padding": None, "truncation": None}
+    )
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 

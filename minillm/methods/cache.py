@@ -4,10 +4,12 @@ A later stage, or another run, learns from that with no teacher in memory. Hidde
 divergence over the full vocabulary; likeliest ids give it over k + 1 outcomes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from minillm.data.fingerprints import template_fingerprint, texts_fingerprint, tokenizer_fingerprint
@@ -30,6 +32,26 @@ from minillm.teachers.row_storage import RowStorage, StorageError
 MIB = 2**20
 
 
+class LazyTexts(Sequence[TokenSequence]):
+    """Texts that are made when they are asked for: several kinds, one after the other."""
+
+    def __init__(self, *kinds: tuple[Sequence[Any], Callable[[Any, int], TokenSequence]]):
+        """Args: kinds: what each is made of, and the way from an item and its place to a text."""
+        self._kinds = [(items, make) for items, make in kinds if len(items)]
+        self._ends = np.cumsum([len(items) for items, _ in self._kinds])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, place: int) -> TokenSequence:
+        kind = int(np.searchsorted(self._ends, place, side="right"))
+        if place < 0 or kind == len(self._kinds):
+            raise IndexError(f"text {place} of {len(self)}")
+        items, make = self._kinds[kind]
+        own = place - (int(self._ends[kind - 1]) if kind else 0)
+        return make(items[own], own)
+
+
 class TeacherCache(Method):
     """See the module. The texts of a shard are read side by side, at most train.per_device_train_batch_size of them, those
     of a like length together; shards are dealt to the ranks, and each is the same whoever writes it."""
@@ -49,7 +71,7 @@ class TeacherCache(Method):
         )
         finished = collectives.on_rank_0(lambda: shards.prepare(self._written_by(data)))
         texts = self._texts(data, models)
-        everything = [text for kind in texts.values() for text in kind]
+        everything = LazyTexts(*((kind, lambda text, place: text) for kind in texts.values()))
         pieces = shards.pieces(everything, finished)
         written = collectives.on_rank_0(lambda: [shards.is_written(piece) for piece in pieces])
         with models.reading("teacher"):
@@ -70,18 +92,18 @@ class TeacherCache(Method):
 
         collectives.on_rank_0(publish)
 
-    def _texts(self, data: TrainingData, models: Models) -> dict[str, list[TokenSequence]]:
+    def _texts(self, data: TrainingData, models: Models) -> dict[str, LazyTexts]:
         """The texts by their kinds, in the order of method.texts."""
         examples = [] if data.prompts is None else list(data.prompts.items)
         found = {}
         for kind in self.config.method.texts:
             if kind == "references":
-                found[kind] = [example.sequence for example in examples]
+                found[kind] = LazyTexts((examples, lambda example, place: example.sequence))
             elif kind == "answers":
                 answers = written_answers(data, models, self.config, temperature=self.config.rollout.temperature)
-                found[kind] = [example.answered(answers[example.index]) for example in examples]
+                found[kind] = LazyTexts((examples, lambda example, place: example.answered(answers[example.index])))
             else:
-                found[kind] = [corpus_text(block, place) for place, block in enumerate(data.corpus.items)]
+                found[kind] = LazyTexts((data.corpus.items, corpus_text))
         return found
 
     def _write(
@@ -136,7 +158,7 @@ class TeacherCache(Method):
             written_by["sampling"] = {**asdict(sampling), "seed": config.seed}
         return written_by
 
-    def _described(self, data: TrainingData, models: Models, texts: dict[str, list[TokenSequence]]) -> dict:
+    def _described(self, data: TrainingData, models: Models, texts: dict[str, LazyTexts]) -> dict:
         with models.teacher.head() as head:
             rows, width, dtype = *head.weight.shape, str(head.weight.dtype).removeprefix("torch.")
         return {

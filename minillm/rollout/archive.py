@@ -102,9 +102,7 @@ class AnswerArchive:
                 if before != value:
                     raise UserError(f"{self.path}: its answers have another {name}: {before}; asked for is {value}")
             lacking = [
-                key
-                for key, prompt in prompts.items()
-                if key not in found or found[key]["prompt_crc"] != _crc(prompt)
+                key for key, prompt in prompts.items() if key not in found or found[key]["prompt_crc"] != _crc(prompt)
             ]
             if lacking:
                 raise UserError(

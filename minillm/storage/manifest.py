@@ -84,9 +84,7 @@ def find_damage(
         return f"{error.filename or folder} cannot be read: {error.strerror}"
 
 
-def _find_difference(
-    folder: Path, manifest: dict[str, dict[str, Any]], contents: Callable[[str], bool]
-) -> str | None:
+def _find_difference(folder: Path, manifest: dict[str, dict[str, Any]], contents: Callable[[str], bool]) -> str | None:
     for name, expected in manifest.items():
         path = folder / name
         if not path.is_file():

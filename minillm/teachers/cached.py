@@ -47,6 +47,11 @@ class CachedTeacher:
         """The ids that end its answers."""
         return tuple(self.cache.described["end_ids"])
 
+    @property
+    def largest_id(self) -> int | None:
+        """The largest of its likeliest ids, None where it has hidden states."""
+        return self.cache.described["error"].get("largest_id")
+
     def holds(self, sequence: TokenSequence) -> bool:
         """True where the cache has the rows of a text."""
         return self.cache.find(digest_of(sequence)) is not None
@@ -67,7 +72,9 @@ class CachedTeacher:
             found.append(self.cache.read(place))
         parts = {name: torch.cat([one[name] for one in found]) for name in self.cache.storage.parts} if found else {}
         if not found or len(parts[self.cache.storage.parts[0]]) != len(batch.rows):
-            raise ValueError(f"a batch with {len(batch.rows)} rows must be of sequences with as many tokens of response")
+            raise ValueError(
+                f"a batch with {len(batch.rows)} rows must be of sequences with as many tokens of response"
+            )
         on_device = {name: part.to(self.device, non_blocking=True) for name, part in parts.items()}
         dtype = self._head.weight.dtype if "logprobs" in self.abilities else torch.float32
         return self.rows_of(self.cache.storage.decode(on_device, dtype))

@@ -122,7 +122,14 @@ class RowShards:
         for number in numbers:
             shard = self._open(number)
             rows, digests = shard.array("rows"), shard.array("digest").view(np.uint64)
-            values = (digests[:, 0], digests[:, 1], np.full(len(rows), number), rows.cumsum() - rows, rows, shard.array("crc32"))
+            values = (
+                digests[:, 0],
+                digests[:, 1],
+                np.full(len(rows), number),
+                rows.cumsum() - rows,
+                rows,
+                shard.array("crc32"),
+            )
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
             error.merge(StorageError(json.loads(shard.metadata["error"])))
@@ -155,15 +162,15 @@ class RowShards:
         try:
             return MappedTensors(self._path(number))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self._path(number)} cannot be read ({error}); delete it to have it written anew") from error
+            raise UserError(
+                f"{self._path(number)} cannot be read ({error}); delete it to have it written anew"
+            ) from error
 
     def _header(self) -> dict[str, Any]:
         return json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
 
     def _write_header(self, written_by: Mapping[str, Any], finished: Sequence[int]) -> None:
-        write_text(
-            self.folder / HEADER, json.dumps({"written_by": written_by, "finished": list(finished)}, indent=1)
-        )
+        write_text(self.folder / HEADER, json.dumps({"written_by": written_by, "finished": list(finished)}, indent=1))
 
     def _path(self, number: int) -> Path:
         return self.folder / shard_name(number)

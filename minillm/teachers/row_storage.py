@@ -1,7 +1,7 @@
 """The forms in which a teacher's rows lie on disk, their sizes, and the error that each adds.
 
-    hidden    last hidden states in float32, bfloat16 or float16; or int8 with h ~ scale * q, scale = max |h| / 127 of a row
-    top_k     the k likeliest ids and their log-probabilities in nats
+hidden    last hidden states in float32, bfloat16 or float16; or int8 with h ~ scale * q, scale = max |h| / 127 of a row
+top_k     the k likeliest ids and their log-probabilities in nats
 """
 
 from collections.abc import Mapping
@@ -99,6 +99,7 @@ class StorageError:
             tail = (1 - parts["logprobs"].double().exp().sum(1)).clamp_min(0)
             self._sum("tail", tail.sum().item())
             self._most("most_tail", tail.max().item())
+            self._most("most_id", parts["ids"].max().item())
             return
         stored = storage.decode(parts, hidden.dtype)["hidden"]
         difference = stored.double() - hidden.double()
@@ -126,7 +127,12 @@ class StorageError:
         sums = self.sums
         rows = int(sums.get("rows", 0))
         if "tail" in sums:
-            return {"rows": rows, "tail_probability_mean": sums["tail"] / rows, "tail_probability_most": sums["most_tail"]}
+            return {
+                "rows": rows,
+                "tail_probability_mean": sums["tail"] / rows,
+                "tail_probability_most": sums["most_tail"],
+                "largest_id": int(sums["most_id"]),
+            }
         compared = int(sums.get("compared", 0))
         return {
             "rows": rows,
@@ -142,4 +148,3 @@ class StorageError:
 
     def _most(self, name: str, value: float) -> None:
         self.sums[name] = max(self.sums.get(name, 0.0), value)
-

@@ -213,7 +213,8 @@ def _next_progress(before: Progress | None, stage: str, started: str) -> Progres
 
 def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
     """True where the teacher's own answers are evaluated in this stage: once a teacher and evaluation."""
-    if stage.config.teacher is None or not stage.config.eval.teacher:
+    teacher = stage.config.teacher
+    if teacher is None or not stage.config.eval.teacher or "evaluate" not in teacher.abilities:
         return False
 
     def key(other: Stage):

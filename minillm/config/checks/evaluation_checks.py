@@ -10,9 +10,7 @@ from minillm.config.models import CachedTeacherConfig, TeacherConfig
 from minillm.config.training import TrainConfig
 
 
-def measurable(
-    facts: Facts, eval: EvalConfig, teacher: TeacherConfig | CachedTeacherConfig | None
-) -> Iterator[Found]:
+def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherConfig | CachedTeacherConfig | None) -> Iterator[Found]:
     """All that is asked for can be measured."""
     why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
     if why is None and "read" not in teacher.abilities:
