@@ -23,7 +23,11 @@ OF_THE_MACHINE = frozenset(
     if hasattr(errno, name)
 )
 # The way to go on after an interruption, or once the machine is right again.
-CONTINUE = {"train": "--resume goes on from the last checkpoint", "experiment": "the same command goes on"}
+CONTINUE = {
+    "train": "--resume goes on from the last checkpoint",
+    "experiment": "the same command goes on",
+    "cache": "the same command goes on",
+}
 
 
 def describe(error: BaseException, argv: Sequence[str]) -> tuple[str, int]:

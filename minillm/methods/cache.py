@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minillm.data.fingerprints import template_fingerprint, texts_fingerprint, tokenizer_fingerprint
+from minillm.data.instructions import Example
 from minillm.distributed import collectives
 from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import corpus_text
@@ -94,17 +95,21 @@ class TeacherCache(Method):
 
     def _texts(self, data: TrainingData, models: Models) -> dict[str, LazyTexts]:
         """The texts by their kinds, in the order of method.texts."""
-        examples = [] if data.prompts is None else list(data.prompts.items)
+        examples = [] if data.prompts is None else data.prompts.items
         found = {}
         for kind in self.config.method.texts:
             if kind == "references":
                 found[kind] = LazyTexts((examples, lambda example, place: example.sequence))
             elif kind == "answers":
-                answers = written_answers(data, models, self.config, temperature=self.config.rollout.temperature)
-                found[kind] = LazyTexts((examples, lambda example, place: example.answered(answers[example.index])))
+                found[kind] = LazyTexts((examples, self._answered(data, models)))
             else:
                 found[kind] = LazyTexts((data.corpus.items, corpus_text))
         return found
+
+    def _answered(self, data: TrainingData, models: Models) -> Callable[[Example, int], TokenSequence]:
+        """The way from a prompt to its text with the answer that the teacher writes."""
+        answers = written_answers(data, models, self.config, temperature=self.config.rollout.temperature)
+        return lambda example, place: example.answered(answers[example.index])
 
     def _write(
         self,

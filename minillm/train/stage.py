@@ -85,7 +85,9 @@ class StageBuilder:
         if unbalanced is not None:
             self.console.note(unbalanced)
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
-        asked = (set() if needs.written_once else _asked(needs.samples)) | ({"student"} if held_out else set())
+        asked = _asked(needs.samples) | ({"student"} if held_out else set())
+        if models.teacher is not None and "sample" not in models.teacher.abilities:  # its answers are written
+            asked.discard("teacher")
         collectives.together(lambda: rollouts.check(*sorted(asked)))
         return StageTrainer(
             stage,

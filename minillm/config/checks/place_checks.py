@@ -8,8 +8,8 @@ from pathlib import Path
 from minillm import UserError
 from minillm.config.checks.facts import Facts, Found
 from minillm.config.keys import Place
-from minillm.config.needs import Result
 from minillm.config.nearest import nearest
+from minillm.config.needs import Result
 from minillm.config.paths import (
     BYTE_TOKENIZER,
     CACHE,
