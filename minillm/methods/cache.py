@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from minillm.data.corpus import block_text
 from minillm.data.fingerprints import template_fingerprint, texts_fingerprint, tokenizer_fingerprint
 from minillm.data.instructions import Example
 from minillm.distributed import collectives
 from minillm.methods.protocol import Item, Method, Term, TrainingData
-from minillm.methods.supervised import corpus_text
 from minillm.methods.written_answers import ARCHIVE, OF_THE_TEACHER, written_answers
 from minillm.models.access import row_hidden
 from minillm.models.batch import TokenSequence, collate
@@ -103,7 +103,7 @@ class TeacherCache(Method):
             elif kind == "answers":
                 found[kind] = LazyTexts((examples, self._answered(data, models)))
             else:
-                found[kind] = LazyTexts((data.corpus.items, corpus_text))
+                found[kind] = LazyTexts((data.corpus.items, block_text))
         return found
 
     def _answered(self, data: TrainingData, models: Models) -> Callable[[Example, int], TokenSequence]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from minillm import UserError
 from minillm.config.loader.run_plan import Stage
 from minillm.config.needs import Rows
+from minillm.data.corpus import block_text
 from minillm.data.fingerprints import template_fingerprint, tokenizer_fingerprint
-from minillm.methods.supervised import corpus_text
 from minillm.models.batch import TokenSequence
 from minillm.teachers.cached import CachedTeacher
 from minillm.train.stage_data import StageData
@@ -31,7 +31,7 @@ def require_cached_texts(teacher: CachedTeacher, stage: Stage, read: StageData) 
     if "references" in asked:
         texts["references"] = (example.sequence for example in read.prompts.examples)
     if "corpus" in asked:
-        texts["corpus"] = (corpus_text(block, place) for place, block in enumerate(read.corpus.blocks))
+        texts["corpus"] = (block_text(block, place) for place, block in enumerate(read.corpus.blocks))
     for kind, found in texts.items():
         total, lacking, first = 0, 0, None
         for place, text in enumerate(found):
