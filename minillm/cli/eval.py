@@ -28,6 +28,7 @@ from minillm.storage.atomic import write_text
 from minillm.storage.environment import read_start
 from minillm.storage.metrics_log import plain
 from minillm.teachers.open import open_named, teacher_tokenizer
+from minillm.train.cached_texts import UNMEASURED
 
 # The type of prompts in a data file, by the end of its name. Any other file is a configuration.
 DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
@@ -149,6 +150,8 @@ def evaluate_model(
         dtype=dtype,
         output_dir=plan.output_dir,
     )
+    if models.teacher is not None and "read" not in models.teacher.abilities:
+        console.note(UNMEASURED)
     rollouts = LocalRollouts(models, cuda_graphs=plan.rollout.cuda_graphs)
     # a model of a run is asked on the day of the run, as it was trained, whatever day it is
     run = run_folder(Path(resolve_path(path, plan.output_dir, verify=False)))

@@ -18,8 +18,9 @@ from minillm.data.instructions import Example
 from minillm.distributed import collectives
 from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.written_answers import ARCHIVE, OF_THE_TEACHER, written_answers
-from minillm.models.access import row_hidden
+from minillm.models.access import plain_head, row_hidden
 from minillm.models.batch import TokenSequence, collate
+from minillm.models.families import banned_id
 from minillm.models.processors import processor_of
 from minillm.models.tokenizers import end_ids
 from minillm.rollout.rollouts import Sampling
@@ -83,8 +84,7 @@ class TeacherCache(Method):
         def publish() -> None:
             numbers = shards.finish(finished, pieces)
             if keys.rows == "hidden":
-                with models.teacher.head() as head:
-                    write_head(head, folder / HEAD)
+                write_head(plain_head(models.teacher.model), folder / HEAD)
             (processor_of(models.tokenizer) or models.tokenizer).save_pretrained(folder / TOKENIZER)
             if "answers" in keys.texts:
                 (folder / ANSWERS).write_bytes((data.folder / ARCHIVE).read_bytes())
@@ -175,6 +175,7 @@ class TeacherCache(Method):
             "vocab_size": rows,
             "hidden_size": width,
             "head_dtype": dtype,
+            "picture_id": banned_id(models.teacher.model),
             "end_ids": list(end_ids(models.teacher.model, models.tokenizer)),
         }
 

@@ -122,7 +122,11 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 
     Raises UserError for a head that is not a plain linear layer (a LoRA-wrapped one would be ignored silently).
     """
-    head, banned = _plain_head(model), banned_id(model)
+    return without_id(plain_head(model), banned_id(model))
+
+
+def without_id(head: LMHead, banned: int | None) -> LMHead:
+    """A head that gives one id no probability; as it is for None, and for an id that it has no row for."""
     if banned is None or banned >= len(head.weight):
         return head
     bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
@@ -131,7 +135,8 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return replace(head, bias=bias.masked_fill(ban, -torch.inf))
 
 
-def _plain_head(model: PreTrainedModel) -> LMHead:
+def plain_head(model: PreTrainedModel) -> LMHead:
+    """`lm_head` with the token that stands for a picture."""
     head = model.get_output_embeddings()
     config = text_config(model.config)
     if head is None:
@@ -157,7 +162,7 @@ def head_error(model: PreTrainedModel) -> float:
     """The distance of the head of `lm_head` on `last_hidden` from the logits of the model: the largest difference, as a
     share of the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits
     that `lm_head` does not know."""
-    head = _plain_head(model)
+    head = plain_head(model)
     ids = torch.arange(8, device=model.device)[None] % len(head.weight)
     mask = torch.ones_like(ids)
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
@@ -173,7 +178,7 @@ def head_error(model: PreTrainedModel) -> float:
 def padding_error(model: PreTrainedModel) -> float:
     """The distance of the last hidden states of a text beside a longer one from those of it alone: the norm of the
     difference as a part of theirs. Not 0 to rounding where an architecture reads the padding at the right as text."""
-    ids = torch.arange(8, device=model.device)[None] % _plain_head(model).weight.shape[0]
+    ids = torch.arange(8, device=model.device)[None] % plain_head(model).weight.shape[0]
     short = ids[:, :5]
     alone = last_hidden(model, short, torch.ones_like(short)).float()
     mask = torch.ones_like(ids).repeat(2, 1)

@@ -186,7 +186,8 @@ def _cache(cache: CacheSize) -> str:
     if cache.total is None:
         return f"cache: {a_row}; how many there are is not known before the run, whose data or tokenizer is not here"
     most = "at most " if cache.at_most else ""
-    return f"cache: {most}{_gib(cache.total)} GiB on disk ({most}{cache.rows:,} rows of {cache.texts:,} texts, {a_row})"
+    size = f"{_gib(cache.total)} GiB" if cache.total >= GIB else f"{cache.total / 2**20:,.2f} MiB"
+    return f"cache: {most}{size} on disk ({most}{cache.rows:,} rows of {cache.texts:,} texts, {a_row})"
 
 
 def _without_steps(stage: StagePlan) -> Iterator[float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from minillm import UserError
 from minillm.config.needs import Ability
 from minillm.losses import LMHead, TopK
+from minillm.models.access import without_id
 from minillm.models.batch import TokenBatch, TokenSequence
 from minillm.storage.mapped_tensors import MappedTensors
 from minillm.teachers.row_cache import ANSWERS, HEAD, RowCache, digest_of
@@ -33,6 +34,7 @@ class CachedTeacher:
 
     def __init__(self, folder: Path, device: torch.device):
         self.cache, self.device = RowCache(folder), device
+        self.answers_beside_pictures = False  # as minillm.models.families.answer_beside_pictures
         self.answers_file = folder / ANSWERS if (folder / ANSWERS).is_file() else None
         can = {"logprobs": self.cache.storage.rows == "hidden", "answer": self.answers_file is not None}
         self.abilities: frozenset[Ability] = frozenset(name for name, able in can.items() if able)
@@ -46,6 +48,11 @@ class CachedTeacher:
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end its answers."""
         return tuple(self.cache.described["end_ids"])
+
+    @property
+    def picture_id(self) -> int | None:
+        """The id that stands for a picture, None for a teacher that sees none."""
+        return self.cache.described["picture_id"]
 
     @property
     def largest_id(self) -> int | None:
@@ -90,7 +97,7 @@ class CachedTeacher:
         """The head, whole on every rank. Raises UserError for a cache of likeliest ids."""
         if "logprobs" not in self.abilities:
             raise UserError(f"{self.cache.folder} holds likeliest ids, and no hidden states that a head could read")
-        yield self._head
+        yield without_id(self._head, self.picture_id if self.answers_beside_pictures else None)
 
     def close(self) -> None:
         self.cache.close()

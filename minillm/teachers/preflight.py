@@ -106,9 +106,15 @@ def _look_at_pictures(
         for _, model, tokenizer in pairs
     ]
     ids = {placeholder_id(model.config) for _, model, _ in pairs if model is not None}
+    cached = teacher if isinstance(teacher, CachedTeacher) else None
+    if cached is not None:
+        seeing[1], ids = cached.picture_id is not None, {*ids, cached.picture_id}
+    beside = all(seeing) and len(ids) == 1
     for _, model, _ in pairs:
         if model is not None:
-            answer_beside_pictures(model, all(seeing) and len(ids) == 1)
+            answer_beside_pictures(model, beside)
+    if cached is not None:
+        cached.answers_beside_pictures = beside
 
 
 def _check_model(who: str, model: PreTrainedModel) -> None:
