@@ -16,7 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     files, overrides = split(arguments.words)
     first = load_run(files, [word for word in overrides if not word.startswith("method.")])
-    stages = [stage for stage in first.stages if stage.config.method.needs().result == "cache"]
+    stages = [stage for stage in first.stages if stage.config.method.needs().result == "rows"]
     if not stages and len(first.stages) > 1:
         names = ", ".join(stage.name for stage in first.stages)
         raise UserError(

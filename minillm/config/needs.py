@@ -13,7 +13,7 @@ from minillm.config.lora import LoraConfig
 Sampler = Literal["student", "teacher", "mixture"]
 Rows = Literal["answers", "references", "pairs", "corpus"]
 Ability = Literal["read", "sample", "answer", "logprobs", "hidden", "layers", "train", "evaluate"]
-Result = Literal["model", "data", "cache"]  # what a stage leaves, as a later one names it
+Result = Literal["model", "data", "rows"]  # what a stage leaves, as a later one names it
 
 # What a teacher may be able to do beyond giving rows to the losses, as in "a teacher that can ...".
 ABILITIES: dict[Ability, str] = {

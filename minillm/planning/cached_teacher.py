@@ -92,7 +92,7 @@ def cached_head(stage: Stage, architectures: Architectures, output_dir: Path) ->
 def cache_size(stage: Stage, architectures: Architectures, output_dir: Path) -> CacheSize | None:
     """The size of what a stage will write, None where it writes no cache. Its data is read and tokenised for that."""
     keys = stage.config.method
-    if keys.needs().result != "cache":
+    if keys.needs().result != "rows":
         return None
     vocab_size, hidden_size = _head_of(stage, architectures)
     storage = RowStorage(keys.rows, keys.dtype, keys.k if keys.rows == "top_k" else hidden_size)

@@ -23,7 +23,7 @@ def write_caches(plan: RunPlan, *, console) -> list[Path]:
     Models of earlier stages must be there. Raises UserError as StageBuilder.prepare does, KeyboardInterrupt on Ctrl-C or
     SIGTERM, after which the same call goes on.
     """
-    stages = [stage for stage in plan.stages if stage.config.method.needs().result == "cache"]
+    stages = [stage for stage in plan.stages if stage.config.method.needs().result == "rows"]
     if all(stage.config.engine.type == "torch" for stage in stages):
         with hold_folder(plan.output_dir, note=console.note):
             return _write(plan, stages, console)

@@ -20,7 +20,7 @@ def is_prepared(stage: Stage, output_dir: Path) -> bool:
 
     Raises UserError where it is damaged, or was made by another configuration.
     """
-    grows = stage.config.method.needs().result == "cache"
+    grows = stage.config.method.needs().result == "rows"
     folder = output_dir / "stages" / stage.name
     if not (folder / PREPARED).is_file():
         return False

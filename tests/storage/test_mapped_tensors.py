@@ -46,6 +46,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     mapped = MappedTensors(path)
     assert mapped.rows("x", rows - 1, 1)[0, -1] == 3.5
-    for first in np.random.default_rng(0).integers(0, rows - 64, 200):
+    for first in np.random.default_rng(0).integers(0, rows - 64, 40):
         assert not mapped.rows("x", int(first), 64).any()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB; 12.5 MiB were read
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB; 2.5 MiB were read

@@ -27,7 +27,7 @@ from minillm.config.wording import show
 
 NAME_MAX = 255  # bytes of one name, on all common file systems
 PATH_MAX = 4096 - 256  # bytes of a path on Linux, with room for what a run writes below it
-RESULTS: dict[Result, str] = {"model": "a model", "data": "data", "cache": "a cached teacher"}
+RESULTS: dict[Result, str] = {"model": "a model", "data": "data", "rows": "a cached teacher"}
 
 
 def places_exist(facts: Facts) -> Iterator[Found]:
@@ -50,7 +50,7 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
         return f"{show(text)} holds the character NUL, which no path may"
     if place.kind == "folder":
         return folder_problem(text)
-    if place.kind == "cache":
+    if place.kind == "rows":
         return _cache_problem(text, facts)
     if place.kind == "files":
         if os.path.isdir(text):
@@ -128,7 +128,7 @@ def stage_problem(text: str, facts: Facts, *, leaves: Result | None = None) -> s
 
 def _cache_problem(text: str, facts: Facts) -> str | None:
     if text.startswith(STAGE):
-        return stage_problem(text, facts, leaves="cache")
+        return stage_problem(text, facts, leaves="rows")
     if not os.path.exists(text):
         return _not_there(text, "no such folder")
     if cache_folder(text) is None:

@@ -49,7 +49,7 @@ class Cache(MethodConfig):
             teacher=True,
             teacher_abilities=frozenset({"hidden", "sample"} if answers else {"hidden"}),
             trains=(),
-            leaves="cache",
+            leaves="rows",
         )
 
     def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
