@@ -220,12 +220,11 @@ def test_a_writing_that_is_killed_goes_on_to_the_same_cache(recipe, tmp_path, on
             die_after(events)
         write_caches(load_run([recipe], [f"output_dir={folder}", "stages.cache.method.shard_mib=4"]), console=Silent())
 
-    whole, killed, seen, events = tmp_path / "whole", tmp_path / "killed", [], 6
+    whole, killed, seen = tmp_path / "whole", tmp_path / "killed", []
     assert in_a_child(lambda: write_to(whole)) == 0
-    while os.WIFSIGNALED(status := in_a_child(lambda: write_to(killed, events))):
+    while os.WIFSIGNALED(status := in_a_child(lambda: write_to(killed, 6 + 12 * len(seen)))):
         shards = len(list(killed.glob("written/cache/rows/rows-*.safetensors")))
         seen.append((shards, (killed / "stages" / "cache").is_dir()))
-        events += 7
         assert len(seen) < 12, "it never ends"
     assert status == 0 and any(shards and not there for shards, there in seen), seen
     for path in (whole / "stages" / "cache").glob("*.safetensors"):
@@ -259,7 +258,7 @@ def test_ranks_write_what_one_process_does(recipe, models, in_ranks, tmp_path, o
         {"dtype": "float32"},
         {"dtype": "int8"},
         {"rows": "top_k", "dtype": "bfloat16", "k": 16},
-        {"texts": ["answers"]},
+        {"texts": ["answers"], "dtype": "float16"},
     ],
 )
 def test_a_plan_says_the_size_beforehand(recipe, models, cached, keys):
@@ -274,7 +273,7 @@ def test_a_plan_says_the_size_beforehand(recipe, models, cached, keys):
     if "texts" in keys:  # an answer is as long as it will be
         assert size.at_most and size.rows == 8 * 4 >= said["rows_total"] and size.total >= files - 2000
     else:
-        headers = 400 * len(list(teacher.cache.folder.glob("*.safetensors")))  # of shards of 8 KiB
+        headers = 500 * len(list(teacher.cache.folder.glob("*.safetensors")))  # of shards of 8 KiB
         assert size.rows == said["rows_total"] and not size.at_most
         assert files - headers <= size.total <= files and size.total == pytest.approx(files - headers, rel=0.05)
 

@@ -275,8 +275,8 @@ def test_what_a_cached_teacher_cannot_measure_is_refused(recipe, cached_in):
 
 def test_a_cached_teacher_is_where_its_path_says(recipe, cached_in):
     kd = {"name": "kd"}
-    found = recipe.problems(method=kd, teacher={"type": "cached", "path": "caches/two"})
-    assert found["teacher.path"] == "no such folder: caches/two (did you mean caches/one?)"
+    found = recipe.problems(method=kd, teacher={"type": "cached", "path": "caches/onee"})
+    assert found["teacher.path"] == "no such folder: caches/onee (did you mean caches/one?)"
     found = recipe.problems(method=kd, teacher={"type": "cached", "path": "models/big"})
     assert "is no cache: expected a folder with a cache.json" in found["teacher.path"]
     local = {"path": "models/big", "dtype": "bfloat16"}
