@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minillm import UserError
@@ -113,7 +113,7 @@ def write_head(head: LMHead, path: Path) -> None:
     tensors = {"weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-    save_file(tensors, path, metadata={"head": json.dumps(said)})
+    path.write_bytes(save(tensors, metadata={"head": json.dumps(said)}))  # `save_file` lets nobody else read it
 
 
 def read_head(path: Path, device: torch.device) -> LMHead:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 from torch import Tensor
 
@@ -142,7 +142,8 @@ class RowShards:
             for (name, parts), kind in zip(columns.items(), kinds, strict=True)
         }
         order = np.lexsort((joined["trailing"], joined["leading"]))
-        save_file({name: values[order] for name, values in joined.items()}, folder / INDEX)
+        index = {name: values[order] for name, values in joined.items()}
+        (folder / INDEX).write_bytes(save_arrays(index))  # `save_file` lets nobody else read it
         described = {
             "format": FORMAT,
             **described,
