@@ -88,8 +88,8 @@ class Needs:
 
     @property
     def alone(self) -> bool:
-        """True where the teacher is the only model of the stage."""
-        return "student" not in self.trains and self.reference is None
+        """True where the teacher is the only model of the stage: what it says is kept, and compared with nothing."""
+        return self.result == "rows"
 
     @property
     def required_abilities(self) -> frozenset[Ability]:

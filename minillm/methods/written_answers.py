@@ -2,12 +2,12 @@
 
 from dataclasses import asdict
 
+from minillm.config.models import CachedTeacherConfig
 from minillm.config.root import StageConfig
 from minillm.methods.protocol import TrainingData
 from minillm.rollout.archive import AnswerArchive
 from minillm.rollout.rollouts import Sampling
 from minillm.teachers.pair import Models
-from minillm.teachers.teacher import require_teacher
 
 ARCHIVE = "answers.jsonl"  # in the folder of a stage
 # The keys of the teacher that its answers depend on.
@@ -22,10 +22,9 @@ def written_answers(
     Raises UserError as AnswerArchive does, and for a cached teacher whose answers are to other prompts or were sampled in
     another way.
     """
-    require_teacher(models.teacher, "writing answers")
     rollout, examples = config.rollout, list(data.prompts.items)
     sampling = Sampling(rollout.max_new_tokens, temperature, rollout.top_k, rollout.top_p)
-    if "sample" not in models.teacher.abilities:
+    if isinstance(config.teacher, CachedTeacherConfig):
         return AnswerArchive(models.teacher.answers_file).read_matching(
             {example.index: example.prompt_ids for example in examples}, {"sampling": asdict(sampling)}
         )

@@ -193,7 +193,7 @@ class StageBuilder:
         for ability in sorted(needs.required_abilities):
             require_ability(teacher and teacher.teacher, ability, f"stage {stage.name!r}")
         device = engine_device(engine)
-        if needs.alone:
+        if "student" not in needs.trains and needs.reference is None:
             return open_models(None, teacher, output_dir=self.output_dir, device=device)
         hollow = sharded and collectives.rank() > 0
         copied = checkpoint is None and not hollow and teacher is not None and not is_sharded(teacher.teacher.model)

@@ -86,7 +86,7 @@ def recipe(tmp_path_factory, small_run) -> Path:
 def config_of(recipe: Path, **method) -> StageConfig:
     document = yaml.safe_load(recipe.read_text())
     keys = {key: document[key] for key in ("output_dir", "seed", "data", "rollout")}
-    teacher = {"path": str(recipe.parent / "teacher")}
+    teacher = method.pop("teacher", {"path": str(recipe.parent / "teacher")})
     train = {"max_steps": 1, "per_device_train_batch_size": 1}
     return StageConfig(**keys, student={"path": "s"}, teacher=teacher, method=method, train=train)
 
@@ -300,11 +300,13 @@ def test_answers_that_the_teacher_wrote_are_learned_from_without_it(recipe, mode
     pair = cached(dtype="float32", texts=["answers"])
     assert pair.teacher.abilities == {"answer", "logprobs"}
     keys = {"name": "seqkd", "kd_ratio": 0.5}
-    live, ours = (losses(recipe, one, tmp_path / str(place), **keys) for place, one in enumerate((models, pair)))
+    live = losses(recipe, models, tmp_path / "live", **keys)
+    keys["teacher"] = {"type": "cached", "path": str(pair.teacher.cache.folder)}
+    ours = losses(recipe, pair, tmp_path / "cached", **keys)
     assert ours["distillation"][0] == pytest.approx(live["distillation"][0].item(), rel=1e-5)
     with pytest.raises(UserError, match="answers.jsonl: its answers have another sampling: .*'temperature': 1.0"):
         losses(recipe, pair, tmp_path, **keys, temperature=0.5)
-    config = config_of(recipe, name="seqkd")
+    config = config_of(recipe, name="seqkd", teacher=keys["teacher"])
     shorter = config.model_copy(update={"data": config.data.model_copy(update={
         "prompts": config.data.prompts.model_copy(update={"prefix": "y"})})})  # fmt: skip
     with pytest.raises(UserError, match="has no answers to 8 of 8 prompts .the first is number 1."):
