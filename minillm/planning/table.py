@@ -74,8 +74,8 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "parameters": {
             "student": simulation.student.parameters,
             "student_trained": simulation.student.trained,
-            **({} if stage.student_side == "student" else {stage.student_side: simulation.student.parameters}),
             "teacher": None if simulation.teacher is None else simulation.teacher.parameters,
+            **({} if stage.student_side == "student" else {stage.student_side: simulation.student.parameters}),
         },
         "vocab_size": simulation.vocab_size,
         "peak_phase": stage.peak.phase,

@@ -278,6 +278,26 @@ def test_a_plan_says_the_size_beforehand(recipe, models, cached, keys):
         assert files - headers <= size.total <= files and size.total == pytest.approx(files - headers, rel=0.05)
 
 
+@pytest.mark.parametrize(("rows", "held"), [("hidden", 257 * 48 * 4), ("top_k", 0)])
+def test_a_plan_says_that_the_head_alone_is_loaded(recipe, capsys, rows, held):
+    words = [str(recipe), f"stages.cache.method.rows={rows}", "--gpu", "cpu"]
+    assert main(["plan", *words, "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    learns, writes = stages["student"], stages["cache"]
+    assert learns["cached_teacher"] == "stage:cache" and learns["parameters"]["teacher"] == held // 4
+    update = learns["memory_bytes"]["update"]["device"]
+    assert update.get("teacher weights", 0) == held
+    # two micro-batches of an answer of eight tokens wait: hidden states in fp32, or 64 ids with their log-probabilities
+    assert update["teacher hidden states"] == 2 * 8 * (48 * 4 if rows == "hidden" else 64 * 12)
+    assert "scoring" not in learns["memory_bytes"] and "cached_teacher" not in writes
+    assert writes["cache"]["rows"] == 286 and writes["cache"]["bytes"] > 286 * writes["cache"]["bytes_per_row"]
+    assert set(writes["memory_bytes"]) == {"scoring"} and writes["parameters"]["teacher"] > 60_000
+    assert main(["plan", *words]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the teacher is cached in stage:cache: its weights are not loaded, of them the head alone" in printed
+    assert "MiB on disk (286 rows of 40 texts," in printed
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_two_ranks_of_zero_3_learn_from_a_cache(recipe, start, finish):  # noqa: F811
     folder = recipe.parent / "two"
