@@ -57,7 +57,7 @@ class TeacherConfig(ModelConfig):
 
 
 class CachedTeacherConfig(Strict):
-    """What a teacher has said of given texts, read from disk; none of its weights but the head is loaded."""
+    """A teacher whose rows of given texts are read from disk; none of its weights but the head is loaded."""
 
     type: Literal["cached"]
     path: CachePath = Field(

@@ -83,7 +83,7 @@ class Needs:
 
     @property
     def result(self) -> Result:
-        """What the stage leaves to later ones."""
+        """The kind of result that the stage leaves to later ones."""
         return "model" if self.takes_steps else self.leaves or "data"
 
     @property
@@ -93,7 +93,7 @@ class Needs:
 
     @property
     def required_abilities(self) -> frozenset[Ability]:
-        """What the teacher must be able to do beyond giving rows of texts that are known before the stage begins."""
+        """The abilities of the teacher beyond giving rows of texts that are known before the stage begins."""
         required = set(self.teacher_abilities)
         if self.teacher and not self.takes_steps:
             required.add("read")

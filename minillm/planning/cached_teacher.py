@@ -27,7 +27,7 @@ BYTES_PER_TEXT = 68  # 32 in its shard, 36 in the index
 
 @dataclass(frozen=True)
 class CachedHead:
-    """What of a cached teacher is in memory: its head, and the rows of a step."""
+    """The part of a cached teacher that is in memory: its head, and the rows of a step."""
 
     vocab_size: int
     hidden_size: int

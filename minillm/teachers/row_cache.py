@@ -47,7 +47,7 @@ def shard_name(number: int) -> str:
 
 
 def digest_of(sequence: TokenSequence) -> bytes:  # 16 bytes
-    """What a text is known by: equal for equal prompts with equal responses that show the same."""
+    """The digest of a text: equal for equal prompts with equal responses that show the same."""
     found = hashlib.blake2b(struct.pack("<q", len(sequence.prompt)), digest_size=16)
     found.update(np.asarray([*sequence.prompt, *sequence.response], dtype="<i8").tobytes())
     for name, extra in sorted(sequence.extras.items()):
@@ -65,7 +65,7 @@ def checksum(parts: Mapping[str, Tensor], names: tuple[str, ...]) -> int:
 
 
 class Place(NamedTuple):
-    """Where the rows of a text are."""
+    """The place of a text in the shards."""
 
     shard: int
     first: int  # row

@@ -51,7 +51,7 @@ class RowStorage:
         return {"hidden": (hidden.float() / scale[:, None]).round().to(torch.int8), "scale": scale}
 
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Parts:
-        """What `rows_of` of a teacher takes: hidden states in the dtype of the head, or ids and log-probabilities."""
+        """The parts that `rows_of` of a teacher takes: hidden states in the dtype of the head, or ids and log-probabilities."""
         if self.rows == "top_k":
             return {"ids": parts["ids"].long(), "logprobs": parts["logprobs"].float()}
         hidden = parts["hidden"]

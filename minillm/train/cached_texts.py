@@ -49,7 +49,7 @@ def require_cached_texts(teacher: CachedTeacher, stage: Stage, read: StageData) 
 
 
 def _reasons(teacher: CachedTeacher, stage: Stage, read: StageData, kind: Rows) -> Iterator[str]:
-    """What differs between what the cache was written for and what the stage reads."""
+    """The differences between the texts that the cache was written for and those that the stage reads."""
     described = teacher.cache.described
     if kind not in described["texts"]:
         yield f"it was written for {', '.join(described['texts'])} (method.texts of the stage that wrote it)"

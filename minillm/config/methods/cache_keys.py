@@ -13,7 +13,7 @@ Storage = Literal["bfloat16", "float16", "float32", "int8"]
 
 
 class Cache(MethodConfig):
-    """What the teacher says of texts, written to disk once, so that later stages learn from it without its weights."""
+    """The rows of a teacher, written to disk once, so that later stages learn from it without its weights."""
 
     name: Literal["cache"]
     texts: list[Texts] = Field(
