@@ -56,6 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--json", action="store_true", help="for programs: bytes, FLOPs and seconds")
 
+    cache = verbs.add_parser(
+        "cache", help="have the teacher read the data once, and write what it says to disk for training without it"
+    )
+    _add_files(cache)
+
     experiment = verbs.add_parser(
         "experiment", help="train and measure every arm of an experiment; goes on where it was"
     )

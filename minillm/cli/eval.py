@@ -21,14 +21,14 @@ from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
 from minillm.models.locations import resolve_path
 from minillm.models.open import model_path, run_folder
-from minillm.models.tokenizers import load_tokenizer
 from minillm.reporting.analysis_figures import draw_analyses
 from minillm.reporting.console import Console
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
 from minillm.storage.environment import read_start
 from minillm.storage.metrics_log import plain
-from minillm.teachers.open import open_named
+from minillm.teachers.open import open_named, teacher_tokenizer
+from minillm.train.cached_texts import UNMEASURED
 
 # The type of prompts in a data file, by the end of its name. Any other file is a configuration.
 DATA_FILES = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
@@ -150,6 +150,8 @@ def evaluate_model(
         dtype=dtype,
         output_dir=plan.output_dir,
     )
+    if models.teacher is not None and "read" not in models.teacher.abilities:
+        console.note(UNMEASURED)
     rollouts = LocalRollouts(models, cuda_graphs=plan.rollout.cuda_graphs)
     # a model of a run is asked on the day of the run, as it was trained, whatever day it is
     run = run_folder(Path(resolve_path(path, plan.output_dir, verify=False)))
@@ -161,7 +163,7 @@ def evaluate_model(
         name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}", now=now)
         for name, prompts in plan.eval.sets.items()
     }
-    judges = None if plan.teacher is None else load_tokenizer(plan.teacher, plan.output_dir)
+    judges = None if plan.teacher is None else teacher_tokenizer(plan.teacher, plan.output_dir)
     require_shared_pictures({f"eval.sets.{name}": one for name, one in sets.items()}, models.tokenizer, judges)
     labels = {
         name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}", now=now)

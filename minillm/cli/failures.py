@@ -24,7 +24,11 @@ OF_THE_MACHINE = frozenset(
     if hasattr(errno, name)
 )
 # The way to go on after an interruption, or once the machine is right again.
-CONTINUE = {"train": "--resume goes on from the last checkpoint", "experiment": "the same command goes on"}
+CONTINUE = {
+    "train": "--resume goes on from the last checkpoint",
+    "experiment": "the same command goes on",
+    "cache": "the same command goes on",
+}
 
 # What the extra `train` installs, {name to import: name to install}: a verb may find any of them missing.
 TRAINER_PACKAGES = {

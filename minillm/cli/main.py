@@ -90,8 +90,19 @@ def _schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(arguments: argparse.Namespace) -> int:
+    from minillm.cli.cache_writing import run  # the method's file has the verb's name
+
+    return run(arguments)
+
+
 # Verbs of a few lines; every other one is `run` of the module of its name.
-VERBS: dict[str, Callable[[argparse.Namespace], int]] = {"validate": _validate, "report": _report, "schema": _schema}
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "validate": _validate,
+    "cache": _cache,
+    "report": _report,
+    "schema": _schema,
+}
 
 
 if __name__ == "__main__":

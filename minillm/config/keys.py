@@ -18,16 +18,17 @@ class Place:
 
     model: a folder, a .gguf file, a hub name, package:NAME/FILE or stage:NAME. tokenizer: the same, or `byte`.
     dataset: a folder or a hub name. files: a local file or a glob; in `data` also stage:NAME, for the files that a stage
-    without steps left. folder: a local folder, made where it is missing.
+    without steps left. rows: the folder of a cached teacher, or stage:NAME. folder: a local folder, made where it is missing.
     """
 
-    kind: Literal["model", "tokenizer", "dataset", "files", "folder"]
+    kind: Literal["model", "tokenizer", "dataset", "files", "rows", "folder"]
 
 
 ModelPath = Annotated[str, Place("model")]
 TokenizerPath = Annotated[str, Place("tokenizer")]
 DatasetPath = Annotated[str, Place("dataset")]
 FilesPath = Annotated[str, Place("files")]
+CachePath = Annotated[str, Place("rows")]
 FolderPath = Annotated[str, Place("folder")]
 
 LARGEST_SEED = 2**63 - 1  # every generator of random numbers that is seeded takes 63 bits

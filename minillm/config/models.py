@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from minillm.config.keys import ModelPath, Strict, TokenizerPath
+from minillm.config.keys import CachePath, ModelPath, Strict, TokenizerPath, default_type
 from minillm.config.lora import LoraConfig
 from minillm.config.needs import ABILITIES, Ability
 from minillm.config.upcycle import UpcycleConfig
@@ -43,8 +43,10 @@ class ModelConfig(Strict):
 
 
 class TeacherConfig(ModelConfig):
-    """The model that judges. Its weights are never trained."""
+    """The model that judges, in this process or sharded over those of the run. Its weights are never trained."""
 
+    # left out where keys are written down: files of before there was another source have none
+    type: Literal["local"] = Field("local", exclude=True)
     path: ModelPath = Field(description=MODEL_PATH)
     quantization: Quantization | None = Field(
         None,
@@ -57,6 +59,24 @@ class TeacherConfig(ModelConfig):
         """The abilities of this source beyond giving rows to the losses: all, since its weights are here, but
         quantised ones are not trained."""
         return frozenset(ABILITIES) - ({"train"} if self.quantization is not None else set())
+
+
+class CachedTeacherConfig(Strict):
+    """A teacher whose rows of given texts are read from disk; none of its weights but the head is loaded."""
+
+    type: Literal["cached"]
+    path: CachePath = Field(
+        description="A folder that `minillm cache` or a stage of method cache wrote, the folder of a run that did nothing else, "
+        "or stage:NAME"
+    )
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """The most that such a source can do beyond giving rows; the cache itself says what of it it can."""
+        return frozenset({"answer", "logprobs"})
+
+
+Teacher = Annotated[TeacherConfig | CachedTeacherConfig, Field(discriminator="type"), default_type("local")]
 
 
 class StudentConfig(ModelConfig):

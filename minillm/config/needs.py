@@ -13,11 +13,15 @@ from minillm.config.lora import LoraConfig
 
 Sampler = Literal["student", "teacher", "mixture"]
 Rows = Literal["answers", "references", "pairs", "corpus"]
-Ability = Literal["sample", "hidden", "layers", "train", "evaluate"]
+Ability = Literal["read", "sample", "answer", "logprobs", "hidden", "layers", "train", "evaluate"]
+Result = Literal["model", "data", "rows"]  # what a stage leaves, as a later one names it
 
 # What a teacher may be able to do beyond giving rows to the losses, as in "a teacher that can ...".
 ABILITIES: dict[Ability, str] = {
+    "read": "read texts that are made while the stage runs",
     "sample": "answer prompts",
+    "answer": "give its answers to the prompts, written once",
+    "logprobs": "give the log-probability of any id",
     "hidden": "give its last hidden states",
     "layers": "give hidden states of inner layers",
     "train": "be trained",
@@ -75,12 +79,38 @@ class Needs:
     teacher_lora: LoraConfig | None = None  # adapters that are put into the teacher, and trained
     auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes
+    leaves: Result | None = None  # of a stage that takes no step; None: data
     because: dict[str, str] = field(default_factory=dict)
 
     @property
     def takes_steps(self) -> bool:
         """True where the stage trains anything. A stage without terms leaves a result of another kind than a model."""
         return bool(self.terms)
+
+    @property
+    def result(self) -> Result:
+        """The kind of result that the stage leaves to later ones."""
+        return "model" if self.takes_steps else self.leaves or "data"
+
+    @property
+    def alone(self) -> bool:
+        """True where the teacher is the only model of the stage: what it says is kept, and compared with nothing."""
+        return self.result == "rows"
+
+    @property
+    def required_abilities(self) -> frozenset[Ability]:
+        """The abilities of the teacher beyond giving rows of texts that are known before the stage begins."""
+        required = set(self.teacher_abilities)
+        if self.teacher and not self.takes_steps:
+            required.add("read")
+        # answers that the teacher has written once are texts like any other
+        fresh = self.samples and not (self.written_once and set(self.samples) == {"teacher"})
+        for term in self.terms:
+            if term.teacher and ("pairs" in term.rows or "answers" in term.rows and fresh):
+                required.add("read")
+            if term.teacher and term.labels > 1:
+                required.add("logprobs")
+        return frozenset(required)
 
     @property
     def teacher_reads(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from minillm import UserError
 
 PACKAGE, STAGE, BYTE_TOKENIZER = "package:", "stage:", "byte"
+CACHE = "cache.json"  # in the folder of a cached teacher
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -58,6 +59,12 @@ def package_file(text: str) -> Path:
         has = f"; it has {', '.join(alike)}" if alike else ""
         raise UserError(f"the Python package {name} has no file {file}{has}")
     return matching[0]
+
+
+def cache_folder(text: str) -> Path | None:
+    """The folder of the cached teacher that an expanded path leads to: itself, or that of a run of one stage; else None."""
+    folders = (Path(text), Path(text) / "stages" / "main")
+    return next((folder for folder in folders if (folder / CACHE).is_file()), None)
 
 
 def matching_files(pattern: str) -> list[Path]:

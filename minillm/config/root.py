@@ -10,7 +10,7 @@ from minillm.config.evaluation import EvalConfig
 from minillm.config.keys import FolderPath, Seed, Strict
 from minillm.config.method import MethodConfig
 from minillm.config.methods import Method
-from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.models import StudentConfig, Teacher
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import Group
 from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, TrainConfig
@@ -22,7 +22,7 @@ class StageConfig(Strict):
     output_dir: FolderPath = Field(description="The folder of everything that the run writes")
     seed: Seed = Field(0, description="Seed of the order of the data, of sampling and of fresh weights")
     student: StudentConfig
-    teacher: TeacherConfig | None = None
+    teacher: Teacher | None = None
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     method: Method

@@ -11,6 +11,7 @@ from minillm.data.documents import read_documents
 from minillm.data.sources import DataError
 from minillm.data.tokenization import require_end
 from minillm.data.windows import document_ids
+from minillm.models.batch import TokenSequence
 
 
 class Blocks(Sequence[list[int]]):
@@ -35,6 +36,11 @@ class Corpus:
 
     blocks: Sequence[list[int]]  # of block_size tokens each; the remainder of the last document is left out
     documents: int
+
+
+def block_text(block: list[int], place: int = 0) -> TokenSequence:
+    """A block of plain text as a response to its first id. `place` is its own in the data."""
+    return TokenSequence(block[:1], block[1:], key=place)
 
 
 def load_corpus(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:

@@ -15,7 +15,7 @@ KL rises is a student that collapsed onto a few answers.
     forward_kl_nats            token mean of KL(p || q) on the teacher's samples at temperature 1, always the same ones
     loss_nats                  token mean of -log q(reference)
 
-What cannot be measured (no teacher, no references) is absent. With several seeds every metric is the mean over them,
+What cannot be measured (no teacher or a cached one, no references) is absent. With several seeds every metric is the mean over them,
 and NAME_std their standard deviation where it was measured more than once.
 """
 
@@ -99,8 +99,8 @@ class Evaluator:
         """Answer every set with every seed and measure.
 
         Args:
-            models: the pair. Without a teacher, or with `eval.teacher` false, there are no divergences. Those that need
-                the teacher's answers are left out where it cannot sample.
+            models: the pair. Without a teacher, or with `eval.teacher` false, there are no divergences, nor with one that
+                cannot read answers of the moment. Those that need the teacher's answers are left out where it cannot sample.
             rollouts: what samples the answers.
             who: "teacher" measures the teacher's own answers, entropy and loss; its answers are those kept.
 
@@ -121,6 +121,7 @@ class Evaluator:
     def _evaluate_set(self, name: str, models: Models, rollouts: Rollouts, who: Who) -> tuple[Measurements, list[dict]]:
         examples, measured = self.sets[name].examples, Measurements()
         compares = who == "student" and models.teacher is not None and self.config.teacher
+        compares = compares and "read" in models.teacher.abilities  # the divergences are over answers of the moment
         # from here on the one measured is "the student"; the teacher's answers still come from what is kept
         subject = models if who == "student" else replace(models, student=models.teacher.model, teacher=None)
         shown: list[dict] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minillm import UserError
-from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.models import CachedTeacherConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
@@ -21,7 +21,7 @@ from minillm.storage.atomic import write_text
 from minillm.storage.environment import read_start
 from minillm.storage.manifest import published_damage
 from minillm.storage.metrics_log import plain
-from minillm.teachers.open import open_models
+from minillm.teachers.open import AnyTeacherConfig, open_models
 from minillm.teachers.pair import Models
 from minillm.train.model_cache import ModelCache
 from minillm.train.trainer import TrainingError
@@ -29,7 +29,7 @@ from minillm.train.trainer import TrainingError
 EVALUATION, TEACHERS, STARTED = "evaluation.json", "teachers", "started.txt"
 SEED = 0  # of the evaluation's samples
 Evaluators = tuple[Evaluator, Analyses]
-Config = TypeVar("Config", StudentConfig, TeacherConfig)
+Config = TypeVar("Config", StudentConfig, TeacherConfig, CachedTeacherConfig)
 
 
 class Measuring:
@@ -59,9 +59,10 @@ class Measuring:
         models = self._open(job, student, teacher)
         rollouts = LocalRollouts(models, cuda_graphs=self.experiment.stage(job.name).config.rollout.cuda_graphs)
         evaluators = self._load_evaluators(models, teacher, console)
-        if teacher is not None and not self._is_measured(folder):
+        itself = teacher is not None and "evaluate" in teacher.abilities
+        if itself and not self._is_measured(folder):
             self._write(folder, "teacher", evaluators, rollouts, console, model=teacher.path)
-        name = None if teacher is None else folder.name
+        name = folder.name if itself else None
         self._write(
             job.folder, "student", evaluators, rollouts, console, model=student.path, arm=job.name, teacher=name
         )
@@ -92,7 +93,7 @@ class Measuring:
         found = read_evaluation(folder)
         return found is not None and found.get("asked") == self._asked()
 
-    def _configs(self, job: Job) -> tuple[StudentConfig, TeacherConfig | None]:
+    def _configs(self, job: Job) -> tuple[StudentConfig, AnyTeacherConfig | None]:
         """The finished student of a job and its teacher, with folders for stage:NAME."""
         base = self.experiment.stage(job.name).config
         teacher = base.teacher and self._found(base.teacher, job)
@@ -107,7 +108,7 @@ class Measuring:
         """A model's configuration with the folder of what stage:NAME means."""
         found = {}
         for key in ("path", "tokenizer"):
-            text = getattr(config, key) or ""
+            text = getattr(config, key, None) or ""  # a cached teacher has its tokenizer with it
             if text.startswith(STAGE):
                 name = text.removeprefix(STAGE)
                 folder = result_folder(self.experiment, self.output, job.seed, name)
@@ -116,13 +117,13 @@ class Measuring:
                 found[key] = str(require_whole(folder))
         return config.model_copy(update=found)
 
-    def _open(self, job: Job, student: StudentConfig, teacher: TeacherConfig | None) -> Models:
+    def _open(self, job: Job, student: StudentConfig, teacher: AnyTeacherConfig | None) -> Models:
         device = engine_device(self.experiment.stage(job.name).config.engine)
         opened = self.cache.teacher(teacher, job.folder, device)
         models, _ = open_models(student, opened, output_dir=job.folder, device=device, seed=job.seed)
         return models
 
-    def _load_evaluators(self, models: Models, teacher: TeacherConfig | None, console) -> Evaluators:
+    def _load_evaluators(self, models: Models, teacher: AnyTeacherConfig | None, console) -> Evaluators:
         # with one teacher the tokenizer is one; without, every arm reads the sets with its own
         if teacher is None or self._evaluators[0] != teacher:
             config, tokenizer, now = self.experiment.evaluation, models.tokenizer, kept_start(self.output)

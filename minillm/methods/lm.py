@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from minillm.data.corpus import block_text
 from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import mixed_term
 from minillm.models.batch import TokenSequence
@@ -18,7 +19,7 @@ class LanguageModelling(Method):
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         numbered = data.corpus.take_numbered(self.step_size)
-        return [TokenSequence(block[:1], block[1:], key=place) for place, block in numbered]
+        return [block_text(block, place) for place, block in numbered]
 
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         ce_ratio = 1.0 - self.config.method.kd_ratio

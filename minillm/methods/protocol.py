@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from minillm.config.root import StageConfig
 from minillm.data.documents import Documents
@@ -88,6 +89,7 @@ class TrainingData:
     timing: Timing = field(default_factory=Timing)  # told what that work was
     pairs: Stream | None = None  # of minillm.data.pairs.AnswerPair
     documents: Documents | None = None  # of data.corpus, whole and in order: in the place of its blocks
+    tokenizer: PreTrainedTokenizerBase | None = None  # that the texts were read with
 
 
 class Item(Protocol):

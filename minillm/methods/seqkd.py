@@ -1,7 +1,8 @@
 """Sequence-level distillation (SeqKD, arXiv 1606.07947): the teacher answers every prompt once, the student imitates.
 
 The answers are written before the first step, in batches that survive a kill, and kept for later runs of the stage.
-With kd_ratio the loss is mixed with the forward KL to the teacher, as the released MiniLLM scripts do (0.5).
+A cached teacher has written them already. With kd_ratio the loss is mixed with the forward KL to the teacher, as
+the released MiniLLM scripts do (0.5).
 """
 
 from collections.abc import Sequence

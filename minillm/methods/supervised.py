@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from minillm.data.corpus import block_text
 from minillm.losses import TokenStats
 from minillm.methods.protocol import Item, Term, TrainingData, sequences_of
 from minillm.models.batch import TokenSequence, collate
@@ -67,5 +68,5 @@ def mixed_term(
 
 def pretraining_term(blocks: int, data: TrainingData, models: Models, *, weight: float, kd_ratio: float = 0.0) -> Term:
     """weight times the loss on the next blocks of plain text: cross-entropy, mixed with the forward KL by kd_ratio."""
-    texts = [TokenSequence(block[:1], block[1:]) for block in data.corpus.take(blocks)]
+    texts = [block_text(block) for block in data.corpus.take(blocks)]
     return mixed_term(texts, models, divergence="forward_kl", ce_ratio=1 - kd_ratio, name="pretraining", weight=weight)

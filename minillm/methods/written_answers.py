@@ -1,7 +1,10 @@
-"""Answers that the teacher writes once, before the first step, and that later runs of the stage find on disk."""
+"""Answers that the teacher writes once, before the first step, and that later runs of the stage find on disk; a cached
+teacher has written them already."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
+from minillm.config.models import CachedTeacherConfig
 from minillm.config.root import StageConfig
 from minillm.methods.protocol import TrainingData
 from minillm.models.batch import TokenSequence
@@ -9,6 +12,7 @@ from minillm.rollout.archive import AnswerArchive
 from minillm.rollout.rollouts import Sampling
 from minillm.teachers.pair import Models
 
+ARCHIVE = "answers.jsonl"  # in the folder of a stage
 # The keys of the teacher that its answers depend on.
 OF_THE_TEACHER = {"path", "revision", "dtype", "quantization"}
 
@@ -18,16 +22,21 @@ def written_answers(
 ) -> dict[int, list[int]]:
     """The teacher's answer to each prompt by its key: response ids, with the EOS of those that ended.
 
-    Those that are in the archive of the stage are taken from there. Raises UserError where that has answers of another
-    teacher, to other prompts, or sampled in another way.
+    Those that are in the archive of the stage are taken from there. All ranks call it together. Raises UserError
+    where that, or a cached teacher, has answers of another teacher, to other prompts, or sampled in another way.
     """
     rollout = config.rollout
-    archive = AnswerArchive(data.folder / "answers.jsonl")
+    sampling = Sampling(rollout.max_new_tokens, temperature, rollout.top_k, rollout.top_p)
+    if isinstance(config.teacher, CachedTeacherConfig):
+        return AnswerArchive(models.teacher.answers_file).read_matching(
+            {prompt.key: prompt.prompt for prompt in prompts}, {"sampling": asdict(sampling)}
+        )
+    archive = AnswerArchive(data.folder / ARCHIVE)
     with data.timing.of("rollout"):
         archive.write(
             data.rollouts,
             [prompt.prompt for prompt in prompts],
-            Sampling(rollout.max_new_tokens, temperature, rollout.top_k, rollout.top_p),
+            sampling,
             keys=[prompt.key for prompt in prompts],
             extras=[prompt.extras for prompt in prompts],
             seed=config.seed,

@@ -121,7 +121,11 @@ def lm_head(model: PreTrainedModel) -> LMHead:
 
     Raises UserError for a head that is not a plain linear layer (a LoRA-wrapped one would be ignored silently).
     """
-    head, banned = _plain_head(model), banned_id(model)
+    return without_id(plain_head(model), banned_id(model))
+
+
+def without_id(head: LMHead, banned: int | None) -> LMHead:
+    """A head that gives one id no probability; as it is for None, and for an id that it has no row for."""
     if banned is None or banned >= len(head.weight):
         return head
     bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
@@ -130,7 +134,8 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return replace(head, bias=bias.masked_fill(ban, -torch.inf))
 
 
-def _plain_head(model: PreTrainedModel) -> LMHead:
+def plain_head(model: PreTrainedModel) -> LMHead:
+    """`lm_head` with the token that stands for a picture."""
     head = model.get_output_embeddings()
     if head is None:
         raise UserError(f"{type(model).__name__} has no LM head; choose a model that answers in text")
@@ -143,14 +148,14 @@ def head_error(model: PreTrainedModel) -> float:
     """The distance of the head of `lm_head` on the last hidden states from the logits of the model: the largest difference,
     as a share of the largest logit, over a few ids. Not 0 to rounding where the architecture does something to its logits
     that `lm_head` does not know."""
-    return model_heads.head_error(model, _plain_head(model))
+    return model_heads.head_error(model, plain_head(model))
 
 
 @torch.no_grad()
 def padding_error(model: PreTrainedModel) -> float:
     """The distance of the last hidden states of a text beside a longer one from those of it alone: the norm of the
     difference as a part of theirs. Not 0 to rounding where an architecture reads the padding at the right as text."""
-    ids = torch.arange(8, device=model.device)[None] % _plain_head(model).weight.shape[0]
+    ids = torch.arange(8, device=model.device)[None] % plain_head(model).weight.shape[0]
     short = ids[:, :5]
     alone = last_hidden(model, short, torch.ones_like(short)).float()
     mask = torch.ones_like(ids).repeat(2, 1)

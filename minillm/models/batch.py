@@ -42,6 +42,7 @@ class TokenBatch:
     labels: Tensor  # (N,) int64, the id that each row predicts
     lengths: tuple[int, ...]  # response tokens of each sequence
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # of all sequences, for the forward pass
+    sequences: tuple[TokenSequence, ...] = ()  # that it was made of, for a teacher that knows them by their texts
 
     @property
     def tokens(self) -> int:
@@ -95,6 +96,7 @@ def collate(sequences: Iterable[TokenSequence], pad_id: int) -> TokenBatch:
         labels=torch.tensor(labels, dtype=torch.int64),
         lengths=tuple(len(sequence.response) for sequence in sequences),
         extras=join_extras([sequence.extras for sequence in sequences]),
+        sequences=tuple(sequences),
     )
 
 

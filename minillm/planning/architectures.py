@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
-from minillm.config.models import ModelConfig, StudentConfig
+from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
 from minillm.config.sparse_architecture import upcycled_architecture
 from minillm.models.loading import changed_architecture
@@ -26,7 +26,7 @@ class Architectures:
     """The architectures of the models that a plan names."""
 
     def __init__(self, plan: RunPlan):
-        self._stages = {stage.name: stage for stage in plan.stages}
+        self.stages = {stage.name: stage for stage in plan.stages}
         self._folders = architecture_folders(plan.files)
 
     def student(self, stage: Stage) -> PreTrainedConfig:
@@ -46,8 +46,11 @@ class Architectures:
         return architecture
 
     def teacher(self, stage: Stage) -> PreTrainedConfig | None:
-        """Return the teacher's architecture, None where the stage has no teacher. Raises UserError as `student` does."""
-        return None if stage.config.teacher is None else self._read(stage.config.teacher)
+        """Return the teacher's architecture, None where the stage has no teacher, or none whose weights are loaded.
+
+        Raises UserError as `student` does.
+        """
+        return self._read(stage.config.teacher) if isinstance(stage.config.teacher, TeacherConfig) else None
 
     def _random(self, config: StudentConfig) -> PreTrainedConfig:
         keys = dict(config.config or {})
@@ -68,7 +71,7 @@ class Architectures:
     def _read(self, config: ModelConfig) -> PreTrainedConfig:
         path = expand(config.path)
         if path.startswith(STAGE):
-            return self.student(self._stages[path.removeprefix(STAGE)])
+            return self.student(self.stages[path.removeprefix(STAGE)])
         if is_hub_name(path):
             where, place = known_architecture(path, self._folders, config.revision), {}
         else:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.needs import Needs
 from minillm.planning.architectures import Architectures
+from minillm.planning.cached_teacher import CacheSize, cache_size, cached_head
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.setting import Setting
@@ -35,7 +38,9 @@ class StagePlan:
     speed: Speed | None  # None where the stage takes no step
     memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; UserError where the buffer does not divide
     not_counted: tuple[str, ...]  # what the method needs beside what the plan holds
-    student_side: str  # student, or reference: the model of the numbers called the student's
+    student_side: str  # student, reference or teacher: the model of the numbers called the student's
+    cached_in: str | None = None  # where the teacher's rows are, of whose weights the head alone is loaded
+    cache: CacheSize | None = None  # of a stage that writes one
 
     @property
     def peak(self) -> PhaseMemory:
@@ -82,7 +87,7 @@ def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> P
     stages, unplanned = [], {}
     for stage in plan.stages:
         try:
-            stages.append(_plan_stage(stage, architectures, device, world_size))
+            stages.append(_plan_stage(stage, architectures, device, world_size, plan.output_dir))
         except NothingToPlan as reason:
             unplanned[stage.name] = str(reason)
     if not stages:
@@ -95,24 +100,32 @@ def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world
     architectures = Architectures(plan)
     setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
     try:
-        student, teacher = architectures.student(stage), architectures.teacher(stage)
+        student, teacher = _architectures_of(stage, architectures)
+        head = cached_head(stage, architectures, plan.output_dir)
         work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
-        simulation = simulate(setting, work.moment, student, teacher, device)
+        simulation = simulate(setting, work.moment, student, teacher, device, head=head)
     except UserError:
         return None
     return max(phase.device_bytes for phase in memory_of(simulation, work, sharding, device)) / 2**30
 
 
-def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int) -> StagePlan:
-    config = stage.config
+def _architectures_of(stage: Stage, architectures: Architectures) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
+    """The models of a stage on the student's side and the teacher's; a teacher alone stands on the student's."""
+    teacher = architectures.teacher(stage)
+    return (teacher, None) if stage.config.method.needs().alone else (architectures.student(stage), teacher)
+
+
+def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int, output_dir: Path) -> StagePlan:
+    config, needs = stage.config, stage.config.method.needs()
     device = torch.device(gpu.kind)
-    student, teacher = architectures.student(stage), architectures.teacher(stage)
+    student, teacher = _architectures_of(stage, architectures)
+    head = cached_head(stage, architectures, output_dir)
 
     asked = config.train.gradient_checkpointing
 
     def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
         setting = Setting.of(config, checkpointing=checkpointing)
-        return simulate(setting, work.moment, student, teacher, device, phases=phases)
+        return simulate(setting, work.moment, student, teacher, device, head=head, phases=phases)
 
     def activations(checkpointing: bool) -> int | None:
         try:
@@ -141,8 +154,10 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         if work.terms
         else None,
         memory_on=memory,
-        not_counted=tuple(_not_counted(config.method.needs())),
-        student_side="student" if config.method.needs().reference is None else "reference",
+        not_counted=tuple(_not_counted(needs)),
+        student_side="teacher" if needs.alone else "student" if needs.reference is None else "reference",
+        cached_in=None if head is None else config.teacher.path,
+        cache=cache_size(stage, architectures, output_dir),
     )
 
 

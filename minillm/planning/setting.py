@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.config.lora import LoraConfig
-from minillm.config.models import Quantization
+from minillm.config.models import Quantization, TeacherConfig
 from minillm.config.root import StageConfig
 
 
@@ -22,24 +22,28 @@ class Setting:
     checkpointing: bool
     lora: LoraConfig | None
     teacher_lora: LoraConfig | None
+    student_quantization: Quantization | None = None  # of a teacher that is the only model
 
     @classmethod
     def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
         """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing."""
-        student = config.student_side
-        deepspeed = config.engine.type == "deepspeed" and config.method.needs().takes_steps
+        needs = config.method.needs()
+        teacher = config.teacher if isinstance(config.teacher, TeacherConfig) else None
+        student = teacher if needs.alone else config.student_side
+        deepspeed = config.engine.type == "deepspeed" and needs.takes_steps
         mixed = deepspeed and config.train.bf16  # DeepSpeed casts the weights, torch's autocast each use of them
-        teacher = config.teacher or student
+        beside = teacher or student
         return cls(
             student_dtype="bfloat16" if mixed else student.dtype,
-            teacher_dtype=teacher.dtype,
+            teacher_dtype=beside.dtype,
             student_attention=student.attn_implementation,
-            teacher_attention=teacher.attn_implementation,
-            teacher_quantization=None if config.teacher is None else config.teacher.quantization,
+            teacher_attention=beside.attn_implementation,
+            teacher_quantization=None if teacher is None else teacher.quantization,
             autocast=config.train.bf16 and not mixed,
             master_weights=deepspeed,
             gradients_stay=deepspeed,
             checkpointing=checkpointing,
-            lora=student.lora,
-            teacher_lora=config.method.needs().teacher_lora,
+            lora=None if needs.alone else student.lora,
+            teacher_lora=needs.teacher_lora,
+            student_quantization=teacher.quantization if needs.alone else None,
         )

@@ -31,6 +31,7 @@ from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
+from minillm.planning.cached_teacher import CachedHead
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
 from minillm.planning.quantized_layers import quantize
@@ -66,18 +67,19 @@ def simulate(
     teacher: PreTrainedConfig | None,
     device: torch.device,
     *,
+    head: CachedHead | None = None,
     phases: tuple[str, ...] = PHASES,
 ) -> Simulation:
-    """Run the phases on fake tensors, or remember them from before in this process.
+    """Run the phases on fake tensors, or remember them from before in this process. `head` is of a cached teacher.
 
     Raises UserError for an architecture that cannot be built or run without values.
     """
     texts = [None if one is None else one.to_json_string() for one in (student, teacher)]
-    key = (repr(setting), work, *texts, device.type, phases)
+    key = (repr(setting), work, *texts, device.type, head, phases)
     if key not in _DONE:
         try:
             with FakeTensorMode(), Ledger() as ledger:
-                _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger).run(phases)
+                _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger, head).run(phases)
         except VALUES_NEEDED as error:
             types = sorted({one.model_type for one in (student, teacher) if one is not None})
             raise UserError(
@@ -113,10 +115,21 @@ def _in_transformers(error: Exception) -> bool:
 
 
 class _Simulator:
-    def __init__(self, setting: Setting, work: Work, student, teacher, device: torch.device, ledger: Ledger):
-        self.setting, self.work, self.device, self.ledger = setting, work, device, ledger
+    def __init__(
+        self,
+        setting: Setting,
+        work: Work,
+        student,
+        teacher,
+        device: torch.device,
+        ledger: Ledger,
+        head: CachedHead | None,
+    ):
+        self.setting, self.work, self.device, self.ledger, self.head = setting, work, device, ledger, head
         with ledger.part("student weights"):
             model = build(student, setting.student_dtype, setting.student_attention)
+            if setting.student_quantization is not None:
+                quantize(model, setting.student_quantization)
             self.student = without_dropout(model).train()
             if not work.terms:  # nothing is trained
                 self.student.requires_grad_(False)
@@ -134,10 +147,14 @@ class _Simulator:
                 self.models["teacher"] = model.eval().requires_grad_(False)
                 if setting.teacher_lora is not None:
                     add_adapters(without_dropout(model).train(), setting.teacher_lora, seed=0)
+        if head is not None:
+            with ledger.part("teacher weights"):
+                self.head_weights = torch.empty(head.size.stored_bytes, dtype=torch.uint8)
         if setting.checkpointing:
             for model in self._training():  # no random state to preserve: there is no dropout
                 checkpoint_activations(model, preserve_rng_state=False)
-        self.vocab_size = min(lm_head(model).weight.shape[0] for model in self.models.values())
+        sizes = [lm_head(model).weight.shape[0] for model in self.models.values()]
+        self.vocab_size = min([*sizes, *([] if head is None else [head.vocab_size])])
         self.losses: dict[str, LossShape] = {}
         self.kv_bytes = dict.fromkeys(self.models, 0)
 
@@ -173,7 +190,7 @@ class _Simulator:
         return Simulation(
             phases,
             size_of(self.student, self.kv_bytes["student"]),
-            None if teacher is None else size_of(teacher, self.kv_bytes["teacher"]),
+            size_of(teacher, self.kv_bytes["teacher"]) if teacher is not None else self.head and self.head.size,
             self.vocab_size,
             self.losses,
         )
@@ -299,7 +316,8 @@ class _Simulator:
             parameter.grad = None
 
     def _term(self, term: TermShape) -> None:
-        shape = LossShape(term.rows, self.vocab_size, 2 if term.teacher else 1, self.device)
+        full = term.teacher and not (self.head is not None and self.head.k)  # a teacher with logits of its own
+        shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
         self.losses[term.name] = shape
         bf16 = self.setting.autocast
         batch = _batch(term.batch, term.length, term.rows)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from minillm.planning import gpus
 from minillm.planning.advice import Change
+from minillm.planning.cached_teacher import CacheSize
 from minillm.planning.ledger import PARTS
 from minillm.planning.planner import PlannedRun, StagePlan
 from minillm.planning.speed import Speed, flops_per_token
@@ -73,8 +74,8 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "parameters": {
             "student": simulation.student.parameters,
             "student_trained": simulation.student.trained,
-            **({} if stage.student_side == "student" else {stage.student_side: simulation.student.parameters}),
             "teacher": None if simulation.teacher is None else simulation.teacher.parameters,
+            **({} if stage.student_side == "student" else {stage.student_side: simulation.student.parameters}),
         },
         "vocab_size": simulation.vocab_size,
         "peak_phase": stage.peak.phase,
@@ -109,6 +110,8 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "estimated_seconds_per_step": speed and speed.seconds,
         **({} if stage.work.terms else {"flops_per_token": sum(_without_steps(stage))}),
         "smallest_world_size": stage.smallest_world_size(gpu),
+        **({} if stage.cached_in is None else {"cached_teacher": stage.cached_in}),
+        **({} if stage.cache is None else {"cache": {**vars(stage.cache), "bytes": stage.cache.total}}),
         **({"not_counted": list(stage.not_counted)} if stage.not_counted else {}),
     }
 
@@ -117,7 +120,8 @@ def _models(stage: StagePlan) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("", "parameters", "layers", "hidden", "KV cache a token", "vocabulary in use"):
         table.add_column(name, justify="right" if name else "left")
-    for who, size in ((stage.student_side, stage.simulation.student), ("teacher", stage.simulation.teacher)):
+    beside = "teacher" if stage.cached_in is None else "teacher's head"
+    for who, size in ((stage.student_side, stage.simulation.student), (beside, stage.simulation.teacher)):
         if size is not None:
             cache = f"{size.kv_bytes_per_token / 1024:,.0f} KiB" if size.kv_bytes_per_token else "-"
             table.add_row(
@@ -169,8 +173,21 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
     if stage.student_side != "student":
         yield Text(f"the {stage.student_side} model's memory stands in the student's rows")
+    if stage.cached_in is not None:
+        yield Text(f"the teacher is cached in {stage.cached_in}: its weights are not loaded, of them the head alone")
+    if stage.cache is not None:
+        yield Text(_cache(stage.cache))
     for what in stage.not_counted:
         yield Text(f"not counted: {what}")
+
+
+def _cache(cache: CacheSize) -> str:
+    a_row = f"{cache.bytes_per_row:,} bytes a token"
+    if cache.total is None:
+        return f"cache: {a_row}; how many there are is not known before the run, whose data or tokenizer is not here"
+    most = "at most " if cache.at_most else ""
+    size = f"{_gib(cache.total)} GiB" if cache.total >= GIB else f"{cache.total / 2**20:,.2f} MiB"
+    return f"cache: {most}{size} on disk ({most}{cache.rows:,} rows of {cache.texts:,} texts, {a_row})"
 
 
 def _without_steps(stage: StagePlan) -> Iterator[float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from minillm import UserError
 from minillm.config.data import PlainPrompts, Prompts
+from minillm.config.models import CachedTeacherConfig
 from minillm.config.needs import Needs, Rows, Sampler, TermNeeds
 from minillm.config.root import StageConfig
 from minillm.rollout.local.static_loop import static_room
@@ -140,10 +141,11 @@ def work_of(config: StageConfig, world_size: int) -> Work:
             )
         prompts = rollout.buffer_size // world_size
     side_by_side = min(rollout.batch_size, prompts or rollout.batch_size)
+    cached = isinstance(config.teacher, CachedTeacherConfig)
     return Work(
         decodings=tuple(
             Decoding(
-                SAMPLING_MODELS[sampler],
+                ("student",) if needs.alone else SAMPLING_MODELS[sampler],
                 side_by_side,
                 _prompt_length(_prompts(config)) if needs.few_shot is None else needs.few_shot.max_prompt_length,
                 rollout.max_new_tokens,
@@ -151,6 +153,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
                 rollout.cuda_graphs,
             )
             for sampler in needs.samples
+            if not (cached and sampler == "teacher")  # which has written its answers
         ),
         scorings=_scorings(config, needs, side_by_side, prompts),
         terms=_terms(config, needs),
@@ -183,7 +186,9 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
 
 def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int) -> tuple[Forward, ...]:
     """The forward passes without a gradient: of a buffer, of the terms' teacher, or of a stage that takes no step."""
-    micro, judges = config.train.per_device_train_batch_size, ("teacher", "student") if needs.teacher else ("student",)
+    micro, two = config.train.per_device_train_batch_size, needs.teacher and not needs.alone
+    judges = ("teacher", "student") if two else ("student",)
+    reader = () if isinstance(config.teacher, CachedTeacherConfig) else ("teacher",)
     step = micro * config.train.gradient_accumulation_steps
     if needs.buffered:
         answers = _text("answers", config)
@@ -191,13 +196,13 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
     if needs.takes_steps:
         return tuple(
             _longest(term, config).forward(
-                ("teacher", "student") if term.scored else ("teacher",),
+                (*reader, "student") if term.scored else reader,
                 micro,
                 statistics=term.scored or term.kept,
                 total=step,
             )
             for term in needs.terms
-            if term.teacher
+            if term.teacher and (reader or term.scored)
         )
     declared: dict[Rows, bool] = {"answers": bool(needs.samples), "references": needs.references, "pairs": needs.pairs,
                                   "corpus": needs.corpus}  # fmt: skip
@@ -240,11 +245,11 @@ def _prompts(config: StageConfig) -> Prompts:
 def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     """The passes of an evaluation: student and teacher answer, and both are run over answers and references."""
     keys, sets = config.eval, config.eval.sets.values()
-    if not sets:
+    if not sets or not config.method.needs().takes_steps:
         return ()
     prompt = max(_prompt_length(prompts) for prompts in sets)
     batch = min(keys.batch_size, max(prompts.limit or keys.batch_size for prompts in sets))
-    judged = config.teacher is not None and keys.teacher
+    judged = config.teacher is not None and keys.teacher and "read" in config.teacher.abilities
     longest = max(keys.max_new_tokens, *(prompts.max_response_length for prompts in sets))
     answering = [
         Decoding((name,), batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)

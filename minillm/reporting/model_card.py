@@ -108,7 +108,10 @@ def _step(stage: StageFiles) -> str:
         words += f", through {lora_words(**stage.lora)}, merged into the weights"
     if settings.get("teacher") and taught:
         bits = settings["teacher"].get("quantization")
-        words += f", with {_named(settings['teacher'].get('path'))}{f' in {bits}' if bits else ''} as the teacher"
+        cached = "what is cached in " if settings["teacher"].get("type") == "cached" else ""
+        words += (
+            f", with {cached}{_named(settings['teacher'].get('path'))}{f' in {bits}' if bits else ''} as the teacher"
+        )
     prompts = settings.get("data", {}).get("prompts") or {}
     if prompts:
         words += f", on prompts of {_named(prompts.get('path')) if prompts.get('path') else prompts['type']}"

@@ -85,6 +85,34 @@ class AnswerArchive:
         found = self._on_rank_0(lambda: self._read()[1])
         return {key: record["response"] for key, record in found.items()}
 
+    def read_matching(self, prompts: Mapping[int, list[int]], wanted: Record) -> dict[int, list[int]]:
+        """Key -> response ids of these prompts, from an archive that another run has written.
+
+        Args:
+            prompts: the ids of each prompt by its key.
+            wanted: entries that the archive's first line must have.
+
+        Raises UserError, which says what differs, for answers to other prompts, or that were sampled in another way.
+        """
+
+        def read() -> dict[int, Record]:
+            header, found, _ = self._read()
+            for name, value in wanted.items():
+                before = (header or {}).get(name)
+                if before != value:
+                    raise UserError(f"{self.path}: its answers have another {name}: {before}; asked for is {value}")
+            lacking = [
+                key for key, prompt in prompts.items() if key not in found or found[key]["prompt_crc"] != _crc(prompt)
+            ]
+            if lacking:
+                raise UserError(
+                    f"{self.path} has no answers to {len(lacking)} of {len(prompts)} prompts (the first is number "
+                    f"{min(lacking) + 1}): the data, its template or its tokenizer is another than it was written for"
+                )
+            return {key: found[key] for key in prompts}
+
+        return {key: record["response"] for key, record in self._on_rank_0(read).items()}
+
     def _on_rank_0(self, work: Callable[[], dict[int, Record]]) -> dict[int, Record]:
         if collectives.world_size() == 1:
             return work()

@@ -11,13 +11,13 @@ from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenBatch
 from minillm.models.modes import sampling_mode
 from minillm.models.sharded import fully_gathered, is_sharded, release
-from minillm.teachers.teacher import Ability, HiddenRows
+from minillm.teachers.teacher import ABILITIES, Ability, HiddenRows
 
 
 class LocalTeacher:
     """See the module; the protocol is minillm.teachers.teacher.Teacher."""
 
-    abilities: frozenset[Ability] = frozenset({"sample", "hidden", "layers", "train", "evaluate"})
+    abilities: frozenset[Ability] = frozenset(ABILITIES)
 
     def __init__(self, model: PreTrainedModel):
         self.model = model

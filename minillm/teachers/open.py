@@ -7,16 +7,20 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.models import CachedTeacherConfig, StudentConfig, TeacherConfig
 from minillm.distributed import collectives
 from minillm.models.device import pick_device
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.sharded import gathered
 from minillm.models.tokenizers import load_tokenizer
+from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row, preflight
-from minillm.teachers.teacher import Teacher
+from minillm.teachers.row_cache import TOKENIZER, find_cache
+from minillm.teachers.teacher import Teacher, require_ability
+
+AnyTeacherConfig = TeacherConfig | CachedTeacherConfig
 
 
 class OpenTeacher(NamedTuple):
@@ -26,13 +30,24 @@ class OpenTeacher(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
+def teacher_tokenizer(config: AnyTeacherConfig, output_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher; a cache has the one of whom it was written by. Raises UserError where it cannot be read."""
+    if isinstance(config, CachedTeacherConfig):
+        folder = find_cache(config.path, output_dir) / TOKENIZER
+        return load_tokenizer(TeacherConfig(path=str(folder), tokenizer=str(folder)), output_dir)
+    return load_tokenizer(config, output_dir)
+
+
 def open_teacher(
-    config: TeacherConfig, *, output_dir: Path, device: torch.device, sharded: bool = False
+    config: AnyTeacherConfig, *, output_dir: Path, device: torch.device, sharded: bool = False
 ) -> OpenTeacher:
     """The teacher of a configuration. All ranks call it together; of one that will be sharded, rank 0 reads the weights.
 
-    Raises UserError where it cannot be read.
+    Of a cached one no weights are read before its head is asked for. Raises UserError where it cannot be read.
     """
+    if isinstance(config, CachedTeacherConfig):
+        cached = collectives.together(lambda: CachedTeacher(find_cache(config.path, output_dir), device))
+        return OpenTeacher(cached, teacher_tokenizer(config, output_dir))
     hollow = sharded and collectives.rank() > 0
     model = collectives.together(lambda: load_teacher(config, output_dir=output_dir, device=device, hollow=hollow))
     return OpenTeacher(LocalTeacher(model), load_tokenizer(config, output_dir))
@@ -73,6 +88,7 @@ def open_models(
     """
     judge, teacher_tokenizer = (None, None) if teacher is None else teacher
     if student is None:
+        require_ability(judge, "evaluate", "a teacher in the student's place")
         return preflight(judge.model, judge, teacher_tokenizer, teacher_tokenizer, device)
     options = {"output_dir": output_dir, "device": loading_device or device, "seed": seed, "hollow": hollow}
     source = judge.model if copy_teacher else None
@@ -88,7 +104,7 @@ def open_models(
 
 def open_named(
     path: str | None,
-    teacher: TeacherConfig | None,
+    teacher: AnyTeacherConfig | None,
     *,
     device: str = "auto",
     dtype: str = "float32",

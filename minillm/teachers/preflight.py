@@ -11,6 +11,7 @@ from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.quantization import element_count, is_quantized, quantization_name
 from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import end_ids
+from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.teacher import Teacher
 from minillm.teachers.vocabularies import PreflightError, shared_vocabulary
@@ -43,6 +44,11 @@ def preflight(
         rows=[rows_s, *([rows_t] if rows_t else [])],
     )
     vocab_size = vocabulary.size
+    if isinstance(teacher, CachedTeacher) and teacher.largest_id is not None and teacher.largest_id >= vocab_size:
+        raise PreflightError(
+            f"the cached teacher's likeliest ids go up to {teacher.largest_id:,}, and student and teacher share only "
+            f"{vocab_size:,}; cache hidden states (method.rows=hidden), whose head is cut to the shared part"
+        )
     teacher_model = None if teacher is None else teacher.model
     _look_at_pictures(student, student_tokenizer, teacher, teacher_tokenizer)
     for who, model in (("student", student), ("teacher", teacher_model)):
@@ -52,6 +58,8 @@ def preflight(
     ends = [*end_ids(student, student_tokenizer)]
     if teacher_model is not None:
         ends += end_ids(teacher_model, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
+    elif isinstance(teacher, CachedTeacher):
+        ends += teacher.end_ids
     eos_ids = tuple(dict.fromkeys(token for token in ends if token < vocab_size))
     if not eos_ids:
         raise PreflightError(
@@ -98,9 +106,15 @@ def _look_at_pictures(
         for _, model, tokenizer in pairs
     ]
     ids = {placeholder_id(model.config) for _, model, _ in pairs if model is not None}
+    cached = teacher if isinstance(teacher, CachedTeacher) else None
+    if cached is not None:
+        seeing[1], ids = cached.picture_id is not None, {*ids, cached.picture_id}
+    beside = all(seeing) and len(ids) == 1
     for _, model, _ in pairs:
         if model is not None:
-            answer_beside_pictures(model, all(seeing) and len(ids) == 1)
+            answer_beside_pictures(model, beside)
+    if cached is not None:
+        cached.answers_beside_pictures = beside
 
 
 def _check_model(who: str, model: PreTrainedModel) -> None:
@@ -156,7 +170,16 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
 
     def column(model, tokenizer, rows):
         if model is None:
-            return ["-"] * 8
+            said = models.teacher.cache.described
+            heads = f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}")
+            kind = (
+                "hidden states" if said["storage"]["rows"] == "hidden" else f"{said['storage']['size']} likeliest ids"
+            )
+            name = f"cached rows of {said['architecture']}"
+            size = f"{said['rows_total']:,} rows of {said['texts_total']:,} texts"
+            ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in models.teacher.end_ids)
+            form = f"{kind} in {said['storage']['dtype']}"
+            return [name, size, form, heads, f"{len(tokenizer):,} tokens", ends, template_of(tokenizer), "none"]
         config = model.config
         return [
             type(model).__name__,
@@ -182,7 +205,10 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
         "chat template",
         "pictures",
     ]
-    columns = column(student, models.tokenizer, rows_s), column(teacher, teacher_tokenizer, rows_t)
+    columns = (
+        column(student, models.tokenizer, rows_s),
+        ["-"] * 8 if models.teacher is None else column(teacher, teacher_tokenizer, rows_t),
+    )
     table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
     pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)
     if (unshared := models.vocabulary.described()) is not None:

@@ -7,28 +7,19 @@ from which the losses compute its full distribution; `TopK` rows are its k likel
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm import UserError
+from minillm.config.needs import ABILITIES, Ability
 from minillm.losses import LMHead
 from minillm.models.batch import TokenBatch
 
 if TYPE_CHECKING:
     from minillm.losses import TopK
-
-Ability = Literal["sample", "hidden", "layers", "train", "evaluate"]
-
-ABILITIES: dict[str, str] = {
-    "sample": "answer prompts",
-    "hidden": "give its last hidden states",
-    "layers": "give hidden states of inner layers",
-    "train": "be trained",
-    "evaluate": "be evaluated itself",
-}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.config.models import TeacherConfig
 from minillm.evaluate.evaluator import Evaluator
-from minillm.teachers.open import OpenTeacher, open_teacher
+from minillm.teachers.open import AnyTeacherConfig, OpenTeacher, open_teacher
 
 
 class ModelCache:
@@ -22,7 +21,7 @@ class ModelCache:
 
     def teacher(
         self,
-        config: TeacherConfig | None,
+        config: AnyTeacherConfig | None,
         output_dir: Path,
         device: torch.device,
         *,
@@ -60,7 +59,7 @@ class ModelCache:
         self._teacher, self._teacher_key = None, None
 
 
-def teacher_identity(config: TeacherConfig | None, output_dir: Path) -> object:
+def teacher_identity(config: AnyTeacherConfig | None, output_dir: Path) -> object:
     """Equal for equal teachers: what a stage has left is another model in another run."""
-    names = () if config is None else (config.path, config.tokenizer or "")
+    names = () if config is None else (config.path, getattr(config, "tokenizer", None) or "")
     return config, output_dir if any(name.startswith("stage:") for name in names) else None

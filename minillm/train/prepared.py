@@ -16,14 +16,16 @@ def mark_prepared(stage: Stage, folder: Path) -> None:
 
 
 def is_prepared(stage: Stage, output_dir: Path) -> bool:
-    """True where the stage's result is there.
+    """True where the stage's result is there. A cache of a teacher's rows grows: where its data has changed, it is not.
 
     Raises UserError where it is damaged, or was made by another configuration.
     """
+    grows = stage.config.method.needs().result == "rows"
     folder = output_dir / "stages" / stage.name
     if not (folder / PREPARED).is_file():
         return False
-    damage = find_damage(folder)
+    # rows prove themselves as they are read, and may be more than are read in an hour
+    damage = find_damage(folder, contents=lambda name: not (grows and name.startswith("rows-")))
     if damage is not None:
         raise UserError(f"{folder} is not whole ({damage}); delete it to have the stage done anew")
     before = json.loads((folder / PREPARED).read_text(encoding="utf-8"))["config"]
@@ -31,6 +33,8 @@ def is_prepared(stage: Stage, output_dir: Path) -> bool:
     changed = [
         key for key in ("seed", "teacher", "student", "data", "rollout", "method") if before.get(key) != now[key]
     ]
+    if changed == ["data"] and grows:
+        return False
     if changed:
         raise UserError(
             f"stage {stage.name!r} has left {folder} under another {', '.join(changed)}; undo the change, or delete that "

@@ -98,7 +98,7 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
     log.truncate(progress.log if progress else {})
     builder = StageBuilder(console, output_dir, cache, started=datetime.fromisoformat(started))
     names = [stage.name for stage in plan.stages]
-    with log, _interruption(console.note) as interrupted:
+    with log, interruption(console.note) as interrupted:
         for stage in plan.stages:
             if not stage.config.method.needs().takes_steps:
                 if not collectives.on_rank_0(lambda stage=stage: is_prepared(stage, output_dir)):
@@ -213,7 +213,8 @@ def _next_progress(before: Progress | None, stage: str, started: str) -> Progres
 
 def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
     """True where the teacher's own answers are evaluated in this stage: once a teacher and evaluation."""
-    if stage.config.teacher is None or not stage.config.eval.teacher:
+    teacher = stage.config.teacher
+    if teacher is None or not stage.config.eval.teacher or "evaluate" not in teacher.abilities:
         return False
 
     def key(other: Stage):
@@ -262,7 +263,10 @@ def _publish(checkpoint: Path, folder: Path, note: Callable[[str], None]) -> Non
 
 
 @contextmanager
-def _interruption(note: Callable[[str], None]):
+def interruption(
+    note: Callable[[str], None],
+    said: str = "stopping after this step, with a checkpoint; once more to stop at once without one",
+):
     """Turn the first Ctrl-C or SIGTERM into a wish that the loop grants after its step; the second one is immediate."""
     asked = []
 
@@ -270,7 +274,7 @@ def _interruption(note: Callable[[str], None]):
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        note("stopping after this step, with a checkpoint; once more to stop at once without one")
+        note(said)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

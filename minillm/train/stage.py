@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.loader.run_plan import Stage
-from minillm.config.models import StudentConfig, TeacherConfig
+from minillm.config.models import CachedTeacherConfig, StudentConfig, TeacherConfig
 from minillm.config.training import shards_student, shards_teacher
 from minillm.data.instructions import load_prompts, require_shared_pictures
 from minillm.data.stream import RankSlice, Stream
@@ -27,10 +27,12 @@ from minillm.rollout.rollouts import Rollouts, Who, require_rollouts
 from minillm.storage.atomic import write_folder
 from minillm.storage.manifest import sign
 from minillm.storage.metrics_log import MetricsLog
+from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models, Role
 from minillm.teachers.preflight import Row
 from minillm.teachers.teacher import require_ability
+from minillm.train.cached_texts import UNMEASURED, require_cached_texts
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
 from minillm.train.model_cache import ModelCache, teacher_identity
 from minillm.train.prepared import mark_prepared
@@ -75,6 +77,10 @@ class StageBuilder:
         self.console.preflight([*rows, *read.rows])
         collectives.together(lambda: require_shared_ids(models, read, held_out))
         needs = stage.config.method.needs()
+        if isinstance(models.teacher, CachedTeacher):
+            collectives.on_rank_0(lambda: require_cached_texts(models.teacher, stage, read))
+            if held_out and stage.config.eval.teacher:
+                self.console.note(UNMEASURED)
         unbalanced = None
         if "student" in needs.trains:
             weight = stage.config.train.router_aux_loss_coef
@@ -85,6 +91,8 @@ class StageBuilder:
             self.console.note(unbalanced)
         rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
         asked = _asked(needs.samples) | ({"student"} if held_out else set())
+        if models.teacher is not None and "sample" not in models.teacher.abilities:  # its answers are written
+            asked.discard("teacher")
         collectives.together(lambda: rollouts.check(*sorted(asked)))
         return StageTrainer(
             stage,
@@ -147,6 +155,7 @@ class StageBuilder:
             folder=self.output_dir / "written" / stage.name,
             report_progress=self.console.working,
             documents=read.documents,
+            tokenizer=read.tokenizer,
         )
 
     def _saved_student(self, stage: Stage, checkpoint: Path | None) -> Path | None:
@@ -187,7 +196,7 @@ class StageBuilder:
             sharded=teacher_sharded,
             trained="teacher" in needs.trains,
         )
-        for ability in sorted(needs.teacher_abilities):
+        for ability in sorted(needs.required_abilities):
             require_ability(teacher and teacher.teacher, ability, f"stage {stage.name!r}")
         device = engine_device(engine)
         if "student" not in needs.trains and needs.reference is None:
@@ -250,8 +259,10 @@ def _rank_slice(stream: Stream) -> Stream | RankSlice:
     return RankSlice(stream, rank=collectives.rank(), world_size=collectives.world_size())
 
 
-def _same_weights(student: StudentConfig, teacher: TeacherConfig) -> bool:
+def _same_weights(student: StudentConfig, teacher: TeacherConfig | CachedTeacherConfig) -> bool:
     """True where the loaded teacher holds exactly what the student would be read from."""
+    if not isinstance(teacher, TeacherConfig):
+        return False
     return teacher.quantization is None and (student.path, student.revision, student.dtype) == (
         teacher.path,
         teacher.revision,

@@ -20,6 +20,7 @@ from minillm.distributed import collectives
 from minillm.engine.placement import check_backend, engine_device
 from minillm.models.locations import resolve_path
 from minillm.models.tokenizers import load_tokenizer
+from minillm.teachers.open import teacher_tokenizer
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row
 from minillm.teachers.vocabularies import require_same_tokenizer
@@ -51,7 +52,7 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     check_backend(config.engine, engine_device(config.engine))
     side = config.student_side
     tokenizer = load_tokenizer(side if saved is None else side.saved_in(saved), output_dir)
-    judges = None if config.teacher is None else load_tokenizer(config.teacher, output_dir)
+    judges = None if config.teacher is None else teacher_tokenizer(config.teacher, output_dir)
     if judges is not None:
         require_same_tokenizer(tokenizer, judges, reference=needs.reference)
     prompts = pairs = corpus = documents = None

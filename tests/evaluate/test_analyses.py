@@ -115,7 +115,7 @@ def test_the_evaluator_counts_n_grams_and_buckets_where_asked(make_models):
 
 def test_exposure_bias_needs_a_teacher_that_answers(make_models):
     models = make_models()
-    models.teacher.abilities = frozenset({"hidden", "evaluate"})
+    models.teacher.abilities = frozenset({"hidden", "evaluate", "read"})
     analyses = Analyses(SETS, {}, config(exposure_bias={"lengths": [1], "samples": 1}), seed=0)
     with pytest.raises(UserError, match="eval.exposure_bias needs a teacher that can"):
         add(analyses, Evaluation({"words": {}}, {}, []), models)

@@ -168,7 +168,7 @@ def test_a_teacher_that_changes_answers_anew(make_models, eager_logprobs, words,
 
 def test_of_a_teacher_that_cannot_answer_the_divergences_on_the_students_samples_are_left(make_models, words, calls):
     whole, models = make_models(), make_models()
-    models.teacher.abilities = frozenset({"hidden"})
+    models.teacher.abilities = frozenset({"hidden", "read"})
     found, expected = evaluate(make({"words": words}), models), evaluate(make({"words": words}), whole)
     assert found.mean == {name: value for name, value in expected.mean.items() if name != "forward_kl_nats"}
     assert [call["who"] for call in calls] == ["student", "student", "teacher"]

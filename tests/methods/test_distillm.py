@@ -210,7 +210,7 @@ def test_keys_without_effect_are_named():
     def idle(**keys):
         return {key for key, *_ in DistiLLM(name="distillm", steps=3, **keys).idle_keys()}
 
-    assert idle(threshold_step=0.0) == {"tolerance", "steps", "replay_size"}
+    assert idle(threshold_step=0.0) == {"tolerance", "replay_size"}  # steps cannot be left out
     assert idle(threshold_step=0.0, threshold_start=0.5) == {"tolerance"}
     assert idle(threshold_start=1.0) == {"threshold_step", "tolerance"}
     assert idle() == set()

@@ -9,7 +9,7 @@ from minillm.config.checks.facts import Facts, Found, Idle, architecture_of
 from minillm.config.checks.packages import is_installed, missing_packages
 from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES, LoraConfig
 from minillm.config.methods import Method
-from minillm.config.models import OF_INIT, StudentConfig, TeacherConfig
+from minillm.config.models import OF_INIT, CachedTeacherConfig, ModelConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import is_hub_name
 
 # attn_implementation -> (distribution, how to get it)
@@ -102,7 +102,7 @@ def installed(facts: Facts) -> Iterator[Found]:
     """The optional packages that the models' keys and files take are installed."""
     for who in ("student", "teacher"):
         model = facts.groups.get(who)
-        if model is None:
+        if not isinstance(model, ModelConfig):  # none, or a teacher that is no model here
             continue
         distribution, how = _FLASH.get(model.attn_implementation, (None, ""))
         if distribution is not None and not is_installed(distribution):
@@ -124,9 +124,9 @@ def installed(facts: Facts) -> Iterator[Found]:
             yield Found(f"{who}.{key}", message)
 
 
-def quantized(facts: Facts, teacher: TeacherConfig | None) -> Iterator[Found]:
+def quantized(facts: Facts, teacher: TeacherConfig | CachedTeacherConfig | None) -> Iterator[Found]:
     """The packages that quantise a teacher are installed, and its weights are not quantised yet."""
-    if teacher is None or teacher.quantization is None:
+    if not isinstance(teacher, TeacherConfig) or teacher.quantization is None:
         return
     missing = missing_packages("bitsandbytes", "accelerate")
     if missing:
@@ -141,5 +141,5 @@ def revisions(facts: Facts) -> Iterator[Found]:
     """A revision stands beside a hub name."""
     for who in ("student", "teacher"):
         model = facts.groups.get(who)
-        if model is not None and not is_hub_name(model.path or ""):
+        if isinstance(model, ModelConfig) and not is_hub_name(model.path or ""):
             yield Idle(f"{who}.revision", "has no effect: it is for hub names, and path is none", (f"{who}.path",))

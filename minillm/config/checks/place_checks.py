@@ -4,16 +4,18 @@ import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from minillm import UserError
 from minillm.config.checks.facts import Facts, Found
 from minillm.config.keys import Place
 from minillm.config.nearest import nearest
+from minillm.config.needs import Result
 from minillm.config.paths import (
     BYTE_TOKENIZER,
+    CACHE,
     PACKAGE,
     STAGE,
+    cache_folder,
     is_hub_name,
     matching_files,
     package_file,
@@ -25,6 +27,7 @@ from minillm.config.wording import show
 
 NAME_MAX = 255  # bytes of one name, on all common file systems
 PATH_MAX = 4096 - 256  # bytes of a path on Linux, with room for what a run writes below it
+RESULTS: dict[Result, str] = {"model": "a model", "data": "data", "rows": "a cached teacher"}
 
 
 def places_exist(facts: Facts) -> Iterator[Found]:
@@ -47,6 +50,8 @@ def place_problem(place: Place, text: str, facts: Facts) -> str | None:
         return f"{show(text)} holds the character NUL, which no path may"
     if place.kind == "folder":
         return folder_problem(text)
+    if place.kind == "rows":
+        return _cache_problem(text, facts)
     if place.kind == "files":
         if os.path.isdir(text):
             return f"{text} is a folder; name a file in it, or a pattern such as {Path(text) / '*'}"
@@ -96,19 +101,19 @@ def name_problem(text: str) -> str | None:
     return None
 
 
-def stage_problem(text: str, facts: Facts, *, leaves: Literal["model", "data"] | None = None) -> str | None:
+def stage_problem(text: str, facts: Facts, *, leaves: Result | None = None) -> str | None:
     """The problem with stage:NAME, or None. Only a stage that runs before this one has left anything.
 
-    `leaves` says what is taken from it: a model, which a stage leaves that trains; or data, from one without steps.
+    `leaves` says what is taken from it: a model, which a stage leaves that trains; data or a teacher's rows, from one
+    without steps.
     """
     name, earlier = text.removeprefix(STAGE), list(facts.earlier)
     if name in earlier:
         method = facts.earlier[name].groups.get("method")
-        if method is None or leaves is None or method.needs().takes_steps == (leaves == "model"):
+        if method is None or leaves is None or method.needs().result == leaves:
             return None
-        return (
-            f"stage {name!r} ({method.name}) leaves {'data and no model' if leaves == 'model' else 'a model, no data'}"
-        )
+        left, wanted = RESULTS[method.needs().result], RESULTS[leaves].removeprefix("a ")
+        return f"stage {name!r} ({method.name}) leaves {left} and no {wanted}"
     if name == facts.name:
         return f"stage {name!r} is this one; a stage takes from those before it"
     if name in facts.all_stages:
@@ -119,6 +124,16 @@ def stage_problem(text: str, facts: Facts, *, leaves: Literal["model", "data"] |
     else:
         hint = f"before this one: {', '.join(earlier)}" if earlier else "this is the first"
     return f"there is no stage {name!r} ({hint})"
+
+
+def _cache_problem(text: str, facts: Facts) -> str | None:
+    if text.startswith(STAGE):
+        return stage_problem(text, facts, leaves="rows")
+    if not os.path.exists(text):
+        return _not_there(text, "no such folder")
+    if cache_folder(text) is None:
+        return f"{text} is no cache: expected a folder with a {CACHE}, as `minillm cache` writes it"
+    return None
 
 
 def _package_problem(text: str) -> str | None:

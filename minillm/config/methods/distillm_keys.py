@@ -60,8 +60,7 @@ class DistiLLM(MethodConfig):
         elif self.threshold_step == 0:
             yield "tolerance", "has no effect: with threshold_step 0 the threshold never moves", "threshold_step"
             if self.threshold_start == 0:
-                for key in ("steps", "replay_size"):
-                    yield key, "has no effect: with threshold_step 0 no answer is ever sampled", "threshold_step"
+                yield "replay_size", "has no effect: with threshold_step 0 no answer is ever sampled", "threshold_step"
 
 
 KEYS = DistiLLM

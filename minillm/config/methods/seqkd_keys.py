@@ -25,7 +25,7 @@ class SeqKD(MethodConfig):
             written_once=True,
             temperature_key="method.temperature",
             teacher=True,
-            teacher_abilities=frozenset({"sample"}),
+            teacher_abilities=frozenset({"answer"}),
         )
 
 

@@ -209,7 +209,7 @@ def test_a_teacher_that_writes_rationales_is_there_and_asked_by_a_prompt(recipe)
 
 
 def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):
-    monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"sample"}))
+    monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"read", "sample"}))
     assert preference()["teacher"] == (
         "method preference needs a teacher that can give hidden states of inner layers, which this one cannot"
     )
@@ -246,7 +246,7 @@ def test_adapters_are_for_a_student_that_is_trained(recipe, registered):
     stages["train"]["student"] = {"path": "stage:choose"}
     assert "leaves data and no model" in recipe.problems(stages=stages)["stages.train.student.path"]
     stages = {"train": {}, "again": {"data": {"corpus": {"path": "stage:train"}}}}
-    assert "leaves a model, no data" in recipe.problems(stages=stages)["stages.again.data.corpus.path"]
+    assert "leaves a model and no data" in recipe.problems(stages=stages)["stages.again.data.corpus.path"]
 
 
 def recipe_with_long_blocks(recipe, method):
@@ -262,3 +262,92 @@ def test_a_method_that_adapts_to_evaluations_needs_them(recipe):
         assert found[f"eval.{key}"].endswith("or set method.threshold_step to 0")
     assert recipe.problems(method=method, eval=EVALUATED) == {}
     assert recipe.problems(method={**method, "threshold_step": 0, "threshold_start": 0.5}) == {}
+
+
+@pytest.fixture
+def cached_in(recipe):
+    """The keys of a cached teacher whose folder is there."""
+    (recipe.folder / "caches" / "one").mkdir(parents=True)
+    (recipe.folder / "caches" / "one" / "cache.json").write_text("{}")
+    return {"type": "cached", "path": "caches/one"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "sft"},
+        {"name": "kd"},
+        {"name": "taid", "steps": 4},
+        {"name": "lm", "kd_ratio": 0.5},
+        {"name": "seqkd"},
+        {"name": "distillm", "steps": 4, "threshold_step": 0.0},
+        {"name": "gkd", "on_policy": 0.0},
+        {"name": "dpkd", "pairs": "token_argmax"},
+        {"name": "step_by_step"},
+    ],
+)
+def test_a_cached_teacher_is_enough_for_texts_that_are_known(recipe, cached_in, method):
+    rollout = {"rollout": {"max_new_tokens": 8}} if method["name"] == "seqkd" else {}
+    assert recipe.problems(method=method, teacher=cached_in, **rollout) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "lacking"),
+    [
+        ({"name": "minillm"}, "read texts that are made while the stage runs and answer prompts"),
+        ({"name": "minillm", "alpha": 0.0}, "read texts that are made while the stage runs"),
+        ({"name": "gkd"}, "read texts that are made while the stage runs"),
+        ({"name": "opd"}, "read texts that are made while the stage runs"),
+        ({"name": "distillm", "steps": 4, "threshold_start": 0.1, "threshold_step": 0.0}, "read texts that are made"),
+        ({"name": "distillm2"}, "read texts that are made while the stage runs and answer prompts"),
+        ({"name": "dpkd"}, "read texts that are made while the stage runs and answer prompts"),
+        ({"name": "okd"}, "give its last hidden states and be trained"),
+        ({"name": "miniplm", "reference": "models/big"}, "read texts that are made while the stage runs"),
+        ({"name": "cache"}, "give its last hidden states and read texts"),
+    ],
+)
+def test_a_method_that_needs_a_teacher_at_hand_refuses_a_cached_one(recipe, cached_in, method, lacking):
+    said = recipe.problems(method=method, teacher=cached_in)["teacher"]
+    assert said.startswith(f"method {method['name']} needs a teacher that can {lacking}"), said
+    assert said.endswith("which a cached one cannot")
+
+
+def test_what_a_cached_teacher_cannot_measure_is_refused(recipe, cached_in):
+    sets = {"held_out": {"path": "data/train.jsonl"}}
+    kd = {"name": "kd"}
+    found = recipe.problems(method=kd, teacher=cached_in, eval={"sets": sets, "metric": "reverse_kl_nats"})
+    assert found["eval.metric"] == (
+        "reverse_kl_nats is a distance to the teacher, and a cached one cannot read the answers of the student"
+    )
+    found = recipe.problems(method=kd, teacher=cached_in, engine={"type": "deepspeed", "replicate_teacher": True})
+    assert "of a cached teacher every rank has the head alone" in found.get("engine.replicate_teacher", str(found))
+    assert "dtype" in str(recipe.problems(method=kd, teacher={**cached_in, "dtype": "bfloat16"}))
+
+
+def test_a_cached_teacher_is_where_its_path_says(recipe, cached_in):
+    kd = {"name": "kd"}
+    found = recipe.problems(method=kd, teacher={"type": "cached", "path": "caches/onee"})
+    assert found["teacher.path"] == "no such folder: caches/onee (did you mean caches/one?)"
+    found = recipe.problems(method=kd, teacher={"type": "cached", "path": "models/big"})
+    assert "is no cache: expected a folder with a cache.json" in found["teacher.path"]
+    local = {"path": "models/big", "dtype": "bfloat16"}
+    stages = {
+        "write": {"method": {"name": "cache"}},
+        "learn": {"method": kd, "teacher": {"type": "cached", "path": "stage:write"}},
+    }
+    assert recipe.problems(stages=stages, teacher=local, method=...) == {}  # nothing of the local one is inherited
+    stages["write"]["method"] = kd
+    found = recipe.problems(stages=stages, teacher=local, method=...)
+    assert found["stages.learn.teacher.path"] == "stage 'write' (kd) leaves a model and no cached teacher"
+    stages["write"]["method"], stages["learn"]["student"] = {"name": "cache"}, {"path": "stage:write"}
+    found = recipe.problems(stages=stages, teacher=local, method=...)
+    assert found["stages.learn.student.path"] == "stage 'write' (cache) leaves a cached teacher and no model"
+
+
+def test_the_keys_of_a_cache_go_together(recipe):
+    assert recipe.problems(method={"name": "cache", "texts": ["corpus"]}) == {}
+    found = recipe.problems(method={"name": "cache", "rows": "top_k", "dtype": "int8"})
+    assert "log-probabilities need float16" in found["method.dtype"]
+    found = recipe.problems(method={"name": "cache", "texts": ["corpus", "corpus"]})
+    assert "more than once" in found["method.texts"]
+    assert "it is for top_k" in recipe.problems(method={"name": "cache", "k": 7, "rows": "hidden"})["method.k"]
