@@ -217,6 +217,10 @@ class DataConfig(Strict):
     prompts: Prompts | None = Field(
         None, description="Instructions, or beginnings of texts; most methods train on these"
     )
+    forget: Prompts | None = Field(
+        None,
+        description="Prompts with answers that the model shall no longer give, for methods that unlearn; as data.prompts",
+    )
     corpus: Corpus | None = Field(
         None,
         description="Plain text, for a pre-training loss (method.lm_coef) and for methods that choose from it; special tokens "

@@ -11,7 +11,7 @@ from minillm.config.data import TaskKeys
 from minillm.config.lora import LoraConfig
 
 Sampler = Literal["student", "teacher", "mixture"]
-Rows = Literal["answers", "references", "pairs", "corpus"]
+Rows = Literal["answers", "references", "forget", "pairs", "corpus"]
 Ability = Literal["sample", "hidden", "layers", "train", "evaluate"]
 
 # What a teacher may be able to do beyond giving rows to the losses, as in "a teacher that can ...".
@@ -34,6 +34,7 @@ class TermNeeds:
     sequences: int = 1  # of one item: a pair of sampled answers has two
     labels: int = 1  # ids that are scored at every position
     trains: str = "student"  # the model whose rows these are
+    summed: bool = False  # the teacher's logits are added to the student's, and nothing else of them is read
     scored: bool = False  # both models are run over the rows without a gradient first
 
 
@@ -49,6 +50,7 @@ class Needs:
     # data
     prompts: bool = True
     references: bool = False  # prompts come with an answer to imitate
+    forget: bool = False  # a second set of prompts with answers, which are made less likely
     pairs: bool = False  # prompts come with a chosen and a rejected answer
     corpus: bool = False  # plain text in blocks
     whole_documents: bool = False  # the corpus is read document by document, and not in blocks
@@ -66,6 +68,7 @@ class Needs:
     teacher: bool = False
     teacher_abilities: frozenset[Ability] = frozenset()
     reference: str | None = None  # the path, method.reference, of a frozen model that stands on the student's side
+    controls_teacher: bool = False  # the student is a delta: what is evaluated is the teacher with its logits added
     teacher_lora: LoraConfig | None = None  # adapters that are put into the teacher, and trained
     auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes

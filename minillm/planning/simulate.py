@@ -299,7 +299,7 @@ class _Simulator:
             parameter.grad = None
 
     def _term(self, term: TermShape) -> None:
-        shape = LossShape(term.rows, self.vocab_size, 2 if term.teacher else 1, self.device)
+        shape = LossShape(term.rows, self.vocab_size, 2 if term.teacher and not term.summed else 1, self.device)
         self.losses[term.name] = shape
         bf16 = self.setting.autocast
         batch = _batch(term.batch, term.length, term.rows)

@@ -72,6 +72,7 @@ class TermShape:
     teacher: bool  # reads the teacher's rows
     from_buffer: bool  # its teacher's hidden states come from the rollout buffer, which lies on the CPU
     trains: str = "student"  # student, teacher
+    summed: bool = False  # both models' logits are added up
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,14 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
         from_buffer = needs.buffered and "answers" in term.rows
         terms.append(
             TermShape(
-                term.name, batch, text.length, batch * text.rows * term.labels, term.teacher, from_buffer, term.trains
+                term.name,
+                batch,
+                text.length,
+                batch * text.rows * term.labels,
+                term.teacher,
+                from_buffer,
+                term.trains,
+                term.summed,
             )
         )
     return tuple(terms)
@@ -212,7 +220,7 @@ def _text(kind: Rows, config: StageConfig) -> _Text:
             raise UserError("data.corpus is missing, so the length of its blocks is not known")
         fed = config.data.corpus.block_size - 1
         return _Text(1, fed, fed)
-    prompts = _prompts(config)
+    prompts = _forgotten(config) if kind == "forget" else _prompts(config)
     answer = config.rollout.max_new_tokens if kind == "answers" else prompts.max_response_length
     return _Text(2 if kind == "pairs" else 1, _prompt_length(prompts) + answer - 1, answer)
 
@@ -221,6 +229,12 @@ def _prompts(config: StageConfig) -> Prompts:
     if config.data.prompts is None:
         raise UserError("data.prompts is missing, so the length of a prompt is not known")
     return config.data.prompts
+
+
+def _forgotten(config: StageConfig) -> Prompts:
+    if config.data.forget is None:
+        raise UserError("data.forget is missing, so the length of an answer to forget is not known")
+    return config.data.forget
 
 
 def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:

@@ -141,6 +141,7 @@ class StageBuilder:
             folder=self.output_dir / "written" / stage.name,
             report_progress=self.console.working,
             documents=read.documents,
+            forget=None if read.forget is None else Stream(read.forget.examples, seed=order),
         )
 
     def _saved_student(self, stage: Stage, checkpoint: Path | None) -> Path | None:

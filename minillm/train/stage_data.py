@@ -36,6 +36,7 @@ class StageData:
     corpus: Corpus | None
     rows: list[Row]
     documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
+    forget: PromptSet | None = None
 
 
 def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved: Path | None = None) -> StageData:
@@ -52,7 +53,7 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     judges = None if config.teacher is None else load_tokenizer(config.teacher, output_dir)
     if judges is not None:
         require_same_tokenizer(tokenizer, judges, reference=needs.reference)
-    prompts = corpus = documents = None
+    prompts = corpus = documents = forget = None
     rows = []
     if needs.prompts:
         source = _with_stage_files(config.data.prompts, output_dir)
@@ -61,9 +62,13 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
         if prompts.typed:
             rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
     if needs.references:
-        _require_references(stage, prompts)
-    if prompts is not None:
-        require_shared_pictures({"data.prompts": prompts}, tokenizer, judges, ranks=collectives.world_size())
+        _require_references(stage, prompts, "data.prompts")
+    if needs.forget:
+        forget = load_prompts(_with_stage_files(config.data.forget, output_dir), tokenizer, name="data.forget", now=started)
+        rows.append(("to forget", f"{len(forget)} used, {forget.dropped_long} too long", forget.source))
+        _require_references(stage, forget, "data.forget")
+    read = {name: one for name, one in (("data.prompts", prompts), ("data.forget", forget)) if one is not None}
+    require_shared_pictures(read, tokenizer, judges, ranks=collectives.world_size())
     if needs.images:
         _require_pictures(stage, prompts)
     if needs.whole_documents:
@@ -73,19 +78,19 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     elif config.data.corpus is not None:
         corpus = load_corpus(_with_stage_files(config.data.corpus, output_dir), tokenizer)
         rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-    return StageData(tokenizer, judges, prompts, corpus, rows, documents)
+    return StageData(tokenizer, judges, prompts, corpus, rows, documents, forget)
 
 
 def require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:
     """Raises UserError for texts with ids that student and teacher do not share."""
-    prompts = {} if read.prompts is None else {"data.prompts": read.prompts}
-    for name, one in {**prompts, **held_out}.items():
+    sets = {"data.prompts": read.prompts, "data.forget": read.forget, **held_out}
+    for name, one in ((name, one) for name, one in sets.items() if one is not None):
         models.require_shared(name, one.ids())
     if read.corpus is not None:
         models.require_shared("data.corpus", read.corpus.blocks)
 
 
-def _require_references(stage: Stage, prompts: PromptSet) -> None:
+def _require_references(stage: Stage, prompts: PromptSet, name: str) -> None:
     misplaced = [example.misplaced for example in prompts.examples if example.misplaced is not None]
     if misplaced:
         raise UserError(
@@ -93,20 +98,22 @@ def _require_references(stage: Stage, prompts: PromptSet) -> None:
             f"{len(prompts)} stand where the model would not write them: {misplaced[0]}"
         )
     remedy = "give them an answer, or use a method that samples its answers"
-    _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy)
+    _require_of_each(stage, prompts, "response_ids", "imitates the references", remedy, name)
 
 
 def _require_pictures(stage: Stage, prompts: PromptSet) -> None:
     _require_of_each(stage, prompts, "extras", "reads the pictures of prompts", "give them one")
 
 
-def _require_of_each(stage: Stage, prompts: PromptSet, part: str, use: str, remedy: str) -> None:
+def _require_of_each(
+    stage: Stage, prompts: PromptSet, part: str, use: str, remedy: str, name: str = "data.prompts"
+) -> None:
     """Raises UserError where a prompt lacks a part that the method needs, the name of a field of Example."""
     bare = [example.index for example in prompts.examples if not getattr(example, part)]
     if bare:
         raise UserError(
             f"stage {stage.name!r}: method {stage.config.method.name} {use}, but {len(bare)} of {len(prompts)} prompts of "
-            f"data.prompts have none (the first is number {bare[0] + 1}); {remedy}"
+            f"{name} have none (the first is number {bare[0] + 1}); {remedy}"
         )
 
 

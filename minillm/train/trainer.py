@@ -321,7 +321,7 @@ class StageTrainer:
         return self.data.corpus if self.data.prompts is None else self.data.prompts
 
     def _streams(self) -> dict[str, Stream | RankSlice]:
-        streams = {"prompts": self.data.prompts, "corpus": self.data.corpus}
+        streams = {"prompts": self.data.prompts, "corpus": self.data.corpus, "forget": self.data.forget}
         return {name: stream for name, stream in streams.items() if stream is not None}
 
     def _buffer_path(self, state: Path) -> Path:

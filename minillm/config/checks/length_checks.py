@@ -15,9 +15,15 @@ DATA = ("data", "prompts")
 
 def answers_fit(facts: Facts, data: DataConfig, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
     """A prompt and its answer, sampled or given, fit together."""
+    needs = method.needs()
+    if data.forget is not None and needs.forget:
+        readers = _readers(facts, teacher=_teacher_reads(needs, "forget"))
+        where = ("data", "forget")
+        yield from _prompt_and_answer(
+            data.forget, where, data.forget.max_response_length, (*where, "max_response_length"), readers
+        )
     if data.prompts is None:
         return
-    needs = method.needs()
     if needs.samples:
         readers = _readers(facts, teacher=needs.teacher_answers or _teacher_reads(needs, "answers"))
         yield from _prompt_and_answer(

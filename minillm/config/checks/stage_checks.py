@@ -11,6 +11,7 @@ from minillm.config.checks.architecture_checks import causal_models, fresh_archi
 from minillm.config.checks.data_checks import (
     corpus_used,
     evaluation_prompts,
+    forget_used,
     held_out_parsers_used,
     parsers_used,
     training_prompts,
@@ -70,6 +71,7 @@ CHECKS = (
     images_shown,
     fields_there,
     corpus_used,
+    forget_used,
     training_prompts,
     parsers_used,
     held_out_parsers_used,
