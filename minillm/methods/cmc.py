@@ -59,7 +59,9 @@ def likelihood(stats: TokenStats) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
     return stats.student_logprob, {"forget_cross_entropy_nats": -stats.student_logprob.detach()}
 
 
-def summed_term(name: str, sequences: Sequence[TokenSequence], models: Models, objective, *, weight: float = 1.0) -> Term:
+def summed_term(
+    name: str, sequences: Sequence[TokenSequence], models: Models, objective, *, weight: float = 1.0
+) -> Term:
     """The mean over response tokens of an objective of the log-probabilities of template and delta together."""
     require_ability(models.teacher, "hidden", f"the term {name!r}")
     batch = collate(sequences, models.pad_id)

@@ -78,7 +78,8 @@ class StageBuilder:
         unbalanced = balance_problem(models.student, added=needs.auxiliary) if "student" in needs.trains else None
         if unbalanced is not None:
             self.console.note(unbalanced)
-        rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
+        judged = models.controlled() if needs.controls_teacher else models
+        rollouts = LocalRollouts(judged, cuda_graphs=stage.config.rollout.cuda_graphs)
         asked = _asked(needs.samples) | ({"student"} if held_out else set())
         collectives.together(lambda: rollouts.check(*sorted(asked)))
         return StageTrainer(

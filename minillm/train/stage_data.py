@@ -64,7 +64,9 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     if needs.references:
         _require_references(stage, prompts, "data.prompts")
     if needs.forget:
-        forget = load_prompts(_with_stage_files(config.data.forget, output_dir), tokenizer, name="data.forget", now=started)
+        forget = load_prompts(
+            _with_stage_files(config.data.forget, output_dir), tokenizer, name="data.forget", now=started
+        )
         rows.append(("to forget", f"{len(forget)} used, {forget.dropped_long} too long", forget.source))
         _require_references(stage, forget, "data.forget")
     read = {name: one for name, one in (("data.prompts", prompts), ("data.forget", forget)) if one is not None}

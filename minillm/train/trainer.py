@@ -242,7 +242,8 @@ class StageTrainer:
             return
         progress = self.progress
         started = time.perf_counter()
-        evaluation = self.evaluator.evaluate(self.models, self.data.rollouts, who)
+        judged = self.models.controlled() if self.method.needs.controls_teacher else self.models
+        evaluation = self.evaluator.evaluate(judged, self.data.rollouts, who)
         record = {
             "kind": "eval",
             "stage": self.name,

@@ -29,7 +29,9 @@ def parsers_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Fou
         message = f"has no effect on training by method {method.name}, which makes no tasks of rationales and labels"
         yield Idle("data.prompts.parser", message, ("method.name",))
     if data.forget is not None:
-        yield Idle("data.forget.parser", "has no effect: no method makes tasks of the answers to forget", ("method.name",))
+        yield Idle(
+            "data.forget.parser", "has no effect: no method makes tasks of the answers to forget", ("method.name",)
+        )
 
 
 def forget_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
