@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from minillm.config.models import StudentConfig, TeacherConfig
 from minillm import UserError
+from minillm.config.models import StudentConfig, TeacherConfig
 from minillm.distributed import collectives
 from minillm.models.delta import Delta, Translation
 from minillm.models.device import pick_device
