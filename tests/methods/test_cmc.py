@@ -185,9 +185,11 @@ def test_a_set_to_forget_is_asked_for_and_used_by_this_method_alone(recipe):
 
 def test_its_recipe_is_planned(recipe, monkeypatch):
     from minillm.planning.planner import plan_run
+    from minillm.planning.work import work_of
 
     monkeypatch.chdir(ROOT)
-    for path, names in ((Path("configs/cmc.yaml"), ["control"]), (recipe, ["control", "forget"])):
-        work = plan_run(load_run([path]), gpu="cpu").stages[-1].work
+    planned = plan_run(load_run([Path("configs/cmc.yaml")]), gpu="cpu").stages[-1].work
+    forgets = work_of(load_run([recipe]).stages[-1].config, 1)
+    for work, names in ((planned, ["control"]), (forgets, ["control", "forget"])):
         assert [(term.name, term.teacher, term.summed) for term in work.terms] == [(name, True, True) for name in names]
         assert len(work.scorings) == len(names)
