@@ -21,6 +21,6 @@ def add_delta(models: Models, delta: str | None, alpha: float | None, console: C
         return models
     models = with_delta(models, model_path(delta), alpha=ALPHA if alpha is None else alpha, dtype=dtype)
     if models.delta.translation is not None:
-        header = ("the model's ids go to", "ids", "the delta's token with")
+        header = ("counterpart", "ids", "it is")
         console.table("Two tokenizers", header, models.delta.translation.map.rows())
     return models

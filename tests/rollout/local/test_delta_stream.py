@@ -20,9 +20,9 @@ from minillm.rollout.rollouts import Sampling
 from minillm.teachers.pair import Models
 from tests.conftest import tiny_llama
 
-TEXTS = ["Once upon a time", "The dog", "é", "Tom and Lily went out to play. Tom said,", "A"]
+TEXTS = ["Once upon a time", "é", "Tom and Lily went out. Tom said,", "A"]
 SIZE = 257
-LENGTH = 14
+LENGTH = 8
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_answers_are_drawn_from_the_sum_whatever_they_are_decoded_beside(control
     assert [one.response for one in sample(replace(controlled, delta=None), prompts, batch_size=5)] != [
         one.response for one in alone
     ]
-    for answer in together[1:4]:
+    for answer in together[1:3]:
         for place, token in enumerate(answer.response):
             want = next_log_probs(controlled, answer.prompt, answer.response[:place])[token].item()
             assert answer.logprobs[place].item() == pytest.approx(want, abs=2e-4), place
@@ -108,9 +108,9 @@ def test_greedy_answers_that_end_at_different_times_leave_the_batch(controlled):
     alone = sample(controlled, prompts_of(controlled), batch_size=1, temperature=0.0)
     # tokens that some rows come to early end an answer
     models = replace(
-        controlled, eos_ids=(256, *{one.response[place] for place, one in zip((2, 5, 8), alone, strict=False)})
+        controlled, eos_ids=(256, *{one.response[place] for place, one in zip((1, 3, 5), alone, strict=False)})
     )
-    alone, together = (sample(models, prompts_of(models), batch_size=size, temperature=0.0) for size in (1, 5))
+    alone, together = (sample(models, prompts_of(models), batch_size=size, temperature=0.0) for size in (1, 4))
     assert [one.response for one in alone] == [one.response for one in together]
     assert len({len(one.response) for one in together}) > 1 and sum(one.ended for one in together) > 1
 
