@@ -224,7 +224,10 @@ def _read_for_delta(plan: EvaluationPlan, sets: Mapping[str, PromptSet], delta: 
         if prompts.template != "chat":
             continue
         last = max(example.index for example in sets[name].examples)
-        anything = {"limit": last + 1, "max_prompt_length": prompts.max_characters}  # what is dropped is the model's to say
+        anything = {
+            "limit": last + 1,
+            "max_prompt_length": prompts.max_characters,
+        }  # what is dropped is the model's to say
         read = load_prompts(prompts.model_copy(update=anything), delta.tokenizer, name=f"eval.sets.{name}", now=now)
         theirs = {example.index: example for example in read.examples}
         for example in sets[name].examples:
