@@ -45,7 +45,7 @@ class VocabularyMap:
     kinds: Tensor  # (V,) int64, places in KINDS
 
     def counts(self) -> dict[Kind, int]:
-        """How many ids map in which way."""
+        """The number of ids of each kind."""
         found = torch.bincount(self.kinds, minlength=len(KINDS)).tolist()
         return dict(zip(KINDS, found, strict=True))
 

@@ -246,11 +246,13 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     batch = min(keys.batch_size, max(prompts.limit or keys.batch_size for prompts in sets))
     judged = config.teacher is not None and keys.teacher
     longest = max(keys.max_new_tokens, *(prompts.max_response_length for prompts in sets))
+    controls = config.method.needs().controls_teacher  # what answers is the teacher with the student's logits added
+    samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")
     answering = [
-        Decoding((name,), batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
-        for name in ("student", "teacher")[: 1 + judged]
+        Decoding(SAMPLING_MODELS[one], batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
+        for one in samplers[: 1 + judged]
     ]
-    models = ("teacher", "student") if judged else ("student",)
+    models = ("teacher", "student") if judged or controls else ("student",)
     return (*answering, Forward(models, batch, prompt + longest - 1, batch * longest, True, 0))
 
 
