@@ -178,7 +178,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def _delta_decoder(delta: Delta, vocab_size: int, room: int) -> Decoder:
     if delta.translation is not None:
         return TranslatedDecoder(delta, vocab_size=vocab_size)
-    cache = make_cache(delta.model.config, lambda: RoomyLayer(room))
+    cache = make_cache(delta.model, lambda: RoomyLayer(room))
     return Decoder(delta.model, cache, vocab_size=vocab_size, head=delta.head())
 
 
