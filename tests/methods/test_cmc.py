@@ -193,4 +193,8 @@ def test_its_recipe_is_planned(recipe, monkeypatch):
     for work, names in ((planned, ["control"]), (forgets, ["control", "forget"])):
         assert [(term.name, term.teacher, term.summed) for term in work.terms] == [(name, True, True) for name in names]
         assert len(work.scorings) == len(names)
-        assert [part.models for part in work.evaluation] == [("student", "teacher"), ("teacher",), ("teacher", "student")]
+        assert [part.models for part in work.evaluation] == [
+            ("student", "teacher"),
+            ("teacher",),
+            ("teacher", "student"),
+        ]
