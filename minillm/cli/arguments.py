@@ -92,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE|KEY=VALUE",
         help="a configuration with `eval` and perhaps `teacher`, or data files",
     )
+    _add_delta(evaluate)
     evaluate.add_argument("--seeds", type=_seed, nargs="+", help="instead of eval.seeds")
     evaluate.add_argument("--max-prompts", type=_positive, help="the most prompts that are taken from a set")
     evaluate.add_argument("--dtype", choices=DTYPES, help="of the model's weights (default float32)")
@@ -106,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", help="answers on the terminal, the student's beside the teacher's")
     generate.add_argument("model", metavar="MODEL", help="a run's folder, a model's, or a hub name")
     generate.add_argument("--teacher", metavar="MODEL", help="whose answers are shown beside")
+    _add_delta(generate)
     generate.add_argument(
         "--prompt", action="append", dest="prompts", default=[], help="may be repeated; without it, lines of stdin"
     )
@@ -143,6 +145,15 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="+", metavar="FILE|KEY=VALUE", help="YAML files, merged left to right, and group.key=value"
     )
+
+
+def _add_delta(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--delta",
+        metavar="RUN_OR_MODEL",
+        help="a delta that method cmc trained: its logits are added to the model's, whose tokenizer may be another one",
+    )
+    parser.add_argument("--alpha", type=float, help="what the delta's logits are multiplied by (default 1)")
 
 
 def _seed(text: str) -> int:

@@ -2,23 +2,25 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from minillm import UserError
 from minillm.cli.arguments import split
+from minillm.cli.controlled import add_delta
 from minillm.cli.outputs import require_file, require_folder
 from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.loader.evaluation_plan import EvaluationPlan, load_evaluation
 from minillm.config.paths import expand
 from minillm.config.tree import COMMAND_LINE
-from minillm.data.instructions import load_prompts, require_shared_pictures
+from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
 from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
+from minillm.models.delta import Delta, DeltaPrompt
 from minillm.models.locations import resolve_path
 from minillm.models.open import model_path, run_folder
 from minillm.reporting.analysis_figures import draw_analyses
@@ -54,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
             plan,
             console,
             dtype=arguments.dtype or DTYPE,
+            delta=arguments.delta,
+            alpha=arguments.alpha,
             output=arguments.output,
             figures=arguments.figures,
         )
@@ -124,6 +128,8 @@ def evaluate_model(
     console: Console,
     *,
     dtype: str = DTYPE,
+    delta: str | None = None,
+    alpha: float | None = None,
     output: Path | None = None,
     figures: Path | None = None,
 ) -> dict[str, Any]:
@@ -133,7 +139,9 @@ def evaluate_model(
         model: a path as model_path takes it, or "teacher" for the plan's.
         plan: the sets and how they are measured.
         console: shows the tables.
-        dtype: the dtype of the model's weights; the teacher's is the plan's.
+        dtype: the dtype of the model's weights, and the delta's; the teacher's is the plan's.
+        delta: a path likewise: its logits, times alpha, are added to the model's.
+        alpha: 1 where it is None; only with a delta.
         output: the JSON file of the result, samples included.
         figures: the folder for a figure of every analysis.
 
@@ -142,6 +150,8 @@ def evaluate_model(
     who = "teacher" if model == TEACHER else "student"
     if who == "teacher" and plan.teacher is None:
         raise UserError("there is no teacher to evaluate: the configuration has no `teacher`")
+    if who == "teacher" and delta is not None:
+        raise UserError("--delta: the teacher is measured alone; name its folder in the place of `teacher`")
     path = plan.teacher.path if who == "teacher" else model_path(model)
     models, rows = open_named(
         None if who == "teacher" else path,
@@ -152,6 +162,7 @@ def evaluate_model(
     )
     if models.teacher is not None and "read" not in models.teacher.abilities:
         console.note(UNMEASURED)
+    models = add_delta(models, delta, alpha, console, dtype=dtype)
     rollouts = LocalRollouts(models, cuda_graphs=plan.rollout.cuda_graphs)
     # a model of a run is asked on the day of the run, as it was trained, whatever day it is
     run = run_folder(Path(resolve_path(path, plan.output_dir, verify=False)))
@@ -163,6 +174,8 @@ def evaluate_model(
         name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}", now=now)
         for name, prompts in plan.eval.sets.items()
     }
+    if models.delta is not None and models.delta.translation is not None:
+        _read_for_delta(plan, sets, models.delta, now)
     judges = None if plan.teacher is None else teacher_tokenizer(plan.teacher, plan.output_dir)
     require_shared_pictures({f"eval.sets.{name}": one for name, one in sets.items()}, models.tokenizer, judges)
     labels = {
@@ -181,10 +194,12 @@ def evaluate_model(
         evaluation, models, rollouts, who
     )
     title = f"Evaluation of {plan.teacher.path if who == 'teacher' else model}"
+    title += "" if delta is None else f" with {models.delta.alpha:g} x {delta}"
     console.measurement(title, evaluation.sets, evaluation.mean, evaluation.samples, who=who)
     result = {
         "model": model,
         "who": who,
+        **({} if delta is None else {"delta": delta, "alpha": models.delta.alpha}),
         "teacher": None if plan.teacher is None else plan.teacher.path,
         "seeds": list(plan.eval.seeds),
         "prompts": {name: len(prompts) for name, prompts in sets.items()},
@@ -200,3 +215,23 @@ def evaluate_model(
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
+
+
+def _read_for_delta(plan: EvaluationPlan, sets: Mapping[str, PromptSet], delta: Delta, now: datetime) -> None:
+    """Render chats by the delta's own template too; in other prompts a delta reads the very text that the model does.
+
+    Raises DataError as load_prompts does.
+    """
+    for name, prompts in plan.eval.sets.items():
+        if prompts.template != "chat":
+            continue
+        last = max(example.index for example in sets[name].examples)
+        anything = {
+            "limit": last + 1,
+            "max_prompt_length": prompts.max_characters,
+        }  # what is dropped is the model's to say
+        read = load_prompts(prompts.model_copy(update=anything), delta.tokenizer, name=f"eval.sets.{name}", now=now)
+        theirs = {example.index: example for example in read.examples}
+        for example in sets[name].examples:
+            other = theirs[example.index]
+            delta.translation.read(example.prompt_ids, DeltaPrompt(other.prompt, other.prompt_ids, special=False))

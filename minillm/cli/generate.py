@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from minillm import UserError
+from minillm.cli.controlled import add_delta
 from minillm.config.data import InstructionKeys, Prompts
 from minillm.config.loader.document import read_file
 from minillm.config.loader.stages import stage_trees
@@ -18,6 +19,7 @@ from minillm.config.shape import walk
 from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.records import Conversation
+from minillm.models.delta import DeltaPrompt
 from minillm.models.families import text_config
 from minillm.models.open import model_path, run_folder
 from minillm.models.processors import unshared_pictures
@@ -48,6 +50,7 @@ class Answerer:
         *,
         seed: int,
         images: Sequence[str] = (),
+        delta_keys: InstructionKeys | None = None,
     ):
         """Args:
         models: student, and teacher where there is one.
@@ -55,9 +58,11 @@ class Answerer:
         sampling: the settings for both models.
         seed: the seed of the sampling.
         images: files of the pictures that every prompt shows.
+        delta_keys: the template of the prompts for models.delta, where it has another tokenizer.
         """
         self.models, self.sampling, self.seed = models, sampling, seed
         self.reader = PromptReader(keys, models.tokenizer)
+        self.delta_reader = None if delta_keys is None else PromptReader(delta_keys, models.delta.tokenizer)
         self.pictures = find_pictures("--image", Path("."), {"images": list(images)})
         self.rollouts, self._asked = LocalRollouts(models), 0
 
@@ -69,7 +74,12 @@ class Answerer:
         tokenizer = self.models.tokenizer
         if not _is_text(question):
             raise UserError(f"the prompt is not text in UTF-8: {question[:40]!r}")
-        prompt = self.reader.read(Conversation([{"role": "user", "content": question}]), self.pictures)
+        said = Conversation([{"role": "user", "content": question}])
+        prompt = self.reader.read(said, self.pictures)
+        if self.delta_reader is not None:
+            special = self.delta_reader.config.template != "chat"
+            read = self.delta_reader.read(said)
+            self.models.delta.translation.read(prompt.ids, DeltaPrompt(read.text, read.ids, special))
         self.models.require_shared("the prompt", [prompt.ids])
         draw, self._asked = self._asked, self._asked + 1
         answers = {}
@@ -111,6 +121,8 @@ def generate(
     *,
     console: Console,
     teacher: str | None = None,
+    delta: str | None = None,
+    alpha: float | None = None,
     prompts: Sequence[str] = (),
     images: Sequence[str] = (),
     max_new_tokens: int = 256,
@@ -141,8 +153,17 @@ def generate(
         unshared = unshared_pictures(models.tokenizer, load_tokenizer(beside, Path(".")))
         if unshared is not None:
             raise UserError(f"--image: these are pictures, and {unshared}")
-    keys = prompt_keys(path, models.tokenizer, template=template, system=system)
-    ask = Answerer(models, keys, sampling, seed=seed, images=images).ask
+    models = add_delta(models, delta, alpha, console, dtype=dtype)
+    options: dict = {"template": template, "system": system}
+    delta_keys = None
+    if models.delta is None:
+        keys = prompt_keys(path, models.tokenizer, **options)
+    elif models.delta.translation is None:  # both read the same ids: those that the delta was trained on
+        keys = prompt_keys(model_path(delta), models.tokenizer, **options)
+    else:  # each its own words for the same question
+        keys = prompt_keys(path, models.tokenizer, **options)
+        delta_keys = prompt_keys(model_path(delta), models.delta.tokenizer)
+    ask = Answerer(models, keys, sampling, seed=seed, images=images, delta_keys=delta_keys).ask
     converse(ask, console, prompts=prompts, read=lambda: input("> " if sys.stdin.isatty() else ""))
 
 

@@ -271,6 +271,10 @@ class DataConfig(Strict):
         None,
         description="Prompts with a chosen and a rejected answer each, for a preference (method dpkd, pairs: data)",
     )
+    forget: Prompts | None = Field(
+        None,
+        description="Prompts with answers that the model shall no longer give, for methods that unlearn; as data.prompts",
+    )
     corpus: Corpus | None = Field(
         None,
         description="Plain text, for a pre-training loss (method.lm_coef) and for methods that choose from it; special tokens "

@@ -12,7 +12,7 @@ from minillm.config.few_shot import FewShot, Part
 from minillm.config.lora import LoraConfig
 
 Sampler = Literal["student", "teacher", "mixture"]
-Rows = Literal["answers", "references", "pairs", "corpus"]
+Rows = Literal["answers", "references", "forget", "pairs", "corpus"]
 Ability = Literal["read", "sample", "answer", "logprobs", "hidden", "layers", "train", "evaluate"]
 Result = Literal["model", "data", "rows"]  # what a stage leaves, as a later one names it
 
@@ -39,6 +39,7 @@ class TermNeeds:
     sequences: int = 1  # of one item: a pair of sampled answers has two
     labels: int = 1  # ids that are scored at every position
     trains: str = "student"  # the model whose rows these are
+    summed: bool = False  # the teacher's logits are added to the student's, and nothing else of them is read
     scored: bool = False  # both models are run over the rows without a gradient first
     kept: bool = False  # the teacher reads the rows without the term, and what it says is kept for later passes
 
@@ -55,6 +56,7 @@ class Needs:
     # data
     prompts: bool = True
     references: bool = False  # prompts come with an answer to imitate
+    forget: bool = False  # a second set of prompts with answers, which are made less likely
     pairs: bool = False  # prompts come with a chosen and a rejected answer
     corpus: bool = False  # plain text in blocks
     whole_documents: bool = False  # the corpus is read document by document, and not in blocks
@@ -76,6 +78,7 @@ class Needs:
     teacher: bool = False
     teacher_abilities: frozenset[Ability] = frozenset()
     reference: str | None = None  # the path, method.reference, of a frozen model that stands on the student's side
+    controls_teacher: bool = False  # the student is a delta: what is evaluated is the teacher with its logits added
     teacher_lora: LoraConfig | None = None  # adapters that are put into the teacher, and trained
     auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes
@@ -101,12 +104,12 @@ class Needs:
     def required_abilities(self) -> frozenset[Ability]:
         """The abilities of the teacher beyond giving rows of texts that are known before the stage begins."""
         required = set(self.teacher_abilities)
-        if self.teacher and not self.takes_steps:
+        if self.teacher and not self.takes_steps or self.controls_teacher:
             required.add("read")
         # answers that the teacher has written once are texts like any other
         fresh = self.samples and not (self.written_once and set(self.samples) == {"teacher"})
         for term in self.terms:
-            if term.teacher and ("pairs" in term.rows or "answers" in term.rows and fresh):
+            if term.teacher and ({"pairs", "forget"} & {*term.rows} or "answers" in term.rows and fresh):
                 required.add("read")
             if term.teacher and term.labels > 1:
                 required.add("logprobs")

@@ -47,10 +47,13 @@ class TermLoss(nn.Module):
             found = expert_tokens(routing, self.expert_tokens.shape[1], batch.attention_mask)
             self.expert_tokens = self.expert_tokens.to(found.device) + found
         # gradients are taken in the forward pass, so that the teacher's head is not read again after it
-        with self._teacher_side(term.teacher) as (said, teacher_head):
+        with self._teacher_side(term.teacher) as (said, teacher_head), self._teacher_side(term.template) as added:
+            hidden, head = rows_of(output.last_hidden_state, batch), lm_head(model)  # (N, H_s)
+            if term.template is not None:
+                hidden, head = (hidden, added[0]), LMHead.sum_of(head, added[1])
             loss, metrics = linear_objective(
-                rows_of(output.last_hidden_state, batch),  # (N, H_s)
-                lm_head(model),
+                hidden,
+                head,
                 said,
                 teacher_head,
                 batch.labels,

@@ -101,7 +101,7 @@ class Analyses:
         return token_statistics(models, sequences, ("forward_kl",), batch_size=self.config.batch_size)["forward_kl"]
 
     def _calibration(self, name: str, models: Models, who: Who) -> tuple[dict[str, float], dict[str, list]]:
-        subject = models if who == "student" else replace(models, student=models.model("teacher"))
+        subject = models if who == "student" else replace(models, student=models.model("teacher"), delta=None)
         questions = self.labels[name].questions
         sequences = [TokenSequence(question.prompt_ids, ids) for question in questions for ids in question.word_ids]
         stats = token_statistics(

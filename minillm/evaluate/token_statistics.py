@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minillm.distributed import collectives
 from minillm.models.batch import TokenBatch, TokenSequence, collate
+from minillm.rollout.local.delta_stream import delta_rows
 from minillm.rollout.scoring import batch_statistics
 from minillm.teachers.pair import Models
 
@@ -42,7 +43,8 @@ def token_statistics(
                     for name in teacher_parts[chosen[0]]
                 }
                 rows = models.teacher.rows_of(joined)
-            stats = batch_statistics(models, batch, rows, fields)
+            shift = None if models.delta is None else delta_rows(models.delta, batch)
+            stats = batch_statistics(models, batch, rows, fields, shift)
             for field in fields:
                 _put(results[field], chosen, batch, getattr(stats, field))
     if collectives.world_size() == 1:

@@ -121,7 +121,8 @@ class Measuring:
         device = engine_device(self.experiment.stage(job.name).config.engine)
         opened = self.cache.teacher(teacher, job.folder, device)
         models, _ = open_models(student, opened, output_dir=job.folder, device=device, seed=job.seed)
-        return models
+        controls = job.trained and self.experiment.stage(job.name).config.method.needs().controls_teacher
+        return models.controlled() if controls else models
 
     def _load_evaluators(self, models: Models, teacher: AnyTeacherConfig | None, console) -> Evaluators:
         # with one teacher the tokenizer is one; without, every arm reads the sets with its own

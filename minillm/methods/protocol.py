@@ -22,7 +22,7 @@ from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rollouts import ProgressCallback, Rollouts
 from minillm.storage.timing import Timing
 from minillm.teachers.pair import Models
-from minillm.teachers.teacher import TeacherRows
+from minillm.teachers.teacher import HiddenRows, TeacherRows
 
 Objective = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
 
@@ -57,6 +57,7 @@ class Term:
     weight: float = 1.0
     inputs: dict[str, Tensor] = field(default_factory=dict)  # (N,) each
     teacher: TeacherRows | None = None  # N rows, where a field needs the teacher
+    template: HiddenRows | None = None  # N rows of a frozen model whose logits are added to those of the trained one
     options: dict[str, Any] = field(default_factory=dict)  # beta, alpha, temperature of linear_objective
     trains: str = "student"  # which of the stage's trained models stands on the student's side
     coupled: bool = False  # the objective sees all N rows at once, and may couple them
@@ -73,6 +74,7 @@ class Term:
             batch=self.batch.to(device),
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
             teacher=None if self.teacher is None else self.teacher.to(device),
+            template=None if self.template is None else self.template.to(device),
             hidden=hidden,
         )
 
@@ -90,6 +92,7 @@ class TrainingData:
     pairs: Stream | None = None  # of minillm.data.pairs.AnswerPair
     documents: Documents | None = None  # of data.corpus, whole and in order: in the place of its blocks
     tokenizer: PreTrainedTokenizerBase | None = None  # that the texts were read with
+    forget: Stream | None = None  # of Example: answers to be made less likely
 
 
 class Item(Protocol):

@@ -316,7 +316,9 @@ class _Simulator:
             parameter.grad = None
 
     def _term(self, term: TermShape) -> None:
-        full = term.teacher and not (self.head is not None and self.head.k)  # a teacher with logits of its own
+        full = (
+            term.teacher and not term.summed and not (self.head is not None and self.head.k)
+        )  # a teacher with logits of its own
         shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
         self.losses[term.name] = shape
         bf16 = self.setting.autocast

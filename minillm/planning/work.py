@@ -73,6 +73,7 @@ class TermShape:
     teacher: bool  # reads the teacher's rows
     from_buffer: bool  # its teacher's hidden states come from the rollout buffer, which lies on the CPU
     trains: str = "student"  # student, teacher
+    summed: bool = False  # both models' logits are added up
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
                 term.teacher and not term.kept,
                 from_buffer,
                 term.trains,
+                term.summed,
             )
         )
     return tuple(terms)
@@ -231,7 +233,7 @@ def _text(kind: Rows, config: StageConfig) -> _Text:
             raise UserError("data.pairs is missing, so the length of a pair is not known")
         answer = config.data.pairs.max_response_length
         return _Text(2, config.data.pairs.max_prompt_length + answer - 1, answer)
-    prompts = _prompts(config)
+    prompts = _forgotten(config) if kind == "forget" else _prompts(config)
     answer = config.rollout.max_new_tokens if kind == "answers" else prompts.max_response_length
     return _Text(1, _prompt_length(prompts) + answer - 1, answer)
 
@@ -240,6 +242,12 @@ def _prompts(config: StageConfig) -> Prompts:
     if config.data.prompts is None:
         raise UserError("data.prompts is missing, so the length of a prompt is not known")
     return config.data.prompts
+
+
+def _forgotten(config: StageConfig) -> Prompts:
+    if config.data.forget is None:
+        raise UserError("data.forget is missing, so the length of an answer to forget is not known")
+    return config.data.forget
 
 
 def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
@@ -251,11 +259,13 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     batch = min(keys.batch_size, max(prompts.limit or keys.batch_size for prompts in sets))
     judged = config.teacher is not None and keys.teacher and "read" in config.teacher.abilities
     longest = max(keys.max_new_tokens, *(prompts.max_response_length for prompts in sets))
+    controls = config.method.needs().controls_teacher  # what answers is the teacher with the student's logits added
+    samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")
     answering = [
-        Decoding((name,), batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
-        for name in ("student", "teacher")[: 1 + judged]
+        Decoding(SAMPLING_MODELS[one], batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
+        for one in samplers[: 1 + judged]
     ]
-    models = ("teacher", "student") if judged else ("student",)
+    models = ("teacher", "student") if judged or controls else ("student",)
     return (*answering, Forward(models, batch, prompt + longest - 1, batch * longest, True, 0))
 
 

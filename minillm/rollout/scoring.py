@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from minillm.distributed import collectives
-from minillm.losses import TokenStats, linear_token_stats
+from minillm.losses import LMHead, TokenStats, linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
@@ -71,16 +71,25 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
 
 
 def batch_statistics(
-    models: Models, batch: TokenBatch, rows: TeacherRows | None, fields: tuple[str, ...]
+    models: Models,
+    batch: TokenBatch,
+    rows: TeacherRows | None,
+    fields: tuple[str, ...],
+    shift: Tensor | None = None,  # (N, H_d)
 ) -> TokenStats:  # (N,) each
     """Statistics of the rows of a batch, at temperature 1, from one forward pass of the student.
 
-    Args: rows: what the teacher says of them, None where no field needs it.
+    Args:
+        rows: what the teacher says of them, None where no field needs it.
+        shift: hidden states of models.delta, whose logits are added to the student's.
     """
+    hidden, student_head = row_hidden(models.student, batch), lm_head(models.student)  # (N, H_s)
+    if shift is not None:
+        hidden, student_head = (hidden, shift), LMHead.sum_of(student_head, models.delta.head())
     with nullcontext((None, None)) if rows is None else rows.for_losses() as (said, head):
         return linear_token_stats(
-            row_hidden(models.student, batch),  # (N, H_s)
-            lm_head(models.student),
+            hidden,
+            student_head,
             said,
             head,
             batch.labels,

@@ -1,5 +1,6 @@
 """Opening a student and a teacher as a pair: for a stage, an evaluation, a conversation and an experiment alike."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,18 +8,23 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from minillm import UserError
 from minillm.config.models import CachedTeacherConfig, StudentConfig, TeacherConfig
 from minillm.distributed import collectives
+from minillm.models.delta import Delta, Translation
 from minillm.models.device import pick_device
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.sharded import gathered
+from minillm.models.spelling import spelling_of
 from minillm.models.tokenizers import load_tokenizer
+from minillm.models.vocabulary_map import kept_map
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row, preflight
 from minillm.teachers.row_cache import TOKENIZER, find_cache
 from minillm.teachers.teacher import Teacher, require_ability
+from minillm.teachers.vocabularies import PreflightError, require_same_tokenizer
 
 AnyTeacherConfig = TeacherConfig | CachedTeacherConfig
 
@@ -127,3 +133,36 @@ def open_named(
     opened = None if teacher is None else open_teacher(teacher, output_dir=output_dir, device=where)
     student = None if path is None else StudentConfig(path=path, dtype=dtype, tokenizer=tokenizer)
     return open_models(student, opened, output_dir=output_dir, device=where)
+
+
+def with_delta(models: Models, path: str, *, alpha: float = 1.0, dtype: str = "float32") -> Models:
+    """The models with a delta, whose logits are added to the student's times alpha.
+
+    A delta with another tokenizer comes with a map of the student's ids to its own, which is kept beside it.
+
+    Args:
+        path: what minillm.models.open.model_path returned.
+        dtype: of the delta's weights.
+
+    Raises UserError for an alpha that is not above 0, PreflightError for a delta that could not be read.
+    """
+    if not alpha > 0 or alpha == float("inf"):
+        raise UserError(f"--alpha is {alpha}; it must be a number above 0 (without --delta the model answers alone)")
+    config = StudentConfig(path=path, dtype=dtype)
+    opened, _ = open_models(config, None, output_dir=Path("."), device=models.device)
+    tokenizer = opened.tokenizer
+    translation = None
+    if not _same_ids(models, opened):
+        beside = Path(path)
+        made = kept_map(spelling_of(models.tokenizer), spelling_of(tokenizer), beside if beside.is_dir() else None)
+        translation = Translation(models.tokenizer, made)
+    return replace(models, delta=Delta(opened.student, tokenizer, models.vocab_size, alpha, translation))
+
+
+def _same_ids(models: Models, delta: Models) -> bool:
+    """True where a delta can be fed the ids of the model that it controls."""
+    try:
+        unshared = require_same_tokenizer(models.tokenizer, delta.tokenizer)
+    except PreflightError:
+        return False
+    return not unshared and delta.vocab_size >= models.vocab_size

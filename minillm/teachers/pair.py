@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minillm.models.delta import Delta
 from minillm.models.modes import sampling_mode
 from minillm.models.sharded import gathered
 from minillm.teachers.teacher import Teacher, require_ability
@@ -29,6 +30,7 @@ class Models:
     device: torch.device
     by_layers: bool = False  # sharded weights are gathered a layer at a time: all ranks run the same forward passes
     vocabulary: SharedVocabulary | None = None  # which of the ids mean the same to both; None: all below vocab_size
+    delta: Delta | None = None  # its logits are added to the student's wherever answers are sampled or measured
 
     def require_shared(self, name: str, texts: Iterable[Sequence[int]]) -> None:
         """Raises UserError for texts with ids that the two do not share; see SharedVocabulary.require."""
@@ -42,6 +44,12 @@ class Models:
         require_ability(self.teacher, "hidden", "this")
         return self.teacher.model
 
+    def controlled(self) -> "Models":
+        """The teacher with the student's logits added to its own, in the student's place: what a delta is judged by."""
+        require_ability(self.teacher, "hidden", "measuring a delta")
+        delta = Delta(self.student, self.tokenizer, self.vocab_size)
+        return replace(self, student=self.teacher.model, delta=delta)
+
     @contextmanager
     def reading(self, *roles: Role) -> Iterator[None]:
         """The weights of these roles can be run and their heads read, in evaluation mode and without a gradient.
@@ -49,6 +57,8 @@ class Models:
         All ranks must enter and leave together. A teacher without weights in this process needs no such thing.
         """
         here = [self.student if role == "student" else self.teacher.model for role in roles]
+        if "student" in roles and self.delta is not None:
+            here.append(self.delta.model)
         here = [model for model in here if model is not None]
         with gathered(*here, by_layers=self.by_layers), sampling_mode(here):
             yield

@@ -89,7 +89,8 @@ class StageBuilder:
             unbalanced = balance_problem(models.student, added=needs.auxiliary or weight > 0)
         if unbalanced is not None:
             self.console.note(unbalanced)
-        rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
+        judged = models.controlled() if needs.controls_teacher else models
+        rollouts = LocalRollouts(judged, cuda_graphs=stage.config.rollout.cuda_graphs)
         asked = _asked(needs.samples) | ({"student"} if held_out else set())
         if models.teacher is not None and "sample" not in models.teacher.abilities:  # its answers are written
             asked.discard("teacher")
@@ -156,6 +157,7 @@ class StageBuilder:
             report_progress=self.console.working,
             documents=read.documents,
             tokenizer=read.tokenizer,
+            forget=None if read.forget is None else Stream(read.forget.examples, seed=order),
         )
 
     def _saved_student(self, stage: Stage, checkpoint: Path | None) -> Path | None:

@@ -39,6 +39,7 @@ class StageData:
     rows: list[Row]
     pairs: PairSet | None = None
     documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
+    forget: PromptSet | None = None
 
 
 def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved: Path | None = None) -> StageData:
@@ -55,7 +56,7 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     judges = None if config.teacher is None else teacher_tokenizer(config.teacher, output_dir)
     if judges is not None:
         require_same_tokenizer(tokenizer, judges, reference=needs.reference)
-    prompts = pairs = corpus = documents = None
+    prompts = pairs = corpus = documents = forget = None
     rows = []
     if needs.prompts:
         source = _with_stage_files(config.data.prompts, output_dir)
@@ -66,14 +67,21 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
         if prompts.typed:
             rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
     if needs.references:
-        _require_references(stage, prompts)
+        _require_references(stage, prompts, "data.prompts")
     if needs.pairs:
         pairs = load_pairs(_with_stage_files(config.data.pairs, output_dir), tokenizer, now=started)
         used = f"{len(pairs)} used, {pairs.dropped_long} too long, {pairs.dropped_alike} of answers that are alike"
         rows.append(("pairs", used, pairs.source))
         if pairs.typed:
             rows.append(("special tokens", f"text in {pairs.typed} pairs that spell them", pairs.source))
-    read = {name: one for name, one in (("data.prompts", prompts), ("data.pairs", pairs)) if one is not None}
+    if needs.forget:
+        forget = load_prompts(
+            _with_stage_files(config.data.forget, output_dir), tokenizer, name="data.forget", now=started
+        )
+        rows.append(("to forget", f"{len(forget)} used, {forget.dropped_long} too long", forget.source))
+        _require_references(stage, forget, "data.forget")
+    sources = {"data.prompts": prompts, "data.forget": forget, "data.pairs": pairs}
+    read = {name: one for name, one in sources.items() if one is not None}
     require_shared_pictures(read, tokenizer, judges, ranks=collectives.world_size())
     if needs.images:
         _require_pictures(stage, prompts, pairs)
@@ -84,19 +92,20 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     elif config.data.corpus is not None:
         corpus = load_corpus(_with_stage_files(config.data.corpus, output_dir), tokenizer)
         rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-    return StageData(tokenizer, judges, prompts, corpus, rows, pairs, documents)
+    return StageData(tokenizer, judges, prompts, corpus, rows, pairs, documents, forget)
 
 
 def require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:
     """Raises UserError for texts with ids that student and teacher do not share."""
-    for name, one in {"data.prompts": read.prompts, "data.pairs": read.pairs, **held_out}.items():
+    sets = {"data.prompts": read.prompts, "data.forget": read.forget, "data.pairs": read.pairs, **held_out}
+    for name, one in sets.items():
         if one is not None:
             models.require_shared(name, one.ids())
     if read.corpus is not None:
         models.require_shared("data.corpus", read.corpus.blocks)
 
 
-def _require_references(stage: Stage, prompts: PromptSet) -> None:
+def _require_references(stage: Stage, prompts: PromptSet, name: str) -> None:
     misplaced = [example.misplaced for example in prompts.examples if example.misplaced is not None]
     if misplaced:
         raise UserError(
@@ -105,7 +114,7 @@ def _require_references(stage: Stage, prompts: PromptSet) -> None:
         )
     bare = [example.index for example in prompts if not example.response_ids]
     remedy = "give them an answer, or use a method that samples its answers"
-    _require_none(stage, "data.prompts", bare, len(prompts), "imitates the references", remedy)
+    _require_none(stage, name, bare, len(prompts), "imitates the references", remedy)
 
 
 def _require_pictures(stage: Stage, prompts: PromptSet | None, pairs: PairSet | None = None) -> None:

@@ -248,7 +248,8 @@ class StageTrainer:
             return
         progress = self.progress
         started = time.perf_counter()
-        evaluation = self.evaluator.evaluate(self.models, self.data.rollouts, who)
+        judged = self.models.controlled() if self.method.needs.controls_teacher else self.models
+        evaluation = self.evaluator.evaluate(judged, self.data.rollouts, who)
         record = {
             "kind": "eval",
             "stage": self.name,
@@ -332,7 +333,12 @@ class StageTrainer:
         return [("prompts", data.prompts), ("pairs", data.pairs), ("blocks of data.corpus", data.corpus)]
 
     def _streams(self) -> dict[str, Stream | RankSlice]:
-        streams = {"prompts": self.data.prompts, "pairs": self.data.pairs, "corpus": self.data.corpus}
+        streams = {
+            "prompts": self.data.prompts,
+            "pairs": self.data.pairs,
+            "corpus": self.data.corpus,
+            "forget": self.data.forget,
+        }
         return {name: stream for name, stream in streams.items() if stream is not None}
 
     def _buffer_path(self, state: Path) -> Path:

@@ -55,7 +55,7 @@ def test_places_are_found_in_every_branch_and_nowhere_else():
         ("student.layers", "a whole number or a list"),
         ("train.max_seconds", "a number or text"),
         ("train.bf16", "true or false"),
-        ("student.init", "one of pretrained, prune, random"),
+        ("student.init", "one of pretrained, prune, upcycle, random"),
     ],
 )
 def test_types_in_words(path, words):

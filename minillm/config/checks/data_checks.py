@@ -10,8 +10,10 @@ from minillm.config.methods import Method
 
 def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
     """The keys of the training prompts go together."""
-    if data.prompts is not None:
-        yield from _keys_of_chats(("data", "prompts"), data.prompts.template)
+    for name in ("prompts", "forget"):
+        source = getattr(data, name)
+        if source is not None:
+            yield from _keys_of_chats(("data", name), source.template)
 
 
 def few_shot_prompts(facts: Facts, method: Method) -> Iterator[Found]:
@@ -49,6 +51,17 @@ def parsers_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Fou
     elif data.prompts is not None and len(method.needs().written) == 2:
         message = "has no effect on training: rationales and labels are the teacher's, read by method.few_shot.parser"
         yield Idle("data.prompts.parser", message, ("method.labels",))
+    if data.forget is not None:
+        yield Idle(
+            "data.forget.parser", "has no effect: no method makes tasks of the answers to forget", ("method.name",)
+        )
+
+
+def forget_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """Answers to forget are for a method that unlearns."""
+    if data.forget is not None and not method.needs().forget:
+        message = f"has no effect: method {method.name} forgets nothing with these keys"
+        yield Idle("data.forget", message, ("method.name",))
 
 
 def held_out_parsers_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:

@@ -12,6 +12,7 @@ from minillm.config.needs import ABILITIES
 # A need that is data -> the method's use of it, as in "method kd ...".
 MATERIAL = {
     "prompts": "trains on prompts",
+    "forget": "lowers the likelihood of the answers of a second set of prompts",
     "pairs": "trains on pairs of a chosen and a rejected answer",
     "corpus": "reads plain text",
 }

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from minillm import UserError
 from minillm.kernels.head import project, ready
 from minillm.kernels.rows_torch import logits_from_raw
+from minillm.losses import LMHead
 from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_head
 from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.rollout.local.distribution import padded_size
@@ -22,9 +23,10 @@ class Decoder:
     by the next call.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, *, vocab_size: int):
+    def __init__(self, model: PreTrainedModel, cache: Cache, *, vocab_size: int, head: LMHead | None = None):
+        """Args: head: in the place of the model's own."""
         self.model, self.cache, self.vocab_size = model, cache, vocab_size
-        head = lm_head(model)
+        head = lm_head(model) if head is None else head
         self.weight, self.bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
         self.logit_scale, self.softcap = head.logit_scale, head.softcap
         self._shift: Tensor | None = None  # (B, 1) int64, added to positions after the prompts

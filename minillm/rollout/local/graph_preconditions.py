@@ -12,6 +12,8 @@ from minillm.teachers.pair import Models
 def require_cuda_graphs(models: Models) -> None:
     """Raises UserError where a decode step of these models cannot be captured, and says why."""
     require_gpu(models.device)
+    if models.delta is not None:
+        raise UserError("rollout.cuda_graphs: a delta's logits are added in the ordinary loop alone; leave it out")
     require_static_shapes("student", models.student)
     if models.teacher is not None and models.teacher.model is not None:
         require_static_shapes("teacher", models.teacher.model)

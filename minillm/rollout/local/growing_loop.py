@@ -8,6 +8,7 @@ from torch import Tensor
 from minillm.distributed import collectives
 from minillm.models.batch import join_extras
 from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.delta_stream import SummedDecoder
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.ngrams import NgramBan
 from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
@@ -33,9 +34,14 @@ def decode(
     room = width + steps - 1
     members = [models.model(role) for role in roles]
     caches = [make_cache(model, lambda: RoomyLayer(room)) for model in members]
-    decoders = [
+    decoders: list[Decoder | SummedDecoder] = [
         Decoder(model, cache, vocab_size=models.vocab_size) for model, cache in zip(members, caches, strict=True)
     ]
+    if models.delta is not None:
+        decoders = [
+            SummedDecoder(decoder, models.delta, room=room) if role == "student" else decoder
+            for role, decoder in zip(roles, decoders, strict=True)
+        ]
     weights = list(roles.values())
     bans = NgramBan(sampling.no_repeat_ngram_size, prompts) if sampling.no_repeat_ngram_size else None
     noise = noise.to(device)

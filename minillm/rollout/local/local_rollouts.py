@@ -53,6 +53,8 @@ class LocalRollouts:
         for role in roles:
             if role not in self._checked:
                 require_exact_decoding(role, self.models.model(role))
+                if role == "student" and self.models.delta is not None:
+                    require_exact_decoding("delta", self.models.delta.model)
                 self._checked.add(role)
 
     def weights_changed(self) -> None:
@@ -175,3 +177,5 @@ def _check(
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     for role in roles:
         check_positions(models.model(role), longest - 1)  # the last token is sampled, never fed
+    if "student" in roles and models.delta is not None and models.delta.translation is None:
+        check_positions(models.delta.model, longest - 1)
