@@ -78,7 +78,7 @@ class StageBuilder:
         unbalanced = balance_problem(models.student, added=needs.auxiliary) if "student" in needs.trains else None
         if unbalanced is not None:
             self.console.note(unbalanced)
-        rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
+        rollouts = _rollouts(stage, models)
         asked = _asked(needs.samples) | ({"student"} if held_out else set())
         collectives.together(lambda: rollouts.check(*sorted(asked)))
         return StageTrainer(
@@ -107,7 +107,7 @@ class StageBuilder:
         self.console.preflight([*rows, *read.rows], beside_teacher="student" if reference is None else "reference")
         collectives.together(lambda: require_shared_ids(models, read, {}))
         self.console.prepare(stage.name)
-        rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
+        rollouts = _rollouts(stage, models)
 
         def report_progress(what: str, done: int, total: int) -> None:
             self.console.working(what, done, total)
@@ -231,6 +231,11 @@ class StageBuilder:
         )
         evaluator.report_progress = self.console.working  # an evaluator may outlive the run it was made for
         return evaluator
+
+
+def _rollouts(stage: Stage, models: Models) -> LocalRollouts:
+    keys = stage.config.rollout
+    return LocalRollouts(models, cuda_graphs=keys.cuda_graphs, shared_coins=keys.shared_coins)
 
 
 def _asked(samples: Sequence[Who]) -> set[Role]:
