@@ -70,7 +70,7 @@ def _take_steps(case: Case) -> dict[str, int]:
         judge = None if teacher is None else LocalTeacher(teacher)
         by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
         models, _ = preflight(student, judge, tokenizer, tokenizer, student.device, by_layers=by_layers)
-        rollouts = LocalRollouts(models)
+        rollouts = LocalRollouts(models, shared_coins=config.rollout.shared_coins)
         del student, teacher, judge
         method = build_method(config)
         modules = method.modules(models)

@@ -27,6 +27,7 @@ class Case:
     bf16: bool = False
     prompt: int = PROMPT
     answer: int = ANSWER
+    coins: bool = False  # rollout.shared_coins
     quantization: str | None = None  # of the teacher
     evaluated: int = 0  # answers side by side in an evaluation after every step; 0: none
     ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
@@ -45,6 +46,8 @@ CASES = (
     Case("gkd, opt", "opt", GKD, 512, 6, 16000, 8, batch=8),
     Case("minillm", "llama", MINILLM, 512, 6, 16000, 10, batch=8),
     Case("minillm, long answers", "gpt2", MINILLM, 384, 6, 16000, 10, batch=8, answer=144),
+    Case("minillm, shared coins", "llama", MINILLM, 512, 6, 16000, 10, batch=8, coins=True),
+    Case("minillm, shared coins, long answers", "gpt2", MINILLM, 384, 6, 16000, 10, batch=8, answer=144, coins=True),
     Case("minillm, checkpointing", "qwen2", MINILLM, 512, 8, 16000, 10, batch=8, checkpointing=True),
     Case("sft, evaluated", "llama", SFT, 512, 6, 16000, None, batch=2, evaluated=64),
     Case("minillm, evaluated", "llama", MINILLM, 384, 6, 16000, 10, batch=2, evaluated=128),
@@ -92,7 +95,12 @@ def document(case: Case, folder: Path) -> dict:
         "student": {"init": "random", "tokenizer": "byte", "config": architecture(case, case.layers)},
         "teacher": teacher,
         "data": {"prompts": prompts, "corpus": corpus},
-        "rollout": {"buffer_size": 4 * case.batch, "batch_size": 2 * case.batch, "max_new_tokens": case.answer},
+        "rollout": {
+            "buffer_size": 4 * case.batch,
+            "batch_size": 2 * case.batch,
+            "max_new_tokens": case.answer,
+            "shared_coins": case.coins,
+        },
         "method": case.method,
         "train": {
             "max_steps": STEPS,

@@ -73,7 +73,7 @@ def die_after(events: int) -> None:
         return wrapper
 
     for owner, name in (
-        (Decoder, "forward"),
+        (Decoder, "hidden"),
         (TorchEngine, "step"),
         (atomic, "sync"),
         (Path, "rename"),

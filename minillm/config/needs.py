@@ -72,6 +72,7 @@ class Needs:
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk
     buffered: bool = False  # answers are scored once by both models and used for `inner_epochs`
     inner_epochs: int = 1
+    teacher_share: float = 0.0  # the teacher's weight in a mixture that is sampled
     neutral_sampling: bool = False  # answers must come from the models' own distributions
     temperature_key: str = "rollout.temperature"  # the key that sets the temperature of the answers
     # models

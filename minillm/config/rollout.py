@@ -26,6 +26,12 @@ class RolloutConfig(Strict):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="Sample from the likeliest tokens that together have this probability; 1: from all"
     )
+    shared_coins: bool = Field(
+        False,
+        description="Mixtures of teacher and student: a coin a position, the same for all answers of a draw, says which of "
+        "the two writes the next token, and the other one catches up in blocks; scoring then runs no teacher. Every answer "
+        "has the law of the mixture, but those of a draw depend on each other. false: both models run for every token",
+    )
     cuda_graphs: bool = Field(
         False,
         description="On a GPU, replay a captured CUDA graph for every token, in evaluation too. Memory for the longest "

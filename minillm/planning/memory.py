@@ -35,13 +35,15 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
     one_memory = device.type == "cpu"
     factors, host_factors = sharding.factors(), sharding.host_factors()
     buffer, waiting = _teacher_rows(simulation, work, sharding.world_size)
+    # scores of answers that are drawn by coins come with them
+    filling = ("rollout", "scoring") if any(one.teacher_share is not None for one in work.decodings) else ("scoring",)
     result = []
     for phase, timeline in simulation.phases.items():
         added = dict.fromkeys(PARTS, 0)
         host = dict.fromkeys(PARTS, 0)
         here = added if one_memory else host
         # the last buffer lives until the next one is complete
-        here["rollout buffer"] += buffer * (2 if phase == "scoring" and work.buffered else 1)
+        here["rollout buffer"] += buffer * (2 if work.buffered and phase in filling else 1)
         if phase == "update" or phase == "scoring" and not work.buffered:
             added["teacher hidden states"] += waiting[False]
         if phase == "update":

@@ -217,6 +217,9 @@ class _Simulator:
                     rest.append(torch.empty(missing, dtype=torch.uint8))
                 del cache
             caches = [self._cache(name, room) for name in decoding.models]
+            if decoding.teacher_share is not None:
+                self._read_by_blocks(decoding, caches)
+                return
 
             def feed(fed: int, seen: int) -> None:
                 logits = []
@@ -232,6 +235,30 @@ class _Simulator:
                 kept = torch.empty(self.ledger.most_since(moment) - before, dtype=torch.uint8)
                 feed(decoding.prompt, 0)
                 del kept
+
+    def _read_by_blocks(self, decoding: Decoding, caches: list) -> None:
+        """minillm.rollout.local.coin_loop: prompts, the last block of each model, and statistics without the caches."""
+        states, logits = [], []
+        for name, cache in zip(decoding.models, caches, strict=True):
+            self._decode(name, cache, decoding.batch, decoding.prompt, 0)
+            with self.ledger.part("sampling buffers"):
+                head = lm_head(self.models[name]).weight
+                states.append(torch.empty(decoding.batch, decoding.answer, head.shape[1], dtype=head.dtype))
+                logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
+        for name, cache in zip(decoding.models, caches, strict=True):
+            self._decode(name, cache, decoding.batch, decoding.block, decoding.room - decoding.block)
+        caches.clear()
+        del cache, logits
+        rows = decoding.batch * decoding.answer
+        with self.ledger.part("sampling buffers"):
+            hidden = []
+            while states:  # the teacher's first
+                hidden.append(torch.empty(rows, states[-1].shape[-1], dtype=states[-1].dtype))
+                states.pop()
+        shape = LossShape(rows, self.vocab_size, len(decoding.models), self.device)
+        self.losses["rollout"] = shape
+        with self.ledger.part("loss buffers"):
+            statistics_twin(hidden[0], shape)
 
     @contextmanager
     def _few_layers(self, names: Collection[str]) -> Iterator[dict[str, int]]:
@@ -292,7 +319,7 @@ class _Simulator:
                 if name == "teacher":
                     self.ledger.relabel(hidden, "teacher hidden states")
             if forward.statistics:
-                shape = LossShape(forward.rows, self.vocab_size, len(models), self.device)
+                shape = LossShape(forward.rows, self.vocab_size, len(models) + len(forward.kept), self.device)
                 known = self.losses.get(phase, shape)  # of several the largest
                 self.losses[phase] = max(known, shape, key=lambda one: one.rows)
                 with self.ledger.part("loss buffers"):

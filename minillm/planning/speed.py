@@ -52,6 +52,8 @@ def speed_of(
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
             body = forward_flops(sizes[name], scoring.total * scoring.length, scoring.length)
             scored[name] += used * (body + rows * 2 * sizes[name].head)
+        for name in scoring.kept:
+            scored[name] += used * scoring.total * (scoring.rows // scoring.batch) * 2 * sizes[name].head
     for term in work.judged_in_the_step:
         tokens = work.micro_batches * term.batch * term.length
         scored["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
@@ -80,8 +82,11 @@ def speed_of(
 def _decoding_flops(decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float) -> dict[str, float]:
     width = decoding.prompt + decoding.answer - 1
     tokens, predictions = decoding.total * width, decoding.total * decoding.answer
+    # by coins: of the asked model for a token, and of both for what is known of the answers afterwards
+    known = 0.0 if decoding.teacher_share is None else 1.0
+    heads = {name: decoding.asked_share(name) + known for name in decoding.models}
     return {
-        name: used * (forward_flops(sizes[name], tokens, width / 2) + predictions * 2 * sizes[name].head)
+        name: used * (forward_flops(sizes[name], tokens, width / 2) + heads[name] * predictions * 2 * sizes[name].head)
         for name in decoding.models
     }
 
@@ -127,14 +132,14 @@ def _optimizer_seconds(student: ModelSize, sharding: Sharding, gpu: Gpu) -> floa
 
 
 def _reading_seconds(decoding: Decoding, sizes: Mapping[str, ModelSize | None], gpu: Gpu) -> float:
-    """Seconds in which weights and half-full caches are read once per token."""
+    """Seconds in which weights and half-full caches are read once per token that a model is asked for."""
     batches = -(-decoding.total // decoding.batch)
     total = 0.0
     for name in decoding.models:
-        size = sizes[name]
+        size, share = sizes[name], decoding.asked_share(name)
         weights = size.stored_bytes - size.embeddings * size.itemsize
         caches = decoding.batch * (decoding.prompt + decoding.answer / 2) * size.kv_bytes_per_token
-        total += weights + caches
+        total += share * (weights + caches)
     return batches * decoding.answer * total / (gpu.memory_gb_per_s * GIGA * BANDWIDTH_USE)
 
 

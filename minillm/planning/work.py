@@ -10,6 +10,8 @@ from minillm.config.data import PlainPrompts, Prompts
 from minillm.config.models import CachedTeacherConfig
 from minillm.config.needs import Needs, Rows, Sampler, TermNeeds
 from minillm.config.root import StageConfig
+from minillm.planning.setting import Setting
+from minillm.rollout.local.lagging_decoder import LONGEST_BLOCK
 from minillm.rollout.local.static_loop import static_room
 
 SAMPLING_MODELS: dict[Sampler, tuple[str, ...]] = {
@@ -33,6 +35,19 @@ class Decoding:
     answer: int  # tokens
     total: int  # answers of a buffer, on one rank
     cuda_graphs: bool = False
+    # of the tokens, where shared coins say which model is asked and the other one catches up; None: all run for each token
+    teacher_share: float | None = None
+
+    @property
+    def block(self) -> int:
+        """Tokens of the longest block in which a model catches up."""
+        return min(LONGEST_BLOCK, self.answer - 1)
+
+    def asked_share(self, model: str) -> float:
+        """The part of the tokens for which a model is asked."""
+        if self.teacher_share is None:
+            return 1.0
+        return self.teacher_share if model == "teacher" else 1.0 - self.teacher_share
 
     @property
     def room(self) -> int:
@@ -55,6 +70,7 @@ class Forward:
     rows: int  # of them predict what counts
     statistics: bool  # linear_token_stats follows
     total: int  # sequences of a buffer or step, on one rank
+    kept: tuple[str, ...] = ()  # models whose hidden states are there from before, for the statistics
 
     @property
     def reads_heads(self) -> bool:
@@ -152,6 +168,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
                 rollout.max_new_tokens,
                 prompts,
                 rollout.cuda_graphs,
+                needs.teacher_share if sampler == "mixture" and rollout.shared_coins else None,
             )
             for sampler in needs.samples
             if not (cached and sampler == "teacher")  # which has written its answers
@@ -194,6 +211,8 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
     step = micro * config.train.gradient_accumulation_steps
     if needs.buffered:
         answers = _text("answers", config)
+        if config.rollout.shared_coins and "mixture" in needs.samples:
+            return (_scored_by_coins(answers, config, side_by_side, prompts),)
         return (answers.forward(judges, side_by_side, statistics=True, total=prompts * len(needs.samples)),)
     if needs.takes_steps:
         return tuple(
@@ -214,6 +233,13 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
             f"method {config.method.name} takes no step and declares neither answers nor texts that a model reads"
         )
     return tuple(text.forward(judges, micro, statistics=True, total=step) for text in read)
+
+
+def _scored_by_coins(answers: _Text, config: StageConfig, side_by_side: int, prompts: int) -> Forward:
+    """The passes over answers whose sampling has measured both models: minillm.rollout.scoring."""
+    if Setting.of(config, checkpointing=False).student_dtype == "float32":
+        return answers.forward(("student",), 1, statistics=True, total=1)  # a look at one of them
+    return replace(answers.forward(("student",), side_by_side, statistics=True, total=prompts), kept=("teacher",))
 
 
 def _longest(term: TermNeeds, config: StageConfig) -> _Text:

@@ -44,6 +44,14 @@ class Sampling:
 
 
 @dataclass
+class Scores:
+    """Both models' word on an answer of T tokens, measured while it was sampled. All tensors lie on the CPU."""
+
+    vectors: dict[str, Tensor]  # (T,) fp32 each: those that minillm.rollout.scoring.score gives
+    teacher: dict[str, Tensor]  # (T, ...) each: the parts of the teacher's rows
+
+
+@dataclass
 class Answer:
     """A prompt and what was sampled for it."""
 
@@ -55,6 +63,7 @@ class Answer:
     extras: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # of the prompt, as minillm.models.batch.Sequence has them
+    scores: Scores | None = None  # on the rank that sampled it, where both models have read it on the way
 
 
 class Rollouts(Protocol):

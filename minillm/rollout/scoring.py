@@ -1,9 +1,11 @@
-"""One pass of each model over sampled answers: what the buffer keeps, so that inner epochs never run the teacher."""
+"""The measurements of sampled answers that a buffer keeps, so that inner epochs never run the teacher: from one pass of
+each model, or from what both have said while the answers were sampled."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from minillm.distributed import collectives
@@ -11,11 +13,12 @@ from minillm.losses import LMHead, TokenStats, linear_token_stats
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
-from minillm.rollout.rollouts import Answer
+from minillm.rollout.rollouts import Answer, Scores
 from minillm.teachers.pair import Models
 from minillm.teachers.teacher import TeacherRows, require_teacher
 
 FIELDS = ("student_logprob", "teacher_logprob", "reverse_kl")
+SAME_LOGPROB = 1e-4  # nats between two ways of computing one
 
 
 def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], batch_size: int) -> RolloutBuffer:
@@ -26,38 +29,33 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     Answers of a like length share a micro-batch of `batch_size`; the buffer keeps their order. Of several ranks each
     gets all vectors, and the teacher's rows of the answers that it scored (minillm.rollout.rank_items).
 
+    Where answers bring scores along, the teacher is not run, and the student only where what it said token by token is
+    not what it says in one pass, to which the first step's ratios refer.
+
     Raises UserError without a teacher, ValueError for keys that do not match the answers.
     """
     require_teacher(models.teacher, "scoring answers")
     if len(keys) != len(answers):
         raise ValueError(f"{len(answers)} answers, but {len(keys)} keys")
-    rollouts: dict[int, Rollout] = {}
     mine = collectives.rank_slice(len(answers))
-    todo = collectives.even_rank_slice(len(answers)) if models.by_layers else mine
-    order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
-    with models.reading("student", "teacher"):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            sequences = [
-                TokenSequence(answers[index].prompt, answers[index].response, extras=answers[index].extras)
-                for index in chosen
-            ]
-            batch = collate(sequences, models.pad_id)
-            vectors, rows = _measure(models, batch.to(models.device))
-            parts = {name: batch.split(tensor.cpu()) for name, tensor in rows.parts().items()}
-            for place, index in enumerate(chosen):
-                answer = answers[index]
-                rollouts[index] = Rollout(
-                    key=keys[index],
-                    prompt=answer.prompt,
-                    response=answer.response,
-                    ended=answer.ended,
-                    vectors={"mixture_logprob": answer.logprobs}
-                    | {name: of_answers[place].clone() for name, of_answers in vectors.items()},
-                    teacher={name: of_answers[place] for name, of_answers in parts.items()},
-                    extras=answer.extras,
-                )
-    scored = RolloutBuffer(rollouts[index] for index in mine)
+    known = len(answers) > 0 and not collectives.anywhere(any(answers[index].scores is None for index in mine))
+    with models.reading("student", *([] if known else ["teacher"])):
+        if known and _scores_hold(models, answers, mine):
+            found = {index: answers[index].scores for index in mine}
+        else:
+            found = _measure_all(models, answers, batch_size, known=known)
+    scored = RolloutBuffer(
+        Rollout(
+            key=keys[index],
+            prompt=answers[index].prompt,
+            response=answers[index].response,
+            ended=answers[index].ended,
+            vectors={"mixture_logprob": answers[index].logprobs} | found[index].vectors,
+            teacher=found[index].teacher,
+            extras=answers[index].extras,
+        )
+        for index in mine
+    )
     if collectives.world_size() == 1:
         return scored
     bare = RolloutBuffer(replace(rollout, teacher={}, extras={}) for rollout in scored)
@@ -66,7 +64,7 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
     for index, rollout in enumerate(everyones):
         rollout.extras = answers[index].extras
     for index in mine:
-        everyones[index].teacher = rollouts[index].teacher
+        everyones[index].teacher = found[index].teacher
     return RolloutBuffer(everyones)
 
 
@@ -83,22 +81,66 @@ def batch_statistics(
         rows: what the teacher says of them, None where no field needs it.
         shift: hidden states of models.delta, whose logits are added to the student's.
     """
-    hidden, student_head = row_hidden(models.student, batch), lm_head(models.student)  # (N, H_s)
+    return statistics(models, row_hidden(models.student, batch), batch.labels, rows, fields, shift)
+
+
+def statistics(
+    models: Models,
+    hidden: Tensor,  # (N, H_s) the student's last hidden states
+    labels: Tensor,  # (N,) int64
+    rows: TeacherRows | None,
+    fields: tuple[str, ...],
+    shift: Tensor | None = None,  # (N, H_d)
+) -> TokenStats:  # (N,) each
+    """Statistics at temperature 1 of N predictions of which the hidden states are known; `rows` and `shift` as above."""
+    states, student_head = hidden, lm_head(models.student)
     if shift is not None:
-        hidden, student_head = (hidden, shift), LMHead.sum_of(student_head, models.delta.head())
+        states, student_head = (hidden, shift), LMHead.sum_of(student_head, models.delta.head())
     with nullcontext((None, None)) if rows is None else rows.for_losses() as (said, head):
-        return linear_token_stats(
-            hidden,
-            student_head,
-            said,
-            head,
-            batch.labels,
-            fields=fields,
-            vocab_size=models.vocab_size,
-        )
+        return linear_token_stats(states, student_head, said, head, labels, fields=fields, vocab_size=models.vocab_size)
 
 
-def _measure(models: Models, batch: TokenBatch) -> tuple[dict[str, list[Tensor]], TeacherRows]:
-    rows = models.teacher.rows(batch)
-    stats = batch_statistics(models, batch, rows, FIELDS)
-    return {name: batch.split(getattr(stats, name).cpu()) for name in FIELDS}, rows
+def _measure_all(models: Models, answers: Sequence[Answer], batch_size: int, *, known: bool) -> dict[int, Scores]:
+    """Scores of this rank's answers by full passes, where they are `known` of the student alone."""
+    todo = (collectives.even_rank_slice if models.by_layers else collectives.rank_slice)(len(answers))
+    order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
+    found: dict[int, Scores] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = _collated(models, [answers[index] for index in chosen])
+        if known:
+            parts = [answers[index].scores.teacher for index in chosen]
+            rows = models.teacher.rows_of({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            rows = rows.to(models.device)
+        else:
+            rows = models.teacher.rows(batch)
+            said = {name: batch.split(tensor.cpu()) for name, tensor in rows.parts().items()}
+            parts = [{name: of_answers[place] for name, of_answers in said.items()} for place in range(len(chosen))]
+        stats = batch_statistics(models, batch, rows, FIELDS)
+        vectors = {name: batch.split(getattr(stats, name).cpu()) for name in FIELDS}
+        for place, index in enumerate(chosen):
+            found[index] = Scores(
+                {name: of_answers[place].clone() for name, of_answers in vectors.items()}, parts[place]
+            )
+    return found
+
+
+def _scores_hold(models: Models, answers: Sequence[Answer], mine: Sequence[int]) -> bool:
+    """True where a full pass of the student over the longest answer of every rank says what its scores say."""
+    if models.student.dtype not in (torch.float32, torch.float64):
+        return False  # where rounding alone is more than the tolerance
+    longest = max(mine, key=lambda index: len(answers[index].prompt) + len(answers[index].response), default=None)
+    if longest is None and not models.by_layers:
+        return not collectives.anywhere(False)
+    answer = answers[longest or 0]
+    batch = _collated(models, [answer])
+    logprob = batch_statistics(models, batch, None, ("student_logprob",)).student_logprob.cpu()
+    apart = longest is not None and not (
+        (logprob - answer.scores.vectors["student_logprob"]).abs().max() <= SAME_LOGPROB
+    )
+    return not collectives.anywhere(apart)
+
+
+def _collated(models: Models, answers: Sequence[Answer]) -> TokenBatch:
+    sequences = [TokenSequence(answer.prompt, answer.response, extras=answer.extras) for answer in answers]
+    return collate(sequences, models.pad_id).to(models.device)

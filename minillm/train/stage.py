@@ -90,7 +90,7 @@ class StageBuilder:
         if unbalanced is not None:
             self.console.note(unbalanced)
         judged = models.controlled() if needs.controls_teacher else models
-        rollouts = LocalRollouts(judged, cuda_graphs=stage.config.rollout.cuda_graphs)
+        rollouts = _rollouts(stage, judged)
         asked = _asked(needs.samples) | ({"student"} if held_out else set())
         if models.teacher is not None and "sample" not in models.teacher.abilities:  # its answers are written
             asked.discard("teacher")
@@ -121,7 +121,7 @@ class StageBuilder:
         self.console.preflight([*rows, *read.rows], beside_teacher="student" if reference is None else "reference")
         collectives.together(lambda: require_shared_ids(models, read, {}))
         self.console.prepare(stage.name)
-        rollouts = LocalRollouts(models, cuda_graphs=stage.config.rollout.cuda_graphs)
+        rollouts = _rollouts(stage, models)
 
         def report_progress(what: str, done: int, total: int) -> None:
             self.console.working(what, done, total)
@@ -248,6 +248,11 @@ class StageBuilder:
         )
         evaluator.report_progress = self.console.working  # an evaluator may outlive the run it was made for
         return evaluator
+
+
+def _rollouts(stage: Stage, models: Models) -> LocalRollouts:
+    keys = stage.config.rollout
+    return LocalRollouts(models, cuda_graphs=keys.cuda_graphs, shared_coins=keys.shared_coins)
 
 
 def _asked(samples: Sequence[Who]) -> set[Role]:

@@ -41,6 +41,17 @@ def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
     assert all(planned(recipe(method=method), key, gpu="A100-80GB").work.decodings[0].cuda_graphs for method in methods)
 
 
+def test_by_shared_coins_the_buffer_fills_while_answers_are_sampled(recipe):
+    plain, coins = (planned(recipe(), f"rollout.shared_coins={key}") for key in ("false", "true"))
+    for who in ("student", "teacher"):
+        caches = [stage.simulation.phases["rollout"].most(f"{who} KV cache") for stage in (plain, coins)]
+        assert caches[0] == caches[1]
+    held = [{memory.phase: memory.device["rollout buffer"] for memory in stage.memory} for stage in (plain, coins)]
+    assert held[1]["rollout"] == held[1]["scoring"] == held[0]["scoring"] == 2 * held[0]["rollout"]
+    assert coins.simulation.losses["rollout"].rows == 4 * ANSWER
+    assert coins.simulation.phases["scoring"].most("teacher hidden states") == 0
+
+
 def test_deepspeed_brings_the_gradients_together_in_fp32_before_the_step(recipe):
     update = planned(recipe(), *SHARDED).simulation.phases["update"]
     assert update.most("gradients") == (2 + 4) * PARAMETERS and update.most("fp32 master weights") == 4 * PARAMETERS

@@ -8,7 +8,7 @@ from minillm.planning.gpus import BANDWIDTH_USE, LINK_USE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import Simulation
 from minillm.planning.sizes import ModelSize
-from minillm.planning.speed import forward_flops, speed_of
+from minillm.planning.speed import _reading_seconds, forward_flops, speed_of
 from minillm.planning.work import Decoding, Forward, TermShape, Work
 
 # 1,000 weights: 100 in the head, 100 in a token table, 800 in two layers of 400
@@ -65,6 +65,23 @@ def test_a_collection_is_shared_by_the_steps_that_use_it():
     matrices, widths = 2 * 800 + 2 * (5000 - 200), 10 * 2 + 20 * 4
     assert found.rollout_flops == (tokens * (matrices + 4 * LENGTH / 2 * widths) + heads) / 4
     assert found.scoring_flops == (tokens * (matrices + 4 * LENGTH * widths) + heads) / 4
+
+
+def test_coins_read_a_model_where_it_is_asked_and_both_heads_once_more():
+    decoding = Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8)
+    coins = replace(decoding, teacher_share=0.25)
+    kept = Forward(("student",), 4, LENGTH, 4 * ANSWER, True, total=8, kept=("teacher",))
+    both, asked = (speed(work(decodings=(one,), scorings=(kept,), buffered=8)) for one in (decoding, coins))
+    more = 8 * ANSWER * 2 * (0.75 * 100 + 0.25 * 200)
+    assert asked.rollout_flops - both.rollout_flops == more
+    assert asked.scoring_flops == 8 * LENGTH * (2 * 800 + 4 * LENGTH * 10 * 2) + 8 * ANSWER * 2 * (100 + 200)
+    slow = replace(GPU, memory_gb_per_s=1e-9)
+    seconds = [_reading_seconds(one, {"student": STUDENT, "teacher": TEACHER}, slow) for one in (decoding, coins)]
+    alone = [
+        _reading_seconds(replace(decoding, models=(name,)), {"student": STUDENT, "teacher": TEACHER}, slow)
+        for name in ("student", "teacher")
+    ]
+    assert seconds[0] == pytest.approx(sum(alone)) and seconds[1] == pytest.approx(0.75 * alone[0] + 0.25 * alone[1])
 
 
 def test_supervised_scoring_has_no_head_and_is_not_shared():

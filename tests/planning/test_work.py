@@ -57,6 +57,25 @@ def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, a
     assert (found.buffered, found.steps_per_collection) == (8, 4)
 
 
+@pytest.mark.parametrize(
+    ("keys", "scoring"),
+    [
+        (("train.bf16=true",), Forward(("student",), 1, LENGTH, ANSWER, True, total=1)),
+        (
+            ("engine.type=deepspeed", "train.bf16=true"),
+            Forward(("student",), 4, LENGTH, 4 * ANSWER, True, total=8, kept=("teacher",)),
+        ),
+    ],
+)
+def test_answers_by_shared_coins_are_scored_without_the_teacher(work, keys, scoring):
+    method = {"name": "minillm", "lm_coef": 0.0, "alpha": 0.25}
+    found = work(method, "rollout.shared_coins=true", *keys)
+    (decoding,) = found.decodings
+    assert decoding == Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8, teacher_share=0.25)
+    assert (decoding.asked_share("teacher"), decoding.asked_share("student")) == (0.25, 0.75)
+    assert found.scorings == (scoring,)
+
+
 def test_a_rank_samples_and_scores_its_slice_of_the_buffer(work):
     found = work({"name": "minillm", "lm_coef": 0.0}, "engine.type=deepspeed", ranks=2)
     assert found.decodings[0].total == found.scorings[0].total == 4

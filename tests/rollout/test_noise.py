@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.rollout.noise import distinct_keys, uniforms
+from minillm.rollout.noise import coins, distinct_keys, uniforms
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
@@ -53,6 +53,22 @@ def test_uniform_in_every_direction():
         neighbours = np.moveaxis(centred, axis, 0)
         correlation = (neighbours[1:] * neighbours[:-1]).mean() * 12
         assert abs(correlation) < 5 / np.sqrt(grid.size)
+
+
+def test_coins_are_of_a_draw_and_independent_of_its_tokens():
+    words = [philox([block, 0, 0, 1], [7, 2]) for block in (1, 2)]
+    assert coins(7, 2, 8).tolist() == [((word >> 12) + 0.5) / 2**52 for block in words for word in block]
+    assert torch.equal(coins(7, 2, 1000)[:8], coins(7, 2, 8))
+    many = torch.stack([coins(seed, draw, 64) for seed in range(20) for draw in range(20)])
+    tokens = torch.stack([uniforms(seed, [0], draw, 64)[0] for seed in range(20) for draw in range(20)])
+    assert not set(many.flatten().tolist()) & set(tokens.flatten().tolist())
+    asked = (many < 0.2).double()
+    assert abs(asked.mean() - 0.2) < 5 * (0.16 / asked.numel()) ** 0.5
+    for one, other in ((asked[1:], asked[:-1]), (asked[:, 1:], asked[:, :-1]), (asked, tokens - 0.3)):
+        assert (
+            abs(((one - 0.2) * (other - 0.2)).mean())
+            < 5 * (0.16 * 0.16 if other is not tokens else 0.16 / 12) ** 0.5 / one.numel() ** 0.5
+        )
 
 
 def test_keys_are_never_rounded():

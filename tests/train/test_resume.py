@@ -37,6 +37,22 @@ def test_killed_at_many_moments_the_run_ends_as_an_unbroken_one(two_stages, tmp_
     assert not list(killed.glob(".checkpoint*"))
 
 
+def test_mixtures_by_shared_coins_go_on_as_they_would_have(two_stages, tmp_path):
+    coins = "stages.distil.rollout.shared_coins=true"
+    final, _ = train(two_stages, coins, f"output_dir={tmp_path / 'unbroken'}")
+    killed = tmp_path / "run"
+
+    def killed_there():
+        die_after(70)
+        train(two_stages, coins)
+
+    assert os.WIFSIGNALED(in_a_child(killed_there))
+    assert 0 < len(records(killed)) < len(records(tmp_path / "unbroken"))
+    resumed, _ = train(two_stages, coins, resume=True)
+    assert records(killed) == records(tmp_path / "unbroken")
+    assert (resumed / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+
+
 def test_ctrl_c_saves_and_the_run_goes_on_from_there(two_stages, tmp_path):
     final, _ = train(two_stages, f"output_dir={tmp_path / 'unbroken'}")
 

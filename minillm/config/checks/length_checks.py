@@ -11,7 +11,11 @@ from minillm.config.needs import Needs, Rows
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import KeyPath
 
-GIVEN: dict[Rows, str] = {"references": "prompts", "forget": "forget", "pairs": "pairs"}  # rows -> the key of `data` that gives them
+GIVEN: dict[Rows, str] = {
+    "references": "prompts",
+    "forget": "forget",
+    "pairs": "pairs",
+}  # rows -> the key of `data` that gives them
 
 
 def answers_fit(facts: Facts, data: DataConfig, rollout: RolloutConfig, method: Method) -> Iterator[Found]:

@@ -76,3 +76,15 @@ def cuda_graphs_usable(facts: Facts, rollout: RolloutConfig, engine: Engine) -> 
         yield Found("rollout.cuda_graphs", message, ("engine.type",))
     elif engine.device == "cpu":
         yield Found("rollout.cuda_graphs", "needs a GPU, but engine.device is cpu", ("engine.device",))
+
+
+def shared_coins_usable(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
+    """Coins decide where there are two models to choose from, and steps have no fixed shapes."""
+    if not rollout.shared_coins:
+        return
+    if "mixture" not in method.needs().samples:
+        message = f"has no effect: method {method.name} samples from no mixture of teacher and student"
+        yield Idle("rollout.shared_coins", message, ("method.name",))
+    elif rollout.cuda_graphs:
+        message = "has no step of fixed shapes, which rollout.cuda_graphs needs: set one of the two to false"
+        yield Found("rollout.shared_coins", message, ("rollout.cuda_graphs",))

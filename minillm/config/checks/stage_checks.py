@@ -46,6 +46,7 @@ from minillm.config.checks.rollout_checks import (
     neutral_sampling,
     one_temperature,
     sampling_keys_used,
+    shared_coins_usable,
     whole_batches,
 )
 from minillm.config.checks.training_checks import (
@@ -94,6 +95,7 @@ CHECKS = (
     whole_batches,
     sampling_keys_used,
     cuda_graphs_usable,
+    shared_coins_usable,
     answers_fit,
     corpus_fits,
     evaluation_fits,

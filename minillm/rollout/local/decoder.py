@@ -41,8 +41,21 @@ class Decoder:
         extras: Mapping[str, Tensor] = NOTHING,  # what prompts show, with the prompts alone
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""
+        prompts = bool(extras) or input_ids.shape[1] > 1
+        return self.logits(self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts)[:, -1])
+
+    def hidden(
+        self,
+        input_ids: Tensor,  # (B, new tokens) int64
+        attention_mask: Tensor,  # as `forward` takes it
+        position_ids: Tensor,  # (B, new tokens) int64
+        extras: Mapping[str, Tensor] = NOTHING,  # with the prompts alone
+        *,
+        prompts: bool,  # they are the prompts; otherwise tokens of answers, any number of them at a time
+    ) -> Tensor:  # (B, new tokens, H)
+        """Feed tokens and return the last hidden states at all of them."""
         cached = {cache_argument(self.model): self.cache, "use_cache": True}
-        if extras or input_ids.shape[1] > 1:  # the prompts
+        if prompts:
             prompt = attention_mask.bool()
             output, self._shift = forward_shown(
                 self.model, input_ids, attention_mask, position_ids, extras, prompt=prompt, **cached
@@ -51,7 +64,7 @@ class Decoder:
             positions = position_ids if self._shift is None else position_ids + self._shift
             mask = cache_mask(self.model, attention_mask, input_ids.shape[1])
             output = forward_decoder(self.model, input_ids, mask, positions, **cached)
-        return self._project(output.last_hidden_state[:, -1])
+        return output.last_hidden_state
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
         """Drop the other rows of the batch."""
@@ -59,16 +72,18 @@ class Decoder:
         self._shift = None if self._shift is None else self._shift[rows]
         self._logits = None
 
-    def _project(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded)
-        if self._logits is None:
+    def logits(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded) fp32
+        """Logits of the token that follows each of these last hidden states."""
+        if self._logits is None or len(self._logits) < len(hidden):
             shape = (hidden.shape[0], padded_size(self.vocab_size))
             self._logits = torch.empty(shape, device=hidden.device)
-        used = self._logits[:, : self.vocab_size]
-        self._logits[:, self.vocab_size :] = -torch.inf  # again in every step: sampling works in this memory
+        logits = self._logits[: len(hidden)]
+        used = logits[:, : self.vocab_size]
+        logits[:, self.vocab_size :] = -torch.inf  # again in every step: sampling works in this memory
         project(hidden, ready(self.weight, hidden.dtype, used.dtype), self.bias, hidden.dtype, used)
         if self.logit_scale != 1.0 or self.softcap is not None:
             used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))
-        return self._logits
+        return logits
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:

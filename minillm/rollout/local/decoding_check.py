@@ -1,4 +1,5 @@
-"""The check that answers are drawn as a model scores them: cached steps over prompts padded at the left, against full passes.
+"""The check that answers are drawn as a model scores them: cached steps, and blocks of tokens behind them, over prompts
+padded at the left, against full passes.
 
 Some architectures swallow a cache under a name of its own, number positions without a look at the padding, or read the
 padding as if it were text; all of them answer without a word, as a model that is not the one that is trained.
@@ -7,12 +8,13 @@ padding as if it were text; all of them answer without a word, as a model that i
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from minillm import UserError
 from minillm.kernels.reference import logits as head_logits
 from minillm.models.access import OUT_OF_MEMORY, failed_run, lm_head, row_hidden
 from minillm.models.batch import TokenSequence, collate
-from minillm.models.families import text_config
+from minillm.models.families import cache_argument, text_config
 from minillm.models.loading import is_hollow
 from minillm.models.modes import sampling_mode
 from minillm.models.quantization import is_quantized
@@ -22,7 +24,8 @@ from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.token_drawing import pad_left
 
 PROMPTS = (4, 2)  # tokens
-STEPS = 3  # tokens of an answer; before the last of them the first row leaves the batch
+STEPS = (1, 1)  # tokens of an answer, fed at a time; before the last of them the first row leaves the batch
+BLOCKS = (1, 3, 1, 2)
 # Parts of the norm of the logits less their mean. In 16 bits right models were off by 0.002 to 0.011, and small trained
 # ones that lose their cache by 0.14 to 0.6.
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
@@ -45,8 +48,7 @@ def require_exact_decoding(role: str, model: PreTrainedModel) -> None:
             f"{role}: answers of {name} cannot be drawn token by token with a cache {failed_run(model, error)}. Choose another "
             "model, or a method and an evaluation that draw none"
         ) from error
-    exact = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
-    if not apart <= (TOLERANCE if exact else TOLERANCE_16_BITS):
+    if not apart <= _tolerance(model):
         raise UserError(
             f"{role}: the logits of {name} in a batch of prompts padded at the left, token by token with a cache, differ "
             f"from those of whole texts by {apart:.1%}, so answers would be of another model. Its code loses the cache, or "
@@ -54,10 +56,36 @@ def require_exact_decoding(role: str, model: PreTrainedModel) -> None:
         )
 
 
+def reads_blocks(model: PreTrainedModel) -> bool:
+    """True where several tokens behind a cache, in one pass, give the logits of full passes.
+
+    Recurrent layers may begin anew with such a block. Weights that are sharded over the ranks or not there yet are not
+    run: then it is true where every layer keeps keys and values.
+    """
+    if is_sharded(model) or is_hollow(model):
+        kept = cache_argument(model) == "past_key_values"
+        return kept and all(
+            isinstance(layer, DynamicLayer) for layer in make_cache(model, lambda: RoomyLayer(0)).layers
+        )
+    try:
+        return decoding_error(model, BLOCKS) <= _tolerance(model)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # whatever the code of an architecture raises
+        return False
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    exact = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    return TOLERANCE if exact else TOLERANCE_16_BITS
+
+
 @torch.no_grad()
-def decoding_error(model: PreTrainedModel) -> float:
-    """The difference between the logits of a few cached steps and those of full passes over each text alone, as a part
+def decoding_error(model: PreTrainedModel, fed: tuple[int, ...] = STEPS) -> float:
+    """The difference between the logits of a few cached passes and those of full passes over each text alone, as a part
     of the norm of the latter, each less its mean; the largest of all tokens, 0 where the model's own are NaN.
+
+    `fed` are the tokens of the answers in each of the cached passes.
 
     The mean changes no probability, and where it is far from 0 (logits of GPT-2 are about -100, give or take 5) it
     would hide a difference that changes them all.
@@ -65,9 +93,9 @@ def decoding_error(model: PreTrainedModel) -> float:
     head = lm_head(model)
     size = min(len(head.weight), text_config(model.config).vocab_size)
     numbers = iter(range(1, 99))
-    texts = [TokenSequence(*([next(numbers) % size for _ in range(n)] for n in (one, STEPS))) for one in PROMPTS]
+    texts = [TokenSequence(*([next(numbers) % size for _ in range(n)] for n in (one, sum(fed) + 1))) for one in PROMPTS]
     with sampling_mode([model]):
-        stepwise = _stepwise(model, texts, size)
+        stepwise = _stepwise(model, texts, size, fed)
         errors = []
         for text, ours in zip(texts, stepwise, strict=True):
             batch = collate([text], 0).to(model.device)
@@ -90,23 +118,32 @@ def _centred(logits: Tensor, left_out: Tensor) -> Tensor:  # (tokens, size) twic
     return (kept - kept.sum(-1, keepdim=True) / counted).masked_fill(left_out, 0.0)
 
 
-def _stepwise(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> list[Tensor]:  # (tokens, size) each
-    """The logits of every text's answer as the growing decode loop has them; the first text's without the last token."""
+def _stepwise(
+    model: PreTrainedModel, texts: list[TokenSequence], size: int, fed: tuple[int, ...]
+) -> list[Tensor]:  # (tokens, size) each
+    """The logits of every text's answer as the decode loops have them; the first text's without those of the last pass."""
     width = max(len(text.prompt) for text in texts)
-    room = width + STEPS - 1
+    room = width + sum(fed)
     decoder = Decoder(model, make_cache(model, lambda: RoomyLayer(room)), vocab_size=size)
     parts = pad_left([text.prompt for text in texts], width, 0)
-    fed, padding, position = (part.to(model.device) for part in parts)
+    ids, padding, position = (part.to(model.device) for part in parts)
     mask = (torch.arange(room, device=model.device) >= padding).long()
     answers = torch.tensor([text.response for text in texts], device=model.device)
     rows, found = list(range(len(texts))), [[] for _ in texts]
-    for step in range(STEPS):
-        logits = decoder.forward(fed, mask[:, : width + step], position)[:, :size]
-        for row, one in zip(rows, logits.clone(), strict=True):
-            found[row].append(one)
-        if step + 2 == STEPS:
+    hidden = decoder.hidden(ids, mask[:, :width], position, prompts=True)[:, -1:]
+    position, before = position[:, -1:] + 1, 0
+    for place, tokens in enumerate((*fed, 0)):
+        logits = decoder.logits(hidden.flatten(0, 1))[:, :size].clone()
+        for row, of_row in zip(rows, logits.unflatten(0, hidden.shape[:2]), strict=True):
+            found[row].append(of_row)
+        if not tokens:
+            break
+        if place + 1 == len(fed):
             kept = torch.tensor([1], device=model.device)
             decoder.keep(kept)
             rows, mask, position, answers = [1], mask[kept], position[kept], answers[kept]
-        fed, position = answers[:, step : step + 1], position[:, -1:] + 1
-    return [torch.stack(one) for one in found]
+        after = before + tokens
+        ahead = torch.arange(before, after, device=model.device)
+        hidden = decoder.hidden(answers[:, before:after], mask[:, : width + after], position + ahead, prompts=False)
+        hidden, before = hidden[:, -tokens:], after
+    return [torch.cat(one) for one in found]

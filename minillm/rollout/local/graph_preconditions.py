@@ -1,7 +1,7 @@
 """The conditions of sampling with CUDA graphs: the device, and models whose pass over one token is the same at every length."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from minillm import UserError
 from minillm.models.quantization import is_quantized
@@ -33,7 +33,7 @@ def require_static_shapes(role: str, model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     layers = make_cache(model, lambda: RoomyLayer(0)).layers
     special = sorted({type(layer).__name__ for layer in layers} - {RoomyLayer.__name__})
-    rotary = {one.get("rope_type") for one in _rope_parameters(config)} & {"dynamic", "longrope"}
+    rotary = rotary_by_length(config)
     attention = config._attn_implementation
     if special:
         why = f"keeps {', '.join(special)} in its cache: a sliding window or a recurrent state"
@@ -52,8 +52,8 @@ def require_static_shapes(role: str, model: PreTrainedModel) -> None:
     )
 
 
-def _rope_parameters(config) -> list[dict]:
-    """One, or one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+def rotary_by_length(config: PreTrainedConfig) -> set[str]:
+    """The rope_types of an architecture that choose their frequencies by the longest sequence."""
+    parameters = getattr(config, "rope_parameters", None) or {}  # one, or one for each type of layer
     nested = [one for one in parameters.values() if isinstance(one, dict)]
-    return nested or [parameters]
+    return {one.get("rope_type") for one in nested or [parameters]} & {"dynamic", "longrope"}

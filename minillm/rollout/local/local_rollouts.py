@@ -12,13 +12,14 @@ from torch import Tensor
 
 from minillm import UserError
 from minillm.distributed import collectives
-from minillm.rollout.local import growing_loop
+from minillm.models.families import text_config
+from minillm.rollout.local import coin_loop, growing_loop
 from minillm.rollout.local.cuda_graphs import CudaGraphs
 from minillm.rollout.local.decoder import check_positions
-from minillm.rollout.local.decoding_check import require_exact_decoding
-from minillm.rollout.local.graph_preconditions import require_cuda_graphs
+from minillm.rollout.local.decoding_check import reads_blocks, require_exact_decoding
+from minillm.rollout.local.graph_preconditions import require_cuda_graphs, rotary_by_length
 from minillm.rollout.local.static_loop import StaticLoop
-from minillm.rollout.noise import uniforms
+from minillm.rollout.noise import coins, uniforms
 from minillm.rollout.rollouts import Answer, Sampling, Who
 from minillm.teachers.pair import Models, Role
 from minillm.teachers.teacher import require_ability
@@ -33,17 +34,25 @@ class LocalRollouts:
 
     Args:
         models: the pair.
-        cuda_graphs: replay a captured step for every token. Raises UserError where the device or a model cannot.
+        cuda_graphs: replay a captured step for every token. Raises UserError where the device or a model cannot,
+            and beside shared_coins.
+        shared_coins: draw mixtures by a coin a position that all answers of a draw share (coin_loop.py), where sampling
+            is neutral and no model chooses its rotary frequencies by the length of the texts. Otherwise both models run
+            for every token.
     """
 
     exact_noise = True
     mixtures = True
 
-    def __init__(self, models: Models, *, cuda_graphs: bool = False):
+    def __init__(self, models: Models, *, cuda_graphs: bool = False, shared_coins: bool = False):
+        if cuda_graphs and shared_coins:
+            raise UserError(
+                "rollout.shared_coins has no step of fixed shapes, which rollout.cuda_graphs needs: choose one"
+            )
         if cuda_graphs:
             require_cuda_graphs(models)
-        self.models, self.cuda_graphs = models, cuda_graphs
-        self._checked: set[Role] = set()
+        self.models, self.cuda_graphs, self.shared_coins = models, cuda_graphs, shared_coins
+        self._blocks: dict[Role, bool] = {}  # of the models that were looked at: they read several tokens at a time
 
     def check(self, *roles: Role) -> None:
         """Look at whether these models answer as they score, each once; `sample` looks at those that it asks.
@@ -51,11 +60,11 @@ class LocalRollouts:
         Raises UserError for one that does not.
         """
         for role in roles:
-            if role not in self._checked:
+            if role not in self._blocks:
                 require_exact_decoding(role, self.models.model(role))
                 if role == "student" and self.models.delta is not None:
                     require_exact_decoding("delta", self.models.delta.model)
-                self._checked.add(role)
+                self._blocks[role] = self.shared_coins and reads_blocks(self.models.model(role))
 
     def weights_changed(self) -> None:
         """Do nothing: there is no copy of the weights."""
@@ -88,7 +97,7 @@ class LocalRollouts:
         order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
         answers: dict[int, Answer] = {}
         with models.reading(*roles):
-            decode = self._loop(sampling, roles, [prompts[index] for index in order], batch_size)
+            decode = self._loop(sampling, roles, [prompts[index] for index in order], batch_size, seed=seed, draw=draw)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 noise = uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens)
@@ -100,6 +109,8 @@ class LocalRollouts:
         everyones = _of_all_ranks(prompts, [answers[index] for index in mine])
         for answer, shown in zip(everyones, extras, strict=True):
             answer.extras = shown
+        for index, answer in answers.items():
+            everyones[index].scores = answer.scores
         return everyones
 
     def _loop(
@@ -108,13 +119,29 @@ class LocalRollouts:
         roles: dict[str, float],
         prompts: Sequence[list[int]],  # of this rank
         batch_size: int,
+        *,
+        seed: int,
+        draw: int,
     ) -> Decode:
         """The loop that decodes a batch: its prompts, its noise, (B, max_new_tokens) float64 on the CPU, and what they show."""
+        if self.shared_coins and _coins_decide(self.models, sampling, roles):
+            shared = coins(seed, draw, sampling.max_new_tokens)
+            return partial(coin_loop.decode, self.models, sampling, self._blocks, shared)
         # n-grams are looked up on the host; graphs live for this call alone, in which no weight moves
         if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
             sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
             return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
         return partial(growing_loop.decode, self.models, sampling, roles)
+
+
+def _coins_decide(models: Models, sampling: Sampling, roles: dict[str, float]) -> bool:
+    """True for a mixture of which a coin can draw, and that a pass over what was drawn describes."""
+    neutral = Sampling(sampling.max_new_tokens, alpha=sampling.alpha)
+    return (
+        len(roles) == 2
+        and sampling == neutral
+        and not any(rotary_by_length(text_config(models.model(role).config)) for role in roles)
+    )
 
 
 def _of_all_ranks(prompts: Sequence[list[int]], mine: list[Answer]) -> list[Answer]:

@@ -46,6 +46,17 @@ def test_graphs_on_a_cpu(recipe):
     assert recipe.problems(rollout={"cuda_graphs": False}, engine={"device": "cpu"}) == {}
 
 
+def test_coins_need_a_mixture(recipe):
+    assert recipe.load().stages[0].config.rollout.shared_coins is False
+    shared = {"rollout": {"shared_coins": True}}
+    assert recipe.problems(**shared) == {}
+    for method in ({"name": "gkd"}, {"name": "minillm", "alpha": 0.0}, {"name": "minillm", "alpha": 1.0}):
+        found = recipe.problems("rollout.shared_coins=true", method=method)
+        assert set(found) == {"rollout.shared_coins"} and "no mixture" in found["rollout.shared_coins"]
+    found = recipe.problems(rollout={"shared_coins": True, "cuda_graphs": True}, engine={"device": "cuda"})
+    assert set(found) == {"rollout.shared_coins"} and "no step of fixed shapes" in found["rollout.shared_coins"]
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_graphs_under_deepspeed(recipe, stage):
     engine = {"type": "deepspeed", "stage": stage}

@@ -5,7 +5,8 @@ import torch
 
 from minillm import UserError
 from minillm.models.tokenizers import byte_tokenizer
-from minillm.rollout.local.decoding_check import decoding_error, require_exact_decoding
+from minillm.rollout.local import decoding_check
+from minillm.rollout.local.decoding_check import BLOCKS, decoding_error, reads_blocks, require_exact_decoding
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
 from minillm.teachers.pair import Models
@@ -53,6 +54,43 @@ def test_a_cache_that_is_swallowed_is_refused(monkeypatch):
     assert exact < 1e-5 < 0.05 < decoding_error(model)
     with pytest.raises(UserError, match="teacher: the logits of LlamaForCausalLM"):
         require_exact_decoding("teacher", model)
+
+
+# keys and values, windows, a state that goes on and two that begin anew
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [("llama", True), ("gpt2", True), ("gemma2", True), ("bloom", True), ("mamba2", True), ("mamba", False),
+     ("jamba", False)],
+)  # fmt: skip
+def test_blocks_behind_a_cache_are_looked_at(kind, blocks):
+    model = pair(kind).student
+    require_exact_decoding("student", model)
+    assert reads_blocks(model) == blocks
+    assert (decoding_error(model, BLOCKS) < 1e-5) == blocks
+
+
+def test_a_block_that_cannot_be_read_is_no_error(monkeypatch):
+    model = pair("llama").student
+    forward = model.model.forward
+
+    def alone(*arguments, input_ids, past_key_values, **options):
+        if past_key_values.get_seq_length() and input_ids.shape[1] > 1:
+            raise ValueError("one token at a time")
+        return forward(*arguments, input_ids=input_ids, past_key_values=past_key_values, **options)
+
+    assert reads_blocks(model)
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, **k: alone(*a, **k) if "past_key_values" in k else forward(*a, **k)
+    )
+    assert not reads_blocks(model)
+    require_exact_decoding("student", model)
+
+
+# what cannot be run here is judged by its cache
+@pytest.mark.parametrize(("kind", "blocks"), [("llama", True), ("gemma2", True), ("mamba2", False), ("bamba", False)])
+def test_sharded_models_read_blocks_where_they_keep_keys(kind, blocks, monkeypatch):
+    monkeypatch.setattr(decoding_check, "is_sharded", lambda model: True)
+    assert reads_blocks(pair(kind).student) == blocks
 
 
 def test_a_constant_that_all_logits_share_hides_no_difference(monkeypatch):
