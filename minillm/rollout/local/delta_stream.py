@@ -138,7 +138,7 @@ class TranslatedDecoder(Decoder):
         else:
             for text, token in zip(self.stream.texts, input_ids[:, 0].tolist(), strict=True):
                 text.append(token)
-        return self._project(self.stream.hidden())
+        return self.logits(self.stream.hidden())
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
         self.stream.keep(rows)
