@@ -22,8 +22,14 @@ from minillm.teachers.pair import Models
 
 COEFFICIENT, SIZE, LAYERS, EXPERTS = 0.3, 4, 2, 4
 KINDS = ("mixtral", "qwen3_moe", "olmoe")
-OF_METHODS = {"taid": {"steps": 4}, "distillm": {"steps": 4}, "okd": {"lora": {"r": 2, "alpha": 4}}}
-METHODS = sorted(name for name in method_classes() if not name.startswith("probe") and name != "miniplm")
+OF_METHODS = {"taid": {"steps": 4}, "distillm": {"steps": 4}, "okd": {"lora": {"r": 2, "alpha": 4}},
+              "miniplm": {"reference": "x"}}  # fmt: skip
+METHODS = sorted(
+    name
+    for name, keys in method_classes().items()
+    if keys.__module__.startswith("minillm.")
+    and keys.model_validate({"name": name, **OF_METHODS.get(name, {})}).needs().takes_steps
+)
 
 
 def build(kind: str, *, width: int, seed: int):
