@@ -114,7 +114,8 @@ def test_eval_takes_configurations_data_and_options(folder, monkeypatch):
         calls.append((files, overrides, seeds, max_prompts))
         return types.SimpleNamespace(eval=EvalConfig(distinct=[4]))
 
-    def evaluate_model(model, plan, console, *, dtype, output, figures):
+    def evaluate_model(model, plan, console, *, dtype, output, figures, delta, alpha):
+        assert (delta, alpha) == (None, None)
         calls.append((model, dtype, output, figures))
 
     monkeypatch.setattr(verb, "evaluation_plan", evaluation_plan)

@@ -70,6 +70,7 @@ def test_zero_3_gathers_the_head_for_its_call(setting, exact_gradients, on_two_r
     deepspeed = pytest.importorskip("deepspeed")
 
     def train(rank: int) -> float:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for nothing here
         student = AutoModelForCausalLM.from_pretrained(setting.student)
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
         config = {

@@ -12,7 +12,7 @@ def test_prompts_without_reference_are_counted_and_the_first_is_named():
     prompts = PromptSet(EXAMPLES, 0, "here")
     with pytest.raises(UserError, match=r"stage 'distil': method sft .* 2 of 3 prompts .* \(the first is number 7\)"):
         _require_references(stage(), prompts, "data.prompts")
-    _require_references(stage(), PromptSet(EXAMPLES[:1], 0, "here"))
+    _require_references(stage(), PromptSet(EXAMPLES[:1], 0, "here"), "data.prompts")
 
 
 def test_prompts_without_picture_are_counted_and_the_first_is_named():
