@@ -8,8 +8,9 @@ compares, at every token of given texts, the id a that the teacher finds likelie
 
 Where a is b the first part is log 2 without a gradient. A third form takes the pairs from data.pairs, and the teacher,
 which may be the student's own beginning, is their reference alone: with the keys of `preference` it is DPO, IPO, DPOP or
-SimPO, and the preference stage of LLaVA-MoD (arXiv 2408.15881: length_norm false, lm_coef 0). All forms add a loss on plain text with weight lm_coef; the
-released weights of the three parts, 1/2 each, are ce_coef 1, lm_coef 1 and pt_kd_ratio 0.5 at half the size.
+SimPO, and the preference stage of LLaVA-MoD (arXiv 2408.15881: length_norm false, lm_coef 0). All forms add a loss on
+plain text with weight lm_coef; the released weights of the three parts, 1/2 each, are ce_coef 1, lm_coef 1 and
+pt_kd_ratio 0.5 at half the size.
 
 Differences from the released code. It takes log-softmaxes in bf16, which changes the ids on near ties; here they are
 fp32. It takes an id with a logit of -inf for the student's likeliest; here it is never one. Its DPOP adds

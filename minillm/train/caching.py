@@ -45,10 +45,11 @@ def _write(plan: RunPlan, stages: list[Stage], console) -> list[Path]:
         for folder in (output_dir, output_dir / "stages"):
             clean(folder)
         if not (output_dir / "config.yaml").exists():  # else it is the run's that the cache is a stage of
-            document = yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True)
-            write_text(output_dir / "config.yaml", document)
+            # env.json first: where config.yaml is, it is there too, whenever this is killed
             environment = {**describe_environment(), "started": started.isoformat(timespec="seconds")}
             write_text(output_dir / "env.json", json.dumps(environment, indent=1))
+            document = yaml.safe_dump(plan.document, sort_keys=False, allow_unicode=True)
+            write_text(output_dir / "config.yaml", document)
         return json.loads((output_dir / "env.json").read_text()).get("started", started.isoformat())
 
     began = datetime.fromisoformat(collectives.on_rank_0(prepare))
