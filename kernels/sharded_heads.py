@@ -69,7 +69,12 @@ class _GatherDTensor(torch.autograd.Function):
         ctx.mesh, ctx.placements, ctx.shape = tensor.device_mesh, tensor.placements, tensor.shape
         ctx.stride, ctx.dtype = tensor.stride(), tensor.dtype
         found = tensor.detach().to(dtype).full_tensor()
-        return found.detach().clone() if found.data_ptr() == tensor.to_local().data_ptr() else found
+        # said by the layout and not by addresses, which torch.compile cannot trace
+        is_here_whole = all(
+            placement.is_replicate() or size == 1
+            for placement, size in zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+        )
+        return found.clone() if is_here_whole and dtype == tensor.dtype else found
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

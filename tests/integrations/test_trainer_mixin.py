@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator, ParallelismConfig
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from minillm.integrations import HFDistillationTrainer, distillation_loss
@@ -75,6 +76,19 @@ def test_what_asks_for_another_loss_is_refused(make_trainer, setting):
     ):
         with pytest.raises(ValueError, match=f"HFDistillationTrainer: {words}"):
             make_trainer(arguments, **changed)
+
+
+def test_what_cuts_a_batch_along_its_text_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)  # what it counts where two GPUs belong to one process
+    with pytest.raises(ValueError, match="torch.nn.DataParallel is not supported; start one process for each GPU"):
+        make_trainer({})
+    monkeypatch.undo()
+    for arguments in ({"sp_size": 2, "sp_backend": "deepspeed"}, {"cp_size": 2}):
+        parallel = ParallelismConfig(**arguments)
+        monkeypatch.setattr(Accelerator, "parallelism_config", parallel)  # two processes, which begin before a Trainer
+        with pytest.raises(ValueError, match="cut a text between a token and its label; use data parallelism"):
+            make_trainer({})
+        monkeypatch.undo()
 
 
 def test_several_ranks_divide_by_the_count_of_all(setting, make_trainer, reverse_kl_curve, on_two_ranks):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from minillm.losses import LMHead, linear_divergence, linear_objective, linear_token_stats
 
 VOCAB, HIDDEN, BATCH, LENGTH = 46, 8, 8, 5
+TEACHER = torch.randn(VOCAB, 6, generator=torch.Generator().manual_seed(1))  # its head
 # Where the weights lie, and where the loss is called: by the owner of the model, or inside of its forward pass
 DATA_PARALLEL = (
     *(f"fsdp {what} {place} {kept}" for what in ("head", "root") for place in ("outside", "inside") for kept in (True, False)),
+    "fsdp compiled",
     "ddp outside",
     "fsdp mixed",
 )  # fmt: skip
@@ -42,12 +44,8 @@ class Student(nn.Module):
 
 
 def loss_of(model: Student, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, num_items: Tensor) -> Tensor:
-    head, teacher = LMHead(model.head.weight, model.head.bias), teacher_weight().to(hidden.dtype)
+    head, teacher = LMHead(model.head.weight, model.head.bias), TEACHER.to(hidden.dtype)
     return linear_divergence(hidden, head, teacher_hidden.to(hidden.dtype), teacher, labels=labels, num_items=num_items)
-
-
-def teacher_weight() -> Tensor:
-    return torch.randn(VOCAB, 6, generator=torch.Generator().manual_seed(1))
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +102,35 @@ def fsdp_mixed() -> dict[str, Tensor]:
     loss_of(model, hidden, *rest).backward()
     assert model.head.weight.grad.dtype == torch.float32
     return {}
+
+
+def fsdp_compiled() -> dict[str, Tensor]:
+    """The loss outside, in one graph with the gathering of the head."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Student()
+    fully_shard(model.head)
+    fully_shard(model)
+    ids, *rest = mine()
+    torch.compile(loss_of, backend="aot_eager", fullgraph=True)(model, model(ids), *rest).backward()
+    return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+
+
+def fsdp_traffic() -> dict[str, dict[str, int]]:
+    """Collectives that the loss outside calls for its head: in the forward pass, and in the backward pass."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = Student()
+    fully_shard(model.head)
+    ids, *rest = mine()
+    hidden = model(ids).detach()
+    with CommDebugMode() as forward:
+        loss = loss_of(model, hidden, *rest)
+    with CommDebugMode() as backward:
+        loss.backward()
+    counts = {"forward": forward.get_comm_counts(), "backward": backward.get_comm_counts()}
+    return {when: {str(what).split(".")[-1]: n for what, n in found.items()} for when, found in counts.items()}
 
 
 def ddp() -> dict[str, Tensor]:
@@ -224,7 +251,8 @@ def main(file: str) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group("gloo")
     found = {name: fsdp(name) for name in DATA_PARALLEL if len(name.split()) == 4}
-    found |= {"fsdp mixed": fsdp_mixed(), "ddp outside": ddp()}
+    found |= {"fsdp compiled": fsdp_compiled(), "fsdp mixed": fsdp_mixed(), "ddp outside": ddp()}
+    found["traffic"] = fsdp_traffic()
     found |= {name: vocabulary_parallel(name) for name in VOCABULARY_PARALLEL}
     found["refused"] = refused()
     try:

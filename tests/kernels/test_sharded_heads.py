@@ -53,6 +53,15 @@ def test_gradients_of_data_parallel_ranks_are_those_of_the_whole_batch(name, ran
         assert_equal(rank[name], expected)
 
 
+def test_a_sharded_head_is_gathered_once(ranks):
+    """Weight and bias each: gathered in the forward pass, their gradients scattered in the backward pass."""
+    for rank in ranks:
+        assert rank["traffic"] == {
+            "forward": {"all_gather_into_tensor": 2},
+            "backward": {"reduce_scatter_tensor": 2},
+        }
+
+
 @pytest.mark.parametrize("name", VOCABULARY_PARALLEL)
 def test_ranks_with_their_rows_of_the_vocabulary_have_the_whole_loss(name, ranks):
     expected = sharded_ranks.vocabulary_parallel_alone(name)
