@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# before torch: a rank that is forked from a process with threads of OpenMP waits for them forever
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 import yaml
