@@ -169,7 +169,7 @@ CASES = [f"{kind}: {name}" for kind, cases in KINDS.items() for name in cases]
 @pytest.mark.parametrize("case", CASES)
 def test_no_register_goes_to_local_memory(compiled, case):
     usage = compiled[case]
-    assert usage["STL"] == usage["LDL"] == usage["local"] == 0, usage
+    assert usage["stack"] == usage["local"] == 0, usage
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -244,7 +244,7 @@ COMPILED = {
 
 def report(folder: Path) -> dict[str, dict[str, int]]:
     """Compiles every case for sm_90; run in a process without the interpreter."""
-    from minillm.benchmarks.offline import Recorder, compile_for_hopper, resources
+    from minillm.benchmarks.offline import Recorder, compile_for_hopper, instructions, resources
     from minillm.kernels import tiled_triton
     from minillm.kernels.divergences import RowSpec
     from minillm.kernels.head import LMHead
@@ -265,7 +265,8 @@ def report(folder: Path) -> dict[str, dict[str, int]]:
         spec = RowSpec(case["fields"], student_softcap=softcap, teacher_softcap=softcap)
         tiled_triton.tiled_stats(*models, torch.zeros(256, dtype=torch.int64), spec)
         args, kwargs = kernel.launches[-1]
-        result[name] = resources(compile_for_hopper(kernel.kernel, args, kwargs), folder)
+        compiled = compile_for_hopper(kernel.kernel, args, kwargs)
+        result[name] = resources(compiled, folder) | instructions(compiled, folder)
     return result
 
 
@@ -276,7 +277,7 @@ def compiled(run_apart) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("case", COMPILED)
 def test_no_register_goes_to_local_memory(compiled, case):
-    assert compiled[case]["STL"] == compiled[case]["LDL"] == compiled[case]["local"] == 0, compiled[case]
+    assert compiled[case]["stack"] == compiled[case]["local"] == 0, compiled[case]
 
 
 @pytest.mark.parametrize("case", [case for case in COMPILED if case != "fp32"])
