@@ -1,5 +1,6 @@
 """Shared by all tests: small generated models and a tokenizer, made on the spot; real assets where they are."""
 
+import importlib.util
 import json
 import os
 import threading
@@ -22,6 +23,21 @@ if not torch.cuda.is_available():
 # the same examples every time, however slow the machine: a failure is a defect, never the weather
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """No run draws its picture; see `picture`."""
+    if importlib.util.find_spec("pydantic") is not None:  # the losses are tested without the trainer, too
+        import tests.undrawn  # noqa: F401
+
+
+@pytest.fixture
+def picture(monkeypatch):
+    """Asked for by the tests that need curves.png."""
+    from minillm.reporting import curves, report
+
+    monkeypatch.setattr(report, "draw_run", curves.draw_run)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pathlib import Path
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     ["minillm.cli.main", "minillm.train.run", "minillm.train.stage", "transformers.models.llama.modeling_llama",
-     "rouge_score.rouge_scorer", "datasets", "matplotlib.figure", "deepspeed", "minillm.engine.deepspeed"]
+     "rouge_score.rouge_scorer", "datasets", "matplotlib.figure", "deepspeed", "minillm.engine.deepspeed", "tests.undrawn"]
 )  # fmt: skip
 
 

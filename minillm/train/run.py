@@ -133,7 +133,8 @@ def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
                 checkpoint = output_dir / f"checkpoint-{progress.step}"
             if len(plan.stages) > 1 or stage.name != "main":
                 _publish(checkpoint, output_dir / "stages" / stage.name, console.note)
-            collectives.on_rank_0(lambda: str(write_report(output_dir)))
+            if stage is not plan.stages[-1]:  # which is described with the run below
+                collectives.on_rank_0(lambda: str(write_report(output_dir)))
     final = output_dir / "final"
     if checkpoint is None:  # no stage took a step: the results are in stages/
         console.finish(output_dir)

@@ -13,7 +13,6 @@ from minillm.config.root import StageConfig
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.methods.protocol import TrainingData
-from minillm.reporting import report
 from minillm.rollout.rollouts import Answer
 from minillm.storage.checkpoint import newest_whole
 from minillm.train.trainer_state import read_trainer_state
@@ -100,17 +99,7 @@ def asked(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undrawn():
-    """Runs of this process and its children without their picture, which takes longer than all else in a small one."""
-    import minillm.train.run  # noqa: F401  once, not in every child
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_run", lambda run, path: False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def trained(recipe, undrawn) -> Path:
+def trained(recipe) -> Path:
     """The folder of the module's `recipe`, trained in one go."""
     folder = recipe.parent / "unbroken"
     assert in_a_child(lambda: train(recipe, f"output_dir={folder}")) == 0
@@ -118,7 +107,7 @@ def trained(recipe, undrawn) -> Path:
 
 
 @pytest.fixture
-def killed(recipe, undrawn) -> Callable[..., tuple[Path, set[tuple[str, int]]]]:
+def killed(recipe) -> Callable[..., tuple[Path, set[tuple[str, int]]]]:
     """A function that trains the module's `recipe`, killed over and over, each time a few events later than the last.
 
     It returns the folder of the run, and the checkpoints that it was gone on from: (stage, steps of it).

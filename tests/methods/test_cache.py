@@ -194,7 +194,7 @@ def written(recipe) -> Path:
     return folder
 
 
-def test_a_run_takes_the_steps_of_one_with_the_teacher_and_loads_none(recipe, undrawn, monkeypatch, one_thread):
+def test_a_run_takes_the_steps_of_one_with_the_teacher_and_loads_none(recipe, monkeypatch, one_thread):
     folder, live = recipe.parent / "cached", recipe.parent / "live"
     write_caches(load_run([recipe], [f"output_dir={folder}"]), console=Silent())
     loaded = []
@@ -346,7 +346,7 @@ def test_answers_that_the_teacher_wrote_are_learned_from_without_it(recipe, mode
         (["student.tokenizer=OTHER"], "its tokenizer is another one than the student's"),
     ],
 )  # fmt: skip
-def test_a_cache_of_other_texts_is_refused_by_what_differs(recipe, written, tmp_path, undrawn, overrides, says):
+def test_a_cache_of_other_texts_is_refused_by_what_differs(recipe, written, tmp_path, overrides, says):
     folder = written
     lines = (recipe.parent / "prompts.jsonl").read_text()
     (tmp_path / "new.jsonl").write_text(lines + json.dumps({"prompt": "new?", "completion": "yes"}) + "\n")
@@ -366,7 +366,7 @@ def test_a_cache_of_other_texts_is_refused_by_what_differs(recipe, written, tmp_
         train(tmp_path / "alone.yaml", f"output_dir={tmp_path / 'run'}", *words)
 
 
-def test_what_is_measured_without_a_teacher_is_and_the_rest_is_named(recipe, written, tmp_path, undrawn):
+def test_what_is_measured_without_a_teacher_is_and_the_rest_is_named(recipe, written, tmp_path):
     folder = written
     prompts = yaml.safe_load(recipe.read_text())["data"]["prompts"]
     overrides = [

@@ -173,7 +173,7 @@ def recipe(tmp_path_factory, small_run) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(recipe, undrawn) -> Path:
+def trained(recipe) -> Path:
     """The folder of a run in one go, with its picture."""
     folder = recipe.parent / "unbroken"
     assert in_a_child(lambda: train(recipe, f"output_dir={folder}")) == 0
@@ -211,7 +211,7 @@ def test_the_report_shows_what_was_kept_and_dropped(trained):
     assert (trained / "selection-choose.png").stat().st_size > 5000
 
 
-def test_a_stage_that_is_killed_goes_on_to_the_same_corpus(trained, recipe, undrawn, monkeypatch):
+def test_a_stage_that_is_killed_goes_on_to_the_same_corpus(trained, recipe, monkeypatch):
     monkeypatch.setattr(selection_report, "draw_selection", lambda found, path: None)
     folder, events, seen = recipe.parent / "killed", 3, []
 
@@ -231,7 +231,7 @@ def test_a_stage_that_is_killed_goes_on_to_the_same_corpus(trained, recipe, undr
         assert ours.read_bytes() == theirs.read_bytes(), name
 
 
-def test_scores_of_other_models_or_texts_are_refused(trained, recipe, undrawn, tmp_path, monkeypatch):
+def test_scores_of_other_models_or_texts_are_refused(trained, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(selection_report, "draw_selection", lambda found, path: None)
     folder = tmp_path / "run"
     shutil.copytree(trained / "written", folder / "written")
@@ -246,7 +246,7 @@ def test_scores_of_other_models_or_texts_are_refused(trained, recipe, undrawn, t
         train(recipe, *arguments, resume=True)
 
 
-def test_an_interruption_is_heard_after_a_piece(trained, recipe, undrawn, tmp_path, monkeypatch):
+def test_an_interruption_is_heard_after_a_piece(trained, recipe, tmp_path, monkeypatch):
     write = ScoreShards.write
 
     def interrupted(self, piece, scores):

@@ -173,7 +173,7 @@ def test_the_adapters_are_those_of_peft(trained):
     assert records[0]["teacher_drift_nats"] == 0 and records[-1]["teacher_drift_nats"] > 0
 
 
-def test_training_leaves_the_teacher_below_the_adapters_as_it_was(recipe, undrawn):
+def test_training_leaves_the_teacher_below_the_adapters_as_it_was(recipe):
     def work():
         make, seen = OKD.modules, {}
 

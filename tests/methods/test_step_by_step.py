@@ -225,7 +225,7 @@ def test_a_teacher_that_writes_is_planned(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, small_run, undrawn) -> Path:
+def recipe(tmp_path_factory, small_run) -> Path:
     """A stage on the records' own rationales, and one on those that a teacher writes, which has learned how answers look."""
     folder = tmp_path_factory.mktemp("step_by_step")
     document = small_run(folder, layers=1)

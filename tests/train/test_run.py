@@ -23,7 +23,7 @@ from tests.runs import records, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_run_leaves_what_it_promises(two_stages, tmp_path):
+def test_a_run_leaves_what_it_promises(two_stages, tmp_path, picture):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     final, _ = train(two_stages)

@@ -21,7 +21,6 @@ from tests.methods.conftest import (  # noqa: F401  fixtures
     steps_of,
     trained,
     two_ranks,
-    undrawn,
 )
 from tests.runs import in_a_child, train
 
@@ -99,7 +98,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, recipe, one_thread):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_two_ranks_of_zero_3_take_the_same_steps_with_sharded_experts(recipe, undrawn, two_ranks):  # noqa: F811
+def test_two_ranks_of_zero_3_take_the_same_steps_with_sharded_experts(recipe, two_ranks):  # noqa: F811
     one = recipe.parent / "one_by_one"  # the balance loss is a mean over a micro-batch, so these must be cut alike
     cut = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2")
     assert in_a_child(lambda: train(recipe, f"output_dir={one}", *cut)) == 0
@@ -116,7 +115,7 @@ def test_two_ranks_of_zero_3_take_the_same_steps_with_sharded_experts(recipe, un
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_adapters_leave_the_experts_as_they_were_copied(recipe, undrawn):  # noqa: F811
+def test_adapters_leave_the_experts_as_they_were_copied(recipe):  # noqa: F811
     folder = recipe.parent / "lora"
     keys = ("student.lora={r: 2, alpha: 8}", "train.max_steps=1", "train.router_aux_loss_coef=0")
     assert in_a_child(lambda: train(recipe, f"output_dir={folder}", *keys)) == 0
