@@ -24,6 +24,7 @@ TRAIN = [
     "matplotlib>=3.9",
     "pillow>=10.3",
     "tensorboard>=2.17",
+    "urllib3>=2.2,<3",
 ]
 # What keys of a configuration need beyond that; each brings the trainer along.
 FEATURES = {
@@ -33,6 +34,7 @@ FEATURES = {
     "quantization": ["bitsandbytes>=0.49,<0.51", "accelerate>=1.1"],
     "flash": ["flash-attn>=2.7"],
     "images": ["num2words>=0.5.12"],  # for SmolVLM's processor alone
+    "serve": ["starlette>=1.10,<2", "uvicorn>=0.54,<1"],
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
@@ -44,6 +46,8 @@ FEATURES = {
         "accelerate>=1.1",
         "trl>=1.16,<2",
         "lightning>=2.6,<3",
+        "starlette>=1.10,<2",
+        "uvicorn>=0.54,<1",
         "mypy>=2",
     ],
 }
@@ -78,6 +82,7 @@ setup(
         "minillm.reporting",
         "minillm.rollout",
         "minillm.rollout.local",
+        "minillm.serving",
         "minillm.storage",
         "minillm.teachers",
         "minillm.train",

@@ -37,7 +37,7 @@ FLOORS = (
     {"teachers", "data"},
     {"rollout"},
     {"rollout.local"},
-    {"methods", "evaluate", "planning"},
+    {"methods", "evaluate", "planning", "serving"},
     {"engine", "reporting"},
     {"train"},
     {"experiment"},

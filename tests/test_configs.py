@@ -73,6 +73,11 @@ def test_a_recipe_is_valid_by_the_command_in_its_header(recipe, capsys):
     capsys.readouterr()
 
 
+def test_the_run_with_a_served_teacher_is_valid_without_a_server(capsys):
+    assert main(["validate", "configs/served.yaml"]) == 0
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("family", sorted({path.stem.partition("-")[0] for path in RECIPES}))
 def test_recipes_fit_the_hardware_in_their_headers(family):
     """A family at a time: its recipes share a teacher, whose stage is planned once a process."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import minillm
 
-BENCHMARKS = ("control", "kernels", "mixture", "plan", "rollout", "step", "tune")
+BENCHMARKS = ("control", "kernels", "mixture", "plan", "rollout", "serve", "step", "tune")
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_SEED = 2**63 - 1  # as for the key `seed`; the configuration is not imported for a help text
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -130,6 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
+    _add_serve(verbs)
+
     bench = verbs.add_parser("bench", help="micro-benchmarks; --help after the name shows the options")
     bench.add_argument("name", choices=BENCHMARKS, help="what is measured")
 
@@ -139,6 +141,45 @@ def make_parser() -> argparse.ArgumentParser:
 
     verbs.add_parser("schema", help="JSON schema of the configuration, for editors")
     return parser
+
+
+def _add_serve(verbs) -> None:
+    serve = verbs.add_parser("serve", help="run a teacher for students that are trained in other processes, over HTTP")
+    serve.add_argument("model", metavar="MODEL", help="a run's folder, a model's, a .gguf file, or a hub name")
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default %(default)s)")
+    serve.add_argument("--port", type=_port, default=8311, help="0: any that is free (default %(default)s)")
+    serve.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
+    serve.add_argument("--quantization", choices=("int8", "nf4"), help="keep the layers in 8 or 4 bits")
+    serve.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    serve.add_argument("--tokenizer", help="of another folder or hub name, or byte")
+    serve.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        metavar="N",
+        help="let requests share a forward pass of up to N padded positions; the last bit of a row then depends on who else "
+        "asks (default: a pass for each request)",
+    )
+    serve.add_argument(
+        "--max-request-tokens",
+        type=_positive,
+        default=131_072,
+        help="padded positions that one request may take (default %(default)s)",
+    )
+    serve.add_argument(
+        "--max-request-mib", type=_positive, default=64, help="size of a request's body (default %(default)s)"
+    )
+    serve.add_argument("--queue", type=_positive, default=64, help="requests that may wait (default %(default)s)")
+    serve.add_argument(
+        "--token-env",
+        default="MINILLM_TOKEN",
+        metavar="NAME",
+        help="the environment variable that holds the bearer token (default %(default)s)",
+    )
+    serve.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate chain: speak HTTPS")
+    serve.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
+    serve.add_argument(
+        "--grace", type=_positive, default=60, help="seconds that requests in hand get on SIGTERM (default %(default)s)"
+    )
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +203,10 @@ def _seed(text: str) -> int:
 
 def _positive(text: str) -> int:
     return _whole_number(text, 1, None)
+
+
+def _port(text: str) -> int:
+    return _whole_number(text, 0, 65_535)
 
 
 def _whole_number(text: str, lowest: int, highest: int | None) -> int:

@@ -13,6 +13,7 @@ from minillm.cli.controlled import add_delta
 from minillm.cli.outputs import require_file, require_folder
 from minillm.config.errors import ConfigErrors, Problem
 from minillm.config.loader.evaluation_plan import EvaluationPlan, load_evaluation
+from minillm.config.models import named_teacher
 from minillm.config.paths import expand
 from minillm.config.tree import COMMAND_LINE
 from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
@@ -152,7 +153,7 @@ def evaluate_model(
         raise UserError("there is no teacher to evaluate: the configuration has no `teacher`")
     if who == "teacher" and delta is not None:
         raise UserError("--delta: the teacher is measured alone; name its folder in the place of `teacher`")
-    path = plan.teacher.path if who == "teacher" else model_path(model)
+    path = named_teacher(plan.teacher) if who == "teacher" else model_path(model)
     models, rows = open_named(
         None if who == "teacher" else path,
         plan.teacher if who == "teacher" or plan.eval.teacher else None,
@@ -193,14 +194,14 @@ def evaluate_model(
     evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, report_progress=tell).add_to(
         evaluation, models, rollouts, who
     )
-    title = f"Evaluation of {plan.teacher.path if who == 'teacher' else model}"
+    title = f"Evaluation of {path if who == 'teacher' else model}"
     title += "" if delta is None else f" with {models.delta.alpha:g} x {delta}"
     console.measurement(title, evaluation.sets, evaluation.mean, evaluation.samples, who=who)
     result = {
         "model": model,
         "who": who,
         **({} if delta is None else {"delta": delta, "alpha": models.delta.alpha}),
-        "teacher": None if plan.teacher is None else plan.teacher.path,
+        "teacher": None if plan.teacher is None else named_teacher(plan.teacher),
         "seeds": list(plan.eval.seeds),
         "prompts": {name: len(prompts) for name, prompts in sets.items()},
         "sets": evaluation.sets,

@@ -32,7 +32,8 @@ CONTINUE = {
 
 # What the extra `train` installs, {name to import: name to install}: a verb may find any of them missing.
 TRAINER_PACKAGES = {
-    name: name for name in "numpy transformers safetensors pydantic jinja2 rich datasets matplotlib tensorboard".split()
+    name: name
+    for name in "numpy transformers safetensors pydantic jinja2 rich datasets matplotlib tensorboard urllib3".split()
 } | {"yaml": "pyyaml", "rouge_score": "rouge-score", "PIL": "pillow"}
 
 

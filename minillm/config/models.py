@@ -1,7 +1,7 @@
 """`student` and `teacher`: the places that models come from, and the form in which they are loaded."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,7 @@ class ModelConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The model that judges, in this process or sharded over those of the run. Its weights are never trained."""
 
+    called: ClassVar[str] = "this one"  # in messages
     # left out where keys are written down: files of before there was another source have none
     type: Literal["local"] = Field("local", exclude=True)
     path: ModelPath = Field(description=MODEL_PATH)
@@ -64,6 +65,7 @@ class TeacherConfig(ModelConfig):
 class CachedTeacherConfig(Strict):
     """A teacher whose rows of given texts are read from disk; none of its weights but the head is loaded."""
 
+    called: ClassVar[str] = "a cached one"
     type: Literal["cached"]
     path: CachePath = Field(
         description="A folder that `minillm cache` or a stage of method cache wrote, the folder of a run that did nothing else, "
@@ -76,7 +78,55 @@ class CachedTeacherConfig(Strict):
         return frozenset({"answer", "logprobs"})
 
 
-Teacher = Annotated[TeacherConfig | CachedTeacherConfig, Field(discriminator="type"), default_type("local")]
+class ServedTeacherConfig(Strict):
+    """A teacher that `minillm serve` runs in other processes; none of its weights but the head is loaded here."""
+
+    called: ClassVar[str] = "a served one"
+    # Keys that say where it is and how it is asked, and nothing of what it says: a resumed run may have others.
+    of_the_place: ClassVar[frozenset[str]] = frozenset({"url", "token_env", "timeout_seconds", "patience_seconds"})
+    type: Literal["served"]
+    url: str | list[str] = Field(
+        description="http://HOST:PORT or https://HOST:PORT of a server, or a list of several that serve the same model"
+    )
+    token_env: str | None = Field(
+        None, description="The environment variable that holds the servers' bearer token; default: none is sent"
+    )
+    model: str | None = Field(
+        None,
+        description="The model that must be served there, as `minillm serve` was given it; default: any that fits. A plan "
+        "takes its sizes from it where no server answers",
+    )
+    rows: Literal["hidden", "top_k"] = Field(
+        "hidden", description="hidden: its last hidden states, exact; top_k: its k likeliest ids, fewer bytes"
+    )
+    k: Annotated[int, Field(ge=1)] = Field(64, description="Ids a token, for rows: top_k")
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(600.0, description="The longest wait for one answer")
+    patience_seconds: Annotated[float, Field(ge=0)] = Field(
+        600.0,
+        description="How long a request is repeated while no server answers; then the run stops, with a checkpoint",
+    )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers' addresses, without a slash at the end."""
+        return tuple(one.rstrip("/") for one in ([self.url] if isinstance(self.url, str) else self.url))
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """The abilities of this source beyond giving rows to the losses: what needs neither its weights here nor a
+        decision of its at every token of the student's."""
+        return frozenset({"read", "sample", "answer"} | ({"logprobs", "hidden"} if self.rows == "hidden" else set()))
+
+
+AnyTeacherConfig = TeacherConfig | CachedTeacherConfig | ServedTeacherConfig
+Teacher = Annotated[AnyTeacherConfig, Field(discriminator="type"), default_type("local")]
+
+
+def named_teacher(config: AnyTeacherConfig) -> str:
+    """The words for a teacher in reports: its path, or the model and the servers that have it."""
+    if not isinstance(config, ServedTeacherConfig):
+        return config.path
+    return f"{config.model or 'a model'} served by {', '.join(config.urls)}"
 
 
 class StudentConfig(ModelConfig):

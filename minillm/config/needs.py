@@ -13,17 +13,19 @@ from minillm.config.lora import LoraConfig
 
 Sampler = Literal["student", "teacher", "mixture"]
 Rows = Literal["answers", "references", "forget", "pairs", "corpus"]
-Ability = Literal["read", "sample", "answer", "logprobs", "hidden", "layers", "train", "evaluate"]
+Ability = Literal["read", "sample", "mix", "answer", "logprobs", "hidden", "layers", "weights", "train", "evaluate"]
 Result = Literal["model", "data", "rows"]  # what a stage leaves, as a later one names it
 
 # What a teacher may be able to do beyond giving rows to the losses, as in "a teacher that can ...".
 ABILITIES: dict[Ability, str] = {
     "read": "read texts that are made while the stage runs",
     "sample": "answer prompts",
+    "mix": "be mixed with the student token by token",
     "answer": "give its answers to the prompts, written once",
     "logprobs": "give the log-probability of any id",
     "hidden": "give its last hidden states",
     "layers": "give hidden states of inner layers",
+    "weights": "be run in this process",
     "train": "be trained",
     "evaluate": "be evaluated itself",
 }
@@ -107,6 +109,8 @@ class Needs:
         required = set(self.teacher_abilities)
         if self.teacher and not self.takes_steps or self.controls_teacher:
             required.add("read")
+        if self.controls_teacher or self.alone:
+            required.add("weights")
         # answers that the teacher has written once are texts like any other
         fresh = self.samples and not (self.written_once and set(self.samples) == {"teacher"})
         for term in self.terms:

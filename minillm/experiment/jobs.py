@@ -73,7 +73,7 @@ def _needed(experiment: Experiment, arms: Sequence[str]) -> set[str]:
 def references(experiment: Experiment, name: str) -> list[str]:
     """List the stages and arms whose model, data or training time a job takes."""
     if name in experiment.as_is:
-        texts: list = [experiment.as_is[name], experiment.base.config.teacher and experiment.base.config.teacher.path]
+        texts: list = [experiment.as_is[name], getattr(experiment.base.config.teacher, "path", None)]
         if texts[0] == STUDENT:
             texts.append(experiment.base.config.student.path)
     else:

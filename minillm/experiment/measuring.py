@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minillm import UserError
-from minillm.config.models import CachedTeacherConfig, StudentConfig, TeacherConfig
+from minillm.config.models import (
+    AnyTeacherConfig,
+    CachedTeacherConfig,
+    ServedTeacherConfig,
+    StudentConfig,
+    TeacherConfig,
+    named_teacher,
+)
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
@@ -21,7 +28,7 @@ from minillm.storage.atomic import write_text
 from minillm.storage.environment import read_start
 from minillm.storage.manifest import published_damage
 from minillm.storage.metrics_log import plain
-from minillm.teachers.open import AnyTeacherConfig, open_models
+from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models
 from minillm.train.model_cache import ModelCache
 from minillm.train.trainer import TrainingError
@@ -29,7 +36,7 @@ from minillm.train.trainer import TrainingError
 EVALUATION, TEACHERS, STARTED = "evaluation.json", "teachers", "started.txt"
 SEED = 0  # of the evaluation's samples
 Evaluators = tuple[Evaluator, Analyses]
-Config = TypeVar("Config", StudentConfig, TeacherConfig, CachedTeacherConfig)
+Config = TypeVar("Config", StudentConfig, TeacherConfig, CachedTeacherConfig, ServedTeacherConfig)
 
 
 class Measuring:
@@ -61,7 +68,7 @@ class Measuring:
         evaluators = self._load_evaluators(models, teacher, console)
         itself = teacher is not None and "evaluate" in teacher.abilities
         if itself and not self._is_measured(folder):
-            self._write(folder, "teacher", evaluators, rollouts, console, model=teacher.path)
+            self._write(folder, "teacher", evaluators, rollouts, console, model=named_teacher(teacher))
         name = folder.name if itself else None
         self._write(
             job.folder, "student", evaluators, rollouts, console, model=student.path, arm=job.name, teacher=name

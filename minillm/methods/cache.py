@@ -25,7 +25,7 @@ from minillm.models.processors import processor_of
 from minillm.models.tokenizers import end_ids
 from minillm.rollout.rollouts import Sampling
 from minillm.storage.atomic import sync
-from minillm.teachers.cached import write_head
+from minillm.teachers.cached import head_bytes
 from minillm.teachers.pair import Models
 from minillm.teachers.row_cache import ANSWERS, HEAD, TOKENIZER, Parts, digest_of
 from minillm.teachers.row_shards import Piece, RowShards
@@ -84,7 +84,8 @@ class TeacherCache(Method):
         def publish() -> None:
             numbers = shards.finish(finished, pieces)
             if keys.rows == "hidden":
-                write_head(plain_head(models.teacher.model), folder / HEAD)
+                # `save_file` lets nobody else read it
+                (folder / HEAD).write_bytes(head_bytes(plain_head(models.teacher.model)))
             (processor_of(models.tokenizer) or models.tokenizer).save_pretrained(folder / TOKENIZER)
             if "answers" in keys.texts:
                 (folder / ANSWERS).write_bytes((data.folder / ARCHIVE).read_bytes())

@@ -27,10 +27,13 @@ class GeneralisedDistillation(Method):
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         references = take_references(data, self.step_size)
-        coin = np.random.default_rng([self.config.seed, draw]).random()  # one a step, keyed like everything random
-        if coin >= self.config.method.on_policy:
+        if self.foreseeable(draw):
             return references
         return answered(references, sample_answers(references, data, self.config, draw=draw))
+
+    def foreseeable(self, draw: int) -> bool:
+        """True where the step is on references. One coin a step, keyed like everything random."""
+        return np.random.default_rng([self.config.seed, draw]).random() >= self.config.method.on_policy
 
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         return [mixed_term(items, models, divergence=self.divergence, ce_ratio=0.0, options=self.options)]

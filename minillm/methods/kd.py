@@ -18,6 +18,9 @@ class WordLevelDistillation(Method):
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         return take_references(data, self.step_size)
 
+    def foreseeable(self, draw: int) -> bool:
+        return True
+
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         method = self.config.method
         return [

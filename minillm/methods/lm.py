@@ -21,6 +21,9 @@ class LanguageModelling(Method):
         numbered = data.corpus.take_numbered(self.step_size)
         return [block_text(block, place) for place, block in numbered]
 
+    def foreseeable(self, draw: int) -> bool:
+        return True
+
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         ce_ratio = 1.0 - self.config.method.kd_ratio
         return [mixed_term(items, models, divergence="forward_kl", ce_ratio=ce_ratio, name="pretraining")]

@@ -12,6 +12,7 @@ from minillm.data.selection import choose, write_selection
 from minillm.data.windows import document_ids
 from minillm.distributed import collectives
 from minillm.methods.protocol import Item, Method, Term, TrainingData
+from minillm.methods.written_answers import identity_of
 from minillm.models.batch import TokenSequence, collate
 from minillm.rollout.scoring import batch_statistics
 from minillm.teachers.pair import Models
@@ -46,7 +47,7 @@ class DifferenceSampling(Method):
 
     def prepare(self, data: TrainingData, models: Models, folder: Path) -> None:
         shards, ratio = ScoreShards(data.folder / "scores"), self.config.method.ratio
-        missing = collectives.on_rank_0(lambda: shards.prepare(self._scored_by(), data.documents))
+        missing = collectives.on_rank_0(lambda: shards.prepare(self._scored_by(models), data.documents))
         with models.reading("student", "teacher"):
             collectives.together(lambda: self._score(missing, shards, data, models))
 
@@ -56,10 +57,10 @@ class DifferenceSampling(Method):
 
         collectives.on_rank_0(write)
 
-    def _scored_by(self) -> dict:
+    def _scored_by(self, models: Models) -> dict:
         """The settings that the scores depend on, in words that JSON knows."""
         return {
-            "teacher": self.config.teacher.model_dump(mode="json", include=OF_THE_TEACHER),
+            "teacher": identity_of(self.config.teacher, models, OF_THE_TEACHER),
             "reference": self.config.method.reference,
             "corpus": self.config.data.corpus.model_dump(mode="json"),
         }

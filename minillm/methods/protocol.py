@@ -141,6 +141,11 @@ class Method(ABC):
         What lasts for more than one step must be a RolloutBuffer, or part of `state_dict`: checkpoints carry those.
         """
 
+    def foreseeable(self, draw: int) -> bool:
+        """True where `collect` of that draw runs no model and changes nothing but the positions of the streams, so that
+        what it will return may be asked for, and put back, a step before."""
+        return False
+
     @abstractmethod
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         """The loss of one micro-batch of items."""

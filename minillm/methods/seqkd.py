@@ -28,6 +28,9 @@ class SequenceDistillation(Method):
             self._answers = written_answers(asked, data, models, self.config, temperature=temperature)
         return [example.answered(self._answers[example.index]) for example in data.prompts.take(self.step_size)]
 
+    def foreseeable(self, draw: int) -> bool:
+        return self._answers is not None
+
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         return [mixed_term(items, models, divergence="forward_kl", ce_ratio=1.0 - self.config.method.kd_ratio)]
 

@@ -34,6 +34,9 @@ class TAID(Method):
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         return take_references(data, self.step_size)
 
+    def foreseeable(self, draw: int) -> bool:
+        return True
+
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
         options = {"interpolation": self.t}
         return [mixed_term(items, models, divergence="interpolated_cross_entropy", ce_ratio=0.0, options=options)]

@@ -1,10 +1,11 @@
 """Answers that the teacher writes once, before the first step, and that later runs of the stage find on disk; a cached
 teacher has written them already."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict
+from typing import Any
 
-from minillm.config.models import CachedTeacherConfig
+from minillm.config.models import AnyTeacherConfig, CachedTeacherConfig, ServedTeacherConfig
 from minillm.config.root import StageConfig
 from minillm.methods.protocol import TrainingData
 from minillm.models.batch import TokenSequence
@@ -15,6 +16,14 @@ from minillm.teachers.pair import Models
 ARCHIVE = "answers.jsonl"  # in the folder of a stage
 # The keys of the teacher that its answers depend on.
 OF_THE_TEACHER = {"path", "revision", "dtype", "quantization"}
+
+
+def identity_of(config: AnyTeacherConfig, models: Models, keys: Set[str]) -> dict[str, Any]:
+    """The identity of a teacher that something was written by, in words that JSON knows: some of its keys, or of a served
+    one the fingerprint of its weights."""
+    if isinstance(config, ServedTeacherConfig):
+        return {"fingerprint": models.teacher.fingerprint}
+    return config.model_dump(mode="json", include=keys)
 
 
 def written_answers(
@@ -42,7 +51,7 @@ def written_answers(
             seed=config.seed,
             batch_size=rollout.batch_size,
             vocab_size=models.vocab_size,
-            teacher=config.teacher.model_dump(mode="json", include=OF_THE_TEACHER),
+            teacher=identity_of(config.teacher, models, OF_THE_TEACHER),
             progress=lambda done: data.report_progress("the teacher writes", done, len(prompts)),
         )
     found = archive.read()

@@ -52,6 +52,10 @@ class Architectures:
         """
         return self._read(stage.config.teacher) if isinstance(stage.config.teacher, TeacherConfig) else None
 
+    def named(self, path: str) -> PreTrainedConfig:
+        """Return the architecture of a model by its path. Raises UserError as `student` does."""
+        return self._read(TeacherConfig(path=path))
+
     def _random(self, config: StudentConfig) -> PreTrainedConfig:
         keys = dict(config.config or {})
         local = config.tokenizer is not None and not is_hub_name(expand(config.tokenizer))

@@ -1,4 +1,5 @@
-"""A teacher on disk: the size of a cache before it is written, and what of one is in memory where a student learns from it."""
+"""Teachers whose weights are not loaded: the size of a cache before it is written, and what of a cached or a served one is in
+memory where a student learns from it."""
 
 import json
 from collections.abc import Iterator
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
 
+from minillm import UserError
 from minillm.config.data import DataConfig
 from minillm.config.loader.run_plan import Stage
-from minillm.config.models import CachedTeacherConfig, ModelConfig
+from minillm.config.models import CachedTeacherConfig, ModelConfig, ServedTeacherConfig
 from minillm.config.paths import BYTE_TOKENIZER, CACHE, STAGE, expand, is_hub_name
 from minillm.data.corpus import block_text, load_corpus
 from minillm.data.instructions import load_prompts
@@ -21,13 +24,14 @@ from minillm.planning.architectures import Architectures
 from minillm.planning.sizes import ModelSize, build
 from minillm.teachers.row_cache import digest_of, find_cache
 from minillm.teachers.row_storage import RowStorage
+from minillm.teachers.server_pool import ServerPool, TeacherAway
 
 BYTES_PER_TEXT = 68  # 32 in its shard, 36 in the index
 
 
 @dataclass(frozen=True)
-class CachedHead:
-    """The part of a cached teacher that is in memory: its head, and the rows of a step."""
+class TeacherHead:
+    """The part of a cached or a served teacher that is in memory: its head, and the rows of a step."""
 
     vocab_size: int
     hidden_size: int
@@ -70,12 +74,15 @@ class CacheSize:
         return self.rows * self.bytes_per_row + self.texts * BYTES_PER_TEXT + self.head_bytes
 
 
-def cached_head(stage: Stage, architectures: Architectures, output_dir: Path) -> CachedHead | None:
-    """The part of a stage's teacher that is in memory, None where it is not a cached one.
+def teacher_head(stage: Stage, architectures: Architectures, output_dir: Path) -> TeacherHead | None:
+    """The part of a stage's teacher that is in memory, None where its weights are loaded or there is none.
 
-    Raises UserError where neither the cache nor the stage that will write it is known.
+    Raises UserError where neither the cache nor the stage that will write it is known, and where no server of a served one
+    answers and nothing else says which model it is.
     """
     teacher = stage.config.teacher
+    if isinstance(teacher, ServedTeacherConfig):
+        return _served_head(teacher, architectures)
     if not isinstance(teacher, CachedTeacherConfig):
         return None
     path = expand(teacher.path)
@@ -83,10 +90,25 @@ def cached_head(stage: Stage, architectures: Architectures, output_dir: Path) ->
     if writer is not None:
         vocab_size, hidden_size = _head_of(writer, architectures)
         keys, dtype = writer.config.method, getattr(torch, writer.config.teacher.dtype)
-        return CachedHead(vocab_size, hidden_size, dtype.itemsize, keys.k if keys.rows == "top_k" else 0)
+        return TeacherHead(vocab_size, hidden_size, dtype.itemsize, keys.k if keys.rows == "top_k" else 0)
     said = json.loads((find_cache(teacher.path, output_dir) / CACHE).read_text(encoding="utf-8"))
     k = said["storage"]["size"] if said["storage"]["rows"] == "top_k" else 0
-    return CachedHead(said["vocab_size"], said["hidden_size"], getattr(torch, said["head_dtype"]).itemsize, k)
+    return TeacherHead(said["vocab_size"], said["hidden_size"], getattr(torch, said["head_dtype"]).itemsize, k)
+
+
+def _served_head(teacher: ServedTeacherConfig, architectures: Architectures) -> TeacherHead:
+    """The head of a served teacher, as a server describes it; where none answers, as teacher.model says, in fp32."""
+    k = teacher.k if teacher.rows == "top_k" else 0
+    pool = ServerPool(teacher.model_copy(update={"patience_seconds": 0.0}))
+    try:
+        said = pool.described
+        return TeacherHead(said["vocab_size"], said["hidden_size"], getattr(torch, said["dtype"]).itemsize, k)
+    except TeacherAway as error:
+        if teacher.model is None:
+            raise UserError(f"{error}; a plan without a server takes its sizes from teacher.model") from None
+        return TeacherHead(*_head_sizes(architectures.named(teacher.model)), torch.float32.itemsize, k)
+    finally:
+        pool.close()
 
 
 def cache_size(stage: Stage, architectures: Architectures, output_dir: Path) -> CacheSize | None:
@@ -127,8 +149,12 @@ def _texts(stage: Stage, tokenizer) -> Iterator[tuple[bytes, int]]:
 
 def _head_of(stage: Stage, architectures: Architectures) -> tuple[int, int]:
     """Rows and columns of the head of a stage's teacher."""
+    return _head_sizes(architectures.teacher(stage))
+
+
+def _head_sizes(architecture: PreTrainedConfig) -> tuple[int, int]:
     with FakeTensorMode():
-        return tuple(lm_head(build(architectures.teacher(stage), "bfloat16", "eager")).weight.shape)
+        return tuple(lm_head(build(architecture, "bfloat16", "eager")).weight.shape)
 
 
 def _tokenizer_keys(stage: Stage, architectures: Architectures) -> ModelConfig | None:

@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
+from minillm.config.models import CachedTeacherConfig, ServedTeacherConfig
 from minillm.config.needs import Needs
 from minillm.planning.architectures import Architectures
-from minillm.planning.cached_teacher import CacheSize, cache_size, cached_head
+from minillm.planning.cached_teacher import CacheSize, cache_size, teacher_head
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.setting import Setting
@@ -39,7 +40,8 @@ class StagePlan:
     memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; UserError where the buffer does not divide
     not_counted: tuple[str, ...]  # what the method needs beside what the plan holds
     student_side: str  # student, reference or teacher: the model of the numbers called the student's
-    cached_in: str | None = None  # where the teacher's rows are, of whose weights the head alone is loaded
+    # cached or served, and where: of the teacher's weights the head alone is loaded
+    elsewhere: tuple[str, str] | None = None
     cache: CacheSize | None = None  # of a stage that writes one
 
     @property
@@ -101,7 +103,7 @@ def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world
     setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
     try:
         student, teacher = _architectures_of(stage, architectures)
-        head = cached_head(stage, architectures, plan.output_dir)
+        head = teacher_head(stage, architectures, plan.output_dir)
         work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
         simulation = simulate(setting, work.moment, student, teacher, device, head=head)
     except UserError:
@@ -119,7 +121,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     config, needs = stage.config, stage.config.method.needs()
     device = torch.device(gpu.kind)
     student, teacher = _architectures_of(stage, architectures)
-    head = cached_head(stage, architectures, output_dir)
+    head = teacher_head(stage, architectures, output_dir)
 
     asked = config.train.gradient_checkpointing
 
@@ -156,9 +158,13 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         memory_on=memory,
         not_counted=tuple(_not_counted(needs)),
         student_side="teacher" if needs.alone else "student" if needs.reference is None else "reference",
-        cached_in=None if head is None else config.teacher.path,
+        elsewhere=None if head is None else (config.teacher.type, _place_of(config.teacher)),
         cache=cache_size(stage, architectures, output_dir),
     )
+
+
+def _place_of(teacher: CachedTeacherConfig | ServedTeacherConfig) -> str:
+    return teacher.path if isinstance(teacher, CachedTeacherConfig) else ", ".join(teacher.urls)
 
 
 def _not_counted(needs: Needs) -> Iterator[str]:

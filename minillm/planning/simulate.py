@@ -31,7 +31,7 @@ from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
-from minillm.planning.cached_teacher import CachedHead
+from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, statistics_twin
 from minillm.planning.quantized_layers import quantize
@@ -67,10 +67,10 @@ def simulate(
     teacher: PreTrainedConfig | None,
     device: torch.device,
     *,
-    head: CachedHead | None = None,
+    head: TeacherHead | None = None,
     phases: tuple[str, ...] = PHASES,
 ) -> Simulation:
-    """Run the phases on fake tensors, or remember them from before in this process. `head` is of a cached teacher.
+    """Run the phases on fake tensors, or remember them from before in this process. `head` is of a teacher without weights here.
 
     Raises UserError for an architecture that cannot be built or run without values.
     """
@@ -123,7 +123,7 @@ class _Simulator:
         teacher,
         device: torch.device,
         ledger: Ledger,
-        head: CachedHead | None,
+        head: TeacherHead | None,
     ):
         self.setting, self.work, self.device, self.ledger, self.head = setting, work, device, ledger, head
         with ledger.part("student weights"):
@@ -318,6 +318,9 @@ class _Simulator:
                 hidden.append(row_hidden(model, batch))
                 if name == "teacher":
                     self.ledger.relabel(hidden, "teacher hidden states")
+            if self.head is not None and "teacher" in forward.kept:
+                with self.ledger.part("teacher hidden states"):
+                    hidden.append(self._teacher_rows(forward.rows))
             if forward.statistics:
                 shape = LossShape(forward.rows, self.vocab_size, len(models) + len(forward.kept), self.device)
                 known = self.losses.get(phase, shape)  # of several the largest
@@ -352,9 +355,8 @@ class _Simulator:
         batch = _batch(term.batch, term.length, term.rows)
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
-            head = lm_head(self.models["teacher"]).weight
             with self.ledger.part("teacher hidden states"):
-                teacher = torch.empty(term.rows, head.shape[1], dtype=head.dtype)
+                teacher = self._teacher_rows(term.rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             model = self.models[term.trains]
             hidden = row_hidden(model, batch)
@@ -364,6 +366,14 @@ class _Simulator:
         del hidden
         loss.backward()
         del teacher
+
+    def _teacher_rows(self, rows: int) -> Tensor:
+        """The room of what a teacher says of so many rows, on the device."""
+        if self.head is not None:
+            size = self.head.size
+            return torch.empty(rows, size.hidden_size * size.itemsize, dtype=torch.uint8)
+        head = lm_head(self.models["teacher"]).weight
+        return torch.empty(rows, head.shape[1], dtype=head.dtype)
 
     def _optimizer_step(self) -> None:
         """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""

@@ -110,7 +110,7 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "estimated_seconds_per_step": speed and speed.seconds,
         **({} if stage.work.terms else {"flops_per_token": sum(_without_steps(stage))}),
         "smallest_world_size": stage.smallest_world_size(gpu),
-        **({} if stage.cached_in is None else {"cached_teacher": stage.cached_in}),
+        **({} if stage.elsewhere is None else {f"{stage.elsewhere[0]}_teacher": stage.elsewhere[1]}),
         **({} if stage.cache is None else {"cache": {**vars(stage.cache), "bytes": stage.cache.total}}),
         **({"not_counted": list(stage.not_counted)} if stage.not_counted else {}),
     }
@@ -120,7 +120,7 @@ def _models(stage: StagePlan) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("", "parameters", "layers", "hidden", "KV cache a token", "vocabulary in use"):
         table.add_column(name, justify="right" if name else "left")
-    beside = "teacher" if stage.cached_in is None else "teacher's head"
+    beside = "teacher" if stage.elsewhere is None else "teacher's head"
     for who, size in ((stage.student_side, stage.simulation.student), (beside, stage.simulation.teacher)):
         if size is not None:
             cache = f"{size.kv_bytes_per_token / 1024:,.0f} KiB" if size.kv_bytes_per_token else "-"
@@ -173,8 +173,10 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
     if stage.student_side != "student":
         yield Text(f"the {stage.student_side} model's memory stands in the student's rows")
-    if stage.cached_in is not None:
-        yield Text(f"the teacher is cached in {stage.cached_in}: its weights are not loaded, of them the head alone")
+    if stage.elsewhere is not None:
+        kind, place = stage.elsewhere
+        words = f"{kind} {'in' if kind == 'cached' else 'by'} {place}"
+        yield Text(f"the teacher is {words}: its weights are not loaded, of them the head alone")
     if stage.cache is not None:
         yield Text(_cache(stage.cache))
     for what in stage.not_counted:

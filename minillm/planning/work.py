@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from minillm import UserError
 from minillm.config.data import PlainPrompts, Prompts
-from minillm.config.models import CachedTeacherConfig
+from minillm.config.models import TeacherConfig
 from minillm.config.needs import Needs, Rows, Sampler, TermNeeds
 from minillm.config.root import StageConfig
 from minillm.planning.setting import Setting
@@ -158,7 +158,6 @@ def work_of(config: StageConfig, world_size: int) -> Work:
             )
         prompts = rollout.buffer_size // world_size
     side_by_side = min(rollout.batch_size, prompts or rollout.batch_size)
-    cached = isinstance(config.teacher, CachedTeacherConfig)
     return Work(
         decodings=tuple(
             Decoding(
@@ -171,7 +170,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
                 needs.teacher_share if sampler == "mixture" and rollout.shared_coins else None,
             )
             for sampler in needs.samples
-            if not (cached and sampler == "teacher")  # which has written its answers
+            if sampler != "teacher" or _reads_here(config)  # else it has written its answers, or writes them elsewhere
         ),
         scorings=_scorings(config, needs, side_by_side, prompts),
         terms=_terms(config, needs),
@@ -207,13 +206,14 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
     """The forward passes without a gradient: of a buffer, of the terms' teacher, or of a stage that takes no step."""
     micro, two = config.train.per_device_train_batch_size, needs.teacher and not needs.alone
     judges = ("teacher", "student") if two else ("student",)
-    reader = () if isinstance(config.teacher, CachedTeacherConfig) else ("teacher",)
+    reader = ("teacher",) if _reads_here(config) else ()
     step = micro * config.train.gradient_accumulation_steps
     if needs.buffered:
         answers = _text("answers", config)
         if config.rollout.shared_coins and "mixture" in needs.samples:
             return (_scored_by_coins(answers, config, side_by_side, prompts),)
-        return (answers.forward(judges, side_by_side, statistics=True, total=prompts * len(needs.samples)),)
+        total = prompts * len(needs.samples)
+        return (_as_it_is(config, answers.forward(judges, side_by_side, statistics=True, total=total)),)
     if needs.takes_steps:
         return tuple(
             _longest(term, config).forward(
@@ -232,7 +232,22 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
         raise NothingToPlan(
             f"method {config.method.name} takes no step and declares neither answers nor texts that a model reads"
         )
-    return tuple(text.forward(judges, micro, statistics=True, total=step) for text in read)
+    return tuple(_as_it_is(config, text.forward(judges, micro, statistics=True, total=step)) for text in read)
+
+
+def _reads_here(config: StageConfig) -> bool:
+    """True where the teacher's weights, if there is one, are loaded."""
+    return config.teacher is None or isinstance(config.teacher, TeacherConfig)
+
+
+def _as_it_is(config: StageConfig, forward: Forward) -> Forward:
+    """A pass in which a teacher that reads elsewhere does not run: its rows are there."""
+    if _reads_here(config) or "teacher" not in forward.models:
+        return forward
+    here = tuple(name for name in forward.models if name != "teacher")
+    return replace(
+        forward, models=here, kept=() if getattr(config.teacher, "rows", "hidden") == "top_k" else ("teacher",)
+    )
 
 
 def _scored_by_coins(answers: _Text, config: StageConfig, side_by_side: int, prompts: int) -> Forward:
@@ -289,10 +304,10 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")
     answering = [
         Decoding(SAMPLING_MODELS[one], batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
-        for one in samplers[: 1 + judged]
+        for one in samplers[: 1 + (judged and _reads_here(config))]
     ]
     models = ("teacher", "student") if judged or controls else ("student",)
-    return (*answering, Forward(models, batch, prompt + longest - 1, batch * longest, True, 0))
+    return (*answering, _as_it_is(config, Forward(models, batch, prompt + longest - 1, batch * longest, True, 0)))
 
 
 def _prompt_length(prompts: Prompts) -> int:

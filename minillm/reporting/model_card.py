@@ -1,7 +1,9 @@
 """README.md of a trained model, from the run's files alone: its making, its measurements, its use."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -108,14 +110,18 @@ def _step(stage: StageFiles) -> str:
         words += f", through {lora_words(**stage.lora)}, merged into the weights"
     if settings.get("teacher") and taught:
         bits = settings["teacher"].get("quantization")
-        cached = "what is cached in " if settings["teacher"].get("type") == "cached" else ""
-        words += (
-            f", with {cached}{_named(settings['teacher'].get('path'))}{f' in {bits}' if bits else ''} as the teacher"
-        )
+        words += f", with {_teacher(settings['teacher'])}{f' in {bits}' if bits else ''} as the teacher"
     prompts = settings.get("data", {}).get("prompts") or {}
     if prompts:
         words += f", on prompts of {_named(prompts.get('path')) if prompts.get('path') else prompts['type']}"
     return f"{words}. {stage.steps:,} steps, {stage.tokens:,} student tokens, {duration(stage.seconds)} of training."
+
+
+def _teacher(settings: Mapping[str, Any]) -> str:
+    if settings.get("type") == "served":
+        return f"{_named(settings['model']) if settings.get('model') else 'a model'}, served elsewhere,"
+    cached = "what is cached in " if settings.get("type") == "cached" else ""
+    return f"{cached}{_named(settings.get('path'))}"
 
 
 def _adapter(last: StageFiles) -> str:

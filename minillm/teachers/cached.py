@@ -59,6 +59,15 @@ class CachedTeacher:
         """The largest of its likeliest ids, None where it has hidden states."""
         return self.cache.described["error"].get("largest_id")
 
+    @property
+    def summary(self) -> tuple[str, str, str]:
+        """(name, size, form) for the preflight table."""
+        said = self.cache.described
+        storage = said["storage"]
+        kind = "hidden states" if storage["rows"] == "hidden" else f"{storage['size']} likeliest ids"
+        size = f"{said['rows_total']:,} rows of {said['texts_total']:,} texts"
+        return f"cached rows of {said['architecture']}", size, f"{kind} in {storage['dtype']}"
+
     def holds(self, sequence: TokenSequence) -> bool:
         """True where the cache has the rows of a text."""
         return self.cache.find(digest_of(sequence)) is not None
@@ -108,15 +117,15 @@ class CachedTeacher:
         return read_head(self.cache.folder / HEAD, self.device)
 
 
-def write_head(head: LMHead, path: Path) -> None:
-    """Write a head as `read_head` reads it: on its own, whatever it is tied to."""
+def head_bytes(head: LMHead) -> bytes:
+    """A head as `read_head` reads it: on its own, whatever it is tied to."""
     tensors = {"weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-    path.write_bytes(save(tensors, metadata={"head": json.dumps(said)}))  # `save_file` lets nobody else read it
+    return save(tensors, metadata={"head": json.dumps(said)})
 
 
 def read_head(path: Path, device: torch.device) -> LMHead:
-    """The head that `write_head` wrote."""
+    """The head of a file that holds `head_bytes`."""
     tensors = load_file(path, device=str(device))
     return LMHead(tensors["weight"], tensors.get("bias"), **json.loads(MappedTensors(path).metadata["head"]))

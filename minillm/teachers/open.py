@@ -1,5 +1,6 @@
 """Opening a student and a teacher as a pair: for a stage, an evaluation, a conversation and an experiment alike."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,13 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from minillm import UserError
-from minillm.config.models import CachedTeacherConfig, StudentConfig, TeacherConfig
+from minillm.config.models import (
+    AnyTeacherConfig,
+    CachedTeacherConfig,
+    ServedTeacherConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from minillm.distributed import collectives
 from minillm.models.delta import Delta, Translation
 from minillm.models.device import pick_device
@@ -23,10 +30,9 @@ from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row, preflight
 from minillm.teachers.row_cache import TOKENIZER, find_cache
+from minillm.teachers.served import ServedTeacher, fetch_tokenizer
 from minillm.teachers.teacher import Teacher, require_ability
 from minillm.teachers.vocabularies import PreflightError, require_same_tokenizer
-
-AnyTeacherConfig = TeacherConfig | CachedTeacherConfig
 
 
 class OpenTeacher(NamedTuple):
@@ -37,7 +43,14 @@ class OpenTeacher(NamedTuple):
 
 
 def teacher_tokenizer(config: AnyTeacherConfig, output_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a teacher; a cache has the one of whom it was written by. Raises UserError where it cannot be read."""
+    """The tokenizer of a teacher; a cache has the one of whom it was written by, and servers send theirs.
+
+    Raises UserError where it cannot be read.
+    """
+    if isinstance(config, ServedTeacherConfig):
+        with tempfile.TemporaryDirectory() as folder:
+            fetch_tokenizer(config, Path(folder))
+            return load_tokenizer(TeacherConfig(path=folder, tokenizer=folder), output_dir)
     if isinstance(config, CachedTeacherConfig):
         folder = find_cache(config.path, output_dir) / TOKENIZER
         return load_tokenizer(TeacherConfig(path=str(folder), tokenizer=str(folder)), output_dir)
@@ -49,8 +62,11 @@ def open_teacher(
 ) -> OpenTeacher:
     """The teacher of a configuration. All ranks call it together; of one that will be sharded, rank 0 reads the weights.
 
-    Of a cached one no weights are read before its head is asked for. Raises UserError where it cannot be read.
+    Of a cached or a served one no weights are read before its head is asked for. Raises UserError where it cannot be read.
     """
+    if isinstance(config, ServedTeacherConfig):
+        served = collectives.together(lambda: ServedTeacher(config, device))
+        return OpenTeacher(served, teacher_tokenizer(config, output_dir))
     if isinstance(config, CachedTeacherConfig):
         cached = collectives.together(lambda: CachedTeacher(find_cache(config.path, output_dir), device))
         return OpenTeacher(cached, teacher_tokenizer(config, output_dir))

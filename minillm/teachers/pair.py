@@ -41,12 +41,12 @@ class Models:
         """The weights of a role. Raises UserError for a teacher that has none in this process."""
         if role == "student":
             return self.student
-        require_ability(self.teacher, "hidden", "this")
+        require_ability(self.teacher, "weights", "this")
         return self.teacher.model
 
     def controlled(self) -> "Models":
         """The teacher with the student's logits added to its own, in the student's place: what a delta is judged by."""
-        require_ability(self.teacher, "hidden", "measuring a delta")
+        require_ability(self.teacher, "weights", "measuring a delta")
         delta = Delta(self.student, self.tokenizer, self.vocab_size)
         return replace(self, student=self.teacher.model, delta=delta)
 

@@ -13,6 +13,7 @@ from minillm.models.sharded import is_sharded
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.pair import Models
+from minillm.teachers.served import ServedTeacher
 from minillm.teachers.teacher import Teacher
 from minillm.teachers.vocabularies import PreflightError, shared_vocabulary
 
@@ -58,7 +59,7 @@ def preflight(
     ends = [*end_ids(student, student_tokenizer)]
     if teacher_model is not None:
         ends += end_ids(teacher_model, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
-    elif isinstance(teacher, CachedTeacher):
+    elif teacher is not None:
         ends += teacher.end_ids
     eos_ids = tuple(dict.fromkeys(token for token in ends if token < vocab_size))
     if not eos_ids:
@@ -79,6 +80,8 @@ def preflight(
         by_layers,
         vocabulary,
     )
+    if isinstance(teacher, ServedTeacher):
+        teacher.shared_ids = vocab_size
     return models, _table(models, teacher_tokenizer, rows_s, rows_t)
 
 
@@ -106,15 +109,15 @@ def _look_at_pictures(
         for _, model, tokenizer in pairs
     ]
     ids = {placeholder_id(model.config) for _, model, _ in pairs if model is not None}
-    cached = teacher if isinstance(teacher, CachedTeacher) else None
-    if cached is not None:
-        seeing[1], ids = cached.picture_id is not None, {*ids, cached.picture_id}
+    absent = teacher if teacher is not None and teacher.model is None else None
+    if absent is not None:
+        seeing[1], ids = absent.picture_id is not None, {*ids, absent.picture_id}
     beside = all(seeing) and len(ids) == 1
     for _, model, _ in pairs:
         if model is not None:
             answer_beside_pictures(model, beside)
-    if cached is not None:
-        cached.answers_beside_pictures = beside
+    if isinstance(teacher, CachedTeacher):
+        teacher.answers_beside_pictures = beside
 
 
 def _check_model(who: str, model: PreTrainedModel) -> None:
@@ -170,15 +173,9 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
 
     def column(model, tokenizer, rows):
         if model is None:
-            said = models.teacher.cache.described
             heads = f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}")
-            kind = (
-                "hidden states" if said["storage"]["rows"] == "hidden" else f"{said['storage']['size']} likeliest ids"
-            )
-            name = f"cached rows of {said['architecture']}"
-            size = f"{said['rows_total']:,} rows of {said['texts_total']:,} texts"
             ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in models.teacher.end_ids)
-            form = f"{kind} in {said['storage']['dtype']}"
+            name, size, form = models.teacher.summary
             return [name, size, form, heads, f"{len(tokenizer):,} tokens", ends, template_of(tokenizer), "none"]
         config = model.config
         return [

@@ -1,10 +1,12 @@
 """The protocol of a teacher: rows for the losses, and whatever else a source can do.
 
 A teacher says something about N rows, the predictions of a batch that count. `HiddenRows` are its last hidden states,
-from which the losses compute its full distribution; `TopK` rows are its k likeliest ids. The losses take either.
+from which the losses compute its full distribution; `TopK` rows are its k likeliest ids. The losses take either. A teacher
+elsewhere promises rows, and whoever needs them waits.
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -72,7 +74,41 @@ class TopKRows:
         yield self.top_k, None
 
 
-TeacherRows = HiddenRows | TopKRows
+@dataclass(frozen=True)
+class PromisedRows:
+    """The word on N rows of a teacher that is still reading them elsewhere. Every use waits for it, and raises what went wrong
+    there."""
+
+    promised: "Future[HiddenRows | TopKRows]"
+    count: int
+    device: torch.device  # of the student
+
+    def __len__(self) -> int:
+        return self.count
+
+    def wait(self) -> HiddenRows | TopKRows:
+        """The rows, on the host."""
+        return self.promised.result()
+
+    def has_failed(self) -> bool:
+        """True where it is known that they will not come."""
+        return self.promised.done() and self.promised.exception() is not None
+
+    def to(self, device: torch.device | str) -> HiddenRows | TopKRows:
+        return self.wait().to(device)
+
+    def parts(self) -> dict[str, Tensor]:  # (N, ...) each
+        """The tensors that a buffer keeps; `Teacher.rows_of` makes rows of them again."""
+        return self.to(self.device).parts()
+
+    @contextmanager
+    def for_losses(self) -> Iterator[tuple["Tensor | TopK", LMHead | None]]:
+        """The teacher's side of the losses."""
+        with self.to(self.device).for_losses() as both:
+            yield both
+
+
+TeacherRows = HiddenRows | TopKRows | PromisedRows
 
 
 class Teacher(Protocol):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from minillm.config.models import AnyTeacherConfig
 from minillm.evaluate.evaluator import Evaluator
-from minillm.teachers.open import AnyTeacherConfig, OpenTeacher, open_teacher
+from minillm.teachers.open import OpenTeacher, open_teacher
 
 
 class ModelCache:
@@ -61,5 +62,5 @@ class ModelCache:
 
 def teacher_identity(config: AnyTeacherConfig | None, output_dir: Path) -> object:
     """Equal for equal teachers: what a stage has left is another model in another run."""
-    names = () if config is None else (config.path, getattr(config, "tokenizer", None) or "")
+    names = [getattr(config, key, None) or "" for key in ("path", "tokenizer")]
     return config, output_dir if any(name.startswith("stage:") for name in names) else None

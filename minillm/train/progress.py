@@ -40,6 +40,7 @@ class Progress:
     seconds: float = 0.0  # training time of this stage, without evaluation and saving
     student_tokens: NonNegativeInt = 0  # predictions of this stage that received a gradient
     finished: bool = False
+    evaluation_due: bool = False  # one that could not be made at this step, as the teacher was away
     best: Best | None = None  # of this stage
     streams: dict[str, Position] = field(default_factory=dict)  # by name
     log: dict[str, NonNegativeInt] = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl

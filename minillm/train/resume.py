@@ -6,6 +6,7 @@ from typing import Any
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan
+from minillm.config.models import ServedTeacherConfig
 from minillm.config.training import SCHEDULES
 from minillm.train.progress import Progress
 
@@ -33,7 +34,7 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
             changed.append(f"stages.{name}, which is over and is not there now")
             continue
         where = f"stages.{name}." if name != progress.stage else ""
-        kept = ({key: one[key] for key in one if key not in FREE_ON_RESUME} for one in (before, stages[name]))
+        kept = (_kept(one) for one in (before, stages[name]))
         changed += [where + change for change in _changes(*kept)]
     if changed:
         raise UserError(
@@ -42,6 +43,15 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
             "student.path at the checkpoint. (What ends a stage may grow, where its schedule does not depend on it.)"
         )
     return longer
+
+
+def _kept(config: dict) -> dict:
+    """The keys of a stage that must be as they were: a served teacher may have moved."""
+    kept = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
+    teacher = kept.get("teacher") or {}
+    if teacher.get("type") == "served":
+        kept["teacher"] = {key: value for key, value in teacher.items() if key not in ServedTeacherConfig.of_the_place}
+    return kept
 
 
 def _is_longer(before: dict, now: dict) -> bool:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minillm.config.loader.run_plan import Stage
-from minillm.config.models import CachedTeacherConfig, StudentConfig, TeacherConfig
+from minillm.config.models import AnyTeacherConfig, StudentConfig, TeacherConfig
 from minillm.config.training import shards_student, shards_teacher
 from minillm.data.instructions import load_prompts, require_shared_pictures
 from minillm.data.stream import RankSlice, Stream
@@ -31,12 +31,14 @@ from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models, Role
 from minillm.teachers.preflight import Row
+from minillm.teachers.served import ServedTeacher
 from minillm.teachers.teacher import require_ability
 from minillm.train.cached_texts import UNMEASURED, require_cached_texts
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
 from minillm.train.model_cache import ModelCache, teacher_identity
 from minillm.train.prepared import mark_prepared
 from minillm.train.progress import Progress
+from minillm.train.served_identity import require_same_served
 from minillm.train.stage_data import StageData, read_stage_data, require_shared_ids
 from minillm.train.trainer import StageTrainer
 
@@ -81,6 +83,10 @@ class StageBuilder:
             collectives.on_rank_0(lambda: require_cached_texts(models.teacher, stage, read))
             if held_out and stage.config.eval.teacher:
                 self.console.note(UNMEASURED)
+        if isinstance(models.teacher, ServedTeacher):
+            collectives.on_rank_0(
+                lambda: require_same_served(models.teacher, stage, self.output_dir, resumed=checkpoint is not None)
+            )
         unbalanced = None
         if "student" in needs.trains:
             weight = stage.config.train.router_aux_loss_coef
@@ -266,7 +272,7 @@ def _rank_slice(stream: Stream) -> Stream | RankSlice:
     return RankSlice(stream, rank=collectives.rank(), world_size=collectives.world_size())
 
 
-def _same_weights(student: StudentConfig, teacher: TeacherConfig | CachedTeacherConfig) -> bool:
+def _same_weights(student: StudentConfig, teacher: AnyTeacherConfig) -> bool:
     """True where the loaded teacher holds exactly what the student would be read from."""
     if not isinstance(teacher, TeacherConfig):
         return False

@@ -30,8 +30,11 @@ from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
 from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
+from minillm.teachers.served import ServedTeacher
+from minillm.teachers.server_pool import TeacherAway
 from minillm.train.best_model import BestModel
 from minillm.train.progress import Progress
+from minillm.train.served_steps import Moment, ask_ahead, made_together
 from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
 
 METHOD_STATE = "method.pt"  # in a checkpoint's state/: what the method keeps, alike on every rank
@@ -94,6 +97,7 @@ class StageTrainer:
             learning_rates=self.method.learning_rates(),
         )
         self.items: Sequence[Item] | RolloutBuffer = []
+        self._served = isinstance(models.teacher, ServedTeacher)
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
     def run(self, *, evaluate_first: bool) -> None:
@@ -106,6 +110,8 @@ class StageTrainer:
                 self.evaluate("teacher")
             if evaluate_first:
                 self.evaluate()
+        elif progress.evaluation_due and not self.done():
+            self.evaluate()
         while not self.done():
             record = self._step()
             if progress.stage_step % config.log.steps == 0 or self.done():
@@ -152,6 +158,30 @@ class StageTrainer:
         self.engine.close()
 
     def _step(self) -> dict:
+        """One step. Raises TrainingError for a loss that is not finite, and where a served teacher stays away: then with
+        a checkpoint of the moment before the step."""
+        if not self._served:
+            return self._take_step()
+        before = Moment.of(self.items, self.progress, self._streams(), self.method)
+        try:
+            return self._take_step()
+        except TeacherAway as error:
+            self.items = before.restore(self.progress, self._streams(), self.method)
+            raise self._stopped(error) from None
+
+    def _stopped(self, error: TeacherAway) -> "TrainingError":
+        """The error that ends the run, which is saved first where this stage has taken a step and all ranks are here."""
+        progress = self.progress
+        if progress.stage_step == 0:
+            kept = f"stage {self.name!r} has taken no step yet"
+        elif self.engine.world_size == 1 or error.everywhere:
+            self.save()
+            kept = f"checkpoint-{progress.step} has everything so far"
+        else:
+            kept = "The last checkpoint is good"
+        return TrainingError(f"{error}. {kept}: start the servers again, and --resume goes on")
+
+    def _take_step(self) -> dict:
         started, progress, method, timing = time.perf_counter(), self.progress, self.method, self.data.timing
         collects = self._needs_collection()
         if collects:
@@ -164,10 +194,23 @@ class StageTrainer:
         with timing.of("scoring"):
             items = rank_items(self.items, chosen)
             micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
-            terms = [
-                add_balance(method.terms(micro_batch, self.data, self.models), balance, method.needs)
-                for micro_batch in micro_batches
-            ]
+            terms = made_together(
+                lambda: [
+                    add_balance(method.terms(micro_batch, self.data, self.models), balance, method.needs)
+                    for micro_batch in micro_batches
+                ],
+                served=self._served,
+            )
+            if self.total_steps is None or progress.stage_step + 1 < self.total_steps:
+                ask_ahead(
+                    method,
+                    self.data,
+                    self.models,
+                    self._streams(),
+                    draw=progress.draw,
+                    order=lambda count, draw: self._order(count, draw, 0)[: method.step_size],
+                    micro_batch=size,
+                )
         try:
             with timing.of("update"):
                 result = self.engine.step(terms)
@@ -213,8 +256,12 @@ class StageTrainer:
         return not self.items or self.progress.epoch >= self.method.needs.inner_epochs
 
     def _next_indices(self) -> np.ndarray:  # (step_size,), or fewer at the end of what was collected
-        order = np.random.default_rng([self.config.seed, self.progress.draw, self.progress.epoch])
-        return order.permutation(len(self.items))[self.progress.position :][: self.method.step_size]
+        order = self._order(len(self.items), self.progress.draw, self.progress.epoch)
+        return order[self.progress.position :][: self.method.step_size]
+
+    def _order(self, count: int, draw: int, epoch: int) -> np.ndarray:  # (count,)
+        """The order in which an epoch goes through what was collected; `draw` counts the collections up to that one."""
+        return np.random.default_rng([self.config.seed, draw, epoch]).permutation(count)
 
     def _total_steps(self) -> int | None:
         """Steps of the stage as far as they are known before it starts."""
@@ -244,8 +291,17 @@ class StageTrainer:
         return self.progress.stage_seconds[limit.removeprefix("stage:")] if isinstance(limit, str) else limit
 
     def evaluate(self, who: str = "student") -> None:
+        """Measure and keep the best. Raises TrainingError where a served teacher stays away; a resumed run measures then."""
         if self.evaluator is None:
             return
+        try:
+            self._evaluate(who)
+        except TeacherAway as error:
+            self.progress.evaluation_due = True
+            raise self._stopped(error) from None
+        self.progress.evaluation_due = False
+
+    def _evaluate(self, who: str) -> None:
         progress = self.progress
         started = time.perf_counter()
         judged = self.models.controlled() if self.method.needs.controls_teacher else self.models

@@ -73,6 +73,13 @@ def test_the_stages_that_the_model_went_through_and_no_other(tmp_path):
     assert "| after distil | 30.0 |" in text and "after other" not in text
 
 
+@pytest.mark.parametrize(("model", "name"), [("org/big", "`org/big`"), (None, "a model"), ("/home/big", "`big`")])
+def test_a_served_teacher_is_named_without_its_address(tmp_path, model, name):
+    served = {"type": "served", "url": ["http://secret-host:8311"], **({} if model is None else {"model": model})}
+    text = card(tmp_path, {**DOCUMENT, "teacher": served})
+    assert f", with {name}, served elsewhere, as the teacher" in text and "secret-host" not in text
+
+
 def test_places_and_names_of_the_machine_stay_out(tmp_path):
     text = card(tmp_path)
     assert not re.search("home|someone|secret-host", text)

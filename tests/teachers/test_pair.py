@@ -15,7 +15,7 @@ def test_the_weights_of_a_role(make_models):
     with pytest.raises(UserError, match="needs a teacher, and there is none"):
         replace(models, teacher=None).model("teacher")
     elsewhere = SimpleNamespace(abilities=frozenset({"sample"}), model=None)
-    with pytest.raises(UserError, match="needs a teacher that can give its last hidden states, which SimpleNamespace"):
+    with pytest.raises(UserError, match="needs a teacher that can be run in this process, which SimpleNamespace"):
         replace(models, teacher=elsewhere).model("teacher")
 
 

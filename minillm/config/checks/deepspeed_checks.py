@@ -8,7 +8,7 @@ from minillm import UserError
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.checks.packages import is_installed
 from minillm.config.deepspeed_file import read_deepspeed_file
-from minillm.config.models import CachedTeacherConfig
+from minillm.config.models import TeacherConfig
 from minillm.config.training import DeepSpeedEngine, Engine, TrainConfig
 
 NOWHERE = (None, "none")  # devices of DeepSpeed that mean no offload
@@ -38,8 +38,8 @@ def sharding_keys(facts: Facts, engine: Engine) -> Iterator[Found]:
         if engine.replicate_teacher:
             message = f"stage {engine.stage} replicates the teacher as it is"
             yield Found("engine.replicate_teacher", message, ("engine.stage",))
-    elif engine.replicate_teacher and isinstance(teacher, CachedTeacherConfig):
-        message = "has no effect: of a cached teacher every rank has the head alone"
+    elif engine.replicate_teacher and teacher is not None and not isinstance(teacher, TeacherConfig):
+        message = f"has no effect: of a {teacher.type} teacher every rank has the head alone"
         yield Found("engine.replicate_teacher", message, ("teacher.type",))
     elif engine.replicate_teacher and teacher is not None and teacher.quantization is not None:
         message = "has no effect: a quantised teacher is replicated on every rank anyway"

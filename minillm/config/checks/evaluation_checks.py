@@ -6,15 +6,15 @@ from itertools import pairwise
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.evaluation import EvalConfig
-from minillm.config.models import CachedTeacherConfig, TeacherConfig
+from minillm.config.models import AnyTeacherConfig
 from minillm.config.training import TrainConfig
 
 
-def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherConfig | CachedTeacherConfig | None) -> Iterator[Found]:
+def measurable(facts: Facts, eval: EvalConfig, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
     """All that is asked for can be measured."""
     why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
     if why is None and "read" not in teacher.abilities:
-        why = "a cached one cannot read the answers of the student"
+        why = f"{teacher.called} cannot read the answers of the student"
     if eval.sets and "_kl_" in eval.metric and why is not None:
         yield Found("eval.metric", f"{eval.metric} is a distance to the teacher, and {why}", ("eval.teacher",))
     if eval.sets and eval.metric == "label_accuracy" and eval.label_accuracy is None:

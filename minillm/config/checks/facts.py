@@ -101,7 +101,7 @@ def architecture_keys(facts: Facts, who: str, *, pruned: bool = True) -> dict[st
     group = facts.groups.get(who)
     if group is None:
         return {}
-    keys = keys_at(facts, group.path or "")
+    keys = keys_at(facts, getattr(group, "path", None) or getattr(group, "model", None) or "")
     if who == "student" and group.init == "random":
         keys = {**keys, **(group.config or {})}
     if who == "student" and pruned and group.init == "prune" and group.layers is not None:

@@ -97,7 +97,9 @@ def _readers(facts: Facts, *, teacher: bool) -> list[tuple[str, str, int]]:
     for who in ("student", "teacher") if teacher else ("student",):
         context = architecture_of(facts, who).context
         if context is not None:
-            readers.append((who, facts.groups[who].path or "of these keys", context))
+            group = facts.groups[who]
+            name = getattr(group, "path", None) or getattr(group, "model", None) or "of these keys"
+            readers.append((who, name, context))
     return readers
 
 

@@ -4,12 +4,20 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from minillm.config.checks.facts import Facts, Found, Idle, architecture_of
 from minillm.config.checks.packages import is_installed, missing_packages
 from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES, LoraConfig
 from minillm.config.methods import Method
-from minillm.config.models import OF_INIT, CachedTeacherConfig, ModelConfig, StudentConfig, TeacherConfig
+from minillm.config.models import (
+    OF_INIT,
+    AnyTeacherConfig,
+    ModelConfig,
+    ServedTeacherConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from minillm.config.paths import is_hub_name
 
 # attn_implementation -> (distribution, how to get it)
@@ -124,7 +132,7 @@ def installed(facts: Facts) -> Iterator[Found]:
             yield Found(f"{who}.{key}", message)
 
 
-def quantized(facts: Facts, teacher: TeacherConfig | CachedTeacherConfig | None) -> Iterator[Found]:
+def quantized(facts: Facts, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
     """The packages that quantise a teacher are installed, and its weights are not quantised yet."""
     if not isinstance(teacher, TeacherConfig) or teacher.quantization is None:
         return
@@ -135,6 +143,38 @@ def quantized(facts: Facts, teacher: TeacherConfig | CachedTeacherConfig | None)
     if teacher.path.endswith(".gguf"):
         message = "a .gguf file is read into plain weights; quantise a folder or a hub name, or leave this out"
         yield Found("teacher.quantization", message, ("teacher.path",))
+
+
+def servers(facts: Facts, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
+    """The addresses of a served teacher are addresses, each named once, and its keys go together."""
+    if not isinstance(teacher, ServedTeacherConfig):
+        return
+    if not teacher.urls:
+        yield Found("teacher.url", "must not be empty")
+    for url in teacher.urls:
+        problem = _url_problem(url)
+        if problem is not None:
+            yield Found("teacher.url", f"{url!r} {problem}; expected http://HOST:PORT or https://HOST:PORT")
+    repeated = [url for url, count in Counter(teacher.urls).items() if count > 1]
+    if repeated:
+        yield Found("teacher.url", f"names {', '.join(repeated)} more than once")
+    if teacher.rows == "hidden":
+        yield Idle("teacher.k", "has no effect on rows: hidden; it is for top_k", ("teacher.rows",))
+
+
+def _url_problem(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"is no address ({error})"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "is no address of a server"
+    if parts.username or parts.password:
+        return "holds a password, which would be written into the run's files; name a variable in teacher.token_env"
+    if parts.path or parts.query or parts.fragment:
+        return "has more than a host and a port"
+    return "names port 0" if port == 0 else None
 
 
 def revisions(facts: Facts) -> Iterator[Found]:

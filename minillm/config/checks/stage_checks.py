@@ -38,6 +38,7 @@ from minillm.config.checks.model_checks import (
     pruned_layers,
     quantized,
     revisions,
+    servers,
     student_form,
 )
 from minillm.config.checks.place_checks import places_exist
@@ -74,6 +75,7 @@ CHECKS = (
     installed,
     revisions,
     quantized,
+    servers,
     deepspeed_installed,
     sharding_keys,
     deepspeed_file,

@@ -97,7 +97,7 @@ class MiniLLM(MethodConfig):
             inner_epochs=self.ppo_epochs,
             neutral_sampling=True,
             teacher=True,
-            teacher_abilities=frozenset() if sampler == "student" else frozenset({"sample"}),
+            teacher_abilities=frozenset({"student": (), "teacher": {"sample"}, "mixture": {"mix"}}[sampler]),
             because={"corpus": "lm_coef"},
         )
 

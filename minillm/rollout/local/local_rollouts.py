@@ -4,7 +4,8 @@ Noise is keyed by (seed, sample, draw, position), so that an answer depends on i
 it is drawn in (to the rounding of matrix products, which can differ with the shape of a batch).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ from minillm.rollout.noise import coins, uniforms
 from minillm.rollout.rollouts import Answer, Sampling, Who
 from minillm.teachers.pair import Models, Role
 from minillm.teachers.teacher import require_ability
+from minillm.teachers.wire import SampleRequest
 
 Decode = Callable[[Sequence[list[int]], Tensor, Sequence[Mapping[str, Tensor]]], list[Answer]]
 
@@ -60,11 +62,17 @@ class LocalRollouts:
         Raises UserError for one that does not.
         """
         for role in roles:
-            if role not in self._blocks:
+            if role not in self._blocks and not self._asks_servers(role):
                 require_exact_decoding(role, self.models.model(role))
                 if role == "student" and self.models.delta is not None:
                     require_exact_decoding("delta", self.models.delta.model)
                 self._blocks[role] = self.shared_coins and reads_blocks(self.models.model(role))
+
+    def over(self, models: Models) -> "LocalRollouts":
+        """The loops over the same weights with other ids in common; what was looked at is not looked at again."""
+        other = LocalRollouts(models, cuda_graphs=self.cuda_graphs, shared_coins=self.shared_coins)
+        other._blocks = self._blocks
+        return other
 
     def weights_changed(self) -> None:
         """Do nothing: there is no copy of the weights."""
@@ -95,23 +103,70 @@ class LocalRollouts:
         mine = collectives.rank_slice(len(prompts))
         todo = collectives.even_rank_slice(len(prompts)) if models.by_layers else mine
         order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         answers: dict[int, Answer] = {}
         with models.reading(*roles):
-            decode = self._loop(sampling, roles, [prompts[index] for index in order], batch_size, seed=seed, draw=draw)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                noise = uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens)
-                decoded = decode([prompts[index] for index in chosen], noise, [extras[index] for index in chosen])
-                for index, answer in zip(chosen, decoded, strict=True):
-                    answers[index] = answer
+            if self._asks_servers(*roles):
+                drawn = self._served(batches, prompts, sampling, keys, extras, seed=seed, draw=draw)
+            else:
+                longest_first = [prompts[index] for index in order]
+                decode = self._loop(sampling, roles, longest_first, batch_size, seed=seed, draw=draw)
+                drawn = (
+                    decode(
+                        [prompts[index] for index in chosen],
+                        uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens),
+                        [extras[index] for index in chosen],
+                    )
+                    for chosen in batches
+                )
+            for chosen, decoded in zip(batches, drawn, strict=True):
+                answers.update(zip(chosen, decoded, strict=True))
                 if progress is not None:
-                    progress(min(len(prompts), (start + len(chosen)) * collectives.world_size()))
+                    progress(min(len(prompts), len(answers) * collectives.world_size()))
         everyones = _of_all_ranks(prompts, [answers[index] for index in mine])
         for answer, shown in zip(everyones, extras, strict=True):
             answer.extras = shown
         for index, answer in answers.items():
             everyones[index].scores = answer.scores
         return everyones
+
+    def _asks_servers(self, *roles: Role) -> bool:
+        """True where the teacher alone samples, and its weights are in other processes."""
+        return list(roles) == ["teacher"] and self.models.teacher is not None and self.models.teacher.model is None
+
+    def _served(
+        self,
+        batches: Sequence[Sequence[int]],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        keys: Sequence[int],
+        extras: Sequence[Mapping[str, Tensor]],
+        *,
+        seed: int,
+        draw: int,
+    ) -> Iterator[list[Answer]]:
+        """The answers to batches of prompts, by their places, from where the teacher is: drawn there by these very loops."""
+        models = self.models
+        if any(extras):
+            raise UserError("a served teacher reads texts alone, and these prompts show pictures")
+        requests = [
+            SampleRequest(
+                [list(prompts[index]) for index in chosen],
+                [keys[index] for index in chosen],
+                seed,
+                draw,
+                asdict(sampling) | {"alpha": 0.0},
+                list(models.eos_ids),
+                models.pad_id,
+                models.vocab_size,
+            )
+            for chosen in batches
+        ]
+        for request, answers in zip(requests, models.teacher.sample(requests), strict=True):
+            yield [
+                Answer(prompt, ids, ended, logprobs)
+                for prompt, (ids, ended, logprobs) in zip(request.prompts, answers, strict=True)
+            ]
 
     def _loop(
         self,
@@ -181,7 +236,11 @@ def _roles(models: Models, sampling: Sampling, who: Who) -> dict[str, float]:
         raise ValueError(f"alpha is {sampling.alpha}, the teacher's weight in a mixture, but who is {who!r}")
     alpha = {"student": 0.0, "teacher": 1.0, "mixture": sampling.alpha}[who]
     if alpha:
-        require_ability(models.teacher, "sample", f"sampling with who={who!r} and a weight of {alpha} for the teacher")
+        require_ability(
+            models.teacher,
+            "sample" if alpha == 1 else "mix",
+            f"sampling with who={who!r} and a weight of {alpha} for the teacher",
+        )
     roles = {"student": 1.0 - alpha, "teacher": alpha}
     return {role: weight for role, weight in roles.items() if weight}
 
@@ -203,6 +262,7 @@ def _check(
             raise UserError(f"the prompt with key {key} has no tokens, so nothing predicts its first answer token")
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     for role in roles:
-        check_positions(models.model(role), longest - 1)  # the last token is sampled, never fed
+        if role == "student" or models.teacher.model is not None:  # a server looks itself
+            check_positions(models.model(role), longest - 1)  # the last token is sampled, never fed
     if "student" in roles and models.delta is not None and models.delta.translation is None:
         check_positions(models.delta.model, longest - 1)

@@ -294,7 +294,11 @@ def test_a_cached_teacher_is_enough_for_texts_that_are_known(recipe, cached_in, 
 @pytest.mark.parametrize(
     ("method", "lacking"),
     [
-        ({"name": "minillm"}, "read texts that are made while the stage runs and answer prompts"),
+        (
+            {"name": "minillm"},
+            "be mixed with the student token by token and read texts that are made while the stage runs",
+        ),
+        ({"name": "minillm", "alpha": 1.0}, "read texts that are made while the stage runs and answer prompts"),
         ({"name": "minillm", "alpha": 0.0}, "read texts that are made while the stage runs"),
         ({"name": "gkd"}, "read texts that are made while the stage runs"),
         ({"name": "opd"}, "read texts that are made while the stage runs"),
@@ -322,6 +326,73 @@ def test_what_a_cached_teacher_cannot_measure_is_refused(recipe, cached_in):
     found = recipe.problems(method=kd, teacher=cached_in, engine={"type": "deepspeed", "replicate_teacher": True})
     assert "of a cached teacher every rank has the head alone" in found.get("engine.replicate_teacher", str(found))
     assert "dtype" in str(recipe.problems(method=kd, teacher={**cached_in, "dtype": "bfloat16"}))
+
+
+SERVED = {"type": "served", "url": ["http://one:8311", "https://two:8311"]}
+TOP_K = SERVED | {"rows": "top_k"}
+
+
+@pytest.mark.parametrize("teacher", [SERVED, TOP_K])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "kd"},
+        {"name": "gkd"},
+        {"name": "opd"},
+        {"name": "minillm", "alpha": 0.0},
+        {"name": "minillm", "alpha": 1.0},
+        {"name": "seqkd"},
+        {"name": "distillm2"},
+        {"name": "step_by_step"},
+        {"name": "miniplm", "reference": "models/big"},
+    ],
+)
+def test_a_served_teacher_reads_and_answers_what_is_made_while_the_stage_runs(recipe, teacher, method):
+    assert recipe.problems(method=method, teacher=teacher) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher", "lacking"),
+    [
+        ({"name": "minillm"}, SERVED, "be mixed with the student token by token"),
+        ({"name": "okd"}, SERVED, "be trained"),
+        ({"name": "cache"}, SERVED, "be run in this process"),
+        ({"name": "cmc"}, SERVED, "be run in this process"),
+        ({"name": "dpkd", "pairs": "token_argmax"}, TOP_K, "give the log-probability of any id"),
+        ({"name": "cmc"}, TOP_K, "give its last hidden states and be run in this process"),
+    ],
+)
+def test_a_method_that_needs_the_teachers_weights_refuses_a_served_one(recipe, method, teacher, lacking):
+    said = recipe.problems(method=method, teacher=teacher)["teacher"]
+    assert said == f"method {method['name']} needs a teacher that can {lacking}, which a served one cannot"
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("localhost:8311", "'localhost:8311' is no address of a server; expected http://HOST:PORT"),
+        ("ftp://one:1", "is no address of a server"),
+        ("http://one:99999", "is no address (Port out of range"),
+        ("http://one:0", "names port 0"),
+        ("http://me:secret@one:1", "holds a password"),
+        ("http://one:1/rows", "has more than a host and a port"),
+        ([], "must not be empty"),
+        (["http://one:1", "http://one:1/"], "names http://one:1 more than once"),
+    ],
+)
+def test_the_address_of_a_server_is_one(recipe, url, problem):
+    found = recipe.problems(method={"name": "kd"}, teacher={"type": "served", "url": url})
+    assert problem in found["teacher.url"]
+
+
+def test_the_keys_of_a_served_teacher_go_together(recipe):
+    kd = {"name": "kd"}
+    assert "it is for top_k" in recipe.problems(method=kd, teacher=SERVED | {"rows": "hidden", "k": 7})["teacher.k"]
+    assert recipe.problems(method=kd, teacher=TOP_K | {"k": 7}) == {}
+    found = recipe.problems(method=kd, teacher=SERVED, engine={"type": "deepspeed", "replicate_teacher": True})
+    assert "of a served teacher every rank has the head alone" in found.get("engine.replicate_teacher", str(found))
+    sets = {"held_out": {"path": "data/train.jsonl"}}
+    assert recipe.problems(method=kd, teacher=SERVED, eval={"sets": sets, "metric": "reverse_kl_nats"}) == {}
 
 
 def test_a_cached_teacher_is_where_its_path_says(recipe, cached_in):

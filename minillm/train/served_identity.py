@@ -1,0 +1,31 @@
+"""The check that a stage which goes on has the served teacher that it began with, wherever that is served by now."""
+
+import json
+from pathlib import Path
+
+from minillm import UserError
+from minillm.config.loader.run_plan import Stage
+from minillm.storage.atomic import write_text
+from minillm.teachers.served import ServedTeacher
+
+IDENTITY = "served_teacher.json"  # in written/NAME
+
+
+def require_same_served(teacher: ServedTeacher, stage: Stage, output_dir: Path, *, resumed: bool) -> None:
+    """Write down which model is served to a stage that begins. One process calls it.
+
+    Raises UserError where a stage that is `resumed` began with other weights.
+    """
+    path = output_dir / "written" / stage.name / IDENTITY
+    now = {key: teacher.described[key] for key in ("model", "dtype", "fingerprint")}
+    if not resumed or not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(now, indent=1))
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["fingerprint"] != now["fingerprint"]:
+        raise UserError(
+            f"stage {stage.name!r} began with {before['model']} in {before['dtype']} as its teacher, and what is served now, "
+            f"{now['model']} in {now['dtype']}, has other weights: serve the former again, or start a new run in another "
+            "output_dir"
+        )
