@@ -98,7 +98,9 @@ def report_text(found: dict[str, dict[str, Outcome]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="architectures by their model_type, with commas between")
-    parser.add_argument("--seconds", type=float, default=600, help="of an architecture at most; a quiet machine needs a few")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="of an architecture at most; a quiet machine needs a few"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep.md", help="the table of outcomes")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else ARCHITECTURES

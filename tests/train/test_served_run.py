@@ -17,12 +17,10 @@ from minillm.teachers.served import ServedTeacher
 from minillm.train.trainer import StageTrainer, TrainingError
 from tests.conftest import tiny_llama
 from tests.distributed.conftest import finish, start  # noqa: F401  fixtures
-from tests.methods.conftest import undrawn  # noqa: F401  a fixture
 from tests.runs import TRAIN, TWO_RANKS, records, train
 from tests.serving.conftest import LiveServer, live  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("undrawn")
 # kd asks while it steps, minillm in its collections, distillm keeps a state and adapts to evaluations, and of distillm2
 # the teacher samples
 METHODS = {
