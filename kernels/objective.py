@@ -114,8 +114,18 @@ def objective_sum(
     dtypes = [problem.logits if isinstance(one, Tensor) else one for one in into]
     loss, metrics, sums = sum_and_gradients(problem, tensors, objective, inputs, needs, dtypes, coupled=coupled)
     if sums is not None:
-        loss = _Attach.apply(loss, into, *leaves, *sums.totals)
+        loss = attach_gradients(loss, into, leaves, sums)
     return loss, metrics
+
+
+def attach_gradients(
+    loss: Tensor,  # ()
+    into: Sequence[torch.dtype | Tensor],  # for each head: as `accumulation` gives it
+    leaves: Sequence[Tensor | None],
+    sums: StudentGradients,
+) -> Tensor:
+    """The loss with gradients by the leaves that are known already."""
+    return _Attach.apply(loss, into, *leaves, *sums.totals)
 
 
 def sum_and_gradients(

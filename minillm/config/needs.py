@@ -44,6 +44,7 @@ class TermNeeds:
     summed: bool = False  # the teacher's logits are added to the student's, and nothing else of them is read
     scored: bool = False  # both models are run over the rows without a gradient first
     kept: bool = False  # the teacher reads the rows without the term, and what it says is kept for later passes
+    sorts: bool = False  # the probabilities of both models are sorted, row by row
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Needs:
     teacher_abilities: frozenset[Ability] = frozenset()
     reference: str | None = None  # the path, method.reference, of a frozen model that stands on the student's side
     controls_teacher: bool = False  # the student is a delta: what is evaluated is the teacher with its logits added
+    other_tokenizer: bool = False  # the teacher may have another one than the student: it reads every text by its own
     teacher_lora: LoraConfig | None = None  # adapters that are put into the teacher, and trained
     auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes

@@ -26,6 +26,7 @@ from minillm.data.answer_parsers import parse_answer
 from minillm.data.arithmetic import arithmetic_records
 from minillm.data.fields import fill, fill_question
 from minillm.data.images import find_pictures
+from minillm.data.other_reading import OtherReading, read_otherwise, read_plain_otherwise
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
 from minillm.data.record_tasks import RecordTasks
@@ -52,6 +53,7 @@ class Example:
     tasks: Mapping[str, TokenSequence] = field(default_factory=dict)  # by name; a response is empty where there is none
     asked: TokenSequence | None = None  # the few-shot prompt to the teacher, without a response
     maker: RecordTasks | None = None  # makes the tasks anew of what the teacher has written
+    other: OtherReading | None = None  # by a teacher with another tokenizer
 
     @property
     def sequence(self) -> TokenSequence:
@@ -148,6 +150,7 @@ def load_prompts(
     tasks: Mapping[str, TaskKeys] = MappingProxyType({}),
     few_shot: FewShot | None = None,
     written: Sequence[Part] = (),
+    teacher: PreTrainedTokenizerBase | None = None,
     now: datetime | None = None,
 ) -> PromptSet:
     """Read, render and tokenise.
@@ -157,6 +160,8 @@ def load_prompts(
         tasks: made of every record beside its own question and answer; plain texts have no fields for them.
         few_shot: the prompt by which a teacher is asked for what it writes to every record.
         written: parts of the records that the tasks lack until it has.
+        teacher: another tokenizer, by which and by whose chat template every record is read a second time; a prompt that is
+            too long for either of the two is left out.
         now: what chat templates take for the time; default: the time.
 
     Raises DataError naming file and line for a record that is of none of the forms, lacks a field that is asked for, or
@@ -165,9 +170,9 @@ def load_prompts(
     require_end(tokenizer, name)
     examples, dropped = [], 0
     loaded = (
-        _plain(config, tokenizer)
+        _plain(config, tokenizer, teacher)
         if isinstance(config, PlainPrompts)
-        else _instructions(config, tokenizer, tasks, few_shot, written, now)
+        else _instructions(config, tokenizer, tasks, few_shot, written, teacher, now)
     )
     for example in loaded:
         if example is None:
@@ -194,16 +199,18 @@ def _instructions(
     tasks: Mapping[str, TaskKeys],
     few_shot: FewShot | None,
     written: Sequence[Part],
+    teacher: PreTrainedTokenizerBase | None,
     now: datetime | None,
 ) -> Iterator[Example | None]:
-    """None stands for a prompt that is too long, be it that of one task, or the one that the teacher is asked by."""
+    """None stands for a prompt that is too long, be it that of one task, or the one that the teacher is asked by or reads."""
     reader = PromptReader(config, tokenizer, now)
+    other_reader = None if teacher is None else PromptReader(config, teacher, now)
     asker = None if few_shot is None else PromptReader(_keys_of_few_shot(few_shot, config), tokenizer, now)
     for index, (where, record) in enumerate(records_of(config)):
         said = _conversation(where, record, config)
         pictures = find_pictures(where, where.folder, record)
         read = reader.read(said, pictures, where=where, limited=True)
-        made, maker, asked = {}, None, None
+        made, maker, asked, other = {}, None, None, None
         if tasks and read is not None:
             fields = _fields(record, said.references, config)
             maker = RecordTasks(tasks, reader, said, pictures, fields, index=index, where=where)
@@ -212,13 +219,19 @@ def _instructions(
             question = fill_question(few_shot.prompt, record, where, "method.few_shot.prompt")
             asking = Conversation([{"role": "user", "content": question}])
             asked = asker.read(asking, pictures, where=where, limited=True)
+        if other_reader is not None and read is not None:
+            other = read_otherwise(other_reader, said, pictures, where)
         if read is None or made is None or asker is not None and asked is None:
+            yield None
+            continue
+        if other_reader is not None and other is None:
             yield None
             continue
         references = tuple(reference[: config.max_characters] for reference in said.references)
         if references and not references[0]:  # an answer that calls tools alone
             references = (read.answer.strip(), *references[1:])
-        misplaced = None if read.misplaced is None else f"{where}: {read.misplaced}"
+        reason = read.misplaced or (other and other.misplaced)
+        misplaced = None if reason is None else f"{where}: {reason}"
         yield Example(
             index,
             read.ids,
@@ -231,6 +244,7 @@ def _instructions(
             tasks=made,
             asked=None if asked is None else TokenSequence(asked.ids, [], index, asked.extras),
             maker=maker if written else None,
+            other=other,
         )
 
 
@@ -260,7 +274,9 @@ def _fields(record: dict[str, Any], references: Sequence[str], config: RecordKey
     return {**record, "rationale": parts.rationale, "label": parts.label}
 
 
-def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+def _plain(
+    config: PlainPrompts, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
+) -> Iterator[Example]:
     special = special_tokens_of(tokenizer)
     for index, (_, text) in enumerate(read_texts(config.path)):
         if index < config.skip:
@@ -273,7 +289,11 @@ def _plain(config: PlainPrompts, tokenizer: PreTrainedTokenizerBase) -> Iterator
         response_ids = [*rest, tokenizer.eos_token_id][: config.max_response_length]
         prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
         reference = tokenizer.decode(rest[: config.max_response_length], skip_special_tokens=True)
-        yield Example(index, prompt_ids, response_ids, prompt, (reference,), typed=marked != text)
+        other = None
+        if teacher is not None:
+            ended = len(rest) < config.max_response_length
+            other = read_plain_otherwise(teacher, prompt, reference, ended=ended, most=config.max_response_length)
+        yield Example(index, prompt_ids, response_ids, prompt, (reference,), typed=marked != text, other=other)
 
 
 def records_of(config: Prompts | Pairs | Labels) -> Iterator[Record]:

@@ -69,3 +69,11 @@ def continuation_ids(
     if joint[: len(prompt_ids)] == prompt_ids:
         return joint[len(prompt_ids) :]
     return _beginning(tokenizer, response, False, first)
+
+
+def written_text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int]) -> str:
+    """The text that an answer adds to its prompt. Bytes that are no UTF-8 are U+FFFD in it."""
+    before, both = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (prompt, [*prompt, *response]))
+    if both.startswith(before):
+        return both[len(before) :]
+    return tokenizer.decode(response, clean_up_tokenization_spaces=False)

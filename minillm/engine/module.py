@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.losses import LMHead, linear_objective
-from minillm.methods.protocol import HiddenLoss, Term
+from minillm.methods.protocol import HeadLoss, HiddenLoss, Term
 from minillm.models.access import forward_batch, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.routers import balance_loss, expert_tokens, experts_of, recorded_routing
@@ -36,7 +36,7 @@ class TermLoss(nn.Module):
     def forward(self, term: Term) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the term's rows of its objective, and its metrics summed likewise. Scalars, fp32.
 
-        A loss over hidden states and the model's auxiliary loss are in the sum, the latter times the term's count.
+        Losses over hidden states and over heads are in the sum, and the model's auxiliary loss, times the term's count.
         """
         model = self.student if term.trains == "student" else self.trained_beside[term.trains]
         batch = term.batch
@@ -66,6 +66,9 @@ class TermLoss(nn.Module):
                 backend=self.backend,
                 **term.options,
             )
+        if term.heads is not None:
+            of_heads, measured = self._head_loss(term.heads, rows_of(output.last_hidden_state, batch), lm_head(model))
+            loss, metrics = loss + of_heads, {**metrics, **measured}
         if term.hidden is not None:
             of_hidden, measured = self._hidden_loss(term.hidden, output, batch)
             loss, metrics = loss + of_hidden, {**metrics, **measured}
@@ -98,9 +101,16 @@ class TermLoss(nn.Module):
         """The student and what is trained beside it."""
         return [self.student, *self.trained_beside.values()]
 
+    def _head_loss(self, wanted: HeadLoss, hidden: Tensor, head: LMHead) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._teacher_side(wanted.teacher) as (theirs, teacher_head):
+            return _with_metrics(wanted.objective(hidden, head, theirs, teacher_head, **wanted.inputs))
+
     def _hidden_loss(self, wanted: HiddenLoss, output, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         states = output.hidden_states
         last = len(states) - 1
         chosen = {layer: output.last_hidden_state if layer in (-1, last) else states[layer] for layer in wanted.layers}
-        result = wanted.objective(chosen, batch, self.trained_beside, **wanted.inputs)
-        return result if isinstance(result, tuple) else (result, {})
+        return _with_metrics(wanted.objective(chosen, batch, self.trained_beside, **wanted.inputs))
+
+
+def _with_metrics(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    return result if isinstance(result, tuple) else (result, {})

@@ -42,6 +42,20 @@ class HiddenLoss:
 
 
 @dataclass(frozen=True)
+class HeadLoss:
+    """A loss over the last hidden states and the heads of student and teacher, whose rows and ids need not be the same.
+
+    objective(hidden, head, teacher_hidden, teacher_head, **inputs) is a scalar, or (scalar, {metric: scalar}); the engine
+    divides the scalar by the term's divisor and the metrics by its rows. `hidden` are the term's N rows, (N, H_s), and
+    `teacher_hidden` those given here, (M, H_t).
+    """
+
+    objective: Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
+    teacher: HiddenRows  # M rows
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # of any shape
+
+
+@dataclass(frozen=True)
 class Term:
     """One summand of the loss: weight * sum over rows of objective(stats, **inputs) / divisor.
 
@@ -62,13 +76,17 @@ class Term:
     trains: str = "student"  # which of the stage's trained models stands on the student's side
     coupled: bool = False  # the objective sees all N rows at once, and may couple them
     hidden: HiddenLoss | None = None
+    heads: HeadLoss | None = None
     auxiliary: float = 0.0  # weight of the model's own auxiliary loss, a mean over its tokens: a router's balance
 
     def to(self, device: torch.device) -> "Term":
         """The term with its tensors on `device`."""
-        hidden = self.hidden
+        hidden, heads = self.hidden, self.heads
         if hidden is not None:
             hidden = replace(hidden, inputs={name: one.to(device) for name, one in hidden.inputs.items()})
+        if heads is not None:
+            inputs = {name: one.to(device) for name, one in heads.inputs.items()}
+            heads = replace(heads, teacher=heads.teacher.to(device), inputs=inputs)
         return replace(
             self,
             batch=self.batch.to(device),
@@ -76,6 +94,7 @@ class Term:
             teacher=None if self.teacher is None else self.teacher.to(device),
             template=None if self.template is None else self.template.to(device),
             hidden=hidden,
+            heads=heads,
         )
 
 

@@ -57,9 +57,13 @@ class VocabularyMap:
 
 
 def vocabulary_map(
-    source: Spelling, target: Spelling, *, special: Literal["by_role", "by_id"] = "by_role"
+    source: Spelling,
+    target: Spelling,
+    *,
+    special: Literal["by_role", "by_id"] = "by_role",
+    nearest: bool = True,
 ) -> VocabularyMap:
-    """See the module. An id that the source does not name is unmapped."""
+    """See the module. An id that the source does not name is unmapped; without `nearest`, one of whose text there is none."""
     by_id = special == "by_id"
     wanted = {index: text for index, text in source.texts.items()}
     offered = [(index, text) for index, text in target.texts.items() if by_id or index not in target.bytes]
@@ -71,7 +75,7 @@ def vocabulary_map(
     for index, text in offered:
         exact.setdefault(text, index)
     of_bytes = {target.texts[index]: index for index in sorted(target.bytes, reverse=True)}
-    longer = _shortest_continuations(offered, set(wanted.values()))
+    longer = _shortest_continuations(offered, set(wanted.values())) if nearest else {}
     size = max(source.names, default=-1) + 1
     ids, kinds = torch.full((size,), -1), torch.zeros(size, dtype=torch.int64)
     found: dict[int, tuple[int, Kind]] = {}
@@ -83,10 +87,10 @@ def vocabulary_map(
             found[index] = of_bytes[text], "exact"
         elif text in exact or text in of_bytes:
             found[index] = exact.get(text, of_bytes.get(text)), "exact"
-        elif text:
-            nearest = _nearest(text, exact, longer)
-            if nearest is not None:
-                found[index] = nearest
+        elif text and nearest:
+            near = _nearest(text, exact, longer)
+            if near is not None:
+                found[index] = near
     if not by_id:
         found |= {index: (other, "special") for index, other in _specials(source, target).items()}
     for index, (other, kind) in found.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minillm.kernels.chunks import chunk_rows
 from minillm.kernels.rows_torch import BLOCK_BYTES
+from minillm.kernels.sorted_distance import BUFFERS, budget
 from minillm.planning.ledger import Ledger
 
 LOGITS = torch.float32
@@ -26,6 +27,8 @@ class LossShape:
     vocab_size: int
     models: int  # 1: the student's logits alone; 2: the teacher's as well
     device: torch.device  # where it will run, not where this does
+    block_temporaries: int = BLOCK_TEMPORARIES
+    chunk_bytes: int | None = None
 
     @property
     def chunk(self) -> int:
@@ -36,7 +39,7 @@ class LossShape:
             models=self.models,
             itemsize=LOGITS.itemsize,
             device=self.device,
-            chunk_bytes=None,
+            chunk_bytes=self.chunk_bytes,
         )
 
     @property
@@ -47,7 +50,7 @@ class LossShape:
         total = self.models * self.chunk * row
         if self.device.type == "cpu":
             block = max(1, BLOCK_BYTES // row) * row
-            total += BLOCK_TEMPORARIES * self.models * min(block, self.chunk * row)
+            total += self.block_temporaries * self.models * min(block, self.chunk * row)
         return total
 
     def full_logits_bytes(self, *, gradient: bool) -> int:
@@ -55,6 +58,12 @@ class LossShape:
         with `gradient` that of the student's logits."""
         logits = self.rows * self.vocab_size * LOGITS.itemsize
         return logits * (2 * self.models + int(gradient))
+
+
+def sorting_shape(rows: int, student_ids: int, teacher_ids: int, device: torch.device) -> LossShape:
+    """The sizes of one call of linear_sorted_distance, or linear_group_distance, which keeps to the same budget."""
+    ids = student_ids + teacher_ids
+    return LossShape(rows, ids, BUFFERS, device, block_temporaries=0, chunk_bytes=budget(device))
 
 
 class LossTwin(torch.autograd.Function):

@@ -33,7 +33,7 @@ from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
 from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.ledger import Ledger, Timeline
-from minillm.planning.loss import LossShape, LossTwin, statistics_twin
+from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
 from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
 from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
@@ -154,7 +154,10 @@ class _Simulator:
             for model in self._training():  # no random state to preserve: there is no dropout
                 checkpoint_activations(model, preserve_rng_state=False)
         sizes = [lm_head(model).weight.shape[0] for model in self.models.values()]
+        self.vocab_sizes = tuple(sizes)
         self.vocab_size = min([*sizes, *([] if head is None else [head.vocab_size])])
+        if any(term.sorts for term in work.terms):  # each model has ids of its own
+            self.vocab_size = sizes[0]
         self.losses: dict[str, LossShape] = {}
         self.kv_bytes = dict.fromkeys(self.models, 0)
 
@@ -347,7 +350,7 @@ class _Simulator:
 
     def _term(self, term: TermShape) -> None:
         full = (
-            term.teacher and not term.summed and not (self.head is not None and self.head.k)
+            term.teacher and not term.summed and not term.sorts and not (self.head is not None and self.head.k)
         )  # a teacher with logits of its own
         shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
         self.losses[term.name] = shape
@@ -363,6 +366,9 @@ class _Simulator:
             compute = torch.bfloat16 if bf16 else hidden.dtype
             with self.ledger.part("loss buffers"):
                 loss = LossTwin.apply(hidden, lm_head(model).weight, compute, shape, self.ledger)
+                if term.sorts:
+                    sorting = sorting_shape(term.rows, *self.vocab_sizes, self.device)
+                    loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
         del hidden
         loss.backward()
         del teacher

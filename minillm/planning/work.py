@@ -90,6 +90,7 @@ class TermShape:
     from_buffer: bool  # its teacher's hidden states come from the rollout buffer, which lies on the CPU
     trains: str = "student"  # student, teacher
     summed: bool = False  # both models' logits are added up
+    sorts: bool = False  # the probabilities of both are sorted, beside a loss of the student alone
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
                 from_buffer,
                 term.trains,
                 term.summed,
+                term.sorts,
             )
         )
     return tuple(terms)
@@ -298,7 +300,8 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
         return ()
     prompt = max(_prompt_length(prompts) for prompts in sets)
     batch = min(keys.batch_size, max(prompts.limit or keys.batch_size for prompts in sets))
-    judged = config.teacher is not None and keys.teacher and "read" in config.teacher.abilities
+    compared = not config.method.needs().other_tokenizer
+    judged = config.teacher is not None and keys.teacher and "read" in config.teacher.abilities and compared
     longest = max(keys.max_new_tokens, *(prompts.max_response_length for prompts in sets))
     controls = config.method.needs().controls_teacher  # what answers is the teacher with the student's logits added
     samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")

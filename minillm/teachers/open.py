@@ -23,6 +23,7 @@ from minillm.models.device import pick_device
 from minillm.models.loading import load_student, load_teacher
 from minillm.models.sharded import gathered
 from minillm.models.spelling import spelling_of
+from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import load_tokenizer
 from minillm.models.vocabulary_map import kept_map
 from minillm.teachers.cached import CachedTeacher
@@ -88,6 +89,7 @@ def open_models(
     saved: Path | None = None,
     hollow: bool = False,
     by_layers: bool = False,
+    tokenizers: TokenizerPair | None = None,
 ) -> tuple[Models, list[Row]]:
     """A pair, looked over before anything is done with it, and the rows of its preflight table.
 
@@ -105,6 +107,7 @@ def open_models(
         saved: a folder with the student's weights and tokenizer, wherever its configuration had them from.
         hollow: the student's weights come from rank 0 later (minillm.models.loading.is_hollow).
         by_layers: sharded weights are gathered a layer at a time.
+        tokenizers: of both, where each is to read its own ids.
 
     Raises PreflightError where the two do not go together, UserError where one cannot be read.
     """
@@ -120,7 +123,9 @@ def open_models(
     tokenizer = load_tokenizer(student if saved is None else student.saved_in(saved), output_dir)
     with gathered(None if judge is None else judge.model, by_layers=by_layers):  # an earlier stage may have sharded it
         return collectives.together(
-            lambda: preflight(model, judge, tokenizer, teacher_tokenizer, device, by_layers=by_layers)
+            lambda: preflight(
+                model, judge, tokenizer, teacher_tokenizer, device, by_layers=by_layers, tokenizers=tokenizers
+            )
         )
 
 

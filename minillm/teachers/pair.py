@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minillm.models.delta import Delta
 from minillm.models.modes import sampling_mode
 from minillm.models.sharded import gathered
+from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.teachers.teacher import Teacher, require_ability
 from minillm.teachers.vocabularies import SharedVocabulary
 
@@ -30,6 +31,7 @@ class Models:
     device: torch.device
     by_layers: bool = False  # sharded weights are gathered a layer at a time: all ranks run the same forward passes
     vocabulary: SharedVocabulary | None = None  # which of the ids mean the same to both; None: all below vocab_size
+    tokenizers: TokenizerPair | None = None  # where the teacher reads its own ids: nothing here is shared with it then
     delta: Delta | None = None  # its logits are added to the student's wherever answers are sampled or measured
 
     def require_shared(self, name: str, texts: Iterable[Sequence[int]]) -> None:

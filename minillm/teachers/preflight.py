@@ -10,6 +10,7 @@ from minillm.models.loading import is_hollow
 from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.quantization import element_count, is_quantized, quantization_name
 from minillm.models.sharded import is_sharded
+from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.pair import Models
@@ -28,6 +29,7 @@ def preflight(
     device: torch.device,
     *,
     by_layers: bool = False,
+    tokenizers: TokenizerPair | None = None,
 ) -> tuple[Models, list[Row]]:
     """The pair as `Models`, and the rows of the preflight table.
 
@@ -36,14 +38,20 @@ def preflight(
     both: the student's generation configuration is made to say so. Raises PreflightError for different tokenizers, for
     a tokenizer with ids of ordinary text beyond a head, for one without an end of text, and for an architecture that does something to
     its logits that the losses would not see.
+
+    With `tokenizers` each of the two reads its own ids, of which nothing is cut, and the student's ends are its own.
     """
     rows_s = lm_head(student).weight.shape[0]
     rows_t = None if teacher is None else teacher.vocab_size
-    vocabulary = shared_vocabulary(
-        student_tokenizer,
-        teacher_tokenizer if teacher is not None else None,
-        rows=[rows_s, *([rows_t] if rows_t else [])],
-    )
+    if tokenizers is None:
+        vocabulary = shared_vocabulary(
+            student_tokenizer,
+            teacher_tokenizer if teacher is not None else None,
+            rows=[rows_s, *([rows_t] if rows_t else [])],
+        )
+    else:
+        vocabulary = shared_vocabulary(student_tokenizer, None, rows=[rows_s])
+        shared_vocabulary(teacher_tokenizer, None, rows=[rows_t])
     vocab_size = vocabulary.size
     if isinstance(teacher, CachedTeacher) and teacher.largest_id is not None and teacher.largest_id >= vocab_size:
         raise PreflightError(
@@ -57,9 +65,9 @@ def preflight(
         if model is not None and not is_sharded(model) and not is_hollow(model):
             _check_model(who, model)
     ends = [*end_ids(student, student_tokenizer)]
-    if teacher_model is not None:
+    if tokenizers is None and teacher_model is not None:
         ends += end_ids(teacher_model, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
-    elif teacher is not None:
+    elif tokenizers is None and teacher is not None:
         ends += teacher.end_ids
     eos_ids = tuple(dict.fromkeys(token for token in ends if token < vocab_size))
     if not eos_ids:
@@ -79,6 +87,7 @@ def preflight(
         device,
         by_layers,
         vocabulary,
+        tokenizers,
     )
     if isinstance(teacher, ServedTeacher):
         teacher.shared_ids = vocab_size
@@ -183,7 +192,7 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
             _counts(model),
             f"{_precision(model)}, {config._attn_implementation}"
             + ("" if model._supports_sdpa else " (it has no sdpa)"),
-            f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
+            f"{rows:,}" + ("" if models.tokenizers or rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",
             ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer))
             if tokenizer

@@ -112,7 +112,7 @@ def require_same_tokenizer(
             use = "" if index not in added else f", and ends answers of the {who}"
             remedy = (
                 "Token-level distillation needs one tokenizer: choose a student of the teacher's family, or prune the teacher "
-                "(student.init=prune)"
+                "(student.init=prune). Methods uld and gold learn from a teacher with another one"
                 if reference is None
                 else "Both must read the same ids: choose a reference of the teacher's family, or train one with the teacher's "
                 f"tokenizer in the place of {reference} (student.tokenizer)"

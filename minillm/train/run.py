@@ -221,8 +221,11 @@ def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
     def key(other: Stage):
         return other.config.teacher, other.config.eval
 
-    trained = (other for other in plan.stages if other.config.method.needs().takes_steps)
-    return next(other for other in trained if key(other) == key(stage)).name == stage.name
+    needs = ((other, other.config.method.needs()) for other in plan.stages)
+    # where each model reads its own ids, the evaluation's prompts are in the student's
+    measured = (other for other, of_it in needs if of_it.takes_steps and not of_it.other_tokenizer)
+    first = next((other for other in measured if key(other) == key(stage)), None)
+    return first is not None and first.name == stage.name
 
 
 def _planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device) -> float | None:

@@ -22,6 +22,7 @@ from minillm.methods.protocol import TrainingData
 from minillm.models.adapters import FOLDER, load_adapter
 from minillm.models.routers import balance_problem, require_balance
 from minillm.models.sharded import is_sharded
+from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Rollouts, Who, require_rollouts
 from minillm.storage.atomic import write_folder
@@ -41,6 +42,11 @@ from minillm.train.progress import Progress
 from minillm.train.served_identity import require_same_served
 from minillm.train.stage_data import StageData, read_stage_data, require_shared_ids
 from minillm.train.trainer import StageTrainer
+
+UNCOMPARED = (
+    "the teacher reads its own ids, which no divergence at a token compares with the student's: evaluations leave out "
+    "reverse_kl_nats, sequence_reverse_kl_nats and forward_kl_nats, and the teacher's answers"
+)
 
 
 class StageBuilder:
@@ -75,7 +81,7 @@ class StageBuilder:
         evaluator = self._make_evaluator(stage, read.tokenizer)
         held_out = {} if evaluator is None else {f"eval.sets.{name}": one for name, one in evaluator.sets.items()}
         require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
-        models, rows = self.open_models(stage, read.tokenizer, checkpoint, saved)
+        models, rows = self.open_models(stage, read.tokenizer, checkpoint, saved, read.tokenizers)
         self.console.preflight([*rows, *read.rows])
         collectives.together(lambda: require_shared_ids(models, read, held_out))
         needs = stage.config.method.needs()
@@ -83,6 +89,8 @@ class StageBuilder:
             collectives.on_rank_0(lambda: require_cached_texts(models.teacher, stage, read))
             if held_out and stage.config.eval.teacher:
                 self.console.note(UNMEASURED)
+        if read.tokenizers is not None and held_out and stage.config.eval.teacher:
+            self.console.note(UNCOMPARED)
         if isinstance(models.teacher, ServedTeacher):
             collectives.on_rank_0(
                 lambda: require_same_served(models.teacher, stage, self.output_dir, resumed=checkpoint is not None)
@@ -182,6 +190,7 @@ class StageBuilder:
         tokenizer: PreTrainedTokenizerBase,
         checkpoint: Path | None = None,
         saved: Path | None = None,
+        tokenizers: TokenizerPair | None = None,
     ) -> tuple[Models, list[Row]]:
         """Student and teacher where the engine wants them, and the rows of their preflight table.
 
@@ -223,6 +232,7 @@ class StageBuilder:
             saved=saved,
             hollow=hollow,
             by_layers=sharded and engine.gather == "layers",
+            tokenizers=tokenizers,
         )
         if adapted and checkpoint is not None:
             collectives.together(lambda: load_adapter(models.student, checkpoint / FOLDER))
@@ -246,7 +256,7 @@ class StageBuilder:
 
         changes = "teacher" in config.method.needs().trains
         # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
-        if config.teacher is None or changes:
+        if config.teacher is None or changes or config.method.needs().other_tokenizer:
             return make()
         time = self.started if "strftime_now" in str(tokenizer.chat_template) else None
         evaluator = self.cache.evaluator(

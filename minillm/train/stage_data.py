@@ -19,6 +19,7 @@ from minillm.data.tokenization import require_end
 from minillm.distributed import collectives
 from minillm.engine.placement import check_backend, engine_device
 from minillm.models.locations import resolve_path
+from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import load_tokenizer
 from minillm.teachers.open import teacher_tokenizer
 from minillm.teachers.pair import Models
@@ -26,6 +27,7 @@ from minillm.teachers.preflight import Row
 from minillm.teachers.vocabularies import require_same_tokenizer
 
 Keys = TypeVar("Keys")
+ALIGNED = 256  # references whose tokens are aligned for the preflight table
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class StageData:
     pairs: PairSet | None = None
     documents: Documents | None = None  # in the place of the corpus, where the method reads it whole
     forget: PromptSet | None = None
+    tokenizers: TokenizerPair | None = None  # where the teacher reads its own ids
 
 
 def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved: Path | None = None) -> StageData:
@@ -54,20 +57,30 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     side = config.student_side
     tokenizer = load_tokenizer(side if saved is None else side.saved_in(saved), output_dir)
     judges = None if config.teacher is None else teacher_tokenizer(config.teacher, output_dir)
-    if judges is not None:
+    pair = None if judges is None or not needs.other_tokenizer else TokenizerPair(tokenizer, judges)
+    if judges is not None and pair is None:
         require_same_tokenizer(tokenizer, judges, reference=needs.reference)
     prompts = pairs = corpus = documents = forget = None
     rows = []
     if needs.prompts:
         source = _with_stage_files(config.data.prompts, output_dir)
         prompts = load_prompts(
-            source, tokenizer, tasks=needs.tasks, few_shot=needs.few_shot, written=needs.written, now=started
+            source,
+            tokenizer,
+            tasks=needs.tasks,
+            few_shot=needs.few_shot,
+            written=needs.written,
+            teacher=None if pair is None else judges,
+            now=started,
         )
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         if prompts.typed:
             rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
     if needs.references:
         _require_references(stage, prompts, "data.prompts")
+    if pair is not None and prompts is not None:
+        answers = [(one.response_ids, one.other.answer_ids) for one in prompts.examples[:ALIGNED] if one.response_ids]
+        rows += pair.rows(answers)
     if needs.pairs:
         pairs = load_pairs(_with_stage_files(config.data.pairs, output_dir), tokenizer, now=started)
         used = f"{len(pairs)} used, {pairs.dropped_long} too long, {pairs.dropped_alike} of answers that are alike"
@@ -92,7 +105,7 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     elif config.data.corpus is not None:
         corpus = load_corpus(_with_stage_files(config.data.corpus, output_dir), tokenizer)
         rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-    return StageData(tokenizer, judges, prompts, corpus, rows, pairs, documents, forget)
+    return StageData(tokenizer, judges, prompts, corpus, rows, pairs, documents, forget, pair)
 
 
 def require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:

@@ -4,6 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +306,8 @@ class StageTrainer:
         progress = self.progress
         started = time.perf_counter()
         judged = self.models.controlled() if self.method.needs.controls_teacher else self.models
+        if judged.tokenizers is not None:  # there is no divergence to a teacher with ids of its own
+            judged = replace(judged, teacher=None)
         evaluation = self.evaluator.evaluate(judged, self.data.rollouts, who)
         record = {
             "kind": "eval",

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minillm.config.root import StageConfig, method_classes
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.data.instructions import Example
+from minillm.data.other_reading import OtherReading
 from minillm.data.stream import Stream
 from minillm.engine.torch import TorchEngine
 from minillm.methods import build_method
@@ -14,6 +15,7 @@ from minillm.methods.balance import add_balance
 from minillm.methods.protocol import TrainingData
 from minillm.models.batch import TokenSequence
 from minillm.models.routers import load_metrics, routers_of
+from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rank_items import rank_items
@@ -47,7 +49,11 @@ def test_every_method_trains_a_mixture_and_balances_it_once(place, name, tmp_pat
         pytest.importorskip("peft")
     student = build(KINDS[place % 3], width=16, seed=0)
     teacher = build(KINDS[(place + 1) % 3], width=24, seed=1).requires_grad_(False)
-    models = Models(student, LocalTeacher(teacher), byte_tokenizer(), 257, (256,), 256, torch.device("cpu"))
+    tokenizer = byte_tokenizer()
+    pair = TokenizerPair(tokenizer, tokenizer)
+    models = Models(
+        student, LocalTeacher(teacher), tokenizer, 257, (256,), 256, torch.device("cpu"), tokenizers=pair
+    )  # fmt: skip
     config = StageConfig(
         output_dir="unused", seed=3, student={"path": "unused"}, teacher={"path": "unused"},
         method={"name": name, **OF_METHODS.get(name, {})},
@@ -55,7 +61,10 @@ def test_every_method_trains_a_mixture_and_balances_it_once(place, name, tmp_pat
         train={"max_steps": 1, "per_device_train_batch_size": SIZE, "learning_rate": 1e-2},
     )  # fmt: skip
     tasks = {task: TokenSequence([70, 71], [80, 256], 0) for task in ("label", "rationale")}
-    examples = [Example(i, [60 + i, 70], [90 + i, 91, 256], "", (), tasks=tasks) for i in range(SIZE)]
+    others = [OtherReading([60 + i, 70], [90 + i, 91, 256], "", True, 256) for i in range(SIZE)]
+    examples = [
+        Example(i, other.ids, other.answer_ids, "", (), tasks=tasks, other=other) for i, other in enumerate(others)
+    ]
     corpus = Stream([[100 + i, *range(100, 108)] for i in range(SIZE)], seed=1)
     data = TrainingData(Stream(examples, seed=1), corpus, LocalRollouts(models), tmp_path)
     method = build_method(config)

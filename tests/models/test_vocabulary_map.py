@@ -59,6 +59,14 @@ def test_every_token_goes_where_the_definition_says(source, target):
         assert KINDS[kind] == want
 
 
+@given(WORDS, WORDS)
+def test_without_the_nearest_only_ids_of_the_same_text_are_mapped(source, target):
+    ours, theirs = spelled(source), spelled(target)
+    whole, exact = vocabulary_map(ours, theirs), vocabulary_map(ours, theirs, nearest=False)
+    same = whole.kinds == KINDS.index("exact")
+    assert exact.ids.tolist() == whole.ids.where(same, -1).tolist()
+
+
 @given(WORDS)
 def test_a_vocabulary_maps_to_itself_exactly(words):
     words = list(dict.fromkeys(words))

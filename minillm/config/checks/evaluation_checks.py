@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.evaluation import EvalConfig
+from minillm.config.methods import Method
 from minillm.config.models import AnyTeacherConfig
 from minillm.config.training import TrainConfig
 
@@ -28,6 +29,15 @@ def measurable(facts: Facts, eval: EvalConfig, teacher: AnyTeacherConfig | None)
     repeated = [str(seed) for seed, count in Counter(eval.seeds).items() if count > 1]
     if repeated:
         yield Found("eval.seeds", f"names {', '.join(repeated)} more than once, which would measure the same twice")
+
+
+def comparable(facts: Facts, eval: EvalConfig, method: Method) -> Iterator[Found]:
+    """A distance to the teacher is asked for where both models read the same ids."""
+    if eval.sets and "_kl_" in eval.metric and method.needs().other_tokenizer:
+        message = (
+            f"{eval.metric} is a distance at every token, and in method {method.name} each model has tokens of its own"
+        )
+        yield Found("eval.metric", message, ("method.name",))
 
 
 def evaluation_keys_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:

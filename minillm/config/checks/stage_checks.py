@@ -19,7 +19,12 @@ from minillm.config.checks.data_checks import (
     training_prompts,
 )
 from minillm.config.checks.deepspeed_checks import deepspeed_file, deepspeed_installed, sharding_keys
-from minillm.config.checks.evaluation_checks import evaluation_keys_used, measurable, measured_after_training
+from minillm.config.checks.evaluation_checks import (
+    comparable,
+    evaluation_keys_used,
+    measurable,
+    measured_after_training,
+)
 from minillm.config.checks.facts import Facts, Idle, as_path, beside
 from minillm.config.checks.length_checks import answers_fit, corpus_fits, evaluation_fits
 from minillm.config.checks.method_checks import (
@@ -107,6 +112,7 @@ CHECKS = (
     experts_to_balance,
     schedule_arguments,
     measurable,
+    comparable,
     evaluation_keys_used,
     measured_after_training,
     evaluation_prompts,

@@ -14,6 +14,13 @@ def test_the_metric_must_be_measurable(recipe):
     assert recipe.problems(eval={"sets": sets, "metric": "loss_nats"}, **without) == {}
 
 
+def test_no_distance_is_measured_to_a_teacher_with_tokens_of_its_own(recipe):
+    evaluation = {"sets": {"a": {"path": "data/train.jsonl"}}, "metric": "reverse_kl_nats"}
+    for method in ("uld", "gold"):
+        found = recipe.problems(eval=evaluation, method={"name": method}, rollout={"max_new_tokens": 8})
+        assert f"in method {method} each model has tokens of its own" in found["eval.metric"]
+
+
 def test_label_accuracy_is_asked_for_where_it_chooses_the_best_model(recipe):
     sets = {"a": {"path": "data/train.jsonl", "parser": "gsm8k"}}
     chosen = {"sets": sets, "metric": "label_accuracy"}

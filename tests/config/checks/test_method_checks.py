@@ -308,6 +308,8 @@ def test_a_cached_teacher_is_enough_for_texts_that_are_known(recipe, cached_in, 
         ({"name": "okd"}, "give its last hidden states and be trained"),
         ({"name": "miniplm", "reference": "models/big"}, "read texts that are made while the stage runs"),
         ({"name": "cache"}, "give its last hidden states and read texts"),
+        ({"name": "uld"}, "read texts that are made while the stage runs"),
+        ({"name": "gold", "on_policy": 0.0}, "read texts that are made while the stage runs"),
     ],
 )
 def test_a_method_that_needs_a_teacher_at_hand_refuses_a_cached_one(recipe, cached_in, method, lacking):
