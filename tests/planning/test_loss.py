@@ -67,19 +67,19 @@ def group(hidden, head, teacher_hidden, teacher_head):
     linear_group_distance(*sides, Matches(ids, ids, rows % 2 == 0))
 
 
-@pytest.mark.parametrize(("compare", "least"), [(sort, 0.6), (group, 0.4)])
+@pytest.mark.parametrize(("compare", "least"), [(sort, 0.8), (group, 0.5)])
 def test_sorting_holds_no_more_than_its_twin(compare, least):
     """A budget: what a sort takes beside its results differs from torch to torch."""
-    peaks, teacher_ids = [], 30000
+    peaks, ids, teacher_ids = [], 10000, 7500
     for twin in (False, True):
         with Ledger() as ledger:
             theirs = torch.randn(ROWS, HIDDEN), LMHead(torch.randn(teacher_ids, HIDDEN))
             hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
-            weight = torch.randn(VOCAB, HIDDEN, requires_grad=True)
+            weight = torch.randn(ids, HIDDEN, requires_grad=True)
             given = ledger.total
             ledger.take()
             if twin:
-                shape = sorting_shape(ROWS, VOCAB, teacher_ids, torch.device("cpu"))
+                shape = sorting_shape(ROWS, ids, teacher_ids, torch.device("cpu"))
                 LossTwin.apply(hidden, weight, torch.float32, shape, ledger)
             else:
                 compare(hidden, LMHead(weight), *theirs)
