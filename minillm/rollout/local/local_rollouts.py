@@ -4,7 +4,7 @@ Noise is keyed by (seed, sample, draw, position), so that an answer depends on i
 it is drawn in (to the rounding of matrix products, which can differ with the shape of a batch).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -17,7 +17,7 @@ from minillm.models.families import text_config
 from minillm.rollout.local import coin_loop, growing_loop
 from minillm.rollout.local.cuda_graphs import CudaGraphs
 from minillm.rollout.local.decoder import check_positions
-from minillm.rollout.local.decoding_check import reads_blocks, require_exact_decoding
+from minillm.rollout.local.decoding_check import reads_blocks, replaces_rows, require_exact_decoding
 from minillm.rollout.local.graph_preconditions import require_cuda_graphs, rotary_by_length
 from minillm.rollout.local.static_loop import StaticLoop
 from minillm.rollout.noise import coins, uniforms
@@ -55,6 +55,7 @@ class LocalRollouts:
             require_cuda_graphs(models)
         self.models, self.cuda_graphs, self.shared_coins = models, cuda_graphs, shared_coins
         self._blocks: dict[Role, bool] = {}  # of the models that were looked at: they read several tokens at a time
+        self._rows_replaced: dict[Role, bool] = {}  # and take new prompts beside answers in progress
 
     def check(self, *roles: Role) -> None:
         """Look at whether these models answer as they score, each once; `sample` looks at those that it asks.
@@ -103,29 +104,40 @@ class LocalRollouts:
         mine = collectives.rank_slice(len(prompts))
         todo = collectives.even_rank_slice(len(prompts)) if models.by_layers else mine
         order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        answers: dict[int, Answer] = {}
+
+        def noise(numbers: Iterable[int]) -> Tensor:  # of prompts in this order
+            return uniforms(seed, [keys[order[number]] for number in numbers], draw, sampling.max_new_tokens)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(min(len(prompts), done * collectives.world_size()))
+
+        asked, shown = [prompts[index] for index in order], [extras[index] for index in order]
+        starts = range(0, len(order), batch_size)
         with models.reading(*roles):
-            if self._asks_servers(*roles):
-                drawn = self._served(batches, prompts, sampling, keys, extras, seed=seed, draw=draw)
+            served = self._asks_servers(*roles)
+            if not served and len(order) > batch_size and self._refills(sampling, roles):
+                options = {"batch_size": batch_size, "progress": report}
+                decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
             else:
-                longest_first = [prompts[index] for index in order]
-                decode = self._loop(sampling, roles, longest_first, batch_size, seed=seed, draw=draw)
-                drawn = (
-                    decode(
-                        [prompts[index] for index in chosen],
-                        uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens),
-                        [extras[index] for index in chosen],
+                if served:
+                    batches = [order[start : start + batch_size] for start in starts]
+                    drawn = self._served(batches, prompts, sampling, keys, extras, seed=seed, draw=draw)
+                else:
+                    decode = self._loop(sampling, roles, asked, batch_size, seed=seed, draw=draw)
+                    ends = (min(start + batch_size, len(order)) for start in starts)
+                    drawn = (
+                        decode(asked[start:end], noise(range(start, end)), shown[start:end])
+                        for start, end in zip(starts, ends, strict=True)
                     )
-                    for chosen in batches
-                )
-            for chosen, decoded in zip(batches, drawn, strict=True):
-                answers.update(zip(chosen, decoded, strict=True))
-                if progress is not None:
-                    progress(min(len(prompts), len(answers) * collectives.world_size()))
+                decoded = []
+                for of_batch in drawn:
+                    decoded += of_batch
+                    report(len(decoded))
+        answers = dict(zip(order, decoded, strict=True))
         everyones = _of_all_ranks(prompts, [answers[index] for index in mine])
-        for answer, shown in zip(everyones, extras, strict=True):
-            answer.extras = shown
+        for answer, seen in zip(everyones, extras, strict=True):
+            answer.extras = seen
         for index, answer in answers.items():
             everyones[index].scores = answer.scores
         return everyones
@@ -186,7 +198,34 @@ class LocalRollouts:
         if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
             sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
             return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
-        return partial(growing_loop.decode, self.models, sampling, roles)
+        return partial(_decode_batch, self.models, sampling, roles)
+
+    def _refills(self, sampling: Sampling, roles: dict[str, float]) -> bool:
+        """True where prompts that wait take the rows of answers that have ended; otherwise batches follow one another.
+
+        Coins say for a position of all rows which model is asked, a graph has no step that reads prompts, ranks that run
+        the layers of a model together would wait for each other's prompts, and a delta follows the texts of a batch.
+        """
+        by_coins = self.shared_coins and _coins_decide(self.models, sampling, roles)
+        by_graphs = self.cuda_graphs and not sampling.no_repeat_ngram_size
+        controlled = "student" in roles and self.models.delta is not None
+        if by_coins or by_graphs or controlled or self.models.by_layers:
+            return False
+        for role in roles:
+            if role not in self._rows_replaced:
+                self._rows_replaced[role] = replaces_rows(self.models.model(role))
+        return all(self._rows_replaced[role] for role in roles)
+
+
+def _decode_batch(
+    models: Models,
+    sampling: Sampling,
+    roles: dict[str, float],
+    prompts: Sequence[list[int]],
+    noise: Tensor,  # (B, max_new_tokens) float64, CPU
+    extras: Sequence[Mapping[str, Tensor]],
+) -> list[Answer]:
+    return growing_loop.decode(models, sampling, roles, prompts, noise.__getitem__, extras)
 
 
 def _coins_decide(models: Models, sampling: Sampling, roles: dict[str, float]) -> bool:
