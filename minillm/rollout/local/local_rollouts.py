@@ -41,19 +41,21 @@ class LocalRollouts:
         shared_coins: draw mixtures by a coin a position that all answers of a draw share (coin_loop.py), where sampling
             is neutral and no model chooses its rotary frequencies by the length of the texts. Otherwise both models run
             for every token.
+        refill: prompts that wait take the rows of answers that have ended, where the models and the loop can; otherwise
+            one batch follows the other.
     """
 
     exact_noise = True
     mixtures = True
 
-    def __init__(self, models: Models, *, cuda_graphs: bool = False, shared_coins: bool = False):
+    def __init__(self, models: Models, *, cuda_graphs: bool = False, shared_coins: bool = False, refill: bool = True):
         if cuda_graphs and shared_coins:
             raise UserError(
                 "rollout.shared_coins has no step of fixed shapes, which rollout.cuda_graphs needs: choose one"
             )
         if cuda_graphs:
             require_cuda_graphs(models)
-        self.models, self.cuda_graphs, self.shared_coins = models, cuda_graphs, shared_coins
+        self.models, self.cuda_graphs, self.shared_coins, self.refill = models, cuda_graphs, shared_coins, refill
         self._blocks: dict[Role, bool] = {}  # of the models that were looked at: they read several tokens at a time
         self._rows_replaced: dict[Role, bool] = {}  # and take new prompts beside answers in progress
 
@@ -200,21 +202,26 @@ class LocalRollouts:
             return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
         return partial(_decode_batch, self.models, sampling, roles)
 
-    def _refills(self, sampling: Sampling, roles: dict[str, float]) -> bool:
-        """True where prompts that wait take the rows of answers that have ended; otherwise batches follow one another.
-
-        Coins say for a position of all rows which model is asked, a graph has no step that reads prompts, ranks that run
-        the layers of a model together would wait for each other's prompts, and a delta follows the texts of a batch.
-        """
-        by_coins = self.shared_coins and _coins_decide(self.models, sampling, roles)
-        by_graphs = self.cuda_graphs and not sampling.no_repeat_ngram_size
-        controlled = "student" in roles and self.models.delta is not None
-        if by_coins or by_graphs or controlled or self.models.by_layers:
-            return False
+    def unrefilled(self, *roles: Role) -> str | None:
+        """The reason for which answers of these models are drawn in batches one after the other; None where prompts that
+        wait take the rows of answers that have ended. `sample` looks at the models that it asks, each once."""
+        if self.models.by_layers:
+            return "the ranks gather every layer together, so that none can read a prompt by itself"
+        if "student" in roles and self.models.delta is not None:
+            return "a delta is added to the student, and follows the texts of one batch"
         for role in roles:
             if role not in self._rows_replaced:
                 self._rows_replaced[role] = replaces_rows(self.models.model(role))
-        return all(self._rows_replaced[role] for role in roles)
+            if not self._rows_replaced[role]:
+                name = type(self.models.model(role)).__name__
+                return f"the {role} ({name}) cannot read a prompt beside answers in progress"
+        return None
+
+    def _refills(self, sampling: Sampling, roles: dict[str, float]) -> bool:
+        # a coin says of one position in all rows which model is asked, and a graph has no step that reads prompts
+        by_coins = self.shared_coins and _coins_decide(self.models, sampling, roles)
+        by_graphs = self.cuda_graphs and not sampling.no_repeat_ngram_size
+        return self.refill and not by_coins and not by_graphs and self.unrefilled(*roles) is None
 
 
 def _decode_batch(
