@@ -4,7 +4,6 @@ All rows of a cache end in the same column. A prompt that takes a row is read so
 it are masked like padding, and what models make of columns, such as masks of windows and chunks, stays right.
 """
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
