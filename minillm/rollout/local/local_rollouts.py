@@ -210,6 +210,8 @@ class LocalRollouts:
         if "student" in roles and self.models.delta is not None:
             return "a delta is added to the student, and follows the texts of one batch"
         for role in roles:
+            if self._asks_servers(role):
+                continue  # which fill their batches as they do
             if role not in self._rows_replaced:
                 self._rows_replaced[role] = replaces_rows(self.models.model(role))
             if not self._rows_replaced[role]:
