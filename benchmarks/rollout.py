@@ -1,9 +1,11 @@
 """`minillm bench rollout`: sampling from a student and from a mixture, beside transformers' `generate`.
 
-Every provider answers the same prompts with the same random models, in turns, in one process; the ratio is the median
-over the turns of what `generate` with its dynamic cache took over what the provider took. The mixture's peer is a
-LogitsProcessor that runs the teacher with a dynamic cache of its own. With a static cache `generate` compiles the
-student on a GPU. Our side records the log-probability of every token; `generate` does not.
+Every provider answers the same prompts with the same random models, in turns, in one process; a ratio is the median
+over the turns of what was taken in each: over `generate` with its dynamic cache, and of answers that end over those that
+run to the limit. The mixture's peer is a LogitsProcessor that runs the teacher with a dynamic cache of its own. With a
+static cache `generate` compiles the student on a GPU. Our side records the log-probability of every token; `generate`
+does not. On a CPU with one thread seconds are those of this process, so that a machine that others use gives the same
+ratios; elsewhere they are the clock's.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from minillm.teachers.pair import Models
 MODES = ("student", "mixture")
 LENGTHS = ("full", "ending")  # every answer as long as allowed, or ended by an EOS on the way
 DTYPES = ("float32", "bfloat16", "float16")
-COLUMNS = ("hidden", "layers", "vocab", "mode", "answers", "provider", "tokens_per_s", "ratio")
+COLUMNS = ("hidden", "layers", "vocab", "mode", "answers", "provider", "tokens_per_s", "ratio", "over_full")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Timing:
     provider: str
     rate: float  # response tokens a second
     ratio: float | None  # over the baseline's, None where that was not run
+    over_full: float | None  # of answers that end, over its own where they run to the limit
 
     def cells(self) -> list[str]:
         case = self.case
@@ -64,7 +67,7 @@ class Timing:
             *map(str, (case.hidden, case.layers, case.vocab, case.mode, case.answers)),
             PROVIDERS[self.provider],
             f"{self.rate:.0f}",
-            "" if self.ratio is None else f"{self.ratio:.2f}",
+            *("" if one is None else f"{one:.2f}" for one in (self.ratio, self.over_full)),
         ]
 
 
@@ -109,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--prompts", type=int, default=32, help="answered side by side (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=96, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, help="answered side by side (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of the longest prompt (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer at most (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
@@ -133,47 +137,62 @@ def _measure_shape(
     dtype = getattr(torch, arguments.dtype)
     models = [make_model(*shape, arguments.vocab, arguments.seed + place).to(device, dtype) for place in range(2)]
     prompts, timings = make_prompts(arguments), []
+    chosen = [provider for provider in arguments.providers if provider not in skipped]
     for mode in arguments.modes:
+        runs: dict[tuple[str, str], Run] = {}
         for answers in arguments.answers:
             # about one EOS in 24 tokens of a random model
             eos_ids = tuple(range(1, arguments.vocab, 24)) if answers == "ending" else ()
             student, teacher = models
             pair = Models(student, LocalTeacher(teacher), None, arguments.vocab, eos_ids, 0, device)
-            case = Case(*shape, arguments.vocab, mode, answers)
-            print(f"{case}", file=sys.stderr)
-            chosen = [provider for provider in arguments.providers if provider not in skipped]
-            runs = {provider: prepare(provider, mode, pair, prompts, arguments) for provider in chosen}
-            timings += _compare(case, runs, arguments)
+            runs |= {(answers, provider): prepare(provider, mode, pair, prompts, arguments) for provider in chosen}
+        cases = {answers: Case(*shape, arguments.vocab, mode, answers) for answers in arguments.answers}
+        print(*cases.values(), sep="\n", file=sys.stderr)
+        timings += _compare(cases, runs, arguments, device)
     return timings
 
 
-def _compare(case: Case, runs: dict[str, Run], arguments: argparse.Namespace) -> list[Timing]:
+def _compare(
+    cases: dict[str, Case],
+    runs: dict[tuple[str, str], Run],  # by the case and the provider
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> list[Timing]:
     for run in runs.values():
         run(0)
     order = random.Random(arguments.seed)
-    rates: dict[str, list[float]] = {provider: [] for provider in runs}
+    rates: dict[tuple[str, str], list[float]] = {which: [] for which in runs}
     for repeat in range(1, arguments.repeats + 1):
-        for provider in order.sample(sorted(runs), len(runs)):
-            start = time.perf_counter()
-            tokens = runs[provider](repeat)
-            rates[provider].append(tokens / (time.perf_counter() - start))
-    baseline = rates.get(BASELINE)
+        for which in order.sample(sorted(runs), len(runs)):
+            start = _seconds(device)
+            tokens = runs[which](repeat)
+            rates[which].append(tokens / (_seconds(device) - start))
     return [
         Timing(
-            case,
+            cases[answers],
             provider,
             statistics.median(mine),
-            None if baseline is None else statistics.median(a / b for a, b in zip(mine, baseline, strict=True)),
+            _ratio(mine, rates.get((answers, BASELINE))),
+            _ratio(mine, rates.get(("full", provider))) if answers == "ending" else None,
         )
-        for provider, mine in rates.items()
+        for (answers, provider), mine in rates.items()
     ]
+
+
+def _ratio(mine: list[float], theirs: list[float] | None) -> float | None:
+    return None if theirs is None else statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+
+
+def _seconds(device: torch.device) -> float:
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _markdown(
     timings: list[Timing], skipped: dict[str, str], machine: dict[str, str], arguments: argparse.Namespace
 ) -> str:
     settings = {
-        "answers": f"{arguments.prompts} prompts of up to {arguments.prompt_tokens} tokens, at most {arguments.tokens} new",
+        "answers": f"{arguments.prompts} prompts of up to {arguments.prompt_tokens} tokens, {arguments.batch_size} side by "
+        f"side, at most {arguments.tokens} new",
         "weights": arguments.dtype,
         "repeats": arguments.repeats,
         "alpha": ALPHA,
@@ -182,12 +201,13 @@ def _markdown(
     lines = [
         "# Rollouts",
         "",
-        f"| hidden | layers | vocabulary | sampled from | answers | | tokens/s | over {PROVIDERS[BASELINE]} |",
-        "|--:|--:|--:|---|---|---|--:|--:|",
+        f"| hidden | layers | vocabulary | sampled from | answers | | tokens/s | over {PROVIDERS[BASELINE]} | over full |",
+        "|--:|--:|--:|---|---|---|--:|--:|--:|",
         *("| " + " | ".join(timing.cells()) + " |" for timing in timings),
         "",
         "Medians over the repeats; the ratio is taken in each repeat, in which all run one after the other. "
-        "`ending`: answers end at an EOS, about one token in 24; tokens up to it are counted.",
+        "`ending`: answers end at an EOS, about one token in 24; tokens up to it are counted. `over full`: over the same where "
+        "all answers run to the limit.",
         "",
         *as_table({**machine, **settings}),
     ]

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.local.token_drawing import pad_left
 from minillm.rollout.rollouts import Sampling
 from minillm.teachers.pair import Models
 
@@ -23,6 +24,7 @@ ALPHA = 0.2
 BASELINE = "generate"
 PROVIDERS = {
     "ours": "minillm",
+    "ours-batches": "minillm, one batch after the other",
     "ours-graphs": "minillm, CUDA graphs",
     "generate": "generate, dynamic cache",
     "generate-static": "generate, static cache",
@@ -39,7 +41,8 @@ def why_not(provider: str, device: torch.device) -> str | None:
 def prepare(provider: str, mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
     """The provider, ready to run on models of its device."""
     if provider.startswith("ours"):
-        return _ours(mode, LocalRollouts(models, cuda_graphs=provider == "ours-graphs"), prompts, arguments)
+        rollouts = LocalRollouts(models, cuda_graphs=provider == "ours-graphs", refill=provider != "ours-batches")
+        return _ours(mode, rollouts, prompts, arguments)
     cache = "static" if provider == "generate-static" else None
     return _generate(mode, models, prompts, arguments, cache)
 
@@ -55,7 +58,7 @@ def _ours(mode: str, rollouts: LocalRollouts, prompts: list[list[int]], argument
             seed=arguments.seed,
             draw=repeat,
             who=mode,
-            batch_size=len(prompts),
+            batch_size=arguments.batch_size,
         )
         return sum(len(answer.response) for answer in answers)
 
@@ -65,9 +68,6 @@ def _ours(mode: str, rollouts: LocalRollouts, prompts: list[list[int]], argument
 def _generate(
     mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace, cache: str | None
 ) -> Run:
-    width, device = max(map(len, prompts)), models.device
-    ids = torch.tensor([[models.pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -78,16 +78,22 @@ def _generate(
         pad_token_id=models.pad_id,
         cache_implementation=cache,
     )
-    ends = torch.tensor(models.eos_ids, dtype=torch.int64, device=device)
+    ends = torch.tensor(models.eos_ids, dtype=torch.int64, device=models.device)
+    prompts, size = sorted(prompts, key=len, reverse=True), arguments.batch_size
 
-    def run(repeat: int) -> int:
-        torch.manual_seed(arguments.seed + repeat)
+    def answer(batch: list[list[int]]) -> int:
+        ids, padding, _ = (part.to(models.device) for part in pad_left(batch, len(batch[0]), models.pad_id))
+        mask = (torch.arange(ids.shape[1], device=models.device) >= padding).long()
         processors = [TeacherMixing(models.teacher.model, mask, ALPHA)] if mode == "mixture" else []
         written = models.student.generate(
             ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(processors)
-        )[:, width:]
+        )[:, ids.shape[1] :]
         ended_before = torch.isin(written, ends).cumsum(-1) - torch.isin(written, ends).long()
         return int((ended_before == 0).sum())
+
+    def run(repeat: int) -> int:
+        torch.manual_seed(arguments.seed + repeat)
+        return sum(answer(prompts[start : start + size]) for start in range(0, len(prompts), size))
 
     return run
 

@@ -14,7 +14,9 @@ class RolloutConfig(Strict):
         256, description="Methods with a buffer: answers that are sampled at a time, on all ranks together"
     )
     batch_size: Annotated[int, Field(ge=1)] = Field(
-        32, description="Answers that are decoded side by side on one device"
+        32,
+        description="Answers that are decoded side by side on one device. Where one ends the next prompt takes its row, if the "
+        "models can read it there; a run says where they cannot, and then batches follow one another",
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(
         256, description="Tokens of the longest answer, its end included"
@@ -30,12 +32,13 @@ class RolloutConfig(Strict):
         False,
         description="Mixtures of teacher and student: a coin a position, the same for all answers of a draw, says which of "
         "the two writes the next token, and the other one catches up in blocks; scoring then runs no teacher. Every answer "
-        "has the law of the mixture, but those of a draw depend on each other. false: both models run for every token",
+        "has the law of the mixture, but those of a draw depend on each other, and batches follow one another. false: both models "
+        "run for every token",
     )
     cuda_graphs: bool = Field(
         False,
         description="On a GPU, replay a captured CUDA graph for every token, in evaluation too. Memory for the longest "
-        "answers is kept from the start, and rows that have ended run on. Models with sliding windows or recurrent layers, "
+        "answers is kept from the start, and rows that have ended run on until their batch has. Models with sliding windows or recurrent layers, "
         "and flash attention, are refused; answers under no_repeat_ngram_size are sampled without graphs. Not measured on a "
         "GPU yet",
     )

@@ -109,6 +109,11 @@ class StageBuilder:
         if models.teacher is not None and "sample" not in models.teacher.abilities:  # its answers are written
             asked.discard("teacher")
         collectives.together(lambda: rollouts.check(*sorted(asked)))
+        unrefilled = rollouts.unrefilled(*sorted(asked))
+        if unrefilled is not None:
+            self.console.note(
+                f"answers are sampled in batches one after the other, and rows that have ended wait: {unrefilled}"
+            )
         return StageTrainer(
             stage,
             models,

@@ -20,7 +20,7 @@ from minillm.rollout.local import local_rollouts
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
-SMALL = argparse.Namespace(prompts=3, prompt_tokens=6, tokens=5, vocab=40, seed=0)
+SMALL = argparse.Namespace(prompts=3, batch_size=2, prompt_tokens=6, tokens=5, vocab=40, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +65,19 @@ def test_prompts_are_of_half_to_the_whole_length():
 
 def test_results_are_written(tmp_path, capsys):
     threads = torch.get_num_threads()
-    words = "--device cpu --shapes 16x1 --vocab 40 --prompts 3 --prompt-tokens 6 --tokens 5 --repeats 1 --threads 1 --output"
+    words = "--device cpu --shapes 16x1 --vocab 40 --prompts 3 --batch-size 2 --prompt-tokens 6 --tokens 5 --repeats 1 --threads 1 --output"
     assert main([*words.split(), str(tmp_path / "out")]) == 0
     assert torch.get_num_threads() == threads
     with (tmp_path / "out" / "rollout.csv").open() as file:
         header, *rows = csv.reader(file)
     assert tuple(header) == COLUMNS
-    names = [PROVIDERS[name] for name in ("ours", "generate", "generate-static")]
+    names = [PROVIDERS[name] for name in ("ours", "ours-batches", "generate", "generate-static")]
     assert [tuple(row[3:6]) for row in rows] == [
         (mode, answers, name) for mode in ("student", "mixture") for answers in ("full", "ending") for name in names
     ]
-    assert all(float(value) > 0 for row in rows for value in row[6:])
-    assert all(row[7] == "1.00" for row in rows if row[5] == names[1])
+    assert all(float(value) > 0 for row in rows for value in row[6:8])
+    assert all(row[7] == "1.00" for row in rows if row[5] == names[2])
+    assert all((row[8] == "") == (row[4] == "full") for row in rows)
     page = (tmp_path / "out" / "rollout.md").read_text()
     assert page in capsys.readouterr().out and all(f"| {' | '.join(row)} |" in page for row in rows)
     assert "| skipped: minillm, CUDA graphs | needs a GPU |" in page

@@ -13,6 +13,7 @@ from minillm.kernels.rows_torch import logits_from_raw
 from minillm.losses import LMHead
 from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_head
 from minillm.models.families import cache_argument, cache_mask, text_config
+from minillm.rollout.local.cache_rows import cache_for_rows, drop_columns, put_rows
 from minillm.rollout.local.distribution import padded_size
 
 
@@ -39,10 +40,40 @@ class Decoder:
         attention_mask: Tensor,
         position_ids: Tensor,  # (B, new tokens) int64
         extras: Mapping[str, Tensor] = NOTHING,  # what prompts show, with the prompts alone
+        rows: Tensor | None = None,  # (R,) int64, those whose logits are wanted; None: all
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""
         prompts = bool(extras) or input_ids.shape[1] > 1
-        return self.logits(self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts)[:, -1])
+        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts)[:, -1]
+        return self.logits(hidden if rows is None else hidden[rows])
+
+    def refill(
+        self,
+        rows: Tensor,  # (R,) int64, of the batch
+        input_ids: Tensor,  # (R, L) int64, padded at the left
+        attention_mask: Tensor,  # (R, L) int64, 0 on the padding
+        position_ids: Tensor,  # (R, L) int64
+        extras: Mapping[str, Tensor] = NOTHING,
+    ) -> Tensor:  # (R, V padded)
+        """Read prompts into rows of the batch, over what these held, and return the logits of what follows them.
+
+        They end in the last column of the cache, which must be as long as they are.
+        """
+        running, shift, batch = self.cache, self._shift, self._batch
+        self.cache, self._shift = cache_for_rows(self.model, running, rows), None
+        logits = self.logits(self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True)[:, -1])
+        put_rows(running, self.cache, rows)
+        self.cache, self._batch, new = running, batch, self._shift
+        if shift is None and new is not None:
+            shift = position_ids.new_zeros(batch, 1)
+        if shift is not None:
+            shift[rows] = 0 if new is None else new
+        self._shift = shift
+        return logits
+
+    def drop_columns(self, columns: int) -> None:
+        """Forget the first columns of the cache, of which no row needs any."""
+        drop_columns(self.cache, columns)
 
     def hidden(
         self,
@@ -55,6 +86,7 @@ class Decoder:
     ) -> Tensor:  # (B, new tokens, H)
         """Feed tokens and return the last hidden states at all of them."""
         cached = {cache_argument(self.model): self.cache, "use_cache": True}
+        self._batch = len(input_ids)
         if prompts:
             prompt = attention_mask.bool()
             output, self._shift = forward_shown(

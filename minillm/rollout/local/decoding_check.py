@@ -5,6 +5,8 @@ Some architectures swallow a cache under a name of its own, number positions wit
 padding as if it were text; all of them answer without a word, as a model that is not the one that is trained.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +21,9 @@ from minillm.models.loading import is_hollow
 from minillm.models.modes import sampling_mode
 from minillm.models.quantization import is_quantized
 from minillm.models.sharded import is_sharded
+from minillm.rollout.local.cache_rows import rows_are_known
 from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.graph_preconditions import rotary_by_length
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.token_drawing import pad_left
 
@@ -75,6 +79,25 @@ def reads_blocks(model: PreTrainedModel) -> bool:
         return False
 
 
+def replaces_rows(model: PreTrainedModel) -> bool:
+    """True where new prompts may take rows of a running batch: their logits, and those of the rows beside them, are those
+    of full passes.
+
+    It takes a cache whose layers are known, and positions that do not depend on the other rows. Weights that are sharded
+    over the ranks or not there yet are not run.
+    """
+    if not rows_are_known(model) or rotary_by_length(text_config(model.config)):
+        return False
+    if is_sharded(model) or is_hollow(model):
+        return True
+    try:
+        return refilling_error(model) <= _tolerance(model)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # whatever the code of an architecture raises
+        return False
+
+
 def _tolerance(model: PreTrainedModel) -> float:
     exact = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
     return TOLERANCE if exact else TOLERANCE_16_BITS
@@ -90,14 +113,38 @@ def decoding_error(model: PreTrainedModel, fed: tuple[int, ...] = STEPS) -> floa
     The mean changes no probability, and where it is far from 0 (logits of GPT-2 are about -100, give or take 5) it
     would hide a difference that changes them all.
     """
-    head = lm_head(model)
-    size = min(len(head.weight), text_config(model.config).vocab_size)
-    numbers = iter(range(1, 99))
-    texts = [TokenSequence(*([next(numbers) % size for _ in range(n)] for n in (one, sum(fed) + 1))) for one in PROMPTS]
+    texts = _texts(model, *((one, sum(fed) + 1) for one in PROMPTS))
+    return _apart(model, texts, lambda size: _stepwise(model, texts, size, fed))
+
+
+@torch.no_grad()
+def refilling_error(model: PreTrainedModel) -> float:
+    """As `decoding_error`, of three answers of which the third takes the row of the first, while the second goes on; then
+    the columns that none of them needs are dropped."""
+    texts = _texts(model, (4, 3), (2, 7), (3, 5))
+    return _apart(model, texts, lambda size: _refilled(model, texts, size))
+
+
+def _texts(model: PreTrainedModel, *lengths: tuple[int, int]) -> list[TokenSequence]:  # of prompts and answers
+    size, numbers = _vocabulary(model), iter(range(1, 99))
+    return [TokenSequence(*([next(numbers) % size for _ in range(n)] for n in one)) for one in lengths]
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return min(len(lm_head(model).weight), text_config(model.config).vocab_size)
+
+
+def _apart(
+    model: PreTrainedModel,
+    texts: Sequence[TokenSequence],
+    decode: Callable[
+        [int], list[Tensor]
+    ],  # from the size of the vocabulary to the (tokens, size) logits of each answer
+) -> float:
+    head, size = lm_head(model), _vocabulary(model)
     with sampling_mode([model]):
-        stepwise = _stepwise(model, texts, size, fed)
         errors = []
-        for text, ours in zip(texts, stepwise, strict=True):
+        for text, ours in zip(texts, decode(size), strict=True):
             batch = collate([text], 0).to(model.device)
             hidden = row_hidden(model, batch)
             options = {"logit_scale": head.logit_scale, "softcap": head.softcap}
@@ -147,3 +194,37 @@ def _stepwise(
         hidden = decoder.hidden(answers[:, before:after], mask[:, : width + after], position + ahead, prompts=False)
         hidden, before = hidden[:, -tokens:], after
     return [torch.cat(one) for one in found]
+
+
+def _refilled(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> list[Tensor]:  # (tokens, size) each
+    """The logits of three answers as the growing loop has them."""
+    prompts, found = [text.prompt for text in texts], [[] for _ in texts]
+    column = len(prompts[0])  # where the next tokens go
+    room = column + sum(len(text.response) for text in texts)
+    decoder = Decoder(model, make_cache(model, lambda: RoomyLayer(room)), vocab_size=size)
+
+    def read(prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        width = max(map(len, prompts))
+        ids, padding, position = (part.to(model.device) for part in pad_left(prompts, width, 0))
+        return ids, (torch.arange(width, device=model.device) >= padding).long(), position
+
+    def keep(logits: Tensor, rows: list[int]) -> None:
+        for row, of_row in zip(rows, logits[:, :size].clone(), strict=True):
+            found[row].append(of_row)
+
+    rows = [0, 1]
+    first = torch.tensor([[column - len(prompts[row])] for row in rows], device=model.device)
+    keep(decoder.forward(*read(prompts[:2])), rows)
+    while len(found[1]) < len(texts[1].response):
+        if len(found[0]) == len(texts[0].response) and rows[0] == 0:
+            rows[0], first[0] = 2, column - len(prompts[2])
+            keep(decoder.refill(torch.tensor([0], device=model.device), *read(prompts[2:])), [2])
+        elif first.min() > 0:
+            unused = int(first.min())
+            decoder.drop_columns(unused)
+            column, first = column - unused, first - unused
+        tokens = torch.tensor([[texts[row].response[len(found[row]) - 1]] for row in rows], device=model.device)
+        mask = (torch.arange(column + 1, device=model.device) >= first).long()
+        keep(decoder.forward(tokens, mask, column - first), rows)
+        column += 1
+    return [torch.stack(one) for one in found]

@@ -127,7 +127,8 @@ class TranslatedDecoder(Decoder):
         attention_mask: Tensor,  # (B, tokens so far) int64
         position_ids: Tensor,  # (B, new tokens) int64, of the model: not read
         extras: Mapping[str, Tensor] = NOTHING,
-    ) -> Tensor:  # (B, V padded) fp32
+        rows: Tensor | None = None,  # (R,) int64, those whose logits are wanted; None: all
+    ) -> Tensor:  # (R, V padded) fp32
         if extras:
             raise UserError("the prompts show pictures, which a delta with another tokenizer cannot read")
         if self.stream is None:
@@ -138,7 +139,8 @@ class TranslatedDecoder(Decoder):
         else:
             for text, token in zip(self.stream.texts, input_ids[:, 0].tolist(), strict=True):
                 text.append(token)
-        return self.logits(self.stream.hidden())
+        hidden = self.stream.hidden()
+        return self.logits(hidden if rows is None else hidden[rows])
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
         self.stream.keep(rows)
@@ -158,10 +160,11 @@ class SummedDecoder:
         attention_mask: Tensor,  # (B, tokens so far) int64
         position_ids: Tensor,  # (B, new tokens) int64
         extras: Mapping[str, Tensor] = NOTHING,
-    ) -> Tensor:  # (B, V padded) fp32
+        rows: Tensor | None = None,  # (R,) int64, those whose logits are wanted; None: all
+    ) -> Tensor:  # (R, V padded) fp32
         """As Decoder.forward."""
-        logits = self.decoder.forward(input_ids, attention_mask, position_ids, extras)
-        return logits.add_(self.shift.forward(input_ids, attention_mask, position_ids, extras))
+        logits = self.decoder.forward(input_ids, attention_mask, position_ids, extras, rows)
+        return logits.add_(self.shift.forward(input_ids, attention_mask, position_ids, extras, rows))
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
         """Drop the other rows of the batch."""

@@ -1,20 +1,19 @@
-"""The decode loop whose tensors grow and shrink: attention over the tokens that are there, rows that ended leave."""
+"""The decode loop whose tensors grow and shrink: attention over the tokens that are there, and rows that ended are used anew
+while there are prompts, or leave."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from minillm.distributed import collectives
-from minillm.models.batch import join_extras
-from minillm.rollout.local.decoder import Decoder
-from minillm.rollout.local.delta_stream import SummedDecoder
-from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
-from minillm.rollout.local.ngrams import NgramBan
-from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
+from minillm.rollout.local.growing_batch import Extras, GrowingBatch
+from minillm.rollout.local.token_drawing import Answer, Sampling
 from minillm.teachers.pair import Models
 
 ENDED_FRACTION = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
+IDLE_STEPS = (
+    0.25  # of a batch: when rows that ended have sat through so many, new prompts repay the pass that reads them
+)
 
 
 def decode(
@@ -22,54 +21,43 @@ def decode(
     sampling: Sampling,
     roles: Mapping[str, float],  # the models that take part, and their weights
     prompts: Sequence[list[int]],
-    noise: Tensor,  # (B, max_new_tokens) float64, CPU
-    extras: Sequence[Mapping[str, Tensor]] = (),  # what each prompt shows beside its ids
+    noise: Callable[[list[int]], Tensor],  # from numbers of prompts to (any, max_new_tokens) float64, CPU
+    extras: Extras = (),
+    *,
+    batch_size: int | None = None,  # rows side by side; None: one for each prompt
+    progress: Callable[[int], None] | None = None,  # called with the number of answers that are done
 ) -> list[Answer]:
-    """The answers of one batch. Rows run on until all have ended; those that have ended leave in groups.
+    """An answer for each prompt. Where there are more prompts than rows they must come longest first, and those that
+    wait take the rows of answers that have ended; then rows leave in groups.
 
     Raises UserError for logits that are not finite.
     """
-    device, batch, steps = models.device, len(prompts), sampling.max_new_tokens
-    width = max(map(len, prompts))
-    room = width + steps - 1
-    members = [models.model(role) for role in roles]
-    caches = [make_cache(model, lambda: RoomyLayer(room)) for model in members]
-    decoders: list[Decoder | SummedDecoder] = [
-        Decoder(model, cache, vocab_size=models.vocab_size) for model, cache in zip(members, caches, strict=True)
-    ]
-    if models.delta is not None:
-        decoders = [
-            SummedDecoder(decoder, models.delta, room=room) if role == "student" else decoder
-            for role, decoder in zip(roles, decoders, strict=True)
-        ]
-    weights = list(roles.values())
-    bans = NgramBan(sampling.no_repeat_ngram_size, prompts) if sampling.no_repeat_ngram_size else None
-    noise = noise.to(device)
-    writing = PartialAnswers(models, roles, batch, steps)
+    extras = extras or [{}] * len(prompts)
+    waiting, answers = list(range(len(prompts))), {}
 
-    fed, padding, position = (part.to(device) for part in pad_left(prompts, width, models.pad_id))
-    mask = (torch.arange(room, device=device) >= padding).long()
-    rows = torch.arange(batch, device=device)  # of the answers, still in the batch
+    def take(rows: int) -> tuple:
+        """The next prompts, as many as there are rows for."""
+        numbers = waiting[:rows]
+        del waiting[:rows]
+        return numbers, [prompts[one] for one in numbers], noise(numbers), [extras[one] for one in numbers]
 
-    shown = {name: tensor.to(device) for name, tensor in join_extras(extras).items()}  # the caches remember them
-    for step in range(steps):
-        logits = [decoder.forward(fed, mask[:, : width + step], position, shown) for decoder in decoders]
-        shown = {}
-        if bans is not None:
-            logits = [bans.apply(one) for one in logits]
-        token, logprob = choose(logits, weights, sampling, noise[:, step])
-        writing.put(rows, writing.places[step : step + 1], token, logprob)
-        left = writing.look(step, step + 1)
-        if step + 1 == steps or not (collectives.anywhere(left > 0) if models.by_layers else left):
-            break
-        if bans is not None:
-            bans.append(token.tolist())
-        fed, position = token[:, None], position[:, -1:] + 1
-        if left and len(rows) - left >= ENDED_FRACTION * len(rows):
-            kept = (~writing.ended[rows]).nonzero()[:, 0]
-            for decoder in decoders:
-                decoder.keep(kept)
-            if bans is not None:
-                bans.keep(kept.tolist())
-            fed, mask, position, noise, rows = (part[kept] for part in (fed, mask, position, noise, rows))
-    return writing.answers(prompts)
+    while waiting:
+        batch = GrowingBatch(models, sampling, roles, *take(batch_size or len(prompts)), refills=batch_size is not None)
+        idle = 0
+        while collectives.anywhere(any(batch.live)) if models.by_layers else any(batch.live):
+            ended = batch.live.count(False)
+            idle += ended
+            if ended and waiting and idle >= IDLE_STEPS * len(batch.live):
+                answers |= batch.answers()
+                if progress is not None:
+                    progress(len(answers))
+                batch.refill(*take(ended))
+                idle = 0
+            elif not waiting and ended and ended >= ENDED_FRACTION * len(batch.live) and any(batch.live):
+                answers |= batch.answers()
+                batch.drop_ended()
+            batch.step()
+        answers |= batch.answers()
+        if progress is not None:
+            progress(len(answers))
+    return [answers[number] for number in range(len(prompts))]

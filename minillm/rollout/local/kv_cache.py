@@ -61,6 +61,26 @@ class RoomyLayer(DynamicLayer):
             self._stored[place] = kept
         self.use(used)
 
+    def put(
+        self,
+        rows: Tensor,  # (R,) int64
+        key_states: Tensor,  # (R, heads, tokens, head size)
+        value_states: Tensor,  # (R, heads, tokens, head size)
+    ) -> None:
+        """Write over the last columns in use of these rows."""
+        used, tokens = self.keys.shape[-2], key_states.shape[-2]
+        for stored, states in zip(self._stored, (key_states, value_states), strict=True):
+            stored[rows, :, used - tokens : used] = states
+
+    def drop(self, tokens: int) -> None:
+        """Forget the first `tokens` in use; the others move to the left."""
+        if not self.is_initialized:  # a model that swallows its cache
+            return
+        left = self.keys.shape[-2] - tokens
+        for stored in self._stored:
+            stored[:, :, :left] = stored[:, :, tokens : tokens + left].clone()
+        self.use(left)
+
     def use(self, tokens: int) -> None:
         """Let the first `tokens` be the part in use."""
         self.keys, self.values = (stored[:, :, :tokens] for stored in self._stored)

@@ -4,7 +4,7 @@ Noise is keyed by (seed, sample, draw, position), so that an answer depends on i
 it is drawn in (to the rounding of matrix products, which can differ with the shape of a batch).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -17,7 +17,7 @@ from minillm.models.families import text_config
 from minillm.rollout.local import coin_loop, growing_loop
 from minillm.rollout.local.cuda_graphs import CudaGraphs
 from minillm.rollout.local.decoder import check_positions
-from minillm.rollout.local.decoding_check import reads_blocks, require_exact_decoding
+from minillm.rollout.local.decoding_check import reads_blocks, replaces_rows, require_exact_decoding
 from minillm.rollout.local.graph_preconditions import require_cuda_graphs, rotary_by_length
 from minillm.rollout.local.static_loop import StaticLoop
 from minillm.rollout.noise import coins, uniforms
@@ -41,20 +41,23 @@ class LocalRollouts:
         shared_coins: draw mixtures by a coin a position that all answers of a draw share (coin_loop.py), where sampling
             is neutral and no model chooses its rotary frequencies by the length of the texts. Otherwise both models run
             for every token.
+        refill: prompts that wait take the rows of answers that have ended, where the models and the loop can; otherwise
+            one batch follows the other.
     """
 
     exact_noise = True
     mixtures = True
 
-    def __init__(self, models: Models, *, cuda_graphs: bool = False, shared_coins: bool = False):
+    def __init__(self, models: Models, *, cuda_graphs: bool = False, shared_coins: bool = False, refill: bool = True):
         if cuda_graphs and shared_coins:
             raise UserError(
                 "rollout.shared_coins has no step of fixed shapes, which rollout.cuda_graphs needs: choose one"
             )
         if cuda_graphs:
             require_cuda_graphs(models)
-        self.models, self.cuda_graphs, self.shared_coins = models, cuda_graphs, shared_coins
+        self.models, self.cuda_graphs, self.shared_coins, self.refill = models, cuda_graphs, shared_coins, refill
         self._blocks: dict[Role, bool] = {}  # of the models that were looked at: they read several tokens at a time
+        self._rows_replaced: dict[Role, bool] = {}  # and take new prompts beside answers in progress
 
     def check(self, *roles: Role) -> None:
         """Look at whether these models answer as they score, each once; `sample` looks at those that it asks.
@@ -103,29 +106,40 @@ class LocalRollouts:
         mine = collectives.rank_slice(len(prompts))
         todo = collectives.even_rank_slice(len(prompts)) if models.by_layers else mine
         order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        answers: dict[int, Answer] = {}
+
+        def noise(numbers: Iterable[int]) -> Tensor:  # of prompts in this order
+            return uniforms(seed, [keys[order[number]] for number in numbers], draw, sampling.max_new_tokens)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(min(len(prompts), done * collectives.world_size()))
+
+        asked, shown = [prompts[index] for index in order], [extras[index] for index in order]
+        starts = range(0, len(order), batch_size)
         with models.reading(*roles):
-            if self._asks_servers(*roles):
-                drawn = self._served(batches, prompts, sampling, keys, extras, seed=seed, draw=draw)
+            served = self._asks_servers(*roles)
+            if not served and len(order) > batch_size and self._refills(sampling, roles):
+                options = {"batch_size": batch_size, "progress": report}
+                decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
             else:
-                longest_first = [prompts[index] for index in order]
-                decode = self._loop(sampling, roles, longest_first, batch_size, seed=seed, draw=draw)
-                drawn = (
-                    decode(
-                        [prompts[index] for index in chosen],
-                        uniforms(seed, [keys[index] for index in chosen], draw, sampling.max_new_tokens),
-                        [extras[index] for index in chosen],
+                if served:
+                    batches = [order[start : start + batch_size] for start in starts]
+                    drawn = self._served(batches, prompts, sampling, keys, extras, seed=seed, draw=draw)
+                else:
+                    decode = self._loop(sampling, roles, asked, batch_size, seed=seed, draw=draw)
+                    ends = (min(start + batch_size, len(order)) for start in starts)
+                    drawn = (
+                        decode(asked[start:end], noise(range(start, end)), shown[start:end])
+                        for start, end in zip(starts, ends, strict=True)
                     )
-                    for chosen in batches
-                )
-            for chosen, decoded in zip(batches, drawn, strict=True):
-                answers.update(zip(chosen, decoded, strict=True))
-                if progress is not None:
-                    progress(min(len(prompts), len(answers) * collectives.world_size()))
+                decoded = []
+                for of_batch in drawn:
+                    decoded += of_batch
+                    report(len(decoded))
+        answers = dict(zip(order, decoded, strict=True))
         everyones = _of_all_ranks(prompts, [answers[index] for index in mine])
-        for answer, shown in zip(everyones, extras, strict=True):
-            answer.extras = shown
+        for answer, seen in zip(everyones, extras, strict=True):
+            answer.extras = seen
         for index, answer in answers.items():
             everyones[index].scores = answer.scores
         return everyones
@@ -186,7 +200,41 @@ class LocalRollouts:
         if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
             sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
             return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
-        return partial(growing_loop.decode, self.models, sampling, roles)
+        return partial(_decode_batch, self.models, sampling, roles)
+
+    def unrefilled(self, *roles: Role) -> str | None:
+        """The reason for which answers of these models are drawn in batches one after the other; None where prompts that
+        wait take the rows of answers that have ended. `sample` looks at the models that it asks, each once."""
+        if self.models.by_layers:
+            return "the ranks gather every layer together, so that none can read a prompt by itself"
+        if "student" in roles and self.models.delta is not None:
+            return "a delta is added to the student, and follows the texts of one batch"
+        for role in roles:
+            if self._asks_servers(role):
+                continue  # which fill their batches as they do
+            if role not in self._rows_replaced:
+                self._rows_replaced[role] = replaces_rows(self.models.model(role))
+            if not self._rows_replaced[role]:
+                name = type(self.models.model(role)).__name__
+                return f"the {role} ({name}) cannot read a prompt beside answers in progress"
+        return None
+
+    def _refills(self, sampling: Sampling, roles: dict[str, float]) -> bool:
+        # a coin says of one position in all rows which model is asked, and a graph has no step that reads prompts
+        by_coins = self.shared_coins and _coins_decide(self.models, sampling, roles)
+        by_graphs = self.cuda_graphs and not sampling.no_repeat_ngram_size
+        return self.refill and not by_coins and not by_graphs and self.unrefilled(*roles) is None
+
+
+def _decode_batch(
+    models: Models,
+    sampling: Sampling,
+    roles: dict[str, float],
+    prompts: Sequence[list[int]],
+    noise: Tensor,  # (B, max_new_tokens) float64, CPU
+    extras: Sequence[Mapping[str, Tensor]],
+) -> list[Answer]:
+    return growing_loop.decode(models, sampling, roles, prompts, noise.__getitem__, extras)
 
 
 def _coins_decide(models: Models, sampling: Sampling, roles: dict[str, float]) -> bool:

@@ -14,16 +14,21 @@ class NgramBan:
         self.size = size
         self.rows = [_Row(size, prompt) for prompt in prompts]
 
-    def append(self, tokens: Sequence[int]) -> None:  # one a row
-        for row, token in zip(self.rows, tokens, strict=True):
-            row.append(token)
+    def append(self, rows: Iterable[int], tokens: Sequence[int]) -> None:  # a token for each of these rows
+        for row, token in zip(rows, tokens, strict=True):
+            self.rows[row].append(token)
 
     def keep(self, rows: Iterable[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
 
-    def apply(self, logits: Tensor) -> Tensor:  # (B, V padded), changed in place
+    def refill(self, rows: Iterable[int], prompts: Iterable[Sequence[int]]) -> None:
+        """Other prompts in these rows."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.rows[row] = _Row(self.size, prompt)
+
+    def apply(self, rows: Iterable[int], logits: Tensor) -> Tensor:  # (rows, V padded), changed in place
         """-inf for every token that would repeat an n-gram; a row that would lose all its tokens keeps them."""
-        for row, history in enumerate(self.rows):
+        for row, history in enumerate(self.rows[row] for row in rows):
             banned = history.banned()
             if banned:
                 free = logits[row].clone()

@@ -34,7 +34,7 @@ class PartialAnswers:
     def put(
         self,
         rows: Tensor,  # (R,) int64, of the answers
-        place: Tensor,  # (1,) int64, the token's in an answer
+        place: Tensor,  # (1,) or (R,) int64, the token's in an answer
         token: Tensor,  # (R,) int64
         logprob: Tensor,  # (R,) float64
     ) -> None:
@@ -56,17 +56,39 @@ class PartialAnswers:
         going_on, *broken = torch.cat(((~self.ended).sum()[None], broken)).tolist()
         for token, answers in enumerate(broken, first):
             if answers:
-                raise UserError(
-                    f"the logits at token {token} of {answers} answer(s) are not finite: the weights of "
-                    f"{' or '.join(self.roles)} hold NaN or infinity, or overflow in their dtype"
-                )
+                raise self._not_finite(token, answers)
         return going_on
 
-    def answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
-        """The answers of the first rows, one a prompt."""
-        parts = (self.tokens, self.logprobs.float(), self.lengths, self.ended)
-        tokens, logprobs, lengths, ended = (part[: len(prompts)].cpu() for part in parts)
-        columns = zip(prompts, tokens, logprobs, lengths.tolist(), ended.tolist(), strict=True)
+    def going_on(self, rows: Tensor, logprob: Tensor, places: Sequence[int]) -> list[bool]:  # (R,) int64, (R,) float64
+        """For each of these answers, whether it goes on after the token that was put at its place.
+
+        Raises UserError where one of these tokens was drawn from logits that are not finite.
+        """
+        ended, finite = torch.stack((self.ended[rows], logprob.isfinite())).tolist()
+        if not all(finite):
+            broken = [place for place, sound in zip(places, finite, strict=True) if not sound]
+            raise self._not_finite(min(broken), broken.count(min(broken)))
+        last = len(self.places) - 1
+        return [not end and place < last for end, place in zip(ended, places, strict=True)]
+
+    def _not_finite(self, token: int, answers: int) -> UserError:
+        return UserError(
+            f"the logits at token {token} of {answers} answer(s) are not finite: the weights of "
+            f"{' or '.join(self.roles)} hold NaN or infinity, or overflow in their dtype"
+        )
+
+    def restart(self, rows: Tensor) -> None:  # (R,) int64, of the answers
+        """Ready for other answers in these rows."""
+        self.lengths[rows] = len(self.places)
+        self.ended[rows] = False
+
+    def answers(self, prompts: Sequence[list[int]], rows: Tensor | None = None) -> list[Answer]:  # (R,) int64
+        """The answers of these rows, or of the first ones, one a prompt."""
+        if rows is None:
+            rows = torch.arange(len(prompts), device=self.ended.device)
+        parts = (self.tokens, self.logprobs, self.lengths, self.ended)
+        tokens, logprobs, lengths, ended = (part[rows].cpu() for part in parts)
+        columns = zip(prompts, tokens, logprobs.float(), lengths.tolist(), ended.tolist(), strict=True)
         return [
             Answer(list(prompt), ids[:length].tolist(), end, values[:length].clone())
             for prompt, ids, values, length, end in columns

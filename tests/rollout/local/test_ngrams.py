@@ -19,9 +19,9 @@ def test_same_bans_as_transformers(size):
         expected = theirs(sequences[:, :end], logits.clone())
         emptied = (expected == -torch.inf).all(-1)
         expected[emptied] = logits[emptied]
-        assert torch.equal(ban.apply(logits), expected)
+        assert torch.equal(ban.apply(range(3), logits), expected)
         banned += int((expected == -torch.inf).sum())
-        ban.append(sequences[:, end].tolist())
+        ban.append(range(3), sequences[:, end].tolist())
     assert banned > 10
 
 
@@ -29,15 +29,23 @@ def test_a_row_that_would_lose_every_token_keeps_them():
     ban = NgramBan(1, [[0, 1, 2], [0]])
     logits = torch.tensor([[1.0, 2.0, 3.0, -torch.inf], [1.0, 2.0, 3.0, 4.0]])
     expected = torch.tensor([[1.0, 2.0, 3.0, -torch.inf], [-torch.inf, 2.0, 3.0, 4.0]])
-    assert torch.equal(ban.apply(logits), expected)
+    assert torch.equal(ban.apply([0, 1], logits), expected)
 
 
 def test_shorter_than_an_ngram():
     logits = torch.randn(1, 5)
-    assert torch.equal(NgramBan(4, [[1, 1]]).apply(logits.clone()), logits)
+    assert torch.equal(NgramBan(4, [[1, 1]]).apply([0], logits.clone()), logits)
 
 
 def test_rows_that_are_kept():
     ban = NgramBan(2, [[1, 2, 1], [3, 4, 3], [0, 0, 1]])
     ban.keep([1])
-    assert ban.apply(torch.zeros(1, 5)).isinf().nonzero().tolist() == [[0, 4]]
+    assert ban.apply([0], torch.zeros(1, 5)).isinf().nonzero().tolist() == [[0, 4]]
+
+
+def test_rows_with_other_prompts():
+    """They know nothing of what was there, and the rows beside them go on."""
+    ban = NgramBan(2, [[1, 2, 1], [3, 4, 3], [0, 0, 1]])
+    ban.refill([1], [[2, 3, 2]])
+    ban.append([2, 1], [0, 2])
+    assert ban.apply([2, 1], torch.zeros(2, 5)).isinf().nonzero().tolist() == [[0, 0], [0, 1], [1, 2], [1, 3]]

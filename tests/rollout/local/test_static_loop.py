@@ -79,7 +79,11 @@ def both(models: Models, prompts, sampling: Sampling, who: str, **sizes) -> tupl
     with torch.no_grad():
         sizes = {"batch": len(prompts), "longest": max(map(len, prompts)), **sizes}
         loop = StaticLoop(models, sampling, roles, capture=graphs, **sizes)
-        return growing_loop.decode(models, sampling, roles, prompts, noise), loop.decode(prompts, noise), graphs
+        return (
+            growing_loop.decode(models, sampling, roles, prompts, noise.__getitem__),
+            loop.decode(prompts, noise),
+            graphs,
+        )
 
 
 def assert_same(ours: list[Answer], theirs: list[Answer]) -> None:
@@ -162,7 +166,9 @@ def test_batches_share_memory_and_graphs(make_models, prompts):
         loop = StaticLoop(models, sampling, roles, batch=5, longest=11, capture=graphs)
         for draw, chosen in enumerate((prompts[:5], prompts[4:6], prompts[2:3], prompts[1:6])):
             noise = uniforms(0, range(len(chosen)), draw, sampling.max_new_tokens)
-            assert_same(loop.decode(chosen, noise), growing_loop.decode(models, sampling, roles, chosen, noise))
+            assert_same(
+                loop.decode(chosen, noise), growing_loop.decode(models, sampling, roles, chosen, noise.__getitem__)
+            )
             for parameter in models.student.parameters():
                 parameter.mul_(1.1)
     assert graphs.captured == static_room(11, 14) // 8 == 3 and graphs.replayed > 20
