@@ -77,6 +77,7 @@ class Needs:
     inner_epochs: int = 1
     teacher_share: float = 0.0  # the teacher's weight in a mixture that is sampled
     neutral_sampling: bool = False  # answers must come from the models' own distributions
+    weighs_temperature: bool = False  # but for the temperature, of which the method's weights take account
     temperature_key: str = "rollout.temperature"  # the key that sets the temperature of the answers
     # models
     teacher: bool = False

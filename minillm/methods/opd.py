@@ -1,17 +1,22 @@
 """On-policy distillation (Thinking Machines, "On-Policy Distillation", 2025): the sampled reverse KL as a reward.
 
-    L = - mean over the tokens of the answers of rho_t A_t,    rho_t = q(y_t) / q_old(y_t),    y ~ q_old
-    A_t = log p(y_t) - log q_old(y_t) + task_reward_weight * r(prompt, answer)
+    L = - mean over the tokens of the answers of rho_t A_t,    rho_t = q(y_t) / q_old(y_t),    y ~ s
+    A_t = w_t (log p(y_t) - log q_old(y_t) + task_reward_weight * r(prompt, answer)),    w_t = q_old(y_t) / s(y_t)
 
-q_old is the student that sampled. Every token has its own log-ratio alone (a discount of 0) and no baseline; the task
-reward r, where there is one, is that of its answer. With cliprange the loss of a token is PPO's, the larger of -rho_t A_t
-and -clip(rho_t) A_t. In expectation the gradient at q_old is that of KL(q || p) at every sampled prefix, of which this is
-the estimate that needs no more of the teacher than one log-probability a token.
+q_old is the student that sampled, and s its distribution at rollout.temperature. Every token has its own log-ratio alone (a
+discount of 0) and no baseline; the task reward r, where there is one, is that of its answer. With cliprange the loss of a
+token is PPO's, the larger of -rho_t A_t and -clip(rho_t) A_t. In expectation the gradient at q_old is that of KL(q || p) at
+every sampled prefix, of which this is the estimate that needs no more of the teacher than one log-probability a token.
+
+At temperature 1, as published, s is q_old and w_t is 1. At another one the weight makes of a token of s what it is under
+q, so that still KL(q || p) is minimised and not that of a model at the temperature, at prefixes which s draws; the task
+reward is that of answers which go on as s does. Below 1 the weights of rare tokens have no bound. Tokens that top_k or
+top_p ban would be missing from the sum over the vocabulary, which no weight makes good: both are refused.
 """
 
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -72,7 +77,7 @@ class OnPolicyDistillation(Method):
             if self.task_reward is not None:
                 texts = [models.tokenizer.decode(answer.response, skip_special_tokens=True) for answer in answers]
                 rewards = self._rewards(examples, texts, data)
-        self.means = _means(buffer, rewards)
+        self.means = self._means(buffer, rewards)
         self._keep_advantages(buffer, rewards)
         return buffer
 
@@ -112,9 +117,24 @@ class OnPolicyDistillation(Method):
         weight = self.config.method.task_reward_weight
         for rollout, reward in zip(buffer, rewards or [0.0] * len(buffer), strict=True):
             old, judged = (rollout.vectors[f"{who}_logprob"] for who in ("student", "teacher"))
-            advantage = judged.double() - old.double() + weight * reward
+            advantage = self._sampling_weight(rollout.vectors) * (judged.double() - old.double() + weight * reward)
             rollout.vectors = {"advantage": advantage.float(), "old_logprob": old}
             rollout.teacher = {}
+
+    def _means(self, buffer: RolloutBuffer, rewards: Sequence[float] | None) -> dict[str, float]:
+        """The means of a scored buffer: the reverse KL of its tokens, sampled and exact, and its task reward."""
+        vectors = {name: torch.cat([one.vectors[name] for one in buffer]).double() for name in buffer[0].vectors}
+        sampled = self._sampling_weight(vectors) * (vectors["student_logprob"] - vectors["teacher_logprob"])
+        means = {
+            "sampled_reverse_kl_nats": sampled.mean().item(),
+            "reverse_kl_nats": vectors["reverse_kl"].mean().item(),
+        }
+        return means if rewards is None else {**means, "task_reward": math.fsum(rewards) / len(rewards)}
+
+    def _sampling_weight(self, vectors: Mapping[str, Tensor]) -> Tensor:  # (T,) float64
+        """w of T tokens, exactly 1 at temperature 1: of sampling and scoring the log-probabilities differ by rounding."""
+        old, drawn = (vectors[f"{who}_logprob"].double() for who in ("student", "mixture"))
+        return torch.ones_like(old) if self.config.rollout.temperature == 1.0 else (old - drawn).exp()
 
     def terms(self, items: Sequence[Rollout], data: TrainingData, models: Models) -> list[Term]:
         batch = collate([item.sequence for item in items], models.pad_id)
@@ -130,16 +150,6 @@ class OnPolicyDistillation(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.means = dict(state["means"])
-
-
-def _means(buffer: RolloutBuffer, rewards: Sequence[float] | None) -> dict[str, float]:
-    """The means of a scored buffer: the reverse KL of its tokens, sampled and exact, and its task reward."""
-    vectors = {name: torch.cat([one.vectors[name] for one in buffer]).double() for name in buffer[0].vectors}
-    means = {
-        "sampled_reverse_kl_nats": (vectors["student_logprob"] - vectors["teacher_logprob"]).mean().item(),
-        "reverse_kl_nats": vectors["reverse_kl"].mean().item(),
-    }
-    return means if rewards is None else {**means, "task_reward": math.fsum(rewards) / len(rewards)}
 
 
 METHOD = OnPolicyDistillation

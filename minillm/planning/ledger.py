@@ -67,6 +67,7 @@ class Ledger(TorchDispatchMode):
         self._live: dict[int, tuple[str, int]] = {}  # address of the storage -> (part, bytes)
         self._bytes = np.zeros(len(PARTS), dtype=np.int64)
         self._moments: list[np.ndarray] = []
+        self._since: set[int] | None = None  # addresses, while a part of a pass is to be repeated
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -92,6 +93,27 @@ class Ledger(TorchDispatchMode):
                 self._add(address, -1)
                 self._live[address] = name, self._live[address][1]
                 self._add(address, 1)
+        self._moments.append(self._bytes.copy())
+
+    def begin_repeated(self, *tensors: Tensor) -> None:
+        """Remember these tensors and what is allocated from now on, for `repeat`."""
+        self._since = {one.untyped_storage()._cdata for one in tensors} & self._live.keys()
+
+    def repeat(self, times: int, *, without: Tensor | None = None, name: str | None = None) -> None:
+        """Count what has been remembered and is still alive `times` times, until it is freed.
+
+        Args:
+            without: a tensor that is counted once all the same.
+            name: the only part that is repeated; None: all of them.
+        """
+        once = None if without is None else without.untyped_storage()._cdata
+        for address in (self._since or set()) - {once}:
+            part, size = self._live[address]
+            if name in (None, part):
+                self._add(address, -1)
+                self._live[address] = part, size * times
+                self._add(address, 1)
+        self._since = None
         self._moments.append(self._bytes.copy())
 
     @property
@@ -120,6 +142,8 @@ class Ledger(TorchDispatchMode):
         if address in self._live or not storage.nbytes():
             return
         self._live[address] = self._part, storage.nbytes()
+        if self._since is not None:
+            self._since.add(address)
         self._add(address, 1)
         self._moments.append(self._bytes.copy())
         # a storage keeps its Python object as long as it lives, whichever tensors come and go
@@ -128,6 +152,8 @@ class Ledger(TorchDispatchMode):
     def _free(self, address: int) -> None:
         self._add(address, -1)
         del self._live[address]
+        if self._since is not None:
+            self._since.discard(address)
 
     def _add(self, address: int, sign: int) -> None:
         part, size = self._live[address]

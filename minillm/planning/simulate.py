@@ -28,22 +28,22 @@ from minillm import UserError
 from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, lm_head, row_hidden
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
-from minillm.models.families import cache_argument, cache_mask, text_config
+from minillm.models.families import cache_argument, cache_mask
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
 from minillm.planning.cached_teacher import TeacherHead
+from minillm.planning.few_layers import FEW, few_trained_layers, left_out_of
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
 from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
-from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
+from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of
 from minillm.planning.work import Decoding, Forward, TermShape, Work
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
 PHASES = ("rollout", "scoring", "update", "evaluation")
 VALUES_NEEDED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
-FEW = 3  # layers: the first, the last, and one between two others
 
 
 @dataclass(frozen=True)
@@ -272,10 +272,8 @@ class _Simulator:
         left_out, replaced = {}, []
         for name in names:
             parent, attribute, layers = decoder_layers(self.models[name])
-            alike = len(set(getattr(text_config(self.models[name].config), "layer_types", None) or [None])) == 1
-            alike = alike and len({weight_count(layer) for layer in layers}) == 1 and len(layers) > FEW
-            left_out[name] = len(layers) - FEW if alike else 0
-            if alike:
+            left_out[name] = left_out_of(self.models[name], layers)
+            if left_out[name]:
                 replaced.append((parent, attribute, layers))
                 setattr(parent, attribute, layers[:FEW])
         try:
@@ -360,17 +358,18 @@ class _Simulator:
         if term.teacher and term.from_buffer and self.device.type == "cuda":
             with self.ledger.part("teacher hidden states"):
                 teacher = self._teacher_rows(term.rows)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            model = self.models[term.trains]
-            hidden = row_hidden(model, batch)
-            compute = torch.bfloat16 if bf16 else hidden.dtype
-            with self.ledger.part("loss buffers"):
-                loss = LossTwin.apply(hidden, lm_head(model).weight, compute, shape, self.ledger)
-                if term.sorts:
-                    sorting = sorting_shape(term.rows, *self.vocab_sizes, self.device)
-                    loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
-        del hidden
-        loss.backward()
+        model = self.models[term.trains]
+        with few_trained_layers(model, self.ledger):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                hidden = row_hidden(model, batch)
+                compute = torch.bfloat16 if bf16 else hidden.dtype
+                with self.ledger.part("loss buffers"):
+                    loss = LossTwin.apply(hidden, lm_head(model).weight, compute, shape, self.ledger)
+                    if term.sorts:
+                        sorting = sorting_shape(term.rows, *self.vocab_sizes, self.device)
+                        loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
+            del hidden
+            loss.backward()
         del teacher
 
     def _teacher_rows(self, rows: int) -> Tensor:

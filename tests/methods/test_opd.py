@@ -21,7 +21,7 @@ from minillm.losses import TokenStats
 from minillm.methods import build_method
 from minillm.methods.opd import policy_objective
 from minillm.methods.protocol import Observation, TrainingData
-from minillm.rollout.buffer import RolloutBuffer
+from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.noise import distinct_keys
 from minillm.rollout.rollouts import Sampling
@@ -36,8 +36,9 @@ def judge(prompt, answer, record):
 """
 
 
-def stage(**method) -> StageConfig:
-    return stage_of(6, rollout={"buffer_size": 6, "batch_size": 4, "max_new_tokens": 7}, name="opd", **method)
+def stage(*, temperature: float = 1.0, **method) -> StageConfig:
+    rollout = {"buffer_size": 6, "batch_size": 4, "max_new_tokens": 7, "temperature": temperature}
+    return stage_of(6, rollout=rollout, name="opd", **method)
 
 
 @pytest.fixture
@@ -55,10 +56,11 @@ def judge(tmp_path):
     return f"{path}:judge"
 
 
-def token_log_probs(model, item):  # -> (T,) float64
+def token_log_probs(model, item, temperature=1.0):  # -> (T,) float64
     """Log-probabilities of the tokens of an answer under a model in float64, from one unpadded sequence."""
     ids, first = torch.tensor([item.prompt + item.response]), len(item.prompt) - 1
-    return model(ids).logits[0, first:-1].log_softmax(-1).gather(1, torch.tensor(item.response)[:, None])[:, 0]
+    logits = model(ids).logits[0, first:-1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(item.response)[:, None])[:, 0]
 
 
 def answer_rewards(buffer, data, models):
@@ -72,11 +74,13 @@ def answer_rewards(buffer, data, models):
     return rewards
 
 
-@pytest.mark.parametrize("weight", [None, 0.5])
-@pytest.mark.parametrize("cliprange", [None, 0.1])
-def test_loss_and_gradient_are_those_of_full_logits_in_float64(cliprange, weight, models, data, judge):
+@pytest.mark.parametrize(
+    ("cliprange", "weight", "temperature"),
+    [(None, None, 1.0), (0.1, None, 1.0), (None, 0.5, 1.0), (0.1, 0.5, 1.0), (None, None, 1.5), (0.1, 0.5, 0.7)],
+)
+def test_loss_and_gradient_are_those_of_full_logits_in_float64(cliprange, weight, temperature, models, data, judge):
     rewarded = {} if weight is None else {"task_reward": judge, "task_reward_weight": weight}
-    method = build_method(stage(cliprange=cliprange, **rewarded))
+    method = build_method(stage(cliprange=cliprange, temperature=temperature, **rewarded))
     buffer = method.collect(data, models, draw=0)
     student, teacher = models.student, models.teacher.model
     rewards = [0.0] * len(buffer) if weight is None else answer_rewards(buffer, data, models)
@@ -84,6 +88,7 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(cliprange, weight
     student.double(), teacher.double()
     with torch.no_grad():
         old, judged = ([token_log_probs(model, item) for item in buffer] for model in (student, teacher))
+        drawn = [token_log_probs(student, item, temperature) for item in buffer]
     student.float(), teacher.float()
     # the weights move between collecting and the step: from the second step of a buffer on, q is not q_old
     generator = torch.Generator().manual_seed(0)
@@ -98,10 +103,11 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(cliprange, weight
 
     student.double()
     want, tokens, silenced, ratios = 0.0, 0, 0, 0.0
-    for item, before, of_teacher, reward in zip(buffer, old, judged, rewards, strict=True):
+    for item, before, of_teacher, sampled, reward in zip(buffer, old, judged, drawn, rewards, strict=True):
         now = token_log_probs(student, item)
         for t in range(len(item.response)):
             advantage = float(of_teacher[t] - before[t]) + (weight or 0.0) * reward
+            advantage *= (before[t] - sampled[t]).exp().item()
             ratio = (now[t] - before[t]).exp()
             ratios += ratio.item()
             token = -advantage * ratio
@@ -125,19 +131,31 @@ def test_loss_and_gradient_are_those_of_full_logits_in_float64(cliprange, weight
         assert 0 < silenced < tokens and metrics["clipped_share"].item() == silenced
 
 
-def test_its_expected_gradient_is_that_of_the_reverse_kl():
-    """Over all tokens v, each as often as q_old samples it: sum_v q_old(v) * loss(v) has the gradient of KL(q || p)."""
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("cliprange", [None, 0.2])
+def test_its_expected_gradient_is_that_of_the_reverse_kl(cliprange, temperature):
+    """Over all tokens v, each as often as s samples it: sum_v s(v) * loss(v) has the gradient of KL(q || p), also with a
+    clip range, since no weight is in the ratio that it clips; at a temperature the gradient is another one without it."""
     generator = torch.Generator().manual_seed(1)
     z, target = (torch.randn(50, dtype=torch.float64, generator=generator) for _ in range(2))
     log_p = target.log_softmax(-1)
     z.requires_grad_(True)
-    old = z.detach().log_softmax(-1)
-    stats = TokenStats({"student_logprob": z.log_softmax(-1)})
-    loss, _ = policy_objective(None)(stats, advantage=log_p - old, old_logprob=old)
-    (found,) = torch.autograd.grad((old.exp() * loss).sum(), z)
+    old, drawn = z.detach().log_softmax(-1), (z.detach() / temperature).log_softmax(-1)
+    vectors = {"student_logprob": old, "teacher_logprob": log_p, "mixture_logprob": drawn}
+    buffer = RolloutBuffer([Rollout(0, [1], list(range(50)), True, dict(vectors), {}, {})])
+    method = build_method(stage(temperature=temperature, cliprange=cliprange))
+    method._keep_advantages(buffer, None)
+
+    def gradient(advantage):
+        stats = TokenStats({"student_logprob": z.log_softmax(-1)})
+        loss, _ = policy_objective(cliprange)(stats, advantage=advantage, old_logprob=old)
+        return torch.autograd.grad((drawn.exp() * loss).sum(), z)[0]
+
     log_q = z.log_softmax(-1)
     (want,) = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), z)
-    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient(buffer[0].vectors["advantage"].double()), want, rtol=1e-5, atol=1e-7)
+    unweighted = gradient(log_p - old)
+    assert torch.allclose(unweighted, want, rtol=1e-5, atol=1e-7) == (temperature == 1.0)
 
 
 def test_answers_are_the_students_own_and_scored_by_prompt(asked, monkeypatch):
@@ -172,8 +190,9 @@ def test_a_step_needs_no_more_of_the_teacher_than_the_advantages(models, data, m
     assert all(torch.equal(ours.inputs[name], theirs.inputs[name]) for name in theirs.inputs)
 
 
-def test_it_records_the_reverse_kl_and_the_reward_of_its_answers(models, data, judge):
-    method = build_method(stage(task_reward=judge, task_reward_weight=0.0))
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_it_records_the_reverse_kl_and_the_reward_of_its_answers(temperature, models, data, judge):
+    method = build_method(stage(temperature=temperature, task_reward=judge, task_reward_weight=0.0))
     buffer = method.collect(data, models, draw=0)
     found = method.observe(Observation("step", {}, 1))
     assert set(OPD.panels) < set(found)

@@ -27,6 +27,23 @@ def test_parts_and_peak():
     assert ledger.total == 4000
 
 
+def test_what_is_repeated_counts_so_many_times_until_it_is_freed():
+    with Ledger() as ledger:
+        before = torch.empty(10)
+        ledger.begin_repeated(before)
+        kept, once, freed = (torch.empty(100) for _ in range(3))
+        del freed
+        ledger.repeat(5, without=once)
+        assert ledger.total == 4 * (5 * 10 + 5 * 100 + 100)
+        ledger.begin_repeated()
+        gradient, other = torch.empty(7), torch.empty(30)
+        ledger.relabel([gradient], "gradients")
+        ledger.repeat(3, name="gradients")
+        assert ledger.total == 4 * (5 * 10 + 5 * 100 + 100 + 3 * 7 + 30)
+    del before, kept, once, gradient, other
+    assert ledger.total == 0
+
+
 def test_the_worst_moment_depends_on_the_factors():
     import numpy as np
 

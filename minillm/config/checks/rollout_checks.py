@@ -13,11 +13,13 @@ NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the values that leav
 
 def neutral_sampling(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
     """A method that weighs samples by the models' own distributions samples from these."""
-    if not method.needs().neutral_sampling:
+    needs = method.needs()
+    if not needs.neutral_sampling:
         return
     for key, neutral in NEUTRAL.items():
         value = getattr(rollout, key)
-        if value != neutral:
+        weighed = key == "temperature" and needs.weighs_temperature
+        if value != neutral and not weighed:
             yield Found(
                 f"rollout.{key}",
                 f"must be {neutral:g} for method {method.name}, not {value:g}: its gradient weighs every sampled token by "

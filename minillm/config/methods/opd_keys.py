@@ -39,6 +39,7 @@ class OPD(MethodConfig):
             samples=("student",),
             buffered=True,
             neutral_sampling=True,
+            weighs_temperature=True,
             teacher=True,
         )
 

@@ -11,6 +11,14 @@ def test_minillm_samples_only_from_the_models_own_distributions(recipe, key, val
     assert recipe.problems(rollout={key: value}, method={"name": "gkd"}) == {}
 
 
+def test_opd_weighs_a_temperature_but_no_other_distribution(recipe):
+    def problems(**rollout):
+        return recipe.problems(rollout=rollout, method={"name": "opd"})
+
+    assert problems(temperature=0.7) == problems(temperature=1.5) == {}
+    assert set(problems(top_k=40)) == {"rollout.top_k"} and set(problems(top_p=0.9)) == {"rollout.top_p"}
+
+
 def test_the_teachers_answers_have_a_temperature_of_their_own(recipe):
     found = recipe.problems(rollout={"temperature": 0.7}, method={"name": "seqkd"})
     assert set(found) == {"rollout.temperature"} and "method.temperature" in found["rollout.temperature"]
