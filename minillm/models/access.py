@@ -1,8 +1,9 @@
 """Hidden states and head of any language model of transformers, without its [tokens, vocabulary] logits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,20 @@ def row_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:  # (N, H)
 def rows_of(hidden: Tensor, batch: TokenBatch) -> Tensor:  # (B, L, H) -> (N, H)
     """Hidden states at the rows of a batch."""
     return hidden.flatten(0, 1).index_select(0, batch.rows)
+
+
+def forward_layers(model: PreTrainedModel, batch: TokenBatch, layers: Collection[int]) -> tuple[Any, dict[int, Tensor]]:
+    """`forward_batch`, and the hidden states of some layers from the same pass: {layer: (B, L, H)}.
+
+    Layer 0 is what the first layer reads, layer n what the n-th gives, and the last one, also named -1, is what the head
+    reads. Where no other one is asked for the pass keeps none.
+    """
+    output = forward_batch(model, batch, **({} if {*layers} <= {-1} else {"output_hidden_states": True}))
+    if {*layers} <= {-1}:
+        return output, dict.fromkeys(layers, output.last_hidden_state)
+    states = output.hidden_states
+    last = len(states) - 1
+    return output, {layer: output.last_hidden_state if layer in (-1, last) else states[layer] for layer in layers}
 
 
 def forward_batch(model: PreTrainedModel, batch: TokenBatch, **options):
