@@ -28,7 +28,10 @@ def make_projectors(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + place)
             made.append(nn.Sequential(nn.Linear(width, target), nn.GELU(), nn.Linear(target, target)))
-    return nn.ModuleList(made).to(student.device, student.dtype)
+    projectors = nn.ModuleList(made)
+    for parameter in projectors.parameters():
+        parameter.data = parameter.data.to(student.device, student.dtype)
+    return projectors
 
 
 def layer_width(model: PreTrainedModel, layer: int, who: str) -> int:

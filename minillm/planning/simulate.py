@@ -7,30 +7,32 @@ evaluation    between steps: answers of student and teacher, and forward passes 
 """
 
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import minillm
 from minillm import UserError
-from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, lm_head, row_hidden
+from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, forward_layers, lm_head, rows_of
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
+from minillm.models.projectors import make_projectors
 from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
@@ -55,6 +57,7 @@ class Simulation:
     teacher: ModelSize | None
     vocab_size: int  # ids that both heads have
     losses: dict[str, LossShape]  # by term, and of the phases without a gradient
+    projectors: int = 0  # weights that are trained beside the student
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -147,6 +150,10 @@ class _Simulator:
                 self.models["teacher"] = model.eval().requires_grad_(False)
                 if setting.teacher_lora is not None:
                     add_adapters(without_dropout(model).train(), setting.teacher_lora, seed=0)
+        self.projectors = nn.ModuleList()
+        for term in work.terms:
+            with ledger.part("student weights"):
+                self.projectors.extend(self._projectors(term))
         if head is not None:
             with ledger.part("teacher weights"):
                 self.head_weights = torch.empty(head.size.stored_bytes, dtype=torch.uint8)
@@ -165,9 +172,14 @@ class _Simulator:
         """The student, and a teacher with adapters."""
         return [self.student] if self.setting.teacher_lora is None else [self.student, self.models["teacher"]]
 
+    def _projectors(self, term: TermShape) -> Iterable[nn.Module]:
+        """What the method trains beside the student for the features of a term."""
+        return make_projectors(self.student, self.models["teacher"], term.features, seed=0) if term.features else ()
+
     def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
-        self.trained = [one for model in self._training() for one in model.parameters() if one.requires_grad]
+        training = [*self._training(), self.projectors]
+        self.trained = [one for model in training for one in model.parameters() if one.requires_grad]
         dtype = torch.float32 if self.setting.master_weights else None  # None: each weight's own
         with ledger.part("optimizer states"):
             states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
@@ -196,6 +208,7 @@ class _Simulator:
             size_of(teacher, self.kv_bytes["teacher"]) if teacher is not None else self.head and self.head.size,
             self.vocab_size,
             self.losses,
+            weight_count(self.projectors),
         )
 
     @contextmanager
@@ -318,7 +331,9 @@ class _Simulator:
             batch = _batch(forward.batch, forward.length, forward.rows)
             hidden = []
             for name, model in zip(forward.models, models, strict=True):
-                hidden.append(row_hidden(model, batch))
+                _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
+                hidden += [rows_of(state, batch) for state in states.values()]
+                del states
                 if name == "teacher":
                     self.ledger.relabel(hidden, "teacher hidden states")
             if self.head is not None and "teacher" in forward.kept:
@@ -362,14 +377,16 @@ class _Simulator:
                 teacher = self._teacher_rows(term.rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             model = self.models[term.trains]
-            hidden = row_hidden(model, batch)
+            _, states = forward_layers(model, batch, [-1, *(layer for layer, _ in term.features)])
+            hidden = rows_of(states[-1], batch)
             compute = torch.bfloat16 if bf16 else hidden.dtype
             with self.ledger.part("loss buffers"):
                 loss = LossTwin.apply(hidden, lm_head(model).weight, compute, shape, self.ledger)
                 if term.sorts:
                     sorting = sorting_shape(term.rows, *self.vocab_sizes, self.device)
                     loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
-        del hidden
+            loss = loss + self._feature_losses(term, states)
+        del hidden, states
         loss.backward()
         del teacher
 
@@ -380,6 +397,17 @@ class _Simulator:
             return torch.empty(rows, size.hidden_size * size.itemsize, dtype=torch.uint8)
         head = lm_head(self.models["teacher"]).weight
         return torch.empty(rows, head.shape[1], dtype=head.dtype)
+    def _feature_losses(self, term: TermShape, states: dict[int, Tensor]) -> Tensor | float:
+        """minillm.methods.features, with targets that are counted elsewhere: those of all micro-batches wait for the step."""
+        losses, places = [], torch.zeros(term.feature_rows, dtype=torch.int64)
+        for projector, (layer, _) in zip(self.projectors if term.features else (), term.features, strict=True):
+            projected = projector(states[layer].flatten(0, 1).index_select(0, places))
+            target = torch.empty((), dtype=self.models["teacher"].dtype).expand_as(projected)
+            losses.append((projected.float() - target.float()).square().mean(-1).sum())
+        if term.affinity_rows:
+            compared = states[-1].flatten(0, 1).index_select(0, torch.zeros(term.affinity_rows, dtype=torch.int64))
+            losses.append(functional.normalize(compared.float(), dim=-1).sum())
+        return sum(losses)
 
     def _optimizer_step(self) -> None:
         """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""
