@@ -30,13 +30,16 @@ DISTANCES: dict[str, Distance] = {"mse": mean_squared_error, "cosine": cosine_di
 def places_of(batch: TokenBatch, tokens: str, pictures: Tensor) -> Tensor:  # pictures: (B, L) bool -> (P,) int64
     """The flattened (B * L) positions of `tokens`, in order.
 
-    answers: where a token of an answer is predicted; text: every position of prompt and answer but for those that stand
-    for pictures; all: those as well.
+    answers: where a token of an answer is predicted; text: those, and every other position of the prompt that does not
+    stand for a picture; all: those as well.
     """
     if tokens == "answers":
         return batch.rows
-    attended = batch.attention_mask.bool()
-    return (attended if tokens == "all" else attended & ~pictures).flatten().nonzero().flatten()
+    chosen = batch.attention_mask.bool().flatten()
+    if tokens == "text":
+        chosen &= ~pictures.flatten()
+        chosen[batch.rows] = True  # a prompt may end in a picture
+    return chosen.nonzero().flatten()
 
 
 def mean_in_sequences(places: Tensor, width: int) -> Tensor:  # (P,) of B sequences of `width` positions -> (P,) fp32

@@ -230,7 +230,7 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
     else:
         raise UserError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
     if config.path is None or config.tokenizer is not None:
-        keys = _tokenizer_keys(architecture, load_tokenizer(config, output_dir), keys)
+        keys = tokenizer_keys(architecture, load_tokenizer(config, output_dir), keys)
     architecture = changed_architecture(architecture, keys)
     dtype = getattr(torch, config.dtype)
     if hollow:
@@ -244,7 +244,7 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
     return with_attention(make, config.attn_implementation)
 
 
-def _tokenizer_keys(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, keys: dict) -> dict:
+def tokenizer_keys(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, keys: dict) -> dict:
     """`keys` and, where they do not say it, what the tokenizer says of the architecture."""
     said = {
         "vocab_size": len(tokenizer),

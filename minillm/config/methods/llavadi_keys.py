@@ -32,8 +32,8 @@ class LLAVADI(MethodConfig):
     )
     logits_tokens: Tokens = Field(
         "answers",
-        description="answers: where a token of the answer is predicted; text: prompts too, but for the places of pictures; "
-        "all: those as well",
+        description="answers: where a token of the answer is predicted; text: those and the prompt, but for the places of its "
+        "pictures; all: those as well",
     )
     features_coef: Coefficient = Field(
         1.0, description="Weight of the distance of projected hidden states to the teacher's"
