@@ -173,7 +173,7 @@ class _Simulator:
         return [self.student] if self.setting.teacher_lora is None else [self.student, self.models["teacher"]]
 
     def _projectors(self, term: TermShape) -> Iterable[nn.Module]:
-        """What the method trains beside the student for the features of a term."""
+        """The projectors that a method trains beside the student for the features of a term."""
         return make_projectors(self.student, self.models["teacher"], term.features, seed=0) if term.features else ()
 
     def run(self, wanted: Collection[str]) -> Simulation:
