@@ -32,6 +32,7 @@ from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
+from minillm.models.parts import train_parts
 from minillm.models.projectors import make_projectors
 from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.ledger import Ledger, Timeline
@@ -136,6 +137,8 @@ class _Simulator:
             self.student = without_dropout(model).train()
             if not work.terms:  # nothing is trained
                 self.student.requires_grad_(False)
+            if setting.trained_parts is not None:
+                train_parts(self.student, setting.trained_parts, vision_from_layer=setting.vision_from_layer)
             if setting.lora is not None:
                 add_adapters(self.student, setting.lora, seed=0)
             if setting.master_weights:  # DeepSpeed casts adapters like every other weight
