@@ -171,10 +171,15 @@ def padding_error(model: PreTrainedModel) -> float:
     """The distance of the last hidden states of a text beside a longer one from those of it alone: the norm of the
     difference as a part of theirs. Not 0 to rounding where an architecture reads the padding at the right as text."""
     ids = torch.arange(8, device=model.device)[None] % plain_head(model).weight.shape[0]
-    short = ids[:, :5]
-    alone = last_hidden(model, short, torch.ones_like(short)).float()
+
+    def read(input_ids: Tensor, mask: Tensor) -> Tensor:  # (B, L) each -> (B, L, H)
+        positions = torch.arange(input_ids.shape[1], device=model.device).expand(input_ids.shape)
+        prompt = mask.bool() if sees_pictures(model) else None
+        output, _ = forward_shown(model, input_ids, mask, positions, NOTHING, prompt=prompt, use_cache=False)
+        return output.last_hidden_state
+
+    alone = read(ids[:, :5], torch.ones_like(ids[:, :5])).float()
     mask = torch.ones_like(ids).repeat(2, 1)
     mask[0, 5:] = 0
-    positions = torch.arange(8, device=model.device).expand(2, 8)
-    beside = last_hidden(model, ids.repeat(2, 1).masked_fill(mask == 0, 0), mask, positions)[:1, :5].float()
+    beside = read(ids.repeat(2, 1).masked_fill(mask == 0, 0), mask)[:1, :5].float()
     return ((beside - alone).norm() / alone.norm().clamp_min(1e-30)).item()

@@ -32,7 +32,7 @@ from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
-from minillm.models.parts import train_parts
+from minillm.models.parts import train_parts, weights_of
 from minillm.models.projectors import make_projectors
 from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.ledger import Ledger, Timeline
@@ -139,6 +139,8 @@ class _Simulator:
                 self.student.requires_grad_(False)
             if setting.trained_parts is not None:
                 train_parts(self.student, setting.trained_parts, vision_from_layer=setting.vision_from_layer)
+                # as the embeddings of pictures do, which no pass of a plan reads
+                self.student.get_input_embeddings().register_forward_hook(_with_gradient)
             if setting.lora is not None:
                 add_adapters(self.student, setting.lora, seed=0)
             if setting.master_weights:  # DeepSpeed casts adapters like every other weight
@@ -360,6 +362,9 @@ class _Simulator:
                     parameter.grad = torch.empty_like(parameter)
         for term in self.work.terms:
             self._term(term)
+        with self.ledger.part("gradients"):
+            for parameter in self._beside_the_text():
+                parameter.grad = torch.empty_like(parameter)
         self._optimizer_step()
         for hook in hooks:
             hook.remove()
@@ -412,12 +417,23 @@ class _Simulator:
             losses.append(functional.normalize(compared.float(), dim=-1).sum())
         return sum(losses)
 
+    def _beside_the_text(self) -> list[nn.Parameter]:
+        """The trained weights of a student's vision tower and projector that have no gradient yet: a plan shows no pictures."""
+        parts = weights_of(self.student)
+        return [
+            one for part in ("projector", "vision") for one in parts[part] if one.requires_grad and one.grad is None
+        ]
+
     def _optimizer_step(self) -> None:
         """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""
         if self.setting.master_weights:
             with self.ledger.part("gradients"):
                 together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
             del together
+
+
+def _with_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
 def _batch(size: int, length: int, rows: int) -> TokenBatch:
