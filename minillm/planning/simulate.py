@@ -405,6 +405,7 @@ class _Simulator:
             return torch.empty(rows, size.hidden_size * size.itemsize, dtype=torch.uint8)
         head = lm_head(self.models["teacher"]).weight
         return torch.empty(rows, head.shape[1], dtype=head.dtype)
+
     def _feature_losses(self, term: TermShape, states: dict[int, Tensor]) -> Tensor | float:
         """minillm.methods.features, with targets that are counted elsewhere: those of all micro-batches wait for the step."""
         losses, places = [], torch.zeros(term.feature_rows, dtype=torch.int64)
