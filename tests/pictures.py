@@ -22,6 +22,7 @@ from transformers import (
     PaliGemmaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
     SiglipImageProcessorPil,
@@ -100,13 +101,13 @@ def _llava_onevision() -> ProcessorMixin:
     )
 
 
-def _qwen2_vl() -> ProcessorMixin:
+def _qwen2_vl(processor: type[ProcessorMixin] = Qwen2VLProcessor) -> ProcessorMixin:
     images = Qwen2VLImageProcessorPil(
         patch_size=14, merge_size=2, temporal_patch_size=2, min_pixels=28 * 28, max_pixels=6 * 28 * 28
     )
     special = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     videos = UnreadVideos({"video_processor_type": "Qwen2VLVideoProcessor"})
-    return without_videos(Qwen2VLProcessor)(images, _tokenizer(*special), videos)
+    return without_videos(processor)(images, _tokenizer(*special), videos)
 
 
 def _idefics3() -> ProcessorMixin:
@@ -137,6 +138,17 @@ def _rotary(vocab_size: int, width: int, **keys) -> dict:
     return {**TEXT, "vocab_size": vocab_size, "hidden_size": width, **keys}
 
 
+def _qwen2_text(vocab_size: int, width: int, image: int) -> dict:
+    rotary = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [width // 8 - 2, 1, 1]}
+    return {
+        "text_config": _rotary(vocab_size, width, rope_parameters=rotary),
+        "image_token_id": image,
+        "video_token_id": image + 1,
+        "vision_start_token_id": image - 2,
+        "vision_end_token_id": image - 1,
+    }
+
+
 KINDS = {
     "llava": Kind(
         _llava,
@@ -161,11 +173,7 @@ KINDS = {
     "qwen2_vl": Kind(
         _qwen2_vl,
         lambda size, width, image: {
-            "text_config": _rotary(
-                size,
-                width,
-                rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [width // 8 - 2, 1, 1]},
-            ),
+            **_qwen2_text(size, width, image),
             "vision_config": {
                 "depth": 2,
                 "embed_dim": 16,
@@ -177,10 +185,25 @@ KINDS = {
                 "temporal_patch_size": 2,
                 "initializer_range": SPREAD,
             },
-            "image_token_id": image,
-            "video_token_id": image + 1,
-            "vision_start_token_id": image - 2,
-            "vision_end_token_id": image - 1,
+        },
+    ),
+    "qwen2_5_vl": Kind(
+        lambda: _qwen2_vl(Qwen2_5_VLProcessor),
+        lambda size, width, image: {
+            **_qwen2_text(size, width, image),
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "out_hidden_size": width,
+                "num_heads": 2,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 56,
+                "fullatt_block_indexes": [1],
+                "initializer_range": SPREAD,
+            },
         },
     ),
     "idefics3": Kind(
@@ -226,7 +249,7 @@ KINDS = {
 def build_processor(kind: str) -> ProcessorMixin:
     """A processor over the byte tokenizer, whose chat template takes parts."""
     processor = KINDS[kind].processor()
-    around = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}.get(kind, processor.image_token)
+    around = "<|vision_start|><|image_pad|><|vision_end|>" if kind.startswith("qwen2") else processor.image_token
     processor.chat_template = TEMPLATE.replace("IMAGE", around)
     tokenizer_with(processor)
     return processor

@@ -1,7 +1,7 @@
 """`student` and `teacher`: the places that models come from, and the form in which they are loaded."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,7 @@ OF_INIT = {
 }  # key -> the only `init` with which it means something
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
+Part = Literal["projector", "language", "vision"]
 
 
 class ModelConfig(Strict):
@@ -153,6 +154,15 @@ class StudentConfig(ModelConfig):
         None, description="Train low-rank adapters alone; the models that the run saves have them merged in"
     )
 
+    train: Annotated[list[Part], Field(min_length=1)] | None = Field(
+        None,
+        description="Of a model of images and text the parts that are trained, others stay as they are: projector, language (the "
+        "language model with its head), vision; default: all",
+    )
+    vision_from_layer: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Of the vision tower train its layers from this one on alone, counted from 0"
+    )
+
     def saved_in(self, folder: Path) -> "StudentConfig":
         """The keys for this student as a run has saved it, its tokenizer too, wherever both came from."""
         own = {
@@ -164,6 +174,13 @@ class StudentConfig(ModelConfig):
             "config": None,
         }
         return self.model_copy(update=own)
+
+    @property
+    def trained_parts(self) -> tuple[Part, ...] | None:
+        """The parts that are trained, None where all weights are."""
+        if self.train is None and self.vision_from_layer is not None:
+            return get_args(Part)
+        return None if self.train is None else tuple(self.train)
 
     @model_validator(mode="after")
     def _without_those_of_another_init(self) -> "StudentConfig":

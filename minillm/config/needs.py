@@ -45,6 +45,10 @@ class TermNeeds:
     scored: bool = False  # both models are run over the rows without a gradient first
     kept: bool = False  # the teacher reads the rows without the term, and what it says is kept for later passes
     sorts: bool = False  # the probabilities of both models are sorted, row by row
+    prompts: bool = False  # its rows are those of the prompts too, wherever something follows
+    features: tuple[tuple[int, int], ...] = ()  # layers of student and teacher that a trained projector each connects
+    features_prompts: bool = False  # at prompts too
+    affinity: bool = False  # cosines of the last hidden states of both models are compared
 
 
 @dataclass(frozen=True)

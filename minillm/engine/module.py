@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minillm.losses import LMHead, linear_objective
 from minillm.methods.protocol import HeadLoss, HiddenLoss, Term
-from minillm.models.access import forward_batch, lm_head, rows_of
+from minillm.models.access import forward_layers, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.routers import balance_loss, expert_tokens, experts_of, recorded_routing
 from minillm.teachers.teacher import HiddenRows, TeacherRows
@@ -40,9 +40,8 @@ class TermLoss(nn.Module):
         """
         model = self.student if term.trains == "student" else self.trained_beside[term.trains]
         batch = term.batch
-        asked = {"output_hidden_states": True} if term.hidden is not None else {}
         with recorded_routing(model) as routing:
-            output = forward_batch(model, batch, **asked)
+            output, states = forward_layers(model, batch, () if term.hidden is None else term.hidden.layers)
         if model is self.student and self.expert_tokens is not None:
             found = expert_tokens(routing, self.expert_tokens.shape[1], batch.attention_mask)
             self.expert_tokens = self.expert_tokens.to(found.device) + found
@@ -70,7 +69,7 @@ class TermLoss(nn.Module):
             of_heads, measured = self._head_loss(term.heads, rows_of(output.last_hidden_state, batch), lm_head(model))
             loss, metrics = loss + of_heads, {**metrics, **measured}
         if term.hidden is not None:
-            of_hidden, measured = self._hidden_loss(term.hidden, output, batch)
+            of_hidden, measured = self._hidden_loss(term.hidden, states, batch)
             loss, metrics = loss + of_hidden, {**metrics, **measured}
         if term.auxiliary:
             balance = balance_loss(model, routing, batch.attention_mask)
@@ -105,11 +104,13 @@ class TermLoss(nn.Module):
         with self._teacher_side(wanted.teacher) as (theirs, teacher_head):
             return _with_metrics(wanted.objective(hidden, head, theirs, teacher_head, **wanted.inputs))
 
-    def _hidden_loss(self, wanted: HiddenLoss, output, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        states = output.hidden_states
-        last = len(states) - 1
-        chosen = {layer: output.last_hidden_state if layer in (-1, last) else states[layer] for layer in wanted.layers}
-        return _with_metrics(wanted.objective(chosen, batch, self.trained_beside, **wanted.inputs))
+    def _hidden_loss(
+        self,
+        wanted: HiddenLoss,
+        states: dict[int, Tensor],  # (B, L, H) each
+        batch: TokenBatch,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return _with_metrics(wanted.objective(states, batch, self.trained_beside, **wanted.inputs))
 
 
 def _with_metrics(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

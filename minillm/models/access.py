@@ -1,8 +1,9 @@
 """Hidden states and head of any language model of transformers, without its [tokens, vocabulary] logits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,20 @@ def row_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:  # (N, H)
 def rows_of(hidden: Tensor, batch: TokenBatch) -> Tensor:  # (B, L, H) -> (N, H)
     """Hidden states at the rows of a batch."""
     return hidden.flatten(0, 1).index_select(0, batch.rows)
+
+
+def forward_layers(model: PreTrainedModel, batch: TokenBatch, layers: Collection[int]) -> tuple[Any, dict[int, Tensor]]:
+    """`forward_batch`, and the hidden states of some layers from the same pass: {layer: (B, L, H)}.
+
+    Layer 0 is what the first layer reads, layer n what the n-th gives, and the last one, also named -1, is what the head
+    reads. Where no other one is asked for the pass keeps none.
+    """
+    output = forward_batch(model, batch, **({} if {*layers} <= {-1} else {"output_hidden_states": True}))
+    if {*layers} <= {-1}:
+        return output, dict.fromkeys(layers, output.last_hidden_state)
+    states = output.hidden_states
+    last = len(states) - 1
+    return output, {layer: output.last_hidden_state if layer in (-1, last) else states[layer] for layer in layers}
 
 
 def forward_batch(model: PreTrainedModel, batch: TokenBatch, **options):
@@ -156,10 +171,15 @@ def padding_error(model: PreTrainedModel) -> float:
     """The distance of the last hidden states of a text beside a longer one from those of it alone: the norm of the
     difference as a part of theirs. Not 0 to rounding where an architecture reads the padding at the right as text."""
     ids = torch.arange(8, device=model.device)[None] % plain_head(model).weight.shape[0]
-    short = ids[:, :5]
-    alone = last_hidden(model, short, torch.ones_like(short)).float()
+
+    def read(input_ids: Tensor, mask: Tensor) -> Tensor:  # (B, L) each -> (B, L, H)
+        positions = torch.arange(input_ids.shape[1], device=model.device).expand(input_ids.shape)
+        prompt = mask.bool() if sees_pictures(model) else None
+        output, _ = forward_shown(model, input_ids, mask, positions, NOTHING, prompt=prompt, use_cache=False)
+        return output.last_hidden_state
+
+    alone = read(ids[:, :5], torch.ones_like(ids[:, :5])).float()
     mask = torch.ones_like(ids).repeat(2, 1)
     mask[0, 5:] = 0
-    positions = torch.arange(8, device=model.device).expand(2, 8)
-    beside = last_hidden(model, ids.repeat(2, 1).masked_fill(mask == 0, 0), mask, positions)[:1, :5].float()
+    beside = read(ids.repeat(2, 1).masked_fill(mask == 0, 0), mask)[:1, :5].float()
     return ((beside - alone).norm() / alone.norm().clamp_min(1e-30)).item()

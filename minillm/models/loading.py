@@ -26,6 +26,7 @@ from minillm.models.families import auto_class, opens_pictures
 from minillm.models.folders import check_folder, check_size, require_all_weights
 from minillm.models.loaded_embeddings import embeddings_kept
 from minillm.models.locations import hub_arguments, reading
+from minillm.models.parts import train_parts
 from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.pruning import layer_count, layer_lists, prune_layers
 from minillm.models.quantization import check_quantized, quantization_options
@@ -67,7 +68,7 @@ def load_student(
 ) -> PreTrainedModel:
     """The model to train, without dropout: sampling and training must see the same distribution.
 
-    With `config.lora` its weights are frozen, and it has new adapters that train in their place.
+    With `config.train` the other parts of a model of images and text are frozen. With `config.lora` its weights are frozen, and it has new adapters that train in their place.
 
     `source` is an already loaded model of the same path; it is copied instead of being read again. `saved` is a folder
     with the very weights, whatever `path` and `init` made them from. `hollow`: see is_hollow.
@@ -87,6 +88,8 @@ def load_student(
         if hollow:
             _hollow_models.add(model)
     model = without_dropout(model).to(device).requires_grad_(True)
+    if config.trained_parts is not None:
+        train_parts(model, config.trained_parts, vision_from_layer=config.vision_from_layer)
     if config.lora is None:
         return model
     path = "" if config.path is None else expand(config.path)
@@ -230,7 +233,7 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
     else:
         raise UserError("student.config needs a model_type (llama, gpt2, qwen2, ...) where student.path is not given")
     if config.path is None or config.tokenizer is not None:
-        keys = _tokenizer_keys(architecture, load_tokenizer(config, output_dir), keys)
+        keys = tokenizer_keys(architecture, load_tokenizer(config, output_dir), keys)
     architecture = changed_architecture(architecture, keys)
     dtype = getattr(torch, config.dtype)
     if hollow:
@@ -244,7 +247,7 @@ def _fresh(config: StudentConfig, output_dir: Path, seed: int, hollow: bool) -> 
     return with_attention(make, config.attn_implementation)
 
 
-def _tokenizer_keys(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, keys: dict) -> dict:
+def tokenizer_keys(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, keys: dict) -> dict:
     """`keys` and, where they do not say it, what the tokenizer says of the architecture."""
     said = {
         "vocab_size": len(tokenizer),

@@ -16,7 +16,7 @@ from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.models import ModelConfig, StudentConfig, TeacherConfig
 from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
 from minillm.config.sparse_architecture import upcycled_architecture
-from minillm.models.loading import changed_architecture
+from minillm.models.loading import changed_architecture, tokenizer_keys
 from minillm.models.locations import hub_arguments
 from minillm.models.pruning import pruned_architecture
 from minillm.models.tokenizers import load_tokenizer
@@ -58,19 +58,21 @@ class Architectures:
 
     def _random(self, config: StudentConfig) -> PreTrainedConfig:
         keys = dict(config.config or {})
-        local = config.tokenizer is not None and not is_hub_name(expand(config.tokenizer))
-        if "vocab_size" not in keys and (local or config.tokenizer == BYTE_TOKENIZER):
-            keys["vocab_size"] = len(load_tokenizer(config, Path(".")))
         if config.path is not None:
-            return changed_architecture(self._read(config), keys)
-        if "vocab_size" not in keys:
+            architecture = self._read(config)
+        else:
+            try:
+                architecture = AutoConfig.for_model(**keys)
+            except ValueError:
+                raise UserError(
+                    f"student.config.model_type: transformers knows no {keys.get('model_type')!r} (llama, gpt2, qwen2, ...)"
+                ) from None
+        known = config.tokenizer == BYTE_TOKENIZER or config.tokenizer and not is_hub_name(expand(config.tokenizer))
+        if known:
+            keys = tokenizer_keys(architecture, load_tokenizer(config, Path(".")), keys)
+        elif config.path is None and "vocab_size" not in {**keys.get("text_config", {}), **keys}:
             raise UserError("student.config has no vocab_size; without loading the tokenizer `plan` needs it")
-        try:
-            return AutoConfig.for_model(**keys)
-        except ValueError:
-            raise UserError(
-                f"student.config.model_type: transformers knows no {keys.get('model_type')!r} (llama, gpt2, qwen2, ...)"
-            ) from None
+        return changed_architecture(architecture, keys)
 
     def _read(self, config: ModelConfig) -> PreTrainedConfig:
         path = expand(config.path)

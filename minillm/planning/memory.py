@@ -48,7 +48,9 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
             added["teacher hidden states"] += waiting[False]
         if phase == "update":
             here["teacher hidden states"] += waiting[True]
-            added["communication buckets"] += sharding.buckets(student.trained, student.itemsize)
+            added["communication buckets"] += sharding.buckets(
+                student.trained + simulation.projectors, student.itemsize
+            )
         added["gathered weights"] += _gathered(phase, simulation, work, sharding)
         on_device = timeline.peak(factors, added)
         everything = timeline.peak({}, {})

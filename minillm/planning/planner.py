@@ -169,6 +169,8 @@ def _place_of(teacher: CachedTeacherConfig | ServedTeacherConfig) -> str:
 
 def _not_counted(needs: Needs) -> Iterator[str]:
     counted = ("student",) if needs.teacher_lora is None else ("student", "teacher")
+    if any(term.features for term in needs.terms):
+        counted = (*counted, "projector")
     beside = [name for name in needs.trains if name not in counted]
     if beside:
         yield f"what the method trains beside the student: {', '.join(beside)}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.config.lora import LoraConfig
-from minillm.config.models import Quantization, TeacherConfig
+from minillm.config.models import Part, Quantization, TeacherConfig
 from minillm.config.root import StageConfig
 
 
@@ -23,6 +23,8 @@ class Setting:
     lora: LoraConfig | None
     teacher_lora: LoraConfig | None
     student_quantization: Quantization | None = None  # of a teacher that is the only model
+    trained_parts: tuple[Part, ...] | None = None  # of the student; None: all of it
+    vision_from_layer: int | None = None
 
     @classmethod
     def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
@@ -46,4 +48,6 @@ class Setting:
             lora=None if needs.alone else student.lora,
             teacher_lora=needs.teacher_lora,
             student_quantization=teacher.quantization if needs.alone else None,
+            trained_parts=None if needs.alone else student.trained_parts,
+            vision_from_layer=None if needs.alone else student.vision_from_layer,
         )

@@ -7,37 +7,40 @@ evaluation    between steps: answers of student and teacher, and forward passes 
 """
 
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import minillm
 from minillm import UserError
-from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, lm_head, row_hidden
+from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, forward_layers, lm_head, rows_of
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask
 from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
+from minillm.models.parts import train_parts, weights_of
+from minillm.models.projectors import make_projectors
 from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.few_layers import FEW, few_trained_layers, left_out_of
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
 from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
-from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of
+from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
@@ -55,6 +58,7 @@ class Simulation:
     teacher: ModelSize | None
     vocab_size: int  # ids that both heads have
     losses: dict[str, LossShape]  # by term, and of the phases without a gradient
+    projectors: int = 0  # weights that are trained beside the student
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -133,6 +137,10 @@ class _Simulator:
             self.student = without_dropout(model).train()
             if not work.terms:  # nothing is trained
                 self.student.requires_grad_(False)
+            if setting.trained_parts is not None:
+                train_parts(self.student, setting.trained_parts, vision_from_layer=setting.vision_from_layer)
+                # as the embeddings of pictures do, which no pass of a plan reads
+                self.student.get_input_embeddings().register_forward_hook(_with_gradient)
             if setting.lora is not None:
                 add_adapters(self.student, setting.lora, seed=0)
             if setting.master_weights:  # DeepSpeed casts adapters like every other weight
@@ -147,6 +155,10 @@ class _Simulator:
                 self.models["teacher"] = model.eval().requires_grad_(False)
                 if setting.teacher_lora is not None:
                     add_adapters(without_dropout(model).train(), setting.teacher_lora, seed=0)
+        self.projectors = nn.ModuleList()
+        for term in work.terms:
+            with ledger.part("student weights"):
+                self.projectors.extend(self._projectors(term))
         if head is not None:
             with ledger.part("teacher weights"):
                 self.head_weights = torch.empty(head.size.stored_bytes, dtype=torch.uint8)
@@ -165,9 +177,14 @@ class _Simulator:
         """The student, and a teacher with adapters."""
         return [self.student] if self.setting.teacher_lora is None else [self.student, self.models["teacher"]]
 
+    def _projectors(self, term: TermShape) -> Iterable[nn.Module]:
+        """The projectors that a method trains beside the student for the features of a term."""
+        return make_projectors(self.student, self.models["teacher"], term.features, seed=0) if term.features else ()
+
     def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
-        self.trained = [one for model in self._training() for one in model.parameters() if one.requires_grad]
+        training = [*self._training(), self.projectors]
+        self.trained = [one for model in training for one in model.parameters() if one.requires_grad]
         dtype = torch.float32 if self.setting.master_weights else None  # None: each weight's own
         with ledger.part("optimizer states"):
             states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
@@ -196,6 +213,7 @@ class _Simulator:
             size_of(teacher, self.kv_bytes["teacher"]) if teacher is not None else self.head and self.head.size,
             self.vocab_size,
             self.losses,
+            weight_count(self.projectors),
         )
 
     @contextmanager
@@ -316,7 +334,9 @@ class _Simulator:
             batch = _batch(forward.batch, forward.length, forward.rows)
             hidden = []
             for name, model in zip(forward.models, models, strict=True):
-                hidden.append(row_hidden(model, batch))
+                _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
+                hidden += [rows_of(state, batch) for state in states.values()]
+                del states
                 if name == "teacher":
                     self.ledger.relabel(hidden, "teacher hidden states")
             if self.head is not None and "teacher" in forward.kept:
@@ -340,6 +360,9 @@ class _Simulator:
                     parameter.grad = torch.empty_like(parameter)
         for term in self.work.terms:
             self._term(term)
+        with self.ledger.part("gradients"):
+            for parameter in self._beside_the_text():
+                parameter.grad = torch.empty_like(parameter)
         self._optimizer_step()
         for hook in hooks:
             hook.remove()
@@ -359,16 +382,19 @@ class _Simulator:
             with self.ledger.part("teacher hidden states"):
                 teacher = self._teacher_rows(term.rows)
         model = self.models[term.trains]
-        with few_trained_layers(model, self.ledger):
+        # features are compared in the layers that a few would leave out
+        with nullcontext() if term.features else few_trained_layers(model, self.ledger):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                hidden = row_hidden(model, batch)
+                _, states = forward_layers(model, batch, [-1, *(layer for layer, _ in term.features)])
+                hidden = rows_of(states[-1], batch)
                 compute = torch.bfloat16 if bf16 else hidden.dtype
                 with self.ledger.part("loss buffers"):
                     loss = LossTwin.apply(hidden, lm_head(model).weight, compute, shape, self.ledger)
                     if term.sorts:
                         sorting = sorting_shape(term.rows, *self.vocab_sizes, self.device)
                         loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
-            del hidden
+                loss = loss + self._feature_losses(term, states)
+            del hidden, states
             loss.backward()
         del teacher
 
@@ -380,12 +406,35 @@ class _Simulator:
         head = lm_head(self.models["teacher"]).weight
         return torch.empty(rows, head.shape[1], dtype=head.dtype)
 
+    def _feature_losses(self, term: TermShape, states: dict[int, Tensor]) -> Tensor | float:
+        """minillm.methods.features, with targets that are counted elsewhere: those of all micro-batches wait for the step."""
+        losses, places = [], torch.zeros(term.feature_rows, dtype=torch.int64)
+        for projector, (layer, _) in zip(self.projectors if term.features else (), term.features, strict=True):
+            projected = projector(states[layer].flatten(0, 1).index_select(0, places))
+            target = torch.empty((), dtype=self.models["teacher"].dtype).expand_as(projected)
+            losses.append((projected.float() - target.float()).square().mean(-1).sum())
+        if term.affinity_rows:
+            compared = states[-1].flatten(0, 1).index_select(0, torch.zeros(term.affinity_rows, dtype=torch.int64))
+            losses.append(functional.normalize(compared.float(), dim=-1).sum())
+        return sum(losses)
+
+    def _beside_the_text(self) -> list[nn.Parameter]:
+        """The trained weights of a student's vision tower and projector that have no gradient yet: a plan shows no pictures."""
+        parts = weights_of(self.student)
+        return [
+            one for part in ("projector", "vision") for one in parts[part] if one.requires_grad and one.grad is None
+        ]
+
     def _optimizer_step(self) -> None:
         """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""
         if self.setting.master_weights:
             with self.ledger.part("gradients"):
                 together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
             del together
+
+
+def _with_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
 def _batch(size: int, length: int, rows: int) -> TokenBatch:

@@ -32,6 +32,7 @@ class ModelSize:
     kv_bytes_per_token: int  # of one sequence, all layers
     trained: int  # weights that receive a gradient
     idle: int = 0  # weights that a token does not meet: of other experts, of what reads images
+    frozen: bool = False  # some of those that a token meets receive no gradient
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
@@ -107,9 +108,13 @@ def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
         kv_bytes_per_token=kv_bytes,
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         idle=idle_weights(model) + _beside_the_decoder(model),
+        frozen=not all(one.requires_grad for one in _language(model).parameters()),
     )
 
 
 def _beside_the_decoder(model: PreTrainedModel) -> int:
-    parts = nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
-    return weight_count(model) - weight_count(parts)
+    return weight_count(model) - weight_count(_language(model))
+
+
+def _language(model: PreTrainedModel) -> nn.ModuleList:
+    return nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])

@@ -116,7 +116,7 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
     total = 0.0
     for term in work.terms:
         size = simulation.student if term.trains == "student" else simulation.teacher
-        frozen = size.trained < size.parameters
+        frozen = size.frozen
         # forward, backward once for the inputs and once for the weights, and forward again
         passes = 3 - frozen + checkpointing
         total += passes * forward_flops(size, term.batch * term.length, term.length)

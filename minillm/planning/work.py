@@ -71,6 +71,7 @@ class Forward:
     statistics: bool  # linear_token_stats follows
     total: int  # sequences of a buffer or step, on one rank
     kept: tuple[str, ...] = ()  # models whose hidden states are there from before, for the statistics
+    layers: tuple[int, ...] = (-1,)  # of the teacher whose hidden states at the rows are kept, -1 what its head reads
 
     @property
     def reads_heads(self) -> bool:
@@ -91,6 +92,9 @@ class TermShape:
     trains: str = "student"  # student, teacher
     summed: bool = False  # both models' logits are added up
     sorts: bool = False  # the probabilities of both are sorted, beside a loss of the student alone
+    features: tuple[tuple[int, int], ...] = ()  # layers of student and teacher that a trained projector each connects
+    feature_rows: int = 0  # of all sequences, positions whose features are projected
+    affinity_rows: int = 0  # of all sequences, positions whose last hidden states are compared with each other
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Work:
     def waiting_rows(self, *, from_buffer: bool) -> int:
         """Rows of the teacher's hidden states that all micro-batches of a step hold before it begins."""
         terms = [term for term in self.terms if term.teacher and term.from_buffer == from_buffer]
-        return self.micro_batches * sum(term.rows for term in terms)
+        return self.micro_batches * sum(term.rows + term.feature_rows * len(term.features) for term in terms)
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,13 @@ class _Text:
     length: int  # tokens fed
     rows: int  # of one sequence, predictions that count
 
-    def forward(self, models: tuple[str, ...], items: int, *, statistics: bool, total: int) -> Forward:
+    def forward(self, models: tuple[str, ...], items: int, *, statistics: bool, total: int, **of_teacher) -> Forward:
         batch = items * self.sequences
-        return Forward(models, batch, self.length, batch * self.rows, statistics, total * self.sequences)
+        return Forward(models, batch, self.length, batch * self.rows, statistics, total * self.sequences, **of_teacher)
+
+    def at(self, *, prompts: bool) -> "_Text":
+        """The same text, every position of which counts where `prompts` says so."""
+        return replace(self, rows=self.length) if prompts else self
 
 
 def work_of(config: StageConfig, world_size: int) -> Work:
@@ -193,12 +201,15 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
                 term.name,
                 batch,
                 text.length,
-                batch * text.rows * term.labels,
+                batch * text.at(prompts=term.prompts).rows * term.labels,
                 term.teacher and not term.kept,
                 from_buffer,
                 term.trains,
                 term.summed,
                 term.sorts,
+                term.features,
+                batch * text.at(prompts=term.features_prompts).rows * bool(term.features),
+                batch * text.length * term.affinity,
             )
         )
     return tuple(terms)
@@ -218,11 +229,14 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
         return (_as_it_is(config, answers.forward(judges, side_by_side, statistics=True, total=total)),)
     if needs.takes_steps:
         return tuple(
-            _longest(term, config).forward(
+            _longest(term, config)
+            .at(prompts=term.prompts or term.features_prompts or term.affinity)
+            .forward(
                 (*reader, "student") if term.scored else reader,
                 micro,
                 statistics=term.scored or term.kept,
                 total=step,
+                layers=(-1, *sorted({teacher for _, teacher in term.features} - {-1})),
             )
             for term in needs.terms
             if term.teacher and (reader or term.scored)

@@ -1,13 +1,13 @@
 """A teacher whose weights lie in this process, or in the processes of this run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.losses import LMHead
-from minillm.models.access import lm_head, row_hidden
+from minillm.models.access import forward_layers, lm_head, row_hidden, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.modes import sampling_mode
 from minillm.models.sharded import fully_gathered, is_sharded, release
@@ -32,6 +32,13 @@ class LocalTeacher:
         """One forward pass without a gradient."""
         with sampling_mode([self.model]):
             return HiddenRows(row_hidden(self.model, batch.to(self.model.device)), self)
+
+    def layers(self, batch: TokenBatch, layers: Collection[int]) -> dict[int, Tensor]:  # {layer: (N, H_t)}
+        """Hidden states of some layers at the rows of a batch, numbered as minillm.models.access.forward_layers has them."""
+        batch = batch.to(self.model.device)
+        with sampling_mode([self.model]):
+            _, states = forward_layers(self.model, batch, layers)
+            return {layer: rows_of(state, batch) for layer, state in states.items()}
 
     def rows_of(self, parts: Mapping[str, Tensor]) -> HiddenRows:  # {"hidden": (N, H_t)}
         return HiddenRows(parts["hidden"], self)

@@ -98,6 +98,8 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     require_shared_pictures(read, tokenizer, judges, ranks=collectives.world_size())
     if needs.images:
         _require_pictures(stage, prompts, pairs)
+    if "student" in needs.trains and "language" not in (side.trained_parts or ("language",)):
+        _require_pictures(stage, prompts, pairs, use="trains what pictures alone pass through (student.train)")
     if needs.whole_documents:
         require_end(tokenizer, "data.corpus")
         documents = survey_documents(_with_stage_files(config.data.corpus, output_dir))
@@ -130,11 +132,13 @@ def _require_references(stage: Stage, prompts: PromptSet, name: str) -> None:
     _require_none(stage, name, bare, len(prompts), "imitates the references", remedy)
 
 
-def _require_pictures(stage: Stage, prompts: PromptSet | None, pairs: PairSet | None = None) -> None:
+def _require_pictures(
+    stage: Stage, prompts: PromptSet | None, pairs: PairSet | None = None, *, use: str = "reads the pictures of prompts"
+) -> None:
     bare = {"data.prompts": [one.index for one in prompts or () if not one.extras],
             "data.pairs": [one.key for one in pairs or () if not one.chosen.extras]}  # fmt: skip
     for name, texts in (("data.prompts", prompts), ("data.pairs", pairs)):
-        _require_none(stage, name, bare[name], len(texts or ()), "reads the pictures of prompts", "give them one")
+        _require_none(stage, name, bare[name], len(texts or ()), use, "give them one")
 
 
 def _require_none(stage: Stage, name: str, bare: Sequence[int], total: int, use: str, remedy: str) -> None:

@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
 from minillm.cli.main import program
 from minillm.config.method import MethodConfig
 from minillm.config.needs import Needs, TermNeeds
 from minillm.methods import register
-from minillm.methods.protocol import HiddenLoss, Item, Method, Term, TrainingData
+from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import cross_entropy, take_references
-from minillm.models.access import rows_of
-from minillm.models.batch import TokenBatch, TokenSequence, collate
+from minillm.models.batch import TokenSequence, collate
 from minillm.teachers.pair import Models
 
 
@@ -30,54 +26,6 @@ class OnReferences(Method):
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
         return take_references(data, self.step_size)
-
-
-class ProjectorConfig(MethodConfig):
-    """A trained projector from the student's hidden states to the teacher's."""
-
-    name: Literal["probe_projector"]
-    summary: ClassVar[str] = "the teacher's features"
-
-    def needs(self) -> Needs:
-        return Needs(
-            (TermNeeds("features", ("references",), teacher=True),),
-            references=True,
-            teacher=True,
-            teacher_abilities=frozenset({"hidden"}),
-            trains=("student", "projector"),
-        )
-
-
-def feature_loss(
-    hidden: dict[int, Tensor],  # {layer: (B, L, H_s)}
-    batch: TokenBatch,
-    modules: nn.ModuleDict,
-    *,
-    features: Tensor,  # (N, H_t)
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum over rows of the mean squared error of the projected states of layers 1 and -1."""
-    errors = [
-        (modules["projector"](rows_of(state, batch)) - features).square().mean(-1).sum() for state in hidden.values()
-    ]
-    total = torch.stack(errors).sum()
-    return total, {"features": total.detach()}
-
-
-class Projector(OnReferences):
-    """Cross-entropy, and the teacher's last hidden states from the student's through the projector."""
-
-    def modules(self, models: Models) -> dict[str, nn.Module]:
-        sizes = (models.student.config.hidden_size, models.teacher.model.config.hidden_size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            return {"projector": nn.Linear(*sizes)}
-
-    def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
-        batch = collate(items, models.pad_id)
-        features = models.teacher.rows(batch).hidden
-        hidden = HiddenLoss((1, -1), feature_loss, {"features": features})
-        count = float(len(batch.labels))
-        return [Term("features", batch, cross_entropy, ("student_logprob",), count, hidden=hidden)]
 
 
 class BalanceConfig(MethodConfig):
@@ -146,7 +94,6 @@ class Select(Method):
 
 
 PROBES = (
-    (ProjectorConfig, Projector),
     (BalanceConfig, Balance),
     (SelectConfig, Select),
 )

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from minillm.cli.eval import evaluate_model, evaluation_plan
 from minillm.cli.generate import Answerer
@@ -30,7 +31,12 @@ from tests.pictures import picture, save_seeing
 from tests.runs import Silent, die_after, in_a_child, records, train
 
 CPU = torch.device("cpu")
-METHODS = {"kd": {"name": "kd"}, "minillm": {"name": "minillm", "ppo_epochs": 2, "lm_coef": 0.0}}
+METHODS = {
+    "kd": {"name": "kd"},
+    "minillm": {"name": "minillm", "ppo_epochs": 2, "lm_coef": 0.0},
+    "llavadi": {"name": "llavadi", "affinity_coef": 1.0},
+}
+SOME_PARTS = {"train": ["projector", "vision"], "vision_from_layer": 1}
 
 
 @pytest.fixture
@@ -44,13 +50,13 @@ def data(tmp_path):
     return tmp_path
 
 
-def recipe(folder, method: str, kind: str):
+def recipe(folder, method: str, kind: str, **student):
     prompts = {"type": "jsonl", "path": str(folder / "seen.jsonl"), "template": "chat",
                "max_prompt_length": 128, "max_response_length": 8}  # fmt: skip
     document = {
         "output_dir": str(folder / "run"),
         "seed": 5,
-        "student": {"path": str(save_seeing(kind, folder / "student"))},
+        "student": {"path": str(save_seeing(kind, folder / "student")), **student},
         "teacher": {"path": str(save_seeing(kind, folder / "teacher", width=48, seed=1))},
         "data": {"prompts": prompts},
         "rollout": {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 6},
@@ -65,9 +71,25 @@ def recipe(folder, method: str, kind: str):
     return path
 
 
-@pytest.mark.parametrize("method, kind", [("kd", "qwen2_vl"), ("minillm", "llava")])
-def test_a_run_that_was_killed_takes_the_steps_of_an_unbroken_one(data, one_thread, method, kind):
-    path = recipe(data, method, kind)
+def part_of(name: str) -> str:
+    """The part that a weight's name says it is of; of the vision tower's layers below the first, none that is trained."""
+    words = {"projector": ("projector", "connector", "merger", "newline"), "vision": ("vision", "visual")}
+    part = next((part for part, parts in words.items() if any(word in name for word in parts)), "language")
+    return "lower vision" if part == "vision" and ".layers.1." not in name else part
+
+
+@pytest.mark.parametrize(
+    "method, kind, student",
+    [
+        ("kd", "qwen2_5_vl", {}),
+        ("minillm", "llava", {}),
+        ("kd", "llava_onevision", SOME_PARTS),
+        ("llavadi", "idefics3", {}),
+        ("llavadi", "paligemma", {"train": ["projector"]}),
+    ],
+)
+def test_a_run_that_was_killed_takes_the_steps_of_an_unbroken_one(data, one_thread, method, kind, student):
+    path = recipe(data, method, kind, **student)
     whole, _ = train(path)
     broken = f"output_dir={data / 'broken'}"
 
@@ -83,6 +105,9 @@ def test_a_run_that_was_killed_takes_the_steps_of_an_unbroken_one(data, one_thre
         assert (whole / file).read_bytes() == (again / file).read_bytes()
     steps = [record for record in records(whole.parent) if record["kind"] == "train"]
     assert len(steps) == 4 and steps[0]["loss"] != steps[-1]["loss"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (data / "student", whole))
+    changed = {part_of(name) for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed >= {*student.get("train", ["language"])} and (not student or changed <= {*student["train"]}), changed
 
     (held_out,) = evaluate_model(str(again), evaluation_plan([path]), Silent())["sets"].values()
     last = [record for record in records(whole.parent) if record["kind"] == "eval" and record["who"] == "student"][-1]

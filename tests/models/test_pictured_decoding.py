@@ -35,7 +35,7 @@ def seeing(request):
         answer_beside_pictures(model, True)
     tokenizer = processor.tokenizer
     models = Models(student, LocalTeacher(teacher), tokenizer, len(tokenizer), (256,), 256, CPU)
-    around = "<|vision_start|><|image_pad|><|vision_end|>" if kind == "qwen2_vl" else processor.image_token
+    around = "<|vision_start|><|image_pad|><|vision_end|>" if kind.startswith("qwen2") else processor.image_token
     reader = PictureReader(processor, max_pixels=10**6)
     prompts = []
     for number, (text, sizes) in enumerate(
@@ -60,7 +60,7 @@ def full_logprobs(models, role, prompt, extras, response):
         kinds["token_type_ids"] = torch.tensor([[0] * len(prompt) + [1] * len(response)])
     elif model.config.model_type == "gemma3":
         kinds["token_type_ids"] = (ids == placeholder_id(model.config)).long()
-    elif model.config.model_type == "qwen2_vl":
+    elif model.config.model_type.startswith("qwen2"):
         kinds["mm_token_type_ids"] = (ids == placeholder_id(model.config)).long()
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **kinds, **extras, use_cache=False).logits
     logits = logits[0, len(prompt) - 1 : -1].double()

@@ -81,6 +81,23 @@ def pruned_layers(facts: Facts, student: StudentConfig) -> Iterator[Found]:
         yield Found("student.layers", message, ("student.path",))
 
 
+def trained_parts(facts: Facts, student: StudentConfig, method: Method) -> Iterator[Found]:
+    """The parts of the student that are trained go together with the rest of the configuration."""
+    parts = student.trained_parts
+    if parts is None:
+        return
+    key = "student.train" if student.train is not None else "student.vision_from_layer"
+    if student.lora is not None:
+        yield Found(
+            key, "adapters are trained in the place of all weights; leave one of the two out", ("student.lora",)
+        )
+    if student.vision_from_layer is not None and "vision" not in parts:
+        yield Found("student.vision_from_layer", "has no effect: student.train leaves out vision", ("student.train",))
+    if "language" not in parts and method.needs().corpus:
+        message = "without language nothing is trained by plain text, which method {} learns from too"
+        yield Found("student.train", message.format(method.name), ("method.name",))
+
+
 def adapters(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     """The adapters of the student can be trained."""
     if student.lora is not None:

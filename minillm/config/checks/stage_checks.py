@@ -45,6 +45,7 @@ from minillm.config.checks.model_checks import (
     revisions,
     servers,
     student_form,
+    trained_parts,
 )
 from minillm.config.checks.place_checks import places_exist
 from minillm.config.checks.rollout_checks import (
@@ -74,6 +75,7 @@ CHECKS = (
     causal_models,
     fresh_architecture,
     sparse_form,
+    trained_parts,
     adapters,
     adapters_trained,
     own_adapters,

@@ -67,6 +67,27 @@ def test_forms_of_a_student(recipe, student, wrong):
         assert words in found[path]
 
 
+@pytest.mark.parametrize(
+    ("student", "method", "wrong"),
+    [
+        ({"train": ["projector"]}, "kd", {}),
+        ({"vision_from_layer": 6}, "kd", {}),
+        ({"train": ["projector"], "vision_from_layer": 6}, "kd", {"student.vision_from_layer": "leaves out vision"}),
+        ({"train": ["vision"], "lora": {"r": 8, "alpha": 8}}, "kd", {"student.train": "leave one of the two out"}),
+        ({"vision_from_layer": 1, "lora": {"r": 8, "alpha": 8}}, "kd", {"student.vision_from_layer": "leave one"}),
+        ({"train": ["vision"]}, "lm", {"student.train": "nothing is trained by plain text, which method lm"}),
+        ({"train": ["tower"]}, "kd", {"student.train[0]": "not one of projector, language, vision"}),
+    ],
+)
+def test_the_parts_that_are_trained(recipe, student, method, wrong):
+    corpus = {"type": "text", "path": "data/corpus.txt", "block_size": 8}
+    found = recipe.problems(student={"path": "org/name", **student}, method={"name": method}, data__corpus=corpus)
+    found = {path: words for path, words in found.items() if path.startswith("student")}
+    assert set(found) == set(wrong), found
+    for path, words in wrong.items():
+        assert words in found[path]
+
+
 def test_a_stage_may_inherit_layers_and_go_on_from_the_pruned_model(recipe):
     student = {"path": "models/big", "init": "prune", "layers": [0, 4]}
     own = {"student": {"path": "stage:one", "init": "pretrained"}}
