@@ -56,7 +56,8 @@ class TrainConfig(Strict):
     )
     max_student_tokens: Positive | None = Field(
         None,
-        description="Stop at the step after which so many predictions have received a gradient, inner epochs counted",
+        description="Stop at the step after which so many predictions of the student have received a gradient, inner epochs "
+        "counted; those of another model that is trained with it are not",
     )
     per_device_train_batch_size: Positive = Field(8, description="Answers in a micro-batch on each rank")
     gradient_accumulation_steps: Positive = Field(1, description="Micro-batches in a step on each rank")

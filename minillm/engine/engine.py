@@ -25,7 +25,7 @@ class StepResult:
     """The report of one optimiser step: numbers over the global batch."""
 
     metrics: dict[str, float]  # loss, loss/<term>, grad_norm, learning_rate, and the means of the terms' metrics
-    rows: int  # predictions that received a gradient
+    rows: int  # predictions of the student that received a gradient
     # of a mixture of experts: how often tokens were sent to each expert, a list for each layer
     expert_tokens: list[list[int]] = field(default_factory=list)
 

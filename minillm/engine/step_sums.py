@@ -30,11 +30,12 @@ class StepSums:
         self._sums["loss"] += loss.detach()
         self._sums[f"loss/{term.name}"] += loss.detach()
         self._rows[f":{term.name}"] += term.batch.tokens
+        self._rows[":"] += term.batch.tokens if term.trains == "student" else 0
         for name, value in metrics.items():
             self._sums[f"{term.name}:{name}"] += value
 
     def numbers(self) -> dict[str, float]:
-        """The losses by name, `TERM:METRIC`, and `:TERM` for its rows."""
+        """The losses by name, `TERM:METRIC`, `:TERM` for its rows, and `:` for those of all terms that train the student."""
         return {name: value.item() for name, value in self._sums.items()} | self._rows
 
 
@@ -63,5 +64,4 @@ def step_result(
     ]
     if balances:
         metrics["auxiliary_loss"] = sum(balances) / len(balances)
-    rows = int(sum(value for name, value in numbers.items() if name.startswith(":")))
-    return StepResult(metrics, rows, [] if expert_tokens is None else expert_tokens.tolist())
+    return StepResult(metrics, int(numbers.get(":", 0)), [] if expert_tokens is None else expert_tokens.tolist())

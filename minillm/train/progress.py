@@ -38,7 +38,7 @@ class Progress:
     epoch: NonNegativeInt = 0  # of the current collection
     position: NonNegativeInt = 0  # items of this epoch already used
     seconds: float = 0.0  # training time of this stage, without evaluation and saving
-    student_tokens: NonNegativeInt = 0  # predictions of this stage that received a gradient
+    student_tokens: NonNegativeInt = 0  # predictions of the student in this stage that received a gradient
     finished: bool = False
     evaluation_due: bool = False  # one that could not be made at this step, as the teacher was away
     best: Best | None = None  # of this stage

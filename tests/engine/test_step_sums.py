@@ -1,6 +1,7 @@
 """What a step reports: means over the rows of its own term, whichever micro-batch or rank they lay in."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,12 @@ def test_a_metric_is_the_mean_over_its_own_terms_rows():
         "cross_entropy_nats": 2.5,
     }
     assert result.rows == 9
+
+
+def test_what_trains_another_model_is_not_counted_as_the_students():
+    anchor = replace(term("anchor", 5, count=5.0), trains="teacher")
+    result = step_result(sums_of(*ADDED, (anchor, 1.0, {"drift_nats": 2.5})), grad_norm=0.0, learning_rate=0.0)
+    assert result.rows == 9 and result.metrics["drift_nats"] == 0.5
 
 
 def test_sums_of_ranks_give_the_numbers_of_one_process():
