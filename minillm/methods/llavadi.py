@@ -89,7 +89,7 @@ class _MicroBatch:
         require_teacher(teacher, "method llavadi")
         if not (self.pairs or keys.reads_prompts):
             return {}
-        require_ability(teacher, "hidden", "method llavadi")
+        require_ability(teacher, "layers", "method llavadi")
         layers = {-1} if keys.logits_coef or keys.affinity_coef else set()
         wanted = replace(self.batch, rows=self.asked)
         return teacher.layers(wanted, sorted(layers | {layer for _, layer in self.pairs}))

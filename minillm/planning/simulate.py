@@ -330,7 +330,8 @@ class _Simulator:
 
     def _score(self, forward: Forward, phase: str) -> None:
         models = [self.models[name] for name in forward.models]
-        with sampling_mode(models), self._few_layers(forward.models):
+        few = self._few_layers(forward.models) if forward.layers == (-1,) else nullcontext()
+        with sampling_mode(models), few:
             batch = _batch(forward.batch, forward.length, forward.rows)
             hidden = []
             for name, model in zip(forward.models, models, strict=True):

@@ -326,10 +326,9 @@ def test_what_it_needs_follows_from_its_keys():
     def needs(**keys):
         return LLAVADI(name="llavadi", **keys).needs()
 
-    assert needs().required_abilities == {"hidden"} and needs().trains == ("student", "projector")
-    assert needs(layers=[[1, 3]]).required_abilities == {"hidden", "layers"}
+    assert needs().required_abilities == {"layers"} and needs().trains == ("student", "projector")
     assert needs(features_coef=0).required_abilities == set() and needs(features_coef=0).trains == ("student",)
-    assert needs(features_coef=0, logits_tokens="text").required_abilities == {"hidden"}
+    assert needs(features_coef=0, logits_tokens="text").required_abilities == {"layers"}
     assert needs(affinity_coef=1).images and not needs().images
 
 
@@ -407,3 +406,6 @@ def test_its_recipe_is_planned_with_its_projectors(monkeypatch):
     assert [ours - theirs for ours, theirs in zip(with_projectors, without, strict=True)] == [weights, 2 * weights]
     assert held - held_without == 2 * 8 * (48 + 24 - 1) * 128 * 4
     assert not any("projector" in what for what in stage.not_counted)
+    deep = "stages.teacher.student.config.text_config.num_hidden_layers=6"  # all of which keep what they give
+    _, _, inner = planned(deep, "stages.distil.method.layers=[[1,5],[-1,-1]]")
+    assert inner == held

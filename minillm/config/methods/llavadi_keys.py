@@ -64,9 +64,6 @@ class LLAVADI(MethodConfig):
 
     def needs(self) -> Needs:
         features = tuple((student, teacher) for student, teacher in self.layers) if self.features_coef else ()
-        abilities = {"hidden"} if features or self.reads_prompts else set()
-        if any(teacher != -1 for _, teacher in features):
-            abilities.add("layers")
         term = TermNeeds(
             "distillation",
             ("references",),
@@ -81,7 +78,7 @@ class LLAVADI(MethodConfig):
             references=True,
             images=self.affinity_coef > 0,
             teacher=True,
-            teacher_abilities=frozenset(abilities),
+            teacher_abilities=frozenset({"layers"} if features or self.reads_prompts else ()),
             trains=("student", "projector") if features else ("student",),
             because={"images": "affinity_coef"},
         )
