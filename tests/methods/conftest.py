@@ -108,25 +108,28 @@ def trained(recipe) -> Path:
 
 @pytest.fixture
 def killed(recipe) -> Callable[..., tuple[Path, set[tuple[str, int]]]]:
-    """A function that trains the module's `recipe`, killed over and over, each time a few events later than the last.
+    """A function that trains the module's `recipe`, killed over and over: `first` events after it began or went on from a
+    new checkpoint, and `later` events later every time that it reached no other.
 
     It returns the folder of the run, and the checkpoints that it was gone on from: (stage, steps of it).
     """
 
     def kill(*, first: int, later: int) -> tuple[Path, set[tuple[str, int]]]:
-        folder, events, places = recipe.parent / "killed", first, set()
+        folder, events, places, kills = recipe.parent / "killed", first, set(), 0
 
         def child():
             die_after(events)
             train(recipe, f"output_dir={folder}", resume=folder.is_dir())
 
         while os.WIFSIGNALED(status := in_a_child(child)):
-            checkpoint = newest_whole(folder, lambda note: None)
+            kills += 1
+            assert kills < 50, "it never ends"
+            checkpoint, events = newest_whole(folder, lambda note: None), events + later
             if checkpoint is not None:
                 progress = read_trainer_state(checkpoint).progress
-                places.add((progress.stage, progress.stage_step))
-            events += later
-            assert events < first + 20 * later, "it never ends"
+                place = (progress.stage, progress.stage_step)
+                events = events if place in places else first
+                places.add(place)
         assert status == 0
         return folder, places
 
