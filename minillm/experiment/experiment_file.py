@@ -5,7 +5,7 @@ base + shared + arms are checked as the stages of one configuration, so that eve
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from minillm.config.loader.run_plan import Stage, checked_stages, raise_problems
 from minillm.config.loader.stages import stage_trees
 from minillm.config.loader.validation import validate_group
 from minillm.config.paths import expand
-from minillm.config.root import STAGE_SHAPE
+from minillm.config.root import STAGE_SHAPE, StageConfig
 from minillm.config.shape import Group
 from minillm.config.tree import COMMAND_LINE, Node, Origin, wrap
 from minillm.experiment.config import ExperimentConfig
@@ -115,6 +115,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     like_base = _like_base(document, trees)
     problems += _as_is_problems(document, config, trees[like_base])
     problems += _sense(document, config, evaluation.eval if evaluation else None)
+    problems += _same_runs(document, {name: stages[name] for name in config.arms if name in stages})
     raise_problems(problems, [file])
     as_is = {arm: keys for arm, keys in config.arms.items() if isinstance(keys, str)}
     return Experiment(
@@ -258,6 +259,19 @@ def _sense(document: Node, config: ExperimentConfig, evaluation: EvalConfig | No
             if value not in names:
                 where = document.closest(("claims", place, key))[0].origin
                 yield where.problem(f"there is no {value!r}{_hint(value, names)}")
+
+
+def _same_runs(document: Node, arms: Mapping[str, Stage]) -> Iterator[Problem]:
+    """An arm that differs in no key from an earlier one: it inherits what it was meant to change, and costs its time."""
+    earlier: dict[str, StageConfig] = {}
+    for name, stage in arms.items():
+        twin = next((other for other, config in earlier.items() if config == stage.config), None)
+        if twin is not None:
+            node = document.value["arms"].value[name]
+            yield node.origin.problem(
+                f"is the same run as arm {twin}: give it what it should differ in, or take it out"
+            )
+        earlier[name] = stage.config
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

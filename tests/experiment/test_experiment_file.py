@@ -74,6 +74,11 @@ def test_mistakes_are_named_where_they_stand(write, changes, path, message):
     assert message in found[path], found
 
 
+def test_an_arm_that_only_repeats_another_is_a_mistake(write, document):
+    again = problems(write(arms__again=document["arms"]["kd"]))
+    assert again["arms.again"].startswith("is the same run as arm kd")
+
+
 def test_all_mistakes_at_once_with_their_lines(write):
     name = write(arms__kd={"method": {"name": "kd"}, "train": {"max_steps": 0}}, seeds=[1, 1])
     with pytest.raises(ConfigErrors) as error:
