@@ -137,9 +137,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _apart(
     model: PreTrainedModel,
     texts: Sequence[TokenSequence],
-    decode: Callable[
-        [int], list[Tensor]
-    ],  # from the size of the vocabulary to the (tokens, size) logits of each answer
+    decode: Callable[[int], list[Tensor]],  # from the vocabulary's size to the (tokens, size) logits of each answer
 ) -> float:
     head, size = lm_head(model), _vocabulary(model)
     with sampling_mode([model]):

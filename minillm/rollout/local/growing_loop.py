@@ -11,9 +11,7 @@ from minillm.rollout.local.token_drawing import Answer, Sampling
 from minillm.teachers.pair import Models
 
 ENDED_FRACTION = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
-IDLE_STEPS = (
-    0.25  # of a batch: when rows that ended have sat through so many, new prompts repay the pass that reads them
-)
+IDLE_STEPS = 0.25  # of a batch: when rows that ended have sat through so many, new prompts repay a pass to read them
 
 
 def decode(

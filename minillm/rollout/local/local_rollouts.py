@@ -73,8 +73,8 @@ class LocalRollouts:
 
     def over(self, models: Models) -> "LocalRollouts":
         """The loops over the same weights with other ids in common; what was looked at is not looked at again."""
-        other = LocalRollouts(models, cuda_graphs=self.cuda_graphs, shared_coins=self.shared_coins)
-        other._blocks = self._blocks
+        other = LocalRollouts(models, cuda_graphs=self.cuda_graphs, shared_coins=self.shared_coins, refill=self.refill)
+        other._blocks, other._rows_replaced = self._blocks, self._rows_replaced
         return other
 
     def weights_changed(self) -> None:
