@@ -71,6 +71,9 @@ def test_plain_texts_are_cut_where_the_student_cuts_them(byte, other, tmp_path):
     assert example.other.answer_ids[-1] == other.eos_token_id
     (cut,) = load_prompts(config.model_copy(update={"max_response_length": 4}), byte, teacher=other)
     assert other.decode(cut.other.answer_ids) == " sat"
+    shorter = config.model_copy(update={"prompt_length": 2, "max_response_length": 2})
+    (cut,) = load_prompts(shorter, other, teacher=byte)  # of whose tokens a word has several
+    assert other.decode(cut.response_ids) == " sat on" and byte.decode(cut.other.answer_ids) == " s"
 
 
 def test_pictures_are_refused_by_record(byte, other, jsonl):

@@ -1,6 +1,7 @@
 """gold: groups of a batch by hand, its loss against formulas in float64, and students' answers that the teacher reads again."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from minillm.engine.module import TermLoss
 from minillm.methods import build_method
 from minillm.methods.gold import grouped, read_again
 from minillm.methods.protocol import TrainingData
+from minillm.methods.text_pairs import PairedText
+from minillm.models.batch import TokenSequence
+from minillm.models.byte_alignment import TokenGroup
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Answer
 from tests.methods.conftest import stage_of
@@ -114,6 +118,15 @@ def test_the_groups_of_a_batch(models, tmp_path):
     assert (
         number == len(found["same_beginning"]) and found["same_beginning"].any() and not found["same_beginning"].all()
     )
+
+
+def test_a_group_that_ends_in_ids_which_do_not_match_is_compared_as_a_whole():
+    """As where the teacher spells a letter by its byte, and the match of the student's letter is the teacher's letter."""
+    pair = SimpleNamespace(
+        matches={5: 7}, groups=lambda ours, theirs: [TokenGroup((0, 1), (0, 1))], text=lambda *_: b""
+    )
+    items = [PairedText(0, TokenSequence([1], [5]), TokenSequence([1], [theirs])) for theirs in (7, 8)]
+    assert grouped(items, pair)["same_beginning"].tolist() == [True, False]
 
 
 def test_a_sampled_answer_is_read_again_by_the_teacher(models):
