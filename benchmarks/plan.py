@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from minillm.benchmarks.machine import as_table, describe
-from minillm.benchmarks.plan_cases import CASES, STEPS, Case, architecture, load
+from minillm.benchmarks.plan_cases import CASES, PATCH, STEPS, Case, load, student_keys
 from minillm.distributed import collectives, group
 from minillm.distributed.launcher import end
 
@@ -58,6 +58,7 @@ def _take_steps(case: Case) -> dict[str, int]:
     from minillm.evaluate.evaluator import Evaluator
     from minillm.methods import build_method
     from minillm.methods.protocol import TrainingData
+    from minillm.models.families import answer_beside_pictures
     from minillm.rollout.local.local_rollouts import LocalRollouts
     from minillm.rollout.rank_items import rank_items
     from minillm.teachers.local import LocalTeacher
@@ -70,8 +71,11 @@ def _take_steps(case: Case) -> dict[str, int]:
         judge = None if teacher is None else LocalTeacher(teacher)
         by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
         models, _ = preflight(student, judge, tokenizer, tokenizer, student.device, by_layers=by_layers)
+        for one in (student, teacher):
+            if case.side and one is not None:
+                answer_beside_pictures(one, True)
         rollouts = LocalRollouts(models, shared_coins=config.rollout.shared_coins)
-        del student, teacher, judge
+        del student, teacher, judge, one
         method = build_method(config)
         modules = method.modules(models)
         engine = build_engine(config, models, total_steps=STEPS, modules=modules)
@@ -108,7 +112,7 @@ def _models(config, case: Case, folder: Path):
     cpu, hollow = torch.device("cpu"), collectives.rank() > 0
     teacher = None
     if case.teacher_layers is not None:
-        judge = StudentConfig(init="random", tokenizer="byte", config=architecture(case, case.teacher_layers))
+        judge = StudentConfig(**student_keys(case, case.teacher_layers, folder / "judge"))
         teacher = load_student(judge, output_dir=folder, device=cpu, seed=1, hollow=hollow).eval().requires_grad_(False)
     if case.quantization is not None:
         teacher.save_pretrained(folder / "teacher")
@@ -119,11 +123,22 @@ def _models(config, case: Case, folder: Path):
 
 def _streams(case: Case):
     """Prompts, of which every second one is a little shorter so that batches are padded, and blocks of text."""
+    import torch
+
     from minillm.data.instructions import Example
     from minillm.data.stream import Stream
 
+    places = [case.vocab - 1] * (case.side // PATCH) ** 2
+    shown = {"pixel_values": torch.rand(1, 3, case.side, case.side)} if case.side else {}
     examples = [
-        Example(index, list(range(1, case.prompt + 1 - 4 * (index % 2))), list(range(1, case.answer + 1)), "", ())
+        Example(
+            index,
+            [*places, *range(1, case.prompt - len(places) + 1 - 4 * (index % 2))],
+            list(range(1, case.answer + 1)),
+            "",
+            (),
+            shown,
+        )
         for index in range(max(8 * case.batch, 2 * case.evaluated))
     ]
     blocks = [list(range(1, case.prompt + case.answer + 1)) for _ in range(4 * case.batch)]

@@ -1,10 +1,11 @@
 """The cases of `minillm bench plan`, and the configuration of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 STEPS = 3
 PROMPT, ANSWER = 48, 64
+PATCH = 14  # pixels of a side of what one token of a picture is
 SFT, KD, GKD = {"name": "sft"}, {"name": "kd"}, {"name": "gkd", "on_policy": 1.0}
 OKD = {"name": "okd", "lora": {"r": 16, "alpha": 32}}
 MINILLM = {"name": "minillm", "ppo_epochs": 2}
@@ -31,6 +32,8 @@ class Case:
     quantization: str | None = None  # of the teacher
     evaluated: int = 0  # answers side by side in an evaluation after every step; 0: none
     ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
+    side: int = 0  # pixels of the picture that every prompt shows; 0: it shows none
+    part: str | None = None  # the one part of the student that is trained; None: all
 
 
 CASES = (
@@ -51,6 +54,9 @@ CASES = (
     Case("minillm, checkpointing", "qwen2", MINILLM, 512, 8, 16000, 10, batch=8, checkpointing=True),
     Case("sft, evaluated", "llama", SFT, 512, 6, 16000, None, batch=2, evaluated=64),
     Case("minillm, evaluated", "llama", MINILLM, 384, 6, 16000, 10, batch=2, evaluated=128),
+    Case("kd, pictures", "llava", KD, 384, 4, 8000, 6, batch=8, prompt=160, side=168),
+    Case("sft, pictures, projector alone", "llava", SFT, 384, 4, 8000, None, 8, prompt=80, side=112, part="projector"),
+    Case("minillm, pictures", "llava", MINILLM, 384, 4, 8000, 6, batch=8, prompt=80, side=112),
     *(
         Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", MINILLM, 512, 8, 8000, 12, 2, ranks=ranks)
         for ranks in (1, 2, 4)
@@ -61,6 +67,16 @@ CASES = (
 def architecture(case: Case, layers: int) -> dict:
     """Return the keys of the transformers configuration."""
     h, heads, context = case.hidden, case.hidden // 64, 1024
+    if case.side:
+        vision = {"model_type": "clip_vision_model", "hidden_size": h, "intermediate_size": 4 * h, "num_hidden_layers": 4,
+                  "num_attention_heads": heads, "image_size": case.side, "patch_size": PATCH, "projection_dim": h}  # fmt: skip
+        text = architecture(replace(case, side=0, family="llama"), layers)
+        return {
+            "model_type": case.family,
+            "text_config": text,
+            "vision_config": vision,
+            "image_token_id": case.vocab - 1,
+        }
     if case.family == "gpt2":
         own = {"n_embd": h, "n_layer": layers, "n_head": heads, "n_positions": context}
     elif case.family == "opt":
@@ -72,6 +88,20 @@ def architecture(case: Case, layers: int) -> dict:
     if case.family == "qwen3_moe":
         own |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": h, "head_dim": 64}
     return {"model_type": case.family, "vocab_size": case.vocab, "tie_word_embeddings": case.family != "llama", **own}
+
+
+def student_keys(case: Case, layers: int, folder: Path) -> dict:
+    """The keys of a model with fresh weights, which for one that sees pictures are a folder that is written."""
+    keys = architecture(case, layers)
+    if not case.side:
+        return {"init": "random", "tokenizer": "byte", "config": keys}
+    from transformers import AutoConfig
+
+    from minillm.models.tokenizers import byte_tokenizer
+
+    AutoConfig.for_model(**keys).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)  # and no processor: pictures are made, not read
+    return {"init": "random", "path": str(folder)}
 
 
 def document(case: Case, folder: Path) -> dict:
@@ -87,12 +117,15 @@ def document(case: Case, folder: Path) -> dict:
     text = folder / "corpus.txt"
     text.write_text("plain text")
     prompts = {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer}
+    if case.side:
+        prompts |= {"type": "jsonl", "path": str(folder / "shown.jsonl")}
+        (folder / "shown.jsonl").write_text('{"prompt": "which", "completion": "this", "image": "one.png"}\n')
     evaluation = {"sets": {"held_out": prompts}, "batch_size": case.evaluated, "max_new_tokens": case.answer}
     needs = method_class(case.method["name"]).model_validate(case.method).needs()
     corpus = {"path": str(text), "block_size": case.prompt + case.answer} if needs.corpus else None
     return {
         "output_dir": str(folder / "run"),
-        "student": {"init": "random", "tokenizer": "byte", "config": architecture(case, case.layers)},
+        "student": {**student_keys(case, case.layers, folder / "student"), "train": case.part and [case.part]},
         "teacher": teacher,
         "data": {"prompts": prompts, "corpus": corpus},
         "rollout": {

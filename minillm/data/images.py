@@ -81,6 +81,19 @@ def find_pictures(where: str, folder: Path, record: Mapping[str, Any]) -> list[P
     return found
 
 
+def count_pictures(record: Mapping[str, Any]) -> int:
+    """The number of pictures that the prompt of a record shows, none of which is opened."""
+    own = sum(len(value) if isinstance(value, list) else 1 for value in map(record.get, FIELDS) if value is not None)
+    # messages, chosen, rejected: two of these may have the same prompt
+    return own + max((_placed(value) for value in record.values() if isinstance(value, list)), default=0)
+
+
+def _placed(messages: Sequence[Any]) -> int:
+    contents = [one.get("content") for one in messages if isinstance(one, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return sum(part.get("type") in ("image", "image_url") and _source(part) is not None for part in parts)
+
+
 def shown_in(
     where: str, folder: Path, messages: list[Message], pictures: Sequence[Picture]
 ) -> tuple[list[Message], list[Picture]]:

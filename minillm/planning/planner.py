@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.config.models import CachedTeacherConfig, ServedTeacherConfig
-from minillm.config.needs import Needs
+from minillm.config.root import StageConfig
 from minillm.planning.architectures import Architectures
 from minillm.planning.cached_teacher import CacheSize, cache_size, teacher_head
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
+from minillm.planning.picture_passes import can_be_shown, pictures_shown
 from minillm.planning.setting import Setting
 from minillm.planning.sharding import Sharding, sharding_of
 from minillm.planning.simulate import PHASES, Simulation, simulate
@@ -100,9 +101,10 @@ def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> P
 def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world_size: int) -> float | None:
     """Return the most that one rank of a stage would allocate on such a device, in GiB; None where it cannot be planned."""
     architectures = Architectures(plan)
-    setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing)
     try:
         student, teacher = _architectures_of(stage, architectures)
+        pictures = _pictures_counted(stage.config, student)
+        setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing, pictures=pictures)
         head = teacher_head(stage, architectures, plan.output_dir)
         work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
         simulation = simulate(setting, work.moment, student, teacher, device, head=head)
@@ -123,10 +125,10 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     student, teacher = _architectures_of(stage, architectures)
     head = teacher_head(stage, architectures, output_dir)
 
-    asked = config.train.gradient_checkpointing
+    asked, pictures = config.train.gradient_checkpointing, _pictures_counted(config, student)
 
     def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
-        setting = Setting.of(config, checkpointing=checkpointing)
+        setting = Setting.of(config, checkpointing=checkpointing, pictures=pictures)
         return simulate(setting, work.moment, student, teacher, device, head=head, phases=phases)
 
     def activations(checkpointing: bool) -> int | None:
@@ -156,7 +158,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         if work.terms
         else None,
         memory_on=memory,
-        not_counted=tuple(_not_counted(needs)),
+        not_counted=tuple(_not_counted(config, student)),
         student_side="teacher" if needs.alone else "student" if needs.reference is None else "reference",
         elsewhere=None if head is None else (config.teacher.type, _place_of(config.teacher)),
         cache=cache_size(stage, architectures, output_dir),
@@ -167,15 +169,20 @@ def _place_of(teacher: CachedTeacherConfig | ServedTeacherConfig) -> str:
     return teacher.path if isinstance(teacher, CachedTeacherConfig) else ", ".join(teacher.urls)
 
 
-def _not_counted(needs: Needs) -> Iterator[str]:
+def _pictures_counted(config: StageConfig, student: PreTrainedConfig) -> int:
+    return pictures_shown(config, student) if can_be_shown(student) else 0
+
+
+def _not_counted(config: StageConfig, student: PreTrainedConfig) -> Iterator[str]:
+    needs = config.method.needs()
     counted = ("student",) if needs.teacher_lora is None else ("student", "teacher")
     if any(term.features for term in needs.terms):
         counted = (*counted, "projector")
     beside = [name for name in needs.trains if name not in counted]
     if beside:
         yield f"what the method trains beside the student: {', '.join(beside)}"
-    if needs.images:
-        yield "what reading the prompts' images takes"
+    if not can_be_shown(student) and pictures_shown(config, student):
+        yield f"the passes over the prompts' pictures, whose size a {student.model_type} takes from each one"
     if needs.whole_documents:
         yield (
             "in the host's memory about 100 bytes for each document of the corpus, and the texts of some hundreds at a time"

@@ -25,10 +25,14 @@ class Setting:
     student_quantization: Quantization | None = None  # of a teacher that is the only model
     trained_parts: tuple[Part, ...] | None = None  # of the student; None: all of it
     vision_from_layer: int | None = None
+    pictures: int = 0  # that every prompt shows
 
     @classmethod
-    def of(cls, config: StageConfig, *, checkpointing: bool) -> "Setting":
-        """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing."""
+    def of(cls, config: StageConfig, *, checkpointing: bool, pictures: int = 0) -> "Setting":
+        """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing.
+
+        Args: pictures: that a prompt shows, as minillm.planning.picture_passes counts them.
+        """
         needs = config.method.needs()
         teacher = config.teacher if isinstance(config.teacher, TeacherConfig) else None
         student = teacher if needs.alone else config.student_side
@@ -50,4 +54,5 @@ class Setting:
             student_quantization=teacher.quantization if needs.alone else None,
             trained_parts=None if needs.alone else student.trained_parts,
             vision_from_layer=None if needs.alone else student.vision_from_layer,
+            pictures=pictures,
         )

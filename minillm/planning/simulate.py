@@ -26,7 +26,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import minillm
 from minillm import UserError
-from minillm.models.access import REFUSALS, checkpoint_activations, forward_decoder, forward_layers, lm_head, rows_of
+from minillm.models.access import (
+    REFUSALS,
+    checkpoint_activations,
+    forward_decoder,
+    forward_layers,
+    forward_shown,
+    lm_head,
+    rows_of,
+)
 from minillm.models.adapters import add_adapters
 from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask
@@ -38,6 +46,7 @@ from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.few_layers import FEW, few_trained_layers, left_out_of
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
+from minillm.planning.picture_passes import prepare_for_pictures, show
 from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
 from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
@@ -59,6 +68,7 @@ class Simulation:
     vocab_size: int  # ids that both heads have
     losses: dict[str, LossShape]  # by term, and of the phases without a gradient
     projectors: int = 0  # weights that are trained beside the student
+    pictures: int = 0  # that every prompt shows
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -139,8 +149,8 @@ class _Simulator:
                 self.student.requires_grad_(False)
             if setting.trained_parts is not None:
                 train_parts(self.student, setting.trained_parts, vision_from_layer=setting.vision_from_layer)
-                # as the embeddings of pictures do, which no pass of a plan reads
-                self.student.get_input_embeddings().register_forward_hook(_with_gradient)
+                if not setting.pictures:  # as their embeddings do, which no pass of a plan reads then
+                    self.student.get_input_embeddings().register_forward_hook(_with_gradient)
             if setting.lora is not None:
                 add_adapters(self.student, setting.lora, seed=0)
             if setting.master_weights:  # DeepSpeed casts adapters like every other weight
@@ -155,6 +165,9 @@ class _Simulator:
                 self.models["teacher"] = model.eval().requires_grad_(False)
                 if setting.teacher_lora is not None:
                     add_adapters(without_dropout(model).train(), setting.teacher_lora, seed=0)
+        if setting.pictures:
+            for model in self.models.values():
+                prepare_for_pictures(model)
         self.projectors = nn.ModuleList()
         for term in work.terms:
             with ledger.part("student weights"):
@@ -214,6 +227,7 @@ class _Simulator:
             self.vocab_size,
             self.losses,
             weight_count(self.projectors),
+            self.setting.pictures,
         )
 
     @contextmanager
@@ -315,11 +329,30 @@ class _Simulator:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
                 layer.use(seen)
         ids = torch.zeros(batch, fed, dtype=torch.int64)
-        mask = cache_mask(self.models[name], torch.ones(batch, seen + fed, dtype=torch.int64), fed)
+        mask = torch.ones(batch, seen + fed, dtype=torch.int64)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)
         cached = {cache_argument(self.models[name]): cache, "use_cache": True}
-        forward_decoder(self.models[name], ids, mask, positions, **cached)
+        if seen:
+            forward_decoder(self.models[name], ids, cache_mask(self.models[name], mask, fed), positions, **cached)
+        else:
+            forward_shown(self.models[name], ids, mask, positions, self._shown(batch), prompt=mask.bool(), **cached)
         self.ledger.relabel(_stored(cache), f"{name} KV cache")
+
+    def _shown(self, prompts: int) -> dict[str, Tensor]:
+        """The pictures of so many prompts, as the forward pass takes them."""
+        return show(self.student, prompts * self.setting.pictures)
+
+    def _batch(self, one: Forward | TermShape) -> TokenBatch:
+        ids = torch.zeros(one.batch, one.length, dtype=torch.int64)
+        return TokenBatch(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(one.length).expand(one.batch, one.length),
+            rows=torch.zeros(one.rows, dtype=torch.int64),
+            labels=torch.zeros(one.rows, dtype=torch.int64),
+            lengths=(one.rows // one.batch,) * one.batch,
+            extras=self._shown(one.batch) if one.prompted else {},
+        )
 
     def _run_without_gradient(self, passes: tuple[Decoding | Forward, ...], phase: str) -> None:
         for one in passes:
@@ -332,7 +365,7 @@ class _Simulator:
         models = [self.models[name] for name in forward.models]
         few = self._few_layers(forward.models) if forward.layers == (-1,) else nullcontext()
         with sampling_mode(models), few:
-            batch = _batch(forward.batch, forward.length, forward.rows)
+            batch = self._batch(forward)
             hidden = []
             for name, model in zip(forward.models, models, strict=True):
                 _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
@@ -377,7 +410,7 @@ class _Simulator:
         shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
         self.losses[term.name] = shape
         bf16 = self.setting.autocast
-        batch = _batch(term.batch, term.length, term.rows)
+        batch = self._batch(term)
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
             with self.ledger.part("teacher hidden states"):
@@ -436,18 +469,6 @@ class _Simulator:
 
 def _with_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
-
-
-def _batch(size: int, length: int, rows: int) -> TokenBatch:
-    ids = torch.zeros(size, length, dtype=torch.int64)
-    return TokenBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        position_ids=torch.arange(length).expand(size, length),
-        rows=torch.zeros(rows, dtype=torch.int64),
-        labels=torch.zeros(rows, dtype=torch.int64),
-        lengths=(rows // size,) * size,
-    )
 
 
 def _stored(cache) -> list[Tensor]:

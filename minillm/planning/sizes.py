@@ -13,8 +13,10 @@ from minillm import UserError
 from minillm.models.access import lm_head
 from minillm.models.attention import with_attention
 from minillm.models.families import auto_class
+from minillm.models.parts import weights_of
 from minillm.models.pruning import layers_of
 from minillm.planning.experts import IMPLEMENTATION, idle_weights
+from minillm.planning.picture_passes import can_be_shown
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class ModelSize:
     trained: int  # weights that receive a gradient
     idle: int = 0  # weights that a token does not meet: of other experts, of what reads images
     frozen: bool = False  # some of those that a token meets receive no gradient
+    picture: float = 0.0  # FLOPs of a forward pass over one picture, in the vision tower
+    picture_frozen: bool = False  # which receives no gradient
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
@@ -109,7 +113,20 @@ def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         idle=idle_weights(model) + _beside_the_decoder(model),
         frozen=not all(one.requires_grad for one in _language(model).parameters()),
+        **_of_pictures(model),
     )
+
+
+def _of_pictures(model: PreTrainedModel) -> dict[str, float | bool]:
+    """Matrix products alone: a picture has few enough patches that what their attention adds is small."""
+    if not can_be_shown(model.config):
+        return {}
+    weights, vision = weights_of(model)["vision"], model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return {
+        "picture": 2.0 * sum(map(_elements, weights)) * patches,
+        "picture_frozen": not any(one.requires_grad for one in weights),
+    }
 
 
 def _beside_the_decoder(model: PreTrainedModel) -> int:

@@ -2,7 +2,8 @@
 
 For each token a matrix of P weights costs 2 P FLOPs forward and 4 P backward, 2 P where it is frozen below adapters, and
 attention 4 L H in each layer. The fused loss takes three GEMMs with the student's head, two where it is frozen, and one
-with the teacher's, over the tokens that count. Decoding takes whichever is longer: its FLOPs, or reading weights and
+with the teacher's, over the tokens that count. A picture costs 2 P a patch in a vision tower of P weights, and twice as
+much again where that is trained. Decoding takes whichever is longer: its FLOPs, or reading weights and
 caches once per token.
 """
 
@@ -45,18 +46,21 @@ def speed_of(
     """Estimate a step with the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
     used = 1.0 / work.steps_per_collection if work.buffered else 1.0  # by this step, of a collection
-    decoded = [(one, _decoding_flops(one, sizes, used)) for one in work.decodings if one.total]
+    decoded = [(one, _decoding_flops(one, sizes, used, simulation.pictures)) for one in work.decodings if one.total]
     scored = Counter()  # model -> FLOPs
     for scoring in work.scorings:
         for name in scoring.models:
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
             body = forward_flops(sizes[name], scoring.total * scoring.length, scoring.length)
-            scored[name] += used * (body + rows * 2 * sizes[name].head)
+            seen = scoring.total * simulation.pictures * scoring.prompted * sizes[name].picture
+            scored[name] += used * (body + rows * 2 * sizes[name].head + seen)
         for name in scoring.kept:
             scored[name] += used * scoring.total * (scoring.rows // scoring.batch) * 2 * sizes[name].head
     for term in work.judged_in_the_step:
         tokens = work.micro_batches * term.batch * term.length
         scored["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
+        pictures = work.micro_batches * term.batch * simulation.pictures * term.prompted
+        scored["teacher"] += pictures * sizes["teacher"].picture
     rollout_flops = sum(sum(models.values()) for _, models in decoded)
     update_flops = _update_flops(simulation, work, checkpointing)
     seconds = None
@@ -79,14 +83,21 @@ def speed_of(
     return Speed(rollout_flops, sum(scored.values()), update_flops, seconds)
 
 
-def _decoding_flops(decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float) -> dict[str, float]:
+def _decoding_flops(
+    decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float, pictures: int
+) -> dict[str, float]:
     width = decoding.prompt + decoding.answer - 1
     tokens, predictions = decoding.total * width, decoding.total * decoding.answer
     # by coins: of the asked model for a token, and of both for what is known of the answers afterwards
     known = 0.0 if decoding.teacher_share is None else 1.0
     heads = {name: decoding.asked_share(name) + known for name in decoding.models}
     return {
-        name: used * (forward_flops(sizes[name], tokens, width / 2) + heads[name] * predictions * 2 * sizes[name].head)
+        name: used
+        * (
+            forward_flops(sizes[name], tokens, width / 2)
+            + heads[name] * predictions * 2 * sizes[name].head
+            + decoding.total * pictures * sizes[name].picture
+        )
         for name in decoding.models
     }
 
@@ -99,6 +110,7 @@ def flops_per_token(simulation: Simulation, forward: Forward) -> float:
         total += forward_flops(sizes[name], 1, forward.length)
         if forward.statistics:
             total += 2.0 * sizes[name].head * forward.rows / (forward.batch * forward.length)
+        total += simulation.pictures * forward.prompted * sizes[name].picture / forward.length
     return total
 
 
@@ -121,6 +133,8 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
         passes = 3 - frozen + checkpointing
         total += passes * forward_flops(size, term.batch * term.length, term.length)
         total += term.rows * (3 - frozen) * 2.0 * size.head
+        looks = 1 if size.picture_frozen else 3 + checkpointing
+        total += looks * term.batch * simulation.pictures * term.prompted * size.picture
         if term.teacher:
             total += term.rows * 2.0 * simulation.teacher.head
     return total * work.micro_batches

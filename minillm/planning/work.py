@@ -72,6 +72,7 @@ class Forward:
     total: int  # sequences of a buffer or step, on one rank
     kept: tuple[str, ...] = ()  # models whose hidden states are there from before, for the statistics
     layers: tuple[int, ...] = (-1,)  # of the teacher whose hidden states at the rows are kept, -1 what its head reads
+    prompted: bool = True  # its texts begin with prompts, which may show pictures
 
     @property
     def reads_heads(self) -> bool:
@@ -95,6 +96,7 @@ class TermShape:
     features: tuple[tuple[int, int], ...] = ()  # layers of student and teacher that a trained projector each connects
     feature_rows: int = 0  # of all sequences, positions whose features are projected
     affinity_rows: int = 0  # of all sequences, positions whose last hidden states are compared with each other
+    prompted: bool = True  # its texts begin with prompts, which may show pictures
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,20 @@ class _Text:
     sequences: int
     length: int  # tokens fed
     rows: int  # of one sequence, predictions that count
+    prompted: bool = True  # it begins with a prompt
 
     def forward(self, models: tuple[str, ...], items: int, *, statistics: bool, total: int, **of_teacher) -> Forward:
         batch = items * self.sequences
-        return Forward(models, batch, self.length, batch * self.rows, statistics, total * self.sequences, **of_teacher)
+        return Forward(
+            models,
+            batch,
+            self.length,
+            batch * self.rows,
+            statistics,
+            total * self.sequences,
+            prompted=self.prompted,
+            **of_teacher,
+        )
 
     def at(self, *, prompts: bool) -> "_Text":
         """The same text, every position of which counts where `prompts` says so."""
@@ -210,6 +222,7 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
                 term.features,
                 batch * text.at(prompts=term.features_prompts).rows * bool(term.features),
                 batch * text.length * term.affinity,
+                text.prompted,
             )
         )
     return tuple(terms)
@@ -284,7 +297,7 @@ def _text(kind: Rows, config: StageConfig) -> _Text:
         if config.data.corpus is None:
             raise UserError("data.corpus is missing, so the length of its blocks is not known")
         fed = config.data.corpus.block_size - 1
-        return _Text(1, fed, fed)
+        return _Text(1, fed, fed, prompted=False)
     if kind == "pairs":
         if config.data.pairs is None:
             raise UserError("data.pairs is missing, so the length of a pair is not known")

@@ -14,11 +14,11 @@ SMALL = {"hidden": 64, "layers": 1, "vocab": 300, "batch": 2, "prompt": 8, "answ
 
 def small(name: str):
     (case,) = [case for case in CASES if case.name == name]
-    return replace(case, teacher_layers=case.teacher_layers and 1, **SMALL)
+    return replace(case, teacher_layers=case.teacher_layers and 1, side=case.side and 28, **SMALL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is Linux's")
-@pytest.mark.parametrize("name", ["sft", "gkd, opt", "minillm", "minillm, evaluated"])
+@pytest.mark.parametrize("name", ["sft", "gkd, opt", "minillm", "minillm, evaluated", "minillm, pictures"])
 def test_every_phase_of_a_plan_is_measured(name):
     case = replace(small(name), evaluated=2 if small(name).evaluated else 0)
     measured = plan._take_steps(case)

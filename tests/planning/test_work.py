@@ -86,7 +86,10 @@ def test_the_pretraining_term_is_of_blocks_whose_teacher_runs_in_the_step(work, 
     found = work({"name": "minillm", "pt_kd_ratio": 0.5}, corpus)
     policy, pretraining = found.terms
     fed = BLOCK - 1
-    assert pretraining == TermShape("pretraining", MICRO, fed, MICRO * fed, teacher=True, from_buffer=False)
+    assert pretraining == TermShape(
+        "pretraining", MICRO, fed, MICRO * fed, teacher=True, from_buffer=False, prompted=False
+    )
+    assert policy.prompted
     assert found.judged_in_the_step == (pretraining,) and len(found.scorings) == 1
 
 
@@ -147,7 +150,7 @@ def test_a_reference_that_is_kept_reads_the_pairs_beside_the_step(work, pairs):
 
 def test_a_method_of_plain_text_needs_no_prompts(work, corpus):
     found = work(elsewhere(rows=["corpus"]), corpus, prompts=False)
-    assert found.terms == (TermShape("imitation", MICRO, BLOCK - 1, MICRO * (BLOCK - 1), False, False),)
+    assert found.terms == (TermShape("imitation", MICRO, BLOCK - 1, MICRO * (BLOCK - 1), False, False, prompted=False),)
 
 
 def test_what_gives_the_length_is_missed_by_name(work):
@@ -163,7 +166,9 @@ def test_a_stage_without_steps_reads_with_both_models(work, corpus):
     found = work(Sieve(name="sieve"), corpus)
     fed = BLOCK - 1
     assert found.terms == () and found.decodings == ()
-    assert found.scorings == (Forward(("teacher", "student"), MICRO, fed, MICRO * fed, True, total=MICRO),)
+    assert found.scorings == (
+        Forward(("teacher", "student"), MICRO, fed, MICRO * fed, True, total=MICRO, prompted=False),
+    )
     with pytest.raises(NothingToPlan, match="method sieve takes no step and declares neither answers nor texts"):
         work(Sieve(name="sieve", corpus=False))
 
