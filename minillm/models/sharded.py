@@ -1,8 +1,7 @@
 """Models whose weights ZeRO-3 has cut into a piece a rank: made whole for a while, and collected for a file."""
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from weakref import WeakSet
 
@@ -54,20 +53,34 @@ def fully_gathered(*modules: nn.Module | None) -> Iterator[None]:
         return
     import deepspeed
 
-    # DeepSpeed's hooks would release each layer after its forward pass, and wait for the other ranks before the next
+    # DeepSpeed's hooks would release each layer after its forward pass, and wait for the other ranks before the next; others,
+    # such as those by which a vision tower gives hidden states of inner layers, have their work here too
     inner = {id(module): module for part in sharded for module in part.modules()}.values()
-    hooks = [(module, name, getattr(module, name)) for module in inner for name in _HOOKS]
+    hooks = [getattr(module, name) for module in inner for name in _HOOKS]  # {number: hook}, each
     with deepspeed.zero.GatheredParameters(parameters):
-        for module, name, _ in hooks:
-            setattr(module, name, OrderedDict())
+        taken = [_take_those_of_deepspeed(of_one) for of_one in hooks]
         newly = [module for module in inner if module not in _gathered]
         _gathered.update(newly)
         try:
             yield
         finally:
             _gathered.difference_update(newly)
-            for module, name, before in hooks:
-                setattr(module, name, before)
+            for of_one, out in zip(hooks, taken, strict=True):
+                everything = sorted({**of_one, **out}.items())  # in the order in which they were registered
+                of_one.clear()
+                of_one.update(everything)
+
+
+def _take_those_of_deepspeed(hooks: dict[int, Callable]) -> dict[int, Callable]:
+    """Take them out of a module's hooks; returns them."""
+    taken = {
+        number: hook
+        for number, hook in hooks.items()
+        if (getattr(hook, "__module__", None) or "").partition(".")[0] == "deepspeed"
+    }
+    for number in taken:
+        del hooks[number]
+    return taken
 
 
 def name_accelerator() -> None:
