@@ -11,19 +11,21 @@ from one forward pass of each model, and no full logits are ever held.
 
 Differences from the released code. Its answers are the positions of their own tokens, so that the prediction of the first
 one is left out and one beyond the last taken in; here they are the positions that predict the answer. Its projector is not
-in its checkpoints. Its `norm_logits`, logits that are standardised row by row before the softmax, is not offered, nor the
-divergence at the positions with the largest affinities, nor answers of the student's own.
+in its checkpoints. Its `norm_logits` is `standardize`: logits that are standardised row by row before the softmax. The
+divergence at the positions with the largest affinities is not offered, nor answers of the student's own.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from minillm.losses import TokenStats
 from minillm.methods.features import DISTANCES, affinities, mean_in_sequences, places_of
-from minillm.methods.protocol import HiddenLoss, Method, Term, TrainingData, sequences_of
+from minillm.methods.protocol import HeadLoss, HiddenLoss, Method, Term, TrainingData, sequences_of
+from minillm.methods.standardized import standardized_divergence
 from minillm.methods.supervised import take_references
 from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.models.families import placeholder_id
@@ -107,17 +109,28 @@ class _MicroBatch:
         elif keys.logits_coef:
             teacher = self.models.teacher.rows(self.batch)
         batch, answers = self._with_rows(rows)
-        inputs = {"answers": answers, "distance_weight": keys.logits_coef * mean_in_sequences(rows, self.width)}
+        inputs, heads = {"answers": answers}, None
+        options = {"beta": keys.beta, "alpha": keys.skew} if keys.logits_coef else {}
+        weights = keys.logits_coef * mean_in_sequences(rows, self.width)
+        if keys.standardizes:
+            objective = partial(
+                standardized_divergence, divergence=keys.divergence, vocab_size=self.models.vocab_size, options=options
+            )
+            heads = HeadLoss(objective, teacher, {"weights": weights, "answers": answers})
+            teacher, options = None, {}
+        elif keys.logits_coef:
+            inputs["distance_weight"] = weights
         return Term(
             "distillation",
             batch,
             _row_loss(keys, ce_weight=keys.ce_coef * step.sequences / max(step.tokens, 1)),
-            ("student_logprob",) + (keys.divergence,) * (keys.logits_coef > 0),
+            ("student_logprob",) + (keys.divergence,) * (teacher is not None),
             count=float(len(self.batch.lengths)),
             inputs=inputs,
             teacher=teacher,
-            options={"beta": keys.beta, "alpha": keys.skew},
+            options=options,
             hidden=self._hidden_loss(),
+            heads=heads,
         )
 
     def _with_rows(self, rows: Tensor) -> tuple[TokenBatch, Tensor]:  # (N,) -> (N,) bool
@@ -167,11 +180,11 @@ def _row_loss(keys, *, ce_weight: float):
         stats: TokenStats,
         *,
         answers: Tensor,  # (C,) bool
-        distance_weight: Tensor,  # (C,)
+        distance_weight: Tensor | None = None,  # (C,), where a divergence is of these rows
     ) -> tuple[Tensor, dict[str, Tensor]]:  # (C,)
         surprise = torch.where(answers, -stats.student_logprob, 0.0)
         loss, metrics = ce_weight * surprise, {"cross_entropy_nats": surprise.detach()}
-        if keys.logits_coef:
+        if distance_weight is not None:
             distance = getattr(stats, keys.divergence)
             loss = loss + distance_weight * distance
             metrics[f"{keys.divergence}_nats"] = torch.where(answers, distance.detach(), 0.0)

@@ -18,10 +18,11 @@ from minillm.data.images import Picture, PictureReader
 from minillm.data.instructions import Example
 from minillm.data.stream import Stream
 from minillm.engine.module import TermLoss
-from minillm.losses import linear_objective
+from minillm.losses import LMHead, linear_objective
 from minillm.methods import build_method
 from minillm.methods.features import DISTANCES, affinities, mean_in_sequences
 from minillm.methods.protocol import TrainingData
+from minillm.methods.standardized import deviations, standardized_divergence
 from minillm.models.families import answer_beside_pictures
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.teachers.local import LocalTeacher
@@ -83,6 +84,70 @@ def test_affinities_are_those_of_the_released_code(golden):
     torch.testing.assert_close(
         torch.autograd.grad(loss, student)[0], arrays["grad_affinity"], rtol=1e-5, atol=1e-7
     )  # the released code adds 1e-6 to the number of pairs
+
+
+def standardized(logits: torch.Tensor) -> torch.Tensor:  # (N, V), -inf at ids that are none
+    """Less the mean of each row, over its standard deviation."""
+    counted = logits.isfinite()
+    values = logits[counted].view(len(logits), -1)
+    result = torch.full_like(logits, -torch.inf)
+    result[counted] = ((values - values.mean(-1, keepdim=True)) / (values.std(-1, keepdim=True) + 1e-7)).flatten()
+    return result
+
+
+def test_standardised_logits_have_the_released_divergence_and_gradient(golden):
+    values, arrays = golden
+    at = places(arrays["attention_mask"])
+    student, eye = arrays["student_logits"].clone().requires_grad_(), LMHead(torch.eye(11, dtype=torch.float64))
+    total, _ = standardized_divergence(
+        student.flatten(0, 1)[at], eye, arrays["teacher_logits"].flatten(0, 1)[at], eye,
+        weights=mean_in_sequences(at, student.shape[1]), answers=torch.ones(len(at), dtype=torch.bool),
+        divergence="forward_kl", vocab_size=11, options={},
+    )  # fmt: skip
+    loss = total / len(student)
+    assert loss.item() == pytest.approx(values["logits_fkl_all_norm"], rel=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, student)[0], arrays["grad_logits_fkl_all_norm"], rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("banned", [False, True])
+def test_the_head_has_the_gradient_through_the_deviations(banned):
+    """Of heads that scale their logits, of vocabularies of two sizes, with an id that has no probability, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    h, w, h_t, w_t, weights = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((5, 4), (9, 4), (5, 3), (12, 3), (5,))
+    )
+    answers, bias = torch.tensor([True, False, True, True, False]), None
+    if banned:
+        bias = torch.zeros(9, dtype=torch.float64).index_fill(0, torch.tensor([2]), -torch.inf)
+    given = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+    other = None if bias is None else torch.cat([bias, bias.new_zeros(3)])
+    total, metrics = standardized_divergence(
+        given[0], LMHead(given[1], bias, logit_scale=0.3), h_t, LMHead(w_t, other), weights=weights, answers=answers,
+        divergence="jsd", vocab_size=9, options={"beta": 0.3},
+    )  # fmt: skip
+    wanted = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+    kept = [one for one in range(9) if bias is None or one != 2]
+    logits = 0.3 * wanted[0] @ wanted[1][kept].T, h_t @ w_t[kept].T
+    q, p = (standardized(one).softmax(-1) for one in logits)
+    m = 0.3 * p + 0.7 * q
+    rows = (0.3 * p * (p / m).log() + 0.7 * q * (q / m).log()).sum(-1)
+    want = (weights * rows).sum()
+    assert total.item() == pytest.approx(want.item(), rel=1e-9)
+    assert metrics["standardized_jsd_nats"].item() == pytest.approx(rows[answers].sum().item(), rel=1e-9)
+    gradients = torch.autograd.grad(2 * total, given), torch.autograd.grad(2 * want, wanted)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)  # none for the id that is banned
+
+
+@pytest.mark.parametrize("head", [{"softcap": 3.0}, {"bias": torch.ones(9)}])
+def test_heads_that_bend_or_shift_their_logits_are_refused(head):
+    with pytest.raises(
+        UserError, match="method.standardize: logits are standardised of heads without softcap and bias"
+    ):
+        deviations(torch.ones(2, 4), LMHead(torch.ones(9, 4), **head), 9)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +256,10 @@ def oracle(items, models, modules, keys: LLAVADI):
             parts["ce"] = parts["ce"] - predicted.sum() / tokens
             q, p = logs
             kept = p.isfinite()
+            if keys.standardize:
+                q, p = (
+                    standardized(output.logits[0].masked_fill(~kept, -torch.inf)).log_softmax(-1) for output in outputs
+                )
             kl = torch.where(kept, p.exp() * (p.masked_fill(~kept, 0.0) - q.masked_fill(~kept, 0.0)), 0.0).sum(-1)
             parts["logits"] = parts["logits"] + kl[chosen[keys.logits_tokens]].mean() / len(items)
             for place, (ours, theirs) in enumerate(keys.layers if modules else ()):
@@ -230,6 +299,8 @@ CASES = {
     "features alone": {**ONLY, "features_coef": 3.0, "features_loss": "cosine", "features_tokens": "answers"},
     "affinities alone": {**ONLY, "affinity_coef": 1.5},
     "logits alone": {**ONLY, "logits_coef": 0.7},
+    "standardised logits alone": {**ONLY, "logits_coef": 0.7, "standardize": True},
+    "standardised logits at every place": {"logits_tokens": "all", "standardize": True, "divergence": "forward_kl"},
 }  # fmt: skip
 
 
@@ -252,9 +323,10 @@ def test_loss_and_gradients_are_those_of_full_logits_and_hidden_states(case, see
         assert metrics["features_loss"] == pytest.approx(parts["features"], rel=1e-5)
     if keys.affinity_coef:
         assert metrics["affinity_loss"] == pytest.approx(parts["affinity"], rel=1e-4)
-    assert ("forward_kl_nats" in metrics) == bool(keys.logits_coef)
+    name = "standardized_forward_kl_nats" if keys.standardize else "forward_kl_nats"
+    assert {one for one in metrics if "forward_kl" in one} == ({name} if keys.logits_coef else set())
     if keys.logits_coef and keys.logits_tokens == "all":  # the metric is of the answers, as in other methods
-        assert metrics["forward_kl_nats"] != pytest.approx(parts["logits"], rel=1e-2)
+        assert metrics[name] != pytest.approx(parts["logits"], rel=1e-2)
 
 
 def test_text_models_are_distilled_like_those_that_see(make_models, tmp_path):
@@ -318,7 +390,7 @@ def test_keys_that_contradict_each_other_or_do_nothing_are_named():
     assert [key for key, *_ in LLAVADI(name="llavadi", layers=[[1, 2], [1, 2]]).findings()] == ["layers"]
     assert not [*LLAVADI(name="llavadi").findings()] and idle() == {"beta", "skew"}
     assert idle(divergence="jsd") == {"skew"}
-    assert idle(logits_coef=0) == {"divergence", "beta", "skew", "logits_tokens"}
+    assert idle(logits_coef=0) == {"divergence", "beta", "skew", "logits_tokens", "standardize"}
     assert idle(divergence="jsd", features_coef=0) == {"skew", "features_loss", "features_tokens", "layers"}
 
 
@@ -348,7 +420,13 @@ def recipe(tmp_path_factory) -> Path:
         "student": {"path": str(save_seeing("llava", folder / "student"))},
         "teacher": {"path": str(save_seeing("llava", folder / "teacher", width=48, seed=1))},
         "data": {"prompts": prompts},
-        "method": {"name": "llavadi", "layers": [[1, 1], [-1, -1]], "affinity_coef": 1.0, "logits_tokens": "text"},
+        "method": {
+            "name": "llavadi",
+            "layers": [[1, 1], [-1, -1]],
+            "affinity_coef": 1.0,
+            "logits_tokens": "text",
+            "standardize": True,
+        },
         # with a large epsilon AdamW does not turn a gradient that is rounding into a whole step
         "train": {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "adam_epsilon": 1e-3},
         "save": {"steps": 1, "keep": 9},
@@ -375,7 +453,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, killed, one_thread):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_two_ranks_of_zero_3_take_the_same_steps(trained, two_ranks):
     for mine, other in zip(steps_of(two_ranks, "main"), steps_of(trained, "main"), strict=True):
-        for key in ("loss", "forward_kl_nats", "features_loss", "affinity_loss"):
+        for key in ("loss", "standardized_forward_kl_nats", "features_loss", "affinity_loss"):
             assert mine[key] == pytest.approx(other[key], rel=1e-4), key
     for name, tensor in projector(trained / "final").items():
         torch.testing.assert_close(projector(two_ranks / "final")[name], tensor, rtol=1e-3, atol=1e-5)

@@ -14,7 +14,7 @@ Coefficient = Annotated[float, Field(ge=0.0)]
 LAST = [-1, -1]
 # what a coefficient of 0 leaves without effect
 OF_COEFFICIENT = {
-    "logits_coef": ("divergence", "beta", "skew", "logits_tokens"),
+    "logits_coef": ("divergence", "beta", "skew", "logits_tokens", "standardize"),
     "features_coef": ("features_loss", "features_tokens", "layers"),
 }
 
@@ -34,6 +34,11 @@ class LLAVADI(MethodConfig):
         "answers",
         description="answers: where a token of the answer is predicted; text: those and the prompt, but for the places of its "
         "pictures; all: those as well",
+    )
+    standardize: bool = Field(
+        False,
+        description="The divergence is of logits that are standardised row by row: less their mean, over their standard deviation "
+        "(released: true). It takes two products more of each head, with itself",
     )
     features_coef: Coefficient = Field(
         1.0, description="Weight of the distance of projected hidden states to the teacher's"
@@ -62,6 +67,11 @@ class LLAVADI(MethodConfig):
         logits, features = self.logits_coef and self.logits_tokens, self.features_coef and self.features_tokens
         return bool(self.affinity_coef) or {logits, features} & {"text", "all"} != set()
 
+    @property
+    def standardizes(self) -> bool:
+        """True where standardised logits are compared."""
+        return self.standardize and self.logits_coef > 0
+
     def needs(self) -> Needs:
         features = tuple((student, teacher) for student, teacher in self.layers) if self.features_coef else ()
         term = TermNeeds(
@@ -78,7 +88,9 @@ class LLAVADI(MethodConfig):
             references=True,
             images=self.affinity_coef > 0,
             teacher=True,
-            teacher_abilities=frozenset({"layers"} if features or self.reads_prompts else ()),
+            teacher_abilities=frozenset(
+                {"layers"} if features or self.reads_prompts else {"hidden"} if self.standardizes else ()
+            ),
             trains=("student", "projector") if features else ("student",),
             because={"images": "affinity_coef"},
         )
