@@ -51,6 +51,11 @@ PARAMETERS = {
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    # language model, CLIP-L/336 and two projecting layers
+    "llava-hf/llava-1.5-13b-hf": 13_016_519_680 + 303_507_456 + 31_467_520,
+    "your/llava-mobilellama-2.7b": 2_701_560_320 + 2 * 64 * 2560 + 303_507_456 + 1025 * 2560 + 2561 * 2560,
+    "your/llava-qwen2-0.5b": 494_032_768 + 303_507_456 + 1025 * 896 + 897 * 896,
+    "your/llava-qwen2-7b": 7_615_616_512 + 303_507_456 + 1025 * 3584 + 3585 * 3584,
 }
 
 

@@ -1,7 +1,7 @@
 """`student` and `teacher`: the places that models come from, and the form in which they are loaded."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,7 +24,7 @@ OF_INIT = {
 }  # key -> the only `init` with which it means something
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
-Part = Literal["projector", "language", "vision"]
+Part = Literal["projector", "language", "feed_forward", "vision"]
 
 
 class ModelConfig(Strict):
@@ -156,8 +156,9 @@ class StudentConfig(ModelConfig):
 
     train: Annotated[list[Part], Field(min_length=1)] | None = Field(
         None,
-        description="Of a model of images and text the parts that are trained, others stay as they are: projector, language (the "
-        "language model with its head), vision; default: all",
+        description="The parts that are trained, others stay as they are: of a model of images and text projector, language (the "
+        "language model with its head), vision; of any model feed_forward (the language model's feed-forward layers, experts "
+        "and routers too); default: all",
     )
     vision_from_layer: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Of the vision tower train its layers from this one on alone, counted from 0"
@@ -179,8 +180,13 @@ class StudentConfig(ModelConfig):
     def trained_parts(self) -> tuple[Part, ...] | None:
         """The parts that are trained, None where all weights are."""
         if self.train is None and self.vision_from_layer is not None:
-            return get_args(Part)
+            return ("projector", "language", "vision")
         return None if self.train is None else tuple(self.train)
+
+    @property
+    def trained_by_text(self) -> bool:
+        """True where plain text passes through what is trained."""
+        return self.trained_parts is None or not {"language", "feed_forward"}.isdisjoint(self.trained_parts)
 
     @model_validator(mode="after")
     def _without_those_of_another_init(self) -> "StudentConfig":

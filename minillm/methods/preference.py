@@ -1,4 +1,4 @@
-"""The loss of a preference between two answers, of which DPO, IPO, DPOP and SimPO are special cases.
+"""The loss of a preference between two answers, of which DPO, IPO, DPOP, SimPO and KTO's for pairs are special cases.
 
 For a chosen answer w and a rejected one l, with the teacher p as the reference of the student q:
 
@@ -6,6 +6,11 @@ For a chosen answer w and a rejected one l, with the teacher p as the reference 
     d = s(w) - s(l) - dpop * max(0, -s(w)),    margin = beta (s(w) - s(l))
     sigmoid  L = -(1 - e) log sigmoid(beta d - g) - e log sigmoid(g - beta d)     e label_smoothing, g target_margin
     ipo      L = (d - 1 / (2 beta))^2
+    kto_pair L = (sigmoid(-beta (s(w) - max(0, s(l)))) + sigmoid(-beta (max(0, s(w)) - s(l)))) / 2
+
+In kto_pair the positive part of the other answer's score stands for the KL to the reference, as in the released code of
+LLaVA-MoD (arXiv 2408.15881) at its batch of one pair: with its gradient, which KTO (2402.01306) leaves out. Over larger
+batches that code takes its mean over the micro-batch; here a pair is by itself, whatever it is batched with.
 
 DPO is arXiv 2305.18290 (smoothed: its conservative form), IPO 2310.12036 (equation 17), DPOP 2402.13228 (equation 3),
 SimPO 2405.14734 (equation 6).
@@ -41,6 +46,10 @@ def preference_loss(
         difference = difference - keys.dpop * torch.relu(-chosen)
     if keys.preference_loss == "ipo":
         return (difference - 1 / (2 * keys.beta)).square(), margin
+    if keys.preference_loss == "kto_pair":
+        first = torch.sigmoid(-keys.beta * (chosen - torch.relu(rejected)))
+        second = torch.sigmoid(-keys.beta * (torch.relu(chosen) - rejected))
+        return (first + second) / 2, margin
     logit = keys.beta * difference - keys.target_margin
     loss = (1 - keys.label_smoothing) * softplus(-logit)
     if keys.label_smoothing > 0:

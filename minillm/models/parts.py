@@ -1,4 +1,5 @@
-"""The parts of a model of images and text: its vision tower, its language model, and the projector between them."""
+"""The parts of a model of images and text: its vision tower, its language model with the feed-forward layers in it, and the
+projector between them."""
 
 from collections.abc import Collection
 
@@ -8,8 +9,10 @@ from transformers import PreTrainedModel
 from minillm import UserError
 from minillm.config.models import Part
 from minillm.models.families import decoder, sees_pictures, text_model
+from minillm.models.pruning import layers_of
 
 KEY = "student.train"
+_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")  # the names of these modules in a decoder's layer
 _MERGER = "merger"  # in the names of the modules at the end of Qwen-VL's vision towers, which are its projector
 
 
@@ -24,6 +27,8 @@ def train_parts(
     Raises UserError, which starts with the key, for a model that has no such part, or not as many layers.
     """
     weights = weights_of(model)
+    if "feed_forward" in parts:
+        weights["feed_forward"] = _feed_forward(model)
     missing = [part for part in parts if not weights[part]]
     if missing:
         raise UserError(f"{KEY}: {type(model).__name__} has no {' and no '.join(missing)} that minillm can tell apart")
@@ -43,7 +48,7 @@ def train_parts(
 
 
 def weights_of(model: PreTrainedModel) -> dict[Part, list[nn.Parameter]]:
-    """The weights of each part, every weight of the model in one of them; those of a text model are all of `language`.
+    """The weights of each part, every weight of the model in one of them (feed_forward is inside of language); those of a text model are all of `language`.
 
     What is neither in the vision tower nor in the language model is of the projector.
     """
@@ -56,6 +61,12 @@ def weights_of(model: PreTrainedModel) -> dict[Part, list[nn.Parameter]]:
     vision = {key: one for key, one in _weights(tower).items() if key not in inside}
     between = {key: one for key, one in _weights(model).items() if key not in language and key not in vision}
     return {"projector": [*between.values()], "language": [*language.values()], "vision": [*vision.values()]}
+
+
+def _feed_forward(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of the feed-forward layers of the language model; none where they have no name of their own."""
+    modules = [getattr(layer, name, None) for layer in layers_of(model)[2] for name in _FEED_FORWARD]
+    return [*_weights(*(one for one in modules if isinstance(one, nn.Module))).values()]
 
 
 def _weights(*modules: nn.Module) -> dict[int, nn.Parameter]:

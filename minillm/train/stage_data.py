@@ -98,7 +98,7 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     require_shared_pictures(read, tokenizer, judges, ranks=collectives.world_size())
     if needs.images:
         _require_pictures(stage, prompts, pairs)
-    if "student" in needs.trains and "language" not in (side.trained_parts or ("language",)):
+    if "student" in needs.trains and not side.trained_by_text:
         _require_pictures(stage, prompts, pairs, use="trains what pictures alone pass through (student.train)")
     if needs.whole_documents:
         require_end(tokenizer, "data.corpus")

@@ -191,7 +191,11 @@ def test_keys_that_contradict_each_other_or_do_nothing_are_named():
     assert idle(lm_coef=1.0) == {"ce_coef"}
     assert idle(pairs="token_argmax") == {"length_norm", "pt_kd_ratio"}
     assert idle(preference_loss="ipo", lm_coef=1.0) == {"label_smoothing", "target_margin", "ce_coef"}
+    assert idle(preference_loss="kto_pair") == {"label_smoothing", "target_margin", "dpop", "ce_coef", "pt_kd_ratio"}
     assert [key for key, *_ in keys_of(dpop=1.0, reference_free=True).findings()] == ["dpop"]
+    assert [key for key, *_ in keys_of(preference_loss="kto_pair", reference_free=True).findings()] == [
+        "preference_loss"
+    ]
     assert not [*keys_of(dpop=1.0).findings()]
 
 

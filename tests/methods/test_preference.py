@@ -26,6 +26,7 @@ FORMS = {
     "dpop": {"dpop": 5.0, "length_norm": False},
     "dpop with ipo": {"dpop": 5.0, "preference_loss": "ipo"},
     "simpo": {"reference_free": True, "target_margin": 0.7, "beta": 2.0},
+    "kto_pair": {"preference_loss": "kto_pair", "length_norm": False, "beta": 0.5},
     "all at once": {"label_smoothing": 0.2, "dpop": 2.0, "target_margin": 0.3},
 }
 
@@ -41,6 +42,9 @@ def by_hand(w: torch.Tensor, l: torch.Tensor, keys: PreferenceKeys) -> torch.Ten
         d = d - keys.dpop * (-w if w < 0 else 0 * w)
     if keys.preference_loss == "ipo":
         return (d - 0.5 / keys.beta) ** 2
+    if keys.preference_loss == "kto_pair":
+        against = [one if one > 0 else 0 * one for one in (w, l)]  # each with its gradient
+        return (1 - sigmoid(keys.beta * (w - against[1])) + 1 - sigmoid(keys.beta * (against[0] - l))) / 2
     order = torch.log(sigmoid(keys.beta * d - keys.target_margin))
     other = torch.log(1 - sigmoid(keys.beta * d - keys.target_margin))
     return -(1 - keys.label_smoothing) * order - keys.label_smoothing * other
@@ -100,6 +104,26 @@ def test_a_student_that_is_its_own_reference_is_indifferent():
     ):
         loss, margin = preference_loss(zero, zero, keys)
         assert loss.tolist() == pytest.approx([value] * 4) and margin.tolist() == [0.0] * 4
+
+
+def test_kto_pair_is_the_released_loss_of_one_pair_at_a_time():
+    """All four signs of the two scores: LLaVA-MoD's loss at its batch of one, and the gradient through what it compares with."""
+    keys = PreferenceKeys(preference_loss="kto_pair", beta=0.1)
+    scores = [(3.0, 2.0), (3.0, -2.0), (-3.0, 2.0), (-3.0, -2.0)]
+    chosen, rejected = torch.tensor(scores, dtype=torch.float64).T.clone().requires_grad_().unbind()
+    loss, margin = preference_loss(chosen, rejected, keys)
+    gradients = torch.autograd.grad(loss.sum(), (chosen, rejected))
+
+    def s(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    for place, (a, b) in enumerate(scores):
+        first, second = 0.1 * (a - max(0, b)), 0.1 * (max(0, a) - b)
+        assert loss[place].item() == pytest.approx((1 - s(first) + 1 - s(second)) / 2)
+        one, two = (-0.05 * s(x) * (1 - s(x)) for x in (first, second))
+        assert gradients[0][place].item() == pytest.approx(one + two * (a > 0))
+        assert gradients[1][place].item() == pytest.approx(-one * (b > 0) - two)
+        assert margin[place].item() == pytest.approx(0.1 * (a - b))
 
 
 def test_scores_far_apart_lose_no_digits():

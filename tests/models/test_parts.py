@@ -1,9 +1,12 @@
 """The parts of models that see: every weight in one of them, and those that are frozen receive no gradient."""
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm import UserError
+from minillm.config.upcycle import UpcycleConfig
 from minillm.models.parts import train_parts, weights_of
+from minillm.models.upcycling import upcycle
 from tests.conftest import tiny_llama
 from tests.pictures import KINDS, build_processor, build_seeing
 
@@ -47,6 +50,33 @@ def test_the_parts_that_are_named_are_trained(model):
     assert upper and upper < parts["vision"] and all(".1." in name for name in upper), upper
     with pytest.raises(UserError, match=r"student.vision_from_layer: the vision tower of .* layers 0 to 1, no 2"):
         train_parts(model, ("vision",), vision_from_layer=2)
+
+
+def test_feed_forward_layers_are_those_of_the_language_model(model):
+    language = set(names(model, weights_of(model)["language"]))
+    found = trained(train_parts(model, ("feed_forward",)))
+    assert found == {name for name in language if ".mlp." in name} and len(found) >= 2 * 3  # layers, matrices
+    both = trained(train_parts(model, ("feed_forward", "projector")))
+    assert both == found | set(names(model, weights_of(model)["projector"]))
+
+
+def test_experts_and_routers_are_of_the_feed_forward_layers():
+    dense = tiny_llama()
+    sparse = upcycle(dense, UpcycleConfig(num_experts=2), seed=0)
+    found = trained(train_parts(sparse, ("feed_forward",)))
+    assert found == {name for name, _ in sparse.named_parameters() if ".mlp." in name}
+    assert any("experts" in name for name in found) and any("gate.weight" in name for name in found)
+
+
+def test_a_model_without_named_feed_forward_layers_says_so():
+    opt = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("opt", hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+                             word_embed_proj_dim=16, vocab_size=64, max_position_embeddings=16)
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match="student.train: OPTForCausalLM has no feed_forward that minillm can tell apart"
+    ):
+        train_parts(opt, ("feed_forward",))
 
 
 def test_a_text_model_is_all_language():

@@ -93,8 +93,10 @@ def trained_parts(facts: Facts, student: StudentConfig, method: Method) -> Itera
         )
     if student.vision_from_layer is not None and "vision" not in parts:
         yield Found("student.vision_from_layer", "has no effect: student.train leaves out vision", ("student.train",))
-    if "language" not in parts and method.needs().corpus:
-        message = "without language nothing is trained by plain text, which method {} learns from too"
+    if {"language", "feed_forward"} <= {*parts}:
+        yield Found("student.train", "feed_forward is a part of language; leave one of the two out")
+    if not student.trained_by_text and method.needs().corpus:
+        message = "without language or feed_forward nothing is trained by plain text, which method {} learns from too"
         yield Found("student.train", message.format(method.name), ("method.name",))
 
 

@@ -76,7 +76,9 @@ def test_forms_of_a_student(recipe, student, wrong):
         ({"train": ["vision"], "lora": {"r": 8, "alpha": 8}}, "kd", {"student.train": "leave one of the two out"}),
         ({"vision_from_layer": 1, "lora": {"r": 8, "alpha": 8}}, "kd", {"student.vision_from_layer": "leave one"}),
         ({"train": ["vision"]}, "lm", {"student.train": "nothing is trained by plain text, which method lm"}),
-        ({"train": ["tower"]}, "kd", {"student.train[0]": "not one of projector, language, vision"}),
+        ({"train": ["tower"]}, "kd", {"student.train[0]": "not one of projector, language, feed_forward, vision"}),
+        ({"train": ["feed_forward"]}, "lm", {}),
+        ({"train": ["feed_forward", "language"]}, "kd", {"student.train": "feed_forward is a part of language"}),
     ],
 )
 def test_the_parts_that_are_trained(recipe, student, method, wrong):
