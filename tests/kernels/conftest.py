@@ -29,6 +29,13 @@ if _exists("rows_triton") and importlib.util.find_spec("triton") is not None:
     BACKENDS.append("triton")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interpreted():
+    """Launches under Triton's interpreter are faster; see tests.interpreted."""
+    if "triton" in BACKENDS and DEVICE == "cpu":
+        import tests.interpreted  # noqa: F401
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     return request.param
