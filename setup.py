@@ -38,6 +38,7 @@ FEATURES = {
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
+        "filelock>=3.16",
         "hypothesis>=6.115",
         "ruff>=0.9",
         "deepspeed>=0.19,<0.20",
