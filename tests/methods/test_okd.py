@@ -179,7 +179,7 @@ def test_the_adapters_are_those_of_peft(trained):
 def test_the_adapters_name_the_teacher_that_they_are_of(path, named, make_models, monkeypatch):
     monkeypatch.setenv("TEACHERS", "/kept")
     method = okd()
-    method.config.teacher.path = path
+    method.config = method.config.model_copy(update={"teacher": TeacherConfig(path=path)})
     adapted = method.modules(make_models())["teacher"]
     assert adapted.peft_config["default"].base_model_name_or_path == named
 
