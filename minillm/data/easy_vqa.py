@@ -7,7 +7,7 @@ with one word for an answer: yes or no, a colour, or a shape. The package is not
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from minillm.data.sources import DataError, Place, Record
@@ -19,14 +19,14 @@ ANSWERS = {
 }
 
 
-def easy_vqa_records(split: str, answers: str | None = None) -> Iterator[Record]:
+def easy_vqa_records(split: str, answers: Collection[str] = tuple(ANSWERS)) -> Iterator[Record]:
     """Records with question, answer, image, and for pairs chosen (the answer) and rejected, another of its kind.
 
     Their order is a fixed one at random, so that the first of them are of many pictures.
 
     Args:
         split: train or test, whose pictures are others.
-        answers: the kind of answers that are wanted, a name of ANSWERS; None for all.
+        answers: the kinds of answers that are wanted, names of ANSWERS.
 
     Raises DataError where the package is not there, or not whole.
     """
@@ -39,7 +39,7 @@ def easy_vqa_records(split: str, answers: str | None = None) -> Iterator[Record]
         kind = next((name for name, words in ANSWERS.items() if answer in words), None)
         if kind is None:
             raise DataError(f"{folder}: {answer!r} is no answer of easy-vqa 1.0; install that version")
-        if answers not in (None, kind):
+        if kind not in answers:
             continue
         others = [word for word in ANSWERS[kind] if word != answer]
         record = {

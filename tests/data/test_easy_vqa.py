@@ -35,7 +35,7 @@ def test_the_splits_have_other_pictures_and_are_in_one_order():
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_questions_of_one_kind(kind):
-    records = [record for _, record in easy_vqa_records("test", kind)]
+    records = [record for _, record in easy_vqa_records("test", [kind])]
     assert {record["answer"] for record in records} == set(ANSWERS[kind])
     for record in records:
         assert record["chosen"] == record["answer"] != record["rejected"] and record["rejected"] in ANSWERS[kind]
@@ -43,8 +43,8 @@ def test_questions_of_one_kind(kind):
 
 
 def test_prompts_show_the_picture_and_pairs_have_it_too(tokenizer):
-    prompts = load_prompts(EasyVqaPrompts(**KEYS, limit=5, answers="color"), tokenizer)
-    pairs = load_pairs(EasyVqaPairs(**KEYS, limit=5, answers="color"), tokenizer)
+    prompts = load_prompts(EasyVqaPrompts(**KEYS, limit=5, answers=["color"]), tokenizer)
+    pairs = load_pairs(EasyVqaPairs(**KEYS, limit=5, answers=["color"]), tokenizer)
     assert prompts.pictured == pairs.pictured == 5 and prompts.source == pairs.source == "easy_vqa"
     for example, pair in zip(prompts, pairs, strict=True):
         assert pair.chosen.prompt == example.prompt_ids and pair.chosen.response == example.response_ids
