@@ -34,10 +34,12 @@ FEATURES = {
     "quantization": ["bitsandbytes>=0.49,<0.51", "accelerate>=1.1"],
     "flash": ["flash-attn>=2.7"],
     "images": ["num2words>=0.5.12"],  # for SmolVLM's processor alone
+    "vqa": ["easy-vqa==1.0"],
     "serve": ["starlette>=1.10,<2", "uvicorn>=0.54,<1"],
     "test": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",
+        "filelock>=3.16",
         "hypothesis>=6.115",
         "ruff>=0.9",
         "deepspeed>=0.19,<0.20",
@@ -48,6 +50,7 @@ FEATURES = {
         "lightning>=2.6,<3",
         "starlette>=1.10,<2",
         "uvicorn>=0.54,<1",
+        "easy-vqa==1.0",
         "mypy>=2",
     ],
 }

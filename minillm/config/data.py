@@ -169,6 +169,21 @@ class ArithmeticPrompts(RecordKeys):
     limit: Annotated[int, Field(ge=1)] = Field(1000, description="The number of questions; they may repeat")
 
 
+class EasyVqaSource(Strict):
+    """Questions about pictures of coloured shapes, with one word for an answer: the data of the package easy-vqa."""
+
+    type: Literal["easy_vqa"]
+    template: Template = Field("chat", description="As for the other types")
+    split: Literal["train", "test"] = Field("train", description="train: 38,575 questions; test: 9,673, of other pictures")
+    answers: Annotated[list[Literal["yes_no", "color", "shape"]], Field(min_length=1)] = Field(
+        ["yes_no", "color", "shape"], description="The kinds of answers that are wanted"
+    )
+
+
+class EasyVqaPrompts(EasyVqaSource, RecordKeys):
+    """Questions about pictures of coloured shapes, with one word for an answer: the data of the package easy-vqa."""
+
+
 class PlainPrompts(InstructionKeys):
     """Beginnings of plain texts, to be continued; the rest of each text is its reference."""
 
@@ -184,7 +199,7 @@ class PlainPrompts(InstructionKeys):
 
 
 Prompts = Annotated[
-    JsonlPrompts | ParquetPrompts | HfPrompts | PydocPrompts | ArithmeticPrompts | PlainPrompts,
+    JsonlPrompts | ParquetPrompts | HfPrompts | PydocPrompts | ArithmeticPrompts | EasyVqaPrompts | PlainPrompts,
     Field(discriminator="type"),
     default_type("jsonl"),
 ]
@@ -213,7 +228,13 @@ class HfPairs(HfSource, PairKeys):
     """A dataset of the `datasets` library, by its hub name or in a folder."""
 
 
-Pairs = Annotated[JsonlPairs | ParquetPairs | HfPairs, Field(discriminator="type"), default_type("jsonl")]
+class EasyVqaPairs(EasyVqaSource, PairKeys):
+    """The answers of easy-vqa's questions, preferred to another word of their kind."""
+
+
+Pairs = Annotated[
+    JsonlPairs | ParquetPairs | HfPairs | EasyVqaPairs, Field(discriminator="type"), default_type("jsonl")
+]
 
 
 class CorpusKeys(Strict):

@@ -24,6 +24,7 @@ from minillm.config.data import (
 from minillm.config.few_shot import FewShot, Part
 from minillm.data.answer_parsers import parse_answer
 from minillm.data.arithmetic import arithmetic_records
+from minillm.data.easy_vqa import easy_vqa_records
 from minillm.data.fields import fill, fill_question
 from minillm.data.images import find_pictures
 from minillm.data.other_reading import OtherReading, read_otherwise, read_plain_otherwise
@@ -306,4 +307,6 @@ def records_of(config: Prompts | Pairs | Labels) -> Iterator[Record]:
         return read_hf(config.path, config.name, config.split)
     if config.type == "arithmetic":
         return arithmetic_records(config.steps, config.largest, config.split)
+    if config.type == "easy_vqa":
+        return easy_vqa_records(config.split, config.answers)
     return pydoc_records(config.split)

@@ -88,13 +88,14 @@ def load_pairs(
         pairs.append(AnswerPair(index, chosen, rejected))
         if len(pairs) == config.limit:
             break
+    source = getattr(config, "path", config.type)
     if not pairs:
         dropped = (
             f": {long} are over max_prompt_length={config.max_prompt_length} tokens, or max_characters, and the answers of "
             f"{alike} are alike, as far as max_response_length={config.max_response_length} tokens"
         )
-        raise DataError(f"{name}: no usable pair in {config.path}{dropped if long or alike else ''}")
-    return PairSet(pairs, long, alike, typed, config.path)
+        raise DataError(f"{name}: no usable pair in {source}{dropped if long or alike else ''}")
+    return PairSet(pairs, long, alike, typed, source)
 
 
 def _split(where: str, record: Mapping[str, Any], config: PairKeys) -> tuple[Conversation, Message, Message]:

@@ -202,7 +202,8 @@ def _never_trained(document: Node, config: ExperimentConfig) -> dict[str, Node]:
 def _evaluation(document: Node, trees: dict[str, Node], config: ExperimentConfig, problems: list[Problem]):
     """The evaluation that every arm is measured with."""
     base = {key: node for key, node in document.value["base"].value.items() if key == "engine"}
-    # every arm is measured beside its own teacher; where base names none, that of the first arm that has one
+    # every arm is measured beside its own teacher, or that of base where its own cannot be compared with; where base names
+    # none, that of the first arm that has one
     having = [tree.value["teacher"] for tree in (document.value["base"], *trees.values()) if "teacher" in tree.value]
     base |= {"teacher": having[0]} if having else {}
     tree = Node({**base, "eval": document.value["evaluation"]}, document.origin)

@@ -7,6 +7,7 @@ from minillm.reporting.metric import METRICS, Metric, find_metric
 COSTS = (
     Metric("train_seconds", "Training time", "s", 0),
     Metric("student_tokens", "Trained on", "student tokens", 0),
+    Metric("tokens_per_second", "Training speed", "student tokens/s", 1),
     Metric("steps", "Trained for", "steps", 0),
 )
 

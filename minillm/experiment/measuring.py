@@ -101,9 +101,15 @@ class Measuring:
         return found is not None and found.get("asked") == self._asked()
 
     def _configs(self, job: Job) -> tuple[StudentConfig, AnyTeacherConfig | None]:
-        """The finished student of a job and its teacher, with folders for stage:NAME."""
+        """The finished student of a job and its teacher, with folders for stage:NAME.
+
+        A teacher that cannot read the student's answers leaves its place to that of base.
+        """
         base = self.experiment.stage(job.name).config
-        teacher = base.teacher and self._found(base.teacher, job)
+        teacher = base.teacher
+        if teacher is not None and "read" not in teacher.abilities:
+            teacher = self.experiment.base.config.teacher or teacher
+        teacher = teacher and self._found(teacher, job)
         common = {key: getattr(base.student, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
         if job.trained:
             return StudentConfig(path=str(require_whole(job.result)), **common), teacher

@@ -98,4 +98,6 @@ def _costs(records: list[dict]) -> dict[str, float]:
         return {}
     last = trained[-1]
     values = {"train_seconds": last["seconds"], "student_tokens": last["student_tokens"], "steps": last["stage_step"]}
-    return {metric.key: values[metric.key] for metric in COSTS}
+    if last["seconds"]:
+        values["tokens_per_second"] = last["student_tokens"] / last["seconds"]
+    return {metric.key: values[metric.key] for metric in COSTS if metric.key in values}

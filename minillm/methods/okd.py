@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from minillm.config.paths import STAGE, expand
 from minillm.losses import TokenStats, linear_token_stats
 from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import mixed_term, take_references
@@ -32,7 +33,9 @@ class OKD(Method):
 
     def modules(self, models: Models) -> dict[str, nn.Module]:
         teacher = self.config.teacher
-        base = None if teacher.path.startswith("stage:") else teacher.path  # a stage's folder may move with its run
+        base = (
+            None if teacher.path.startswith(STAGE) else expand(teacher.path)
+        )  # a stage's folder may move with its run
         adapted = add_adapters(
             models.teacher.model,
             self.config.method.lora,

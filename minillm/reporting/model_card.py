@@ -157,7 +157,7 @@ def _quick_start(run: RunFiles, stage: StageFiles) -> str:
 
 def _prompt_lines(run: RunFiles, prompts: dict) -> list[str]:
     """A prompt in the template that the model was trained with."""
-    defaults = {"pydoc": "chat", "text": "none", "arithmetic": "none"}
+    defaults = {"pydoc": "chat", "easy_vqa": "chat", "text": "none", "arithmetic": "none"}
     template = prompts.get("template", defaults.get(prompts.get("type"), "alpaca"))
     if template == "chat":
         system = [{"role": "system", "content": prompts["system"]}] if prompts.get("system") else []

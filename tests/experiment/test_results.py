@@ -20,6 +20,7 @@ def test_evaluations_of_arms_stand_with_the_costs_of_their_training(folders):
     result = found.arms["sft"][1]
     assert result.value("loss_nats") == result.value("loss_nats@held_out") == 2.0
     assert (result.value("train_seconds"), result.value("student_tokens"), result.value("steps")) == (30.0, 200, 2)
+    assert result.value("tokens_per_second") == pytest.approx(200 / 30)
     assert result.value("rouge_l@elsewhere") is None and result.value("reverse_kl_nats") is None
     assert [record["mean"]["loss_nats"] for record in result.evaluations] == [3.0, 2.5]
     assert list(found.arms) == ["sft"] and found.shared["warmup"][1].value("train_seconds") == 9.0

@@ -14,6 +14,7 @@ from minillm.experiment.experiment_file import load_experiment
 from minillm.experiment.experiment_report import write_experiment_report
 from minillm.experiment.jobs import commands
 from minillm.storage.metrics_log import read_records
+from tests.experiment.conftest import START
 from tests.runs import Silent, in_a_child
 
 
@@ -99,6 +100,24 @@ def test_an_arm_reads_the_data_that_a_stage_without_steps_has_left(write, folder
     assert do(file, "--seeds", "1") == 0 and chosen.stat().st_mtime_ns == before
     waves = [line for line in _listed(file) if line.startswith("#")]
     assert waves[0] == "# these first, all at once" and len(waves) == 4
+
+
+def test_an_arm_whose_teacher_cannot_read_answers_is_measured_beside_that_of_base(write, folder):
+    assert do(write(), "--arms", "warmup", "--seeds", "1", "--output", "before") == 0
+    file = write(
+        base__teacher={"path": "before/seed-1/warmup/final"},
+        shared__cache={"method": {"name": "cache", "texts": ["references"], "dtype": "float32"}},
+        arms={
+            "kd": {**START, "method": {"name": "kd"}},
+            "cached": {**START, "teacher": {"type": "cached", "path": "stage:cache"}, "method": {"name": "kd"}},
+        },
+        measures=["reverse_kl_nats", "tokens_per_second"],
+        claims=[],
+    )
+    assert do(file, "--seeds", "1") == 0
+    here, elsewhere = (json.loads(Path(f"out/seed-1/{arm}/evaluation.json").read_text()) for arm in ("kd", "cached"))
+    assert elsewhere["teacher"] == here["teacher"] and elsewhere["mean"]["reverse_kl_nats"] > 0
+    assert float(next(csv.DictReader(Path("out/table.csv").open()))["tokens_per_second"]) > 0
 
 
 def _listed(file: str) -> list[str]:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from minillm.kernels import reference
@@ -27,6 +28,13 @@ def _exists(name: str) -> bool:
 BACKENDS = ["torch"]
 if _exists("rows_triton") and importlib.util.find_spec("triton") is not None:
     BACKENDS.append("triton")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted():
+    """Launches under Triton's interpreter are faster; see tests.interpreted."""
+    if "triton" in BACKENDS and DEVICE == "cpu":
+        import tests.interpreted  # noqa: F401
 
 
 @pytest.fixture(params=BACKENDS)
@@ -206,16 +214,26 @@ def kit():
 
 @pytest.fixture(scope="session")
 def run_apart(tmp_path_factory):
-    """run_apart(FILE): what `python FILE FOLDER` prints as JSON, in a process where Triton compiles instead of interpreting."""
+    """run_apart(FILE): what `python FILE FOLDER` prints as JSON, in a process where Triton compiles instead of interpreting.
+
+    Of several workers of pytest the first does it for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def run(file: str) -> dict:
-        folder = tmp_path_factory.mktemp("apart")
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(
-            [sys.executable, file, str(folder)], env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        folder = shared / Path(file).stem
+        printed = folder / "printed.json"
+        with FileLock(shared / f"{folder.name}.lock"):
+            if not printed.exists():
+                folder.mkdir(exist_ok=True)
+                environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+                environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+                done = subprocess.run(
+                    [sys.executable, file, str(folder)], env=environment, capture_output=True, text=True, timeout=600
+                )
+                assert done.returncode == 0, done.stderr
+                printed.write_text(done.stdout)
+        return json.loads(printed.read_text())
 
     return run

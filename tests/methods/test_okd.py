@@ -173,6 +173,17 @@ def test_the_adapters_are_those_of_peft(trained):
     assert records[0]["teacher_drift_nats"] == 0 and records[-1]["teacher_drift_nats"] > 0
 
 
+@pytest.mark.parametrize(
+    "path, named", [("org/name", "org/name"), ("$TEACHERS/one", "/kept/one"), ("stage:teacher", None)]
+)
+def test_the_adapters_name_the_teacher_that_they_are_of(path, named, make_models, monkeypatch):
+    monkeypatch.setenv("TEACHERS", "/kept")
+    method = okd()
+    method.config = method.config.model_copy(update={"teacher": TeacherConfig(path=path)})
+    adapted = method.modules(make_models())["teacher"]
+    assert adapted.peft_config["default"].base_model_name_or_path == named
+
+
 def test_training_leaves_the_teacher_below_the_adapters_as_it_was(recipe):
     def work():
         make, seen = OKD.modules, {}

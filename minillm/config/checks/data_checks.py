@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
+from minillm.config.checks.packages import is_installed
 from minillm.config.data import DataConfig
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
@@ -41,6 +42,16 @@ def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     for group in ("sets", "calibration"):
         for name, source in getattr(eval, group).items():
             yield from _keys_of_chats(("eval", group, name), source.template)
+
+
+def packages_of_data(facts: Facts, data: DataConfig, eval: EvalConfig) -> Iterator[Found]:
+    """The packages whose data are asked for are installed."""
+    sources = {("data", name): getattr(data, name) for name in ("prompts", "pairs", "forget")}
+    sources |= {("eval", "sets", name): source for name, source in eval.sets.items()}
+    for place, source in sources.items():
+        if source is not None and source.type == "easy_vqa" and not is_installed("easy-vqa"):
+            message = "needs the package easy-vqa, which is not installed: pip install -e '.[vqa]' in minillm's folder"
+            yield Found((*place, "type"), message)
 
 
 def parsers_used(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from minillm.config.checks import data_checks
+
 CHAT = {"path": "data/train.jsonl", "template": "chat", "system": "Be brief."}
 
 
@@ -23,3 +25,12 @@ def test_training_references_are_taken_apart_for_tasks(recipe):
     found = recipe.problems("data.prompts.parser=gsm8k", method={"name": "sft"})
     assert "makes no tasks" in found["data.prompts.parser"]
     assert recipe.problems("data.prompts.parser=gsm8k", method={"name": "step_by_step"}) == {}
+
+
+def test_data_of_a_package_that_is_not_installed_are_refused_with_its_name(recipe, monkeypatch):
+    sets = {"held_out": {"type": "easy_vqa", "split": "test"}}
+    assert recipe.problems(data__prompts={"type": "easy_vqa"}, eval={"sets": sets}) == {}
+    monkeypatch.setattr(data_checks, "is_installed", lambda name: name != "easy-vqa")
+    found = recipe.problems(data__prompts={"type": "easy_vqa"}, eval={"sets": sets})
+    assert set(found) == {"data.prompts.type", "eval.sets.held_out.type"}
+    assert "pip install -e '.[vqa]'" in found["data.prompts.type"]
