@@ -174,7 +174,9 @@ class EasyVqaSource(Strict):
 
     type: Literal["easy_vqa"]
     template: Template = Field("chat", description="As for the other types")
-    split: Literal["train", "test"] = Field("train", description="train: 38,575 questions; test: 9,673, of other pictures")
+    split: Literal["train", "test"] = Field(
+        "train", description="train: 38,575 questions; test: 9,673, of other pictures"
+    )
     answers: Annotated[list[Literal["yes_no", "color", "shape"]], Field(min_length=1)] = Field(
         ["yes_no", "color", "shape"], description="The kinds of answers that are wanted"
     )

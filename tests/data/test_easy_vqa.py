@@ -14,6 +14,7 @@ from minillm.data.instructions import load_prompts
 from minillm.data.pairs import load_pairs
 from minillm.data.sources import DataError
 from minillm.models.tokenizers import load_tokenizer
+
 PROCESSOR = "configs/pictures/processor"
 KEYS = {"type": "easy_vqa", "max_prompt_length": 100, "max_response_length": 12}
 
@@ -26,7 +27,9 @@ def tokenizer():
 def test_the_splits_have_other_pictures_and_are_in_one_order():
     train, test = (list(easy_vqa_records(split)) for split in ("train", "test"))
     assert (len(train), len(test)) == (38575, 9673)
-    assert {where.folder.name for where, _ in train} == {"train"} and {where.folder.name for where, _ in test} == {"test"}
+    assert {where.folder.name for where, _ in train} == {"train"} and {where.folder.name for where, _ in test} == {
+        "test"
+    }
     assert [str(where) for where, _ in islice(easy_vqa_records("train"), 3)] == [str(where) for where, _ in train[:3]]
     assert len({record["image"] for _, record in train[:300]}) > 200, "the first of them are of many pictures"
     where, record = train[0]
