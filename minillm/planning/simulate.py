@@ -332,9 +332,9 @@ class _Simulator:
         models = [self.models[name] for name in forward.models]
         few = self._few_layers(forward.models) if forward.layers == (-1,) else nullcontext()
         with sampling_mode(models), few:
-            batch = _batch(forward.batch, forward.length, forward.rows)
             hidden = []
             for name, model in zip(forward.models, models, strict=True):
+                batch = _batch(forward.batch, forward.length_of(name), forward.rows)
                 _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
                 hidden += [rows_of(state, batch) for state in states.values()]
                 del states

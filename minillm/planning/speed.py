@@ -50,7 +50,8 @@ def speed_of(
     for scoring in work.scorings:
         for name in scoring.models:
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
-            body = forward_flops(sizes[name], scoring.total * scoring.length, scoring.length)
+            length = scoring.length_of(name)
+            body = forward_flops(sizes[name], scoring.total * length, length)
             scored[name] += used * (body + rows * 2 * sizes[name].head)
         for name in scoring.kept:
             scored[name] += used * scoring.total * (scoring.rows // scoring.batch) * 2 * sizes[name].head

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 from minillm.config.checks.architecture_checks import causal_models, fresh_architecture, sparse_form
 from minillm.config.checks.data_checks import (
+    contexts_read,
     corpus_used,
     evaluation_prompts,
     few_shot_prompts,
     forget_used,
+    held_out_contexts_read,
     held_out_parsers_used,
     parsers_used,
     training_pairs,
@@ -94,6 +96,8 @@ CHECKS = (
     training_prompts,
     training_pairs,
     few_shot_prompts,
+    contexts_read,
+    held_out_contexts_read,
     parsers_used,
     held_out_parsers_used,
     teacher_needed,
