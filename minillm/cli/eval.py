@@ -230,6 +230,7 @@ def _read_for_delta(plan: EvaluationPlan, sets: Mapping[str, PromptSet], delta: 
         anything = {
             "limit": last + 1,
             "max_prompt_length": prompts.max_characters,
+            "teacher_context": None,
         }  # what is dropped is the model's to say
         read = load_prompts(prompts.model_copy(update=anything), delta.tokenizer, name=f"eval.sets.{name}", now=now)
         theirs = {example.index: example for example in read.examples}

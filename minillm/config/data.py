@@ -99,6 +99,30 @@ class RecordKeys(QuestionKeys):
         "tasks, and what eval.label_accuracy compares with; null: it is not taken apart",
     )
 
+    teacher_context: FieldText | None = Field(
+        None,
+        description="What the teacher alone reads beside the prompt: the name of a field of the record, or a text with {FIELD} "
+        "for its fields, of which {reference} is the record's first answer; where it is empty the teacher reads the student's "
+        "prompt",
+    )
+    teacher_prompt: FieldText = Field(
+        "{prompt}\n\n{context}",
+        description="The last message of the user as the teacher reads it: {prompt} is what the student reads there, {context} "
+        "is teacher_context",
+    )
+    max_teacher_prompt_length: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="In tokens, of the prompt that the teacher reads; a record with a longer one is dropped, and counted; null: "
+        "max_prompt_length",
+    )
+
+    @property
+    def longest_for_teacher(self) -> int:
+        """Tokens of the longest prompt that the teacher reads."""
+        if self.teacher_context is None or self.max_teacher_prompt_length is None:
+            return self.max_prompt_length
+        return self.max_teacher_prompt_length
+
 
 class TaskKeys(Strict):
     """One of several tasks that are made of every record: a prefix to its question, and an answer of its own."""

@@ -133,6 +133,27 @@ class Needs:
         return any(term.teacher for term in self.terms) or self.teacher_answers
 
     @property
+    def reads_context(self) -> bool:
+        """True where the teacher reads data.prompts, and so may be told more of them than the student."""
+        if not self.prompts or self.few_shot is not None:
+            return False
+        reads = any(term.teacher and {"answers", "references"} & {*term.rows} for term in self.terms)
+        return reads or self.teacher_answers or self.alone
+
+    @property
+    def one_prompt(self) -> str | None:
+        """The reason why teacher and student must read the same prompt, as in "method NAME ..."; None where they need not."""
+        if "mixture" in self.samples:
+            return "samples every token from a mixture of teacher and student, which reads one text"
+        if self.controls_teacher:
+            return "adds the student's logits to the teacher's, position by position"
+        if "teacher" in self.trains:
+            return "trains the teacher on the student's texts"
+        if any(term.prompts or term.features_prompts or term.affinity for term in self.terms):
+            return "compares student and teacher at the tokens of prompts too"
+        return None
+
+    @property
     def teacher_answers(self) -> bool:
         """True where the teacher samples, alone or in a mixture."""
         return not {"teacher", "mixture"}.isdisjoint(self.samples)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -27,13 +27,14 @@ from minillm.data.arithmetic import arithmetic_records
 from minillm.data.easy_vqa import easy_vqa_records
 from minillm.data.fields import fill, fill_question
 from minillm.data.images import find_pictures
-from minillm.data.other_reading import OtherReading, read_otherwise, read_plain_otherwise
+from minillm.data.other_reading import OtherReading, read_plain_otherwise
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
 from minillm.data.record_tasks import RecordTasks
 from minillm.data.records import Conversation, parse
 from minillm.data.sources import DataError, Record, read_hf, read_jsonl, read_parquet, read_texts
 from minillm.data.special_text import special_tokens_of
+from minillm.data.teacher_context import TeacherReader
 from minillm.data.tokenization import encode, require_end
 from minillm.models.batch import TokenSequence
 from minillm.models.processors import unshared_pictures
@@ -55,15 +56,23 @@ class Example:
     asked: TokenSequence | None = None  # the few-shot prompt to the teacher, without a response
     maker: RecordTasks | None = None  # makes the tasks anew of what the teacher has written
     other: OtherReading | None = None  # by a teacher with another tokenizer
+    teacher_prompt: str | None = None  # with the context that it alone reads; None where there is none
+    teacher_prompt_ids: list[int] | None = None  # of that, where the tokenizer is the student's
 
     @property
     def sequence(self) -> TokenSequence:
         """The prompt with its first reference."""
-        return TokenSequence(self.prompt_ids, self.response_ids, self.index, self.extras)
+        return self.answered(self.response_ids)
+
+    def prompt_for(self, who: Literal["student", "teacher"]) -> list[int]:
+        """The prompt as one of the two reads it."""
+        if who == "teacher" and self.teacher_prompt_ids is not None:
+            return self.teacher_prompt_ids
+        return self.prompt_ids
 
     def answered(self, response: list[int]) -> TokenSequence:
         """The prompt with another response in the place of the reference."""
-        return TokenSequence(self.prompt_ids, response, self.index, self.extras)
+        return TokenSequence(self.prompt_ids, response, self.index, self.extras, teacher_prompt=self.teacher_prompt_ids)
 
 
 class TextSet(Protocol):
@@ -98,6 +107,16 @@ class PromptSet(Sequence[Example]):
         """Prompts that spell special tokens, which are text in them."""
         return sum(example.typed for example in self.examples)
 
+    @property
+    def told(self) -> int:
+        """Prompts with a context that the teacher alone reads."""
+        return sum(example.teacher_prompt is not None for example in self.examples)
+
+    def teacher_ids(self) -> Iterator[list[int]]:
+        """The ids of the prompts as the teacher reads them."""
+        for example in self.examples:
+            yield example.prompt_for("teacher") if example.other is None else example.other.ids
+
     def ids(self) -> Iterator[list[int]]:
         """The ids of all prompts and references."""
         for example in self.examples:
@@ -108,6 +127,8 @@ class PromptSet(Sequence[Example]):
                 yield task.response
             if example.asked is not None:
                 yield example.asked.prompt
+            if example.teacher_prompt_ids is not None:
+                yield example.teacher_prompt_ids
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -162,7 +183,7 @@ def load_prompts(
         few_shot: the prompt by which a teacher is asked for what it writes to every record.
         written: parts of the records that the tasks lack until it has.
         teacher: another tokenizer, by which and by whose chat template every record is read a second time; a prompt that is
-            too long for either of the two is left out.
+            too long for either of the two is left out, and so is one that config.teacher_context makes too long.
         now: what chat templates take for the time; default: the time.
 
     Raises DataError naming file and line for a record that is of none of the forms, lacks a field that is asked for, or
@@ -173,7 +194,7 @@ def load_prompts(
     loaded = (
         _plain(config, tokenizer, teacher)
         if isinstance(config, PlainPrompts)
-        else _instructions(config, tokenizer, tasks, few_shot, written, teacher, now)
+        else _instructions(config, tokenizer, tasks, few_shot, written, teacher, now, name)
     )
     for example in loaded:
         if example is None:
@@ -187,6 +208,8 @@ def load_prompts(
         if not dropped:
             raise DataError(f"{name}: no prompt in {source}")
         beyond = "" if few_shot is None else f", or method.few_shot.max_prompt_length={few_shot.max_prompt_length}"
+        if getattr(config, "teacher_context", None) is not None:
+            beyond += f", or with teacher_context over {config.longest_for_teacher}"
         raise DataError(
             f"{name}: no usable prompt in {source}: all {dropped} are over max_prompt_length="
             f"{config.max_prompt_length} tokens, or max_characters{beyond}; raise it"
@@ -202,36 +225,33 @@ def _instructions(
     written: Sequence[Part],
     teacher: PreTrainedTokenizerBase | None,
     now: datetime | None,
+    name: str,
 ) -> Iterator[Example | None]:
     """None stands for a prompt that is too long, be it that of one task, or the one that the teacher is asked by or reads."""
     reader = PromptReader(config, tokenizer, now)
-    other_reader = None if teacher is None else PromptReader(config, teacher, now)
+    teacher_reader = TeacherReader(config, tokenizer, teacher, now, name)
     asker = None if few_shot is None else PromptReader(_keys_of_few_shot(few_shot, config), tokenizer, now)
     for index, (where, record) in enumerate(records_of(config)):
         said = _conversation(where, record, config)
         pictures = find_pictures(where, where.folder, record)
         read = reader.read(said, pictures, where=where, limited=True)
-        made, maker, asked, other = {}, None, None, None
+        made, maker, asked = {}, None, None
+        fields = _fields(record, said.references, config)
+        of_teacher = teacher_reader.read(said, fields, pictures, where)
         if tasks and read is not None:
-            fields = _fields(record, said.references, config)
             maker = RecordTasks(tasks, reader, said, pictures, fields, index=index, where=where)
             made = maker.make(dict.fromkeys(written))
         if asker is not None and read is not None:
             question = fill_question(few_shot.prompt, record, where, "method.few_shot.prompt")
             asking = Conversation([{"role": "user", "content": question}])
             asked = asker.read(asking, pictures, where=where, limited=True)
-        if other_reader is not None and read is not None:
-            other = read_otherwise(other_reader, said, pictures, where)
-        if read is None or made is None or asker is not None and asked is None:
-            yield None
-            continue
-        if other_reader is not None and other is None:
+        if read is None or made is None or of_teacher is None or asker is not None and asked is None:
             yield None
             continue
         references = tuple(reference[: config.max_characters] for reference in said.references)
         if references and not references[0]:  # an answer that calls tools alone
             references = (read.answer.strip(), *references[1:])
-        reason = read.misplaced or (other and other.misplaced)
+        reason = read.misplaced or (of_teacher.other and of_teacher.other.misplaced)
         misplaced = None if reason is None else f"{where}: {reason}"
         yield Example(
             index,
@@ -245,7 +265,9 @@ def _instructions(
             tasks=made,
             asked=None if asked is None else TokenSequence(asked.ids, [], index, asked.extras),
             maker=maker if written else None,
-            other=other,
+            other=of_teacher.other,
+            teacher_prompt=of_teacher.text,
+            teacher_prompt_ids=of_teacher.ids,
         )
 
 

@@ -38,11 +38,7 @@ def read_otherwise(
 
     Raises DataError for a prompt that shows pictures, and whatever reading raises.
     """
-    parts = [part for message in said.messages if isinstance(message["content"], list) for part in message["content"]]
-    if pictures or any(part["type"] != "text" for part in parts):
-        raise DataError(
-            f"{where}: it shows pictures, which are not read by a teacher with another tokenizer; take them out of the data"
-        )
+    require_no_pictures(said, pictures, where, "by a teacher with another tokenizer")
     read = reader.read(said, where=f"{where}, as the teacher reads it", limited=True)
     if read is None:
         return None
@@ -50,6 +46,13 @@ def read_otherwise(
     end = reader.special.end_of_turn if chat else None
     end = reader.tokenizer.eos_token_id if end is None else end
     return OtherReading(read.ids, read.answer_ids, read.text, not chat, end, read.misplaced)
+
+
+def require_no_pictures(said: Conversation, pictures: Sequence[Picture], where: str, which: str) -> None:
+    """Raises DataError for a prompt that shows pictures. `which` says by whom they are not read."""
+    parts = [part for message in said.messages if isinstance(message["content"], list) for part in message["content"]]
+    if pictures or any(part["type"] != "text" for part in parts):
+        raise DataError(f"{where}: it shows pictures, which are not read {which}; take them out of the data")
 
 
 def read_plain_otherwise(

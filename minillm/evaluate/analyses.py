@@ -83,7 +83,7 @@ class Analyses:
     def _answers(self, name: str, rollouts: Rollouts, who: Who, draw: int) -> list[Answer]:
         examples = self.sets[name].examples
         return rollouts.sample(
-            [example.prompt_ids for example in examples],
+            [example.prompt_for(who) for example in examples],
             Sampling(max(self.config.exposure_bias.lengths)),
             keys=[example.index for example in examples],
             extras=[example.extras for example in examples],

@@ -15,6 +15,8 @@ KL rises is a student that collapsed onto a few answers.
     forward_kl_nats            token mean of KL(p || q) on the teacher's samples at temperature 1, always the same ones
     loss_nats                  token mean of -log q(reference)
 
+In a set with a `teacher_context` p is the teacher that reads it, beside a student that does not; in others both read the
+same prompt, whatever the teacher is told in training. What is measured of the teacher itself is of its own prompts likewise.
 What cannot be measured (no teacher or a cached one, no references) is absent. With several seeds every metric is the mean over them,
 and NAME_std their standard deviation where it was measured more than once.
 """
@@ -139,13 +141,13 @@ class Evaluator:
             if seed == self.config.seeds[0]:
                 shown = self._samples(name, examples, models, rollouts, who, answers, texts, scores)
             if self.scored == self.neutral:
-                self._measure_samples(measured, subject, examples, answers, compares)
+                self._measure_samples(measured, subject, _read_by(who, examples, answers), compares)
         if self.scored != self.neutral:  # one seed is enough for what is averaged over all tokens of a set
             answers = self._answers(name, examples, rollouts, who, self.config.seeds[0], self.neutral)
-            self._measure_samples(measured, subject, examples, answers, compares)
+            self._measure_samples(measured, subject, _read_by(who, examples, answers), compares)
         if compares and "sample" in models.teacher.abilities:
             self._measure_teacher_samples(measured, name, models, rollouts, examples)
-        self._measure_references(measured, subject, examples)
+        self._measure_references(measured, subject, who, examples)
         return measured, shown
 
     def _answers(
@@ -155,7 +157,7 @@ class Evaluator:
         missing = [example for example in examples if (name, example.index, seed, sampling) not in kept]
         if missing:
             answers = rollouts.sample(
-                [example.prompt_ids for example in missing],
+                [example.prompt_for(who) for example in missing],
                 sampling,
                 keys=[example.index for example in missing],
                 extras=[example.extras for example in missing],
@@ -186,10 +188,10 @@ class Evaluator:
                 _add(measured, f"rouge_l_{bucket}", mean)
 
     def _measure_samples(
-        self, measured: Measurements, subject: Models, examples: list[Example], answers: list[Answer], compares: bool
+        self, measured: Measurements, subject: Models, sequences: list[TokenSequence], compares: bool
     ) -> None:
         fields = ("student_entropy", "reverse_kl") if compares else ("student_entropy",)
-        stats = token_statistics(subject, _answered(examples, answers), fields, batch_size=self.config.batch_size)
+        stats = token_statistics(subject, sequences, fields, batch_size=self.config.batch_size)
         _add(measured, "entropy_nats", _token_mean(stats["student_entropy"]))
         if compares:
             sums = [vector.double().sum().item() for vector in stats["reverse_kl"]]
@@ -207,8 +209,9 @@ class Evaluator:
         stats = token_statistics(models, sequences, ("forward_kl",), batch_size=batch_size, teacher_parts=parts)
         _add(measured, "forward_kl_nats", _token_mean(stats["forward_kl"]))
 
-    def _measure_references(self, measured: Measurements, subject: Models, examples: list[Example]) -> None:
+    def _measure_references(self, measured: Measurements, subject: Models, who: Who, examples: list[Example]) -> None:
         sequences = [example.sequence for example in examples if example.references and example.response_ids]
+        sequences = [one.read_by_teacher() for one in sequences] if who == "teacher" else sequences
         if sequences:
             stats = token_statistics(subject, sequences, ("student_logprob",), batch_size=self.config.batch_size)
             _add(measured, "loss_nats", -_token_mean(stats["student_logprob"]))
@@ -236,6 +239,8 @@ class Evaluator:
                 "length_tokens": len(answers[place].response),
                 "ended": answers[place].ended,
             }
+            if example.teacher_prompt is not None:
+                record["teacher_prompt"] = example.teacher_prompt
             if example.references:
                 record["reference"] = example.references[0]
                 record["rouge_l"] = scores["rouge_l"][place]
@@ -255,6 +260,12 @@ def _text_tokens(response_ids: Sequence[int], eos_ids: Sequence[int]) -> int:
 
 def _answered(examples: list[Example], answers: list[Answer]) -> list[TokenSequence]:
     return [example.answered(answer.response) for example, answer in zip(examples, answers, strict=True)]
+
+
+def _read_by(who: Who, examples: list[Example], answers: list[Answer]) -> list[TokenSequence]:
+    """The answered prompts as they are read by the one who is measured."""
+    sequences = _answered(examples, answers)
+    return [one.read_by_teacher() for one in sequences] if who == "teacher" else sequences
 
 
 def _text(models: Models, answer: Answer) -> str:

@@ -141,7 +141,7 @@ class TeacherCache(Method):
         with models.teacher.head() as head:
             for start in range(0, len(order), size):
                 chosen = order[start : start + size]
-                batch = collate([texts[place] for place in chosen], models.pad_id).to(models.device)
+                batch = collate([texts[place].read_by_teacher() for place in chosen], models.pad_id).to(models.device)
                 hidden = row_hidden(models.teacher.model, batch)  # (N, H)
                 parts = storage.encode(hidden, head)
                 error.add(storage, hidden, parts, head)

@@ -1,10 +1,12 @@
 """The common part of the methods on sampled answers: asking for the answers, and the clipped policy gradient."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from minillm import UserError
 from minillm.config.root import StageConfig
 from minillm.data.pairs import AnswerPair
 from minillm.methods.protocol import TrainingData
@@ -28,11 +30,19 @@ def sample_answers(
         draw: what `collect` was given: with the seed and the prompt it decides the answer, so that a resumed run samples
             the same ones.
         alpha: the teacher's weight, where `who` is the mixture.
+        who: the teacher answers its own prompts, where it has any.
+
+    Raises UserError for a mixture where the teacher has prompts of its own.
     """
+    if who == "mixture" and any(prompt.teacher_prompt is not None for prompt in prompts):
+        raise UserError(
+            "a mixture of teacher and student reads one text, and these prompts have a context for the teacher"
+        )
     rollout = config.rollout
+    asked = [prompt.read_by_teacher() for prompt in prompts] if who == "teacher" else prompts
     with data.timing.of("rollout"):
-        return data.rollouts.sample(
-            [prompt.prompt for prompt in prompts],
+        answers = data.rollouts.sample(
+            [prompt.prompt for prompt in asked],
             Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p, alpha),
             keys=distinct_keys([prompt.key for prompt in prompts]),
             extras=[prompt.extras for prompt in prompts],
@@ -42,12 +52,16 @@ def sample_answers(
             batch_size=rollout.batch_size,
             progress=lambda done: data.report_progress("sampling answers", done, len(prompts)),
         )
+    return [
+        replace(answer, prompt=prompt.prompt, teacher_prompt=prompt.teacher_prompt)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def answered(prompts: Sequence[TokenSequence], answers: Sequence[Answer]) -> list[TokenSequence]:
     """The prompts with these answers as the response to be trained on."""
     return [
-        TokenSequence(answer.prompt, answer.response, prompt.key, answer.extras)
+        TokenSequence(answer.prompt, answer.response, prompt.key, answer.extras, teacher_prompt=answer.teacher_prompt)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 

@@ -29,12 +29,13 @@ def identity_of(config: AnyTeacherConfig, models: Models, keys: Set[str]) -> dic
 def written_answers(
     prompts: Sequence[TokenSequence], data: TrainingData, models: Models, config: StageConfig, *, temperature: float
 ) -> dict[int, list[int]]:
-    """The teacher's answer to each prompt by its key: response ids, with the EOS of those that ended.
+    """The teacher's answer to each prompt, as it reads it, by its key: response ids, with the EOS of those that ended.
 
     Those that are in the archive of the stage are taken from there. All ranks call it together. Raises UserError
     where that, or a cached teacher, has answers of another teacher, to other prompts, or sampled in another way.
     """
     rollout = config.rollout
+    prompts = [prompt.read_by_teacher() for prompt in prompts]
     sampling = Sampling(rollout.max_new_tokens, temperature, rollout.top_k, rollout.top_p)
     if isinstance(config.teacher, CachedTeacherConfig):
         return AnswerArchive(models.teacher.answers_file).read_matching(

@@ -24,6 +24,13 @@ class TokenSequence:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     weight: float = 1.0  # of its rows in a loss that reads it
     group: int = 0  # sequences of one group belong together: a pair of answers, the tasks of a record
+    teacher_prompt: list[int] | None = None  # in the place of `prompt` for the teacher; None: it reads the same one
+
+    def read_by_teacher(self) -> "TokenSequence":
+        """The text as the teacher reads it: its own prompt, and the very same response."""
+        if self.teacher_prompt is None:
+            return self
+        return replace(self, prompt=self.teacher_prompt, teacher_prompt=None)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class TokenBatch:
     lengths: tuple[int, ...]  # response tokens of each sequence
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # of all sequences, for the forward pass
     sequences: tuple[TokenSequence, ...] = ()  # that it was made of, for a teacher that knows them by their texts
+    pad_id: int = 0  # stands beside the shorter sequences
 
     @property
     def tokens(self) -> int:
@@ -56,6 +64,22 @@ class TokenBatch:
         }
         extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
         return replace(self, **moved, extras=extras)
+
+    def read_by_teacher(self) -> "TokenBatch":
+        """The batch as the teacher reads it: after its own prompts the same responses, so that row t of the one predicts the
+        very token that row t of the other does, wherever it stands.
+
+        Raises ValueError where the rows are not those of the responses, and a prompt of the teacher's own has no such rows.
+        """
+        if all(sequence.teacher_prompt is None for sequence in self.sequences):
+            return self
+        if len(self.rows) != self.tokens:
+            raise ValueError(
+                f"{len(self.rows)} rows of {self.tokens} tokens of response: a teacher with prompts of its own has rows of "
+                "responses alone"
+            )
+        read = collate([sequence.read_by_teacher() for sequence in self.sequences], self.pad_id)
+        return read.to(self.input_ids.device)
 
     def split(self, vector: Tensor) -> list[Tensor]:  # (N, ...) -> one (T, ...) a sequence
         """Per-sequence views of a per-row tensor."""
@@ -97,6 +121,7 @@ def collate(sequences: Iterable[TokenSequence], pad_id: int) -> TokenBatch:
         lengths=tuple(len(sequence.response) for sequence in sequences),
         extras=join_extras([sequence.extras for sequence in sequences]),
         sequences=tuple(sequences),
+        pad_id=pad_id,
     )
 
 

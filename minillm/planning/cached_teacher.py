@@ -18,7 +18,6 @@ from minillm.config.paths import BYTE_TOKENIZER, CACHE, STAGE, expand, is_hub_na
 from minillm.data.corpus import block_text, load_corpus
 from minillm.data.instructions import load_prompts
 from minillm.models.access import lm_head
-from minillm.models.batch import TokenSequence
 from minillm.models.tokenizers import load_tokenizer
 from minillm.planning.architectures import Architectures
 from minillm.planning.sizes import ModelSize, build
@@ -141,7 +140,7 @@ def _texts(stage: Stage, tokenizer) -> Iterator[tuple[bytes, int]]:
                 yield digest_of(example.sequence), len(example.response_ids)
             if "answers" in kinds:
                 longest = [-1] * config.rollout.max_new_tokens
-                yield digest_of(TokenSequence(example.prompt_ids, longest, extras=example.extras)), len(longest)
+                yield digest_of(example.answered(longest)), len(longest)
     if "corpus" in kinds:
         for block in load_corpus(config.data.corpus, tokenizer).blocks:
             yield digest_of(block_text(block)), len(block) - 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from minillm import UserError
-from minillm.config.data import HfSource, JsonlSource, Pairs, ParquetSource, Prompts
+from minillm.config.data import EasyVqaSource, HfSource, JsonlSource, Pairs, ParquetSource, Prompts
 from minillm.config.paths import STAGE, expand, is_hub_name
 from minillm.config.root import StageConfig
 from minillm.data.images import count_pictures
@@ -40,6 +40,8 @@ def pictures_shown(config: StageConfig, architecture: PreTrainedConfig) -> int:
 
 
 def _most(source: Prompts | Pairs) -> int:
+    if isinstance(source, EasyVqaSource):
+        return 1
     if not isinstance(source, JsonlSource | ParquetSource | HfSource):  # such as sums, which show none
         return 0
     path = expand(source.path)

@@ -342,12 +342,12 @@ class _Simulator:
         """The pictures of so many prompts, as the forward pass takes them."""
         return show(self.student, prompts * self.setting.pictures)
 
-    def _batch(self, one: Forward | TermShape) -> TokenBatch:
-        ids = torch.zeros(one.batch, one.length, dtype=torch.int64)
+    def _batch(self, one: Forward | TermShape, length: int) -> TokenBatch:
+        ids = torch.zeros(one.batch, length, dtype=torch.int64)
         return TokenBatch(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            position_ids=torch.arange(one.length).expand(one.batch, one.length),
+            position_ids=torch.arange(length).expand(one.batch, length),
             rows=torch.zeros(one.rows, dtype=torch.int64),
             labels=torch.zeros(one.rows, dtype=torch.int64),
             lengths=(one.rows // one.batch,) * one.batch,
@@ -365,9 +365,9 @@ class _Simulator:
         models = [self.models[name] for name in forward.models]
         few = self._few_layers(forward.models) if forward.layers == (-1,) else nullcontext()
         with sampling_mode(models), few:
-            batch = self._batch(forward)
             hidden = []
             for name, model in zip(forward.models, models, strict=True):
+                batch = self._batch(forward, forward.length_of(name))
                 _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
                 hidden += [rows_of(state, batch) for state in states.values()]
                 del states
@@ -410,7 +410,7 @@ class _Simulator:
         shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
         self.losses[term.name] = shape
         bf16 = self.setting.autocast
-        batch = self._batch(term)
+        batch = self._batch(term, term.length)
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
             with self.ledger.part("teacher hidden states"):

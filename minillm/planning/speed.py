@@ -51,7 +51,8 @@ def speed_of(
     for scoring in work.scorings:
         for name in scoring.models:
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
-            body = forward_flops(sizes[name], scoring.total * scoring.length, scoring.length)
+            length = scoring.length_of(name)
+            body = forward_flops(sizes[name], scoring.total * length, length)
             seen = scoring.total * simulation.pictures * scoring.prompted * sizes[name].picture
             scored[name] += used * (body + rows * 2 * sizes[name].head + seen)
         for name in scoring.kept:

@@ -6,7 +6,7 @@ Every prompt and every answer counts at its longest: a plan is for the worst bat
 from dataclasses import dataclass, replace
 
 from minillm import UserError
-from minillm.config.data import PlainPrompts, Prompts
+from minillm.config.data import PlainPrompts, Prompts, RecordKeys
 from minillm.config.models import TeacherConfig
 from minillm.config.needs import Needs, Rows, Sampler, TermNeeds
 from minillm.config.root import StageConfig
@@ -73,6 +73,11 @@ class Forward:
     kept: tuple[str, ...] = ()  # models whose hidden states are there from before, for the statistics
     layers: tuple[int, ...] = (-1,)  # of the teacher whose hidden states at the rows are kept, -1 what its head reads
     prompted: bool = True  # its texts begin with prompts, which may show pictures
+    teacher_length: int | None = None  # tokens that the teacher is fed; None: as many as the student
+
+    def length_of(self, model: str) -> int:
+        """Tokens that a model is fed."""
+        return self.length if model != "teacher" or self.teacher_length is None else self.teacher_length
 
     @property
     def reads_heads(self) -> bool:
@@ -142,6 +147,7 @@ class _Text:
     length: int  # tokens fed
     rows: int  # of one sequence, predictions that count
     prompted: bool = True  # it begins with a prompt
+    teacher_length: int | None = None  # tokens fed, where the teacher is told more than the student
 
     def forward(self, models: tuple[str, ...], items: int, *, statistics: bool, total: int, **of_teacher) -> Forward:
         batch = items * self.sequences
@@ -153,6 +159,7 @@ class _Text:
             statistics,
             total * self.sequences,
             prompted=self.prompted,
+            teacher_length=self.teacher_length,
             **of_teacher,
         )
 
@@ -184,7 +191,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
             Decoding(
                 ("student",) if needs.alone else SAMPLING_MODELS[sampler],
                 side_by_side,
-                _prompt_length(_prompts(config)) if needs.few_shot is None else needs.few_shot.max_prompt_length,
+                _asked_length(config, sampler),
                 rollout.max_new_tokens,
                 prompts,
                 rollout.cuda_graphs,
@@ -305,7 +312,11 @@ def _text(kind: Rows, config: StageConfig) -> _Text:
         return _Text(2, config.data.pairs.max_prompt_length + answer - 1, answer)
     prompts = _forgotten(config) if kind == "forget" else _prompts(config)
     answer = config.rollout.max_new_tokens if kind == "answers" else prompts.max_response_length
-    return _Text(1, _prompt_length(prompts) + answer - 1, answer)
+    fed = _prompt_length(prompts) + answer - 1
+    if kind == "forget" or not config.method.needs().reads_context or not _told(prompts):
+        return _Text(1, fed, answer)
+    fed_to_teacher = prompts.longest_for_teacher + answer - 1
+    return _Text(1, fed_to_teacher if config.method.needs().alone else fed, answer, fed_to_teacher)
 
 
 def _prompts(config: StageConfig) -> Prompts:
@@ -332,12 +343,37 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     longest = max(keys.max_new_tokens, *(prompts.max_response_length for prompts in sets))
     controls = config.method.needs().controls_teacher  # what answers is the teacher with the student's logits added
     samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")
+    told = max(prompts.longest_for_teacher if _told(prompts) else _prompt_length(prompts) for prompts in sets)
     answering = [
-        Decoding(SAMPLING_MODELS[one], batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
+        Decoding(
+            SAMPLING_MODELS[one],
+            batch,
+            told if one == "teacher" else prompt,
+            keys.max_new_tokens,
+            0,
+            config.rollout.cuda_graphs,
+        )
         for one in samplers[: 1 + (judged and _reads_here(config))]
     ]
     models = ("teacher", "student") if judged or controls else ("student",)
-    return (*answering, _as_it_is(config, Forward(models, batch, prompt + longest - 1, batch * longest, True, 0)))
+    forward = Forward(models, batch, prompt + longest - 1, batch * longest, True, 0)
+    if told > prompt:
+        forward = replace(forward, teacher_length=told + longest - 1)
+    return (*answering, _as_it_is(config, forward))
+
+
+def _asked_length(config: StageConfig, sampler: Sampler) -> int:
+    """Tokens of the longest prompt that is answered."""
+    needs = config.method.needs()
+    if needs.few_shot is not None:
+        return needs.few_shot.max_prompt_length
+    prompts = _prompts(config)
+    return prompts.longest_for_teacher if sampler == "teacher" and _told(prompts) else _prompt_length(prompts)
+
+
+def _told(prompts: Prompts) -> bool:
+    """True where the teacher is told more than the student."""
+    return isinstance(prompts, RecordKeys) and prompts.teacher_context is not None
 
 
 def _prompt_length(prompts: Prompts) -> int:

@@ -11,6 +11,7 @@ from minillm import UserError
 from minillm.config.lora import words as lora_words
 from minillm.config.paths import expand, is_hub_name
 from minillm.config.root import described_method
+from minillm.data.teacher_context import SUMMARY
 from minillm.data.templates import alpaca
 from minillm.reporting.evaluation_tables import evaluation_section
 from minillm.reporting.markdown import duration
@@ -44,7 +45,7 @@ def write_model_card(output_dir: Path, folder: Path) -> Path:
         "---\n" + yaml.safe_dump(_front_matter(stages), sort_keys=False, allow_unicode=True) + "---",
         f"# {run.name}",
         f"A language model trained with [minillm](https://arxiv.org/abs/2306.08543): {_origin(stages[0])}.",
-        "## How it was made\n\n" + "\n".join(f"{place}. {_step(stage)}" for place, stage in enumerate(stages, 1)),
+        "## How it was made\n\n" + "\n".join(f"{place}. {_step(run, stage)}" for place, stage in enumerate(stages, 1)),
         _adapter(last),
         evaluation_section(replace(run, stages={stage.name: stage for stage in stages})),
         "## Quick start\n\n```python\n" + _quick_start(run, last) + "\n```",
@@ -102,7 +103,7 @@ def _origin(first: StageFiles) -> str:
     return start.format(_named(student.get("path")))
 
 
-def _step(stage: StageFiles) -> str:
+def _step(run: RunFiles, stage: StageFiles) -> str:
     settings = stage.settings
     summary, taught = described_method(settings.get("method", {}))
     words = f"**{stage.name}**: {summary}"
@@ -114,6 +115,10 @@ def _step(stage: StageFiles) -> str:
     prompts = settings.get("data", {}).get("prompts") or {}
     if prompts:
         words += f", on prompts of {_named(prompts.get('path')) if prompts.get('path') else prompts['type']}"
+    if (run.folder / "written" / stage.name / SUMMARY).is_file():
+        words += (
+            f", to which the teacher alone was told `{' '.join(prompts['teacher_context'].split())}` of each record"
+        )
     return f"{words}. {stage.steps:,} steps, {stage.tokens:,} student tokens, {duration(stage.seconds)} of training."
 
 

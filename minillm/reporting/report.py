@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillm.config.lora import words as lora_words
+from minillm.reporting.context_report import context_sections
 from minillm.reporting.curves import draw_comparison, draw_run
 from minillm.reporting.evaluation_tables import Row, evaluation_section, metrics_table, seed_rows, trained_stages
 from minillm.reporting.expert_report import expert_section
@@ -40,6 +41,7 @@ def write_report(output_dir: Path) -> Path:
         *selection_sections(run.folder),
         expert_section(run),
         *rationale_sections(run.folder),
+        *context_sections(run),
         _stages(run),
         _times(run),
         _configuration(run),
@@ -146,6 +148,8 @@ def _sample_table(run: RunFiles, answers: dict[str, dict]) -> str:
     by_stage = {name: answers[name] for name in run.stages if name in answers}
     latest = list(answers.values())[-1]
     rows = [["prompt", cell(latest["prompt"])]]
+    if "teacher_prompt" in latest:
+        rows.append(["prompt of the teacher", cell(latest["teacher_prompt"])])
     if "reference" in latest:
         rows.append(["reference", cell(latest["reference"])])
     for name, sample in by_stage.items():

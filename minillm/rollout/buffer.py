@@ -12,6 +12,7 @@ from minillm.models.batch import TokenSequence
 VECTOR = "vector."  # prefix of the vectors' names in a state
 TEACHER = "teacher_"  # of the parts of the teacher's rows
 EXTRA = "extra."  # of what prompts show beside their ids
+FOR_TEACHER = "for_teacher"  # of the prompts that the teacher reads in the place of the student's
 
 
 @dataclass
@@ -27,10 +28,11 @@ class Rollout:
     # that gives hidden states. Empty on ranks that did not score the answer
     teacher: dict[str, Tensor] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # of the prompt, as TokenSequence has them
+    teacher_prompt: list[int] | None = None  # likewise
 
     @property
     def sequence(self) -> TokenSequence:
-        return TokenSequence(self.prompt, self.response, self.key, self.extras)
+        return TokenSequence(self.prompt, self.response, self.key, self.extras, teacher_prompt=self.teacher_prompt)
 
 
 class RolloutBuffer(Sequence[Rollout]):
@@ -61,6 +63,10 @@ class RolloutBuffer(Sequence[Rollout]):
             sequences = [getattr(rollout, name) for rollout in self]
             state[f"{name}_lengths"] = _integers(map(len, sequences))
             state[f"{name}_ids"] = _integers(token for sequence in sequences for token in sequence)
+        if any(rollout.teacher_prompt for rollout in self):  # of length 0 where it is the student's
+            prompts = [rollout.teacher_prompt or [] for rollout in self]
+            state[f"{FOR_TEACHER}_lengths"] = _integers(map(len, prompts))
+            state[f"{FOR_TEACHER}_ids"] = _integers(token for prompt in prompts for token in prompt)
         for name in dict.fromkeys(name for rollout in self for name in rollout.vectors):
             state[VECTOR + name] = self._joined(name, [rollout.vectors.get(name) for rollout in self])
         scored = RolloutBuffer(rollout for rollout in self if rollout.teacher)
@@ -110,6 +116,9 @@ def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
     vectors = {
         name.removeprefix(VECTOR): _split(value, lengths) for name, value in state.items() if name.startswith(VECTOR)
     }
+    for_teacher: Sequence[Tensor] = [torch.empty(0)] * len(lengths)
+    if f"{FOR_TEACHER}_ids" in state:
+        for_teacher = _split(state[f"{FOR_TEACHER}_ids"], state[f"{FOR_TEACHER}_lengths"])
     teacher: list[dict[str, Tensor]] = [{} for _ in lengths]
     if "scored" in state:
         rows = state["scored"].nonzero()[:, 0].tolist()
@@ -131,6 +140,7 @@ def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
             vectors={name: parts[row] for name, parts in vectors.items()},
             teacher=teacher[row],
             extras=extras[row],
+            teacher_prompt=for_teacher[row].tolist() or None,
         )
         for row, key in enumerate(state["keys"])
     ]

@@ -64,6 +64,7 @@ class Answer:
         default_factory=dict
     )  # of the prompt, as minillm.models.batch.Sequence has them
     scores: Scores | None = None  # on the rank that sampled it, where both models have read it on the way
+    teacher_prompt: list[int] | None = None  # as minillm.models.batch.TokenSequence has it
 
 
 class Rollouts(Protocol):

@@ -53,6 +53,7 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
             vectors={"mixture_logprob": answers[index].logprobs} | found[index].vectors,
             teacher=found[index].teacher,
             extras=answers[index].extras,
+            teacher_prompt=answers[index].teacher_prompt,
         )
         for index in mine
     )
@@ -142,5 +143,8 @@ def _scores_hold(models: Models, answers: Sequence[Answer], mine: Sequence[int])
 
 
 def _collated(models: Models, answers: Sequence[Answer]) -> TokenBatch:
-    sequences = [TokenSequence(answer.prompt, answer.response, extras=answer.extras) for answer in answers]
+    sequences = [
+        TokenSequence(answer.prompt, answer.response, extras=answer.extras, teacher_prompt=answer.teacher_prompt)
+        for answer in answers
+    ]
     return collate(sequences, models.pad_id).to(models.device)

@@ -31,11 +31,11 @@ class LocalTeacher:
     def rows(self, batch: TokenBatch) -> HiddenRows:
         """One forward pass without a gradient."""
         with sampling_mode([self.model]):
-            return HiddenRows(row_hidden(self.model, batch.to(self.model.device)), self)
+            return HiddenRows(row_hidden(self.model, batch.read_by_teacher().to(self.model.device)), self)
 
     def layers(self, batch: TokenBatch, layers: Collection[int]) -> dict[int, Tensor]:  # {layer: (N, H_t)}
         """Hidden states of some layers at the rows of a batch, numbered as minillm.models.access.forward_layers has them."""
-        batch = batch.to(self.model.device)
+        batch = batch.read_by_teacher().to(self.model.device)
         with sampling_mode([self.model]):
             _, states = forward_layers(self.model, batch, layers)
             return {layer: rows_of(state, batch) for layer, state in states.items()}

@@ -47,7 +47,8 @@ def shard_name(number: int) -> str:
 
 
 def digest_of(sequence: TokenSequence) -> bytes:  # 16 bytes
-    """The digest of a text: equal for equal prompts with equal responses that show the same."""
+    """The digest of a text as the teacher reads it: equal for equal prompts with equal responses that show the same."""
+    sequence = sequence.read_by_teacher()
     found = hashlib.blake2b(struct.pack("<q", len(sequence.prompt)), digest_size=16)
     found.update(np.asarray([*sequence.prompt, *sequence.response], dtype="<i8").tobytes())
     for name, extra in sorted(sequence.extras.items()):

@@ -139,7 +139,7 @@ class ServedTeacher:
     def _asked(self, batch: TokenBatch) -> _Asked:
         if batch.extras:
             raise UserError("a served teacher reads texts alone, and these prompts show pictures")
-        config, size = self.config, self.shared_ids
+        batch, config, size = batch.read_by_teacher(), self.config, self.shared_ids
         top_k = {"k": config.k, "vocab_size": size} if config.rows == "top_k" else {}
         request = RowsRequest(batch.sequences, config.rows, pad_id=_pad_id(batch), **top_k)
         if request.count != len(batch.rows):

@@ -123,7 +123,8 @@ class Teacher(Protocol):
     vocab_size: int  # ids that it speaks of
 
     def rows(self, batch: TokenBatch) -> TeacherRows:
-        """The teacher's word on the N rows of a batch, on the device of the student, without a gradient."""
+        """The teacher's word on the N rows of a batch, on the device of the student, without a gradient. Where sequences have
+        a prompt for the teacher it reads that one, `TokenBatch.read_by_teacher`."""
 
     def rows_of(self, parts: Mapping[str, Tensor]) -> TeacherRows:  # (N, ...) each
         """Rows of the tensors that `TeacherRows.parts` gave earlier."""

@@ -1,7 +1,7 @@
 """One stage from its configuration: read data, open models, make the evaluator, make the trainer."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from minillm.config.loader.run_plan import Stage
 from minillm.config.models import AnyTeacherConfig, StudentConfig, TeacherConfig
 from minillm.config.training import shards_student, shards_teacher
-from minillm.data.instructions import load_prompts, require_shared_pictures
+from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
 from minillm.data.stream import RankSlice, Stream
+from minillm.data.teacher_context import write_summary
 from minillm.distributed import collectives
 from minillm.engine.placement import engine_device, loading_device
 from minillm.evaluate.evaluator import Evaluator
@@ -23,6 +24,7 @@ from minillm.models.adapters import FOLDER, load_adapter
 from minillm.models.routers import balance_problem, require_balance
 from minillm.models.sharded import is_sharded
 from minillm.models.tokenizer_pair import TokenizerPair
+from minillm.rollout.local.decoder import check_positions
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Rollouts, Who, require_rollouts
 from minillm.storage.atomic import write_folder
@@ -46,6 +48,12 @@ from minillm.train.trainer import StageTrainer
 UNCOMPARED = (
     "the teacher reads its own ids, which no divergence at a token compares with the student's: evaluations leave out "
     "reverse_kl_nats, sequence_reverse_kl_nats and forward_kl_nats, and the teacher's answers"
+)
+
+
+UNTOLD = (
+    "{sets}: the divergences are those from the teacher that reads the student's prompt, without the context that it has in "
+    "training; teacher_context of the set gives it one"
 )
 
 
@@ -91,6 +99,7 @@ class StageBuilder:
                 self.console.note(UNMEASURED)
         if read.tokenizers is not None and held_out and stage.config.eval.teacher:
             self.console.note(UNCOMPARED)
+        collectives.together(lambda: self._look_at_context(stage, read, models, held_out))
         if isinstance(models.teacher, ServedTeacher):
             collectives.on_rank_0(
                 lambda: require_same_served(models.teacher, stage, self.output_dir, resumed=checkpoint is not None)
@@ -139,6 +148,7 @@ class StageBuilder:
         reference = stage.config.method.needs().reference
         self.console.preflight([*rows, *read.rows], beside_teacher="student" if reference is None else "reference")
         collectives.together(lambda: require_shared_ids(models, read, {}))
+        collectives.together(lambda: self._look_at_context(stage, read, models, {}))
         self.console.prepare(stage.name)
         rollouts = _rollouts(stage, models)
 
@@ -157,6 +167,26 @@ class StageBuilder:
                 mark_prepared(stage, folder)
 
         write_folder(self.output_dir / "stages" / stage.name, fill, sign=sign)
+
+    def _look_at_context(
+        self, stage: Stage, read: StageData, models: Models, held_out: Mapping[str, PromptSet]
+    ) -> None:
+        """Keep some of what the teacher alone is told, and say whom evaluations compare the student with.
+
+        Raises UserError where the longest of it with an answer is more than the teacher can read.
+        """
+        config, needs = stage.config, stage.config.method.needs()
+        if read.prompts is None or not read.prompts.told:
+            return
+        if models.teacher.model is not None:
+            sampled = config.rollout.max_new_tokens if needs.samples else 0
+            given = config.data.prompts.max_response_length if needs.references else 0
+            check_positions(models.teacher.model, max(map(len, read.prompts.teacher_ids())) + max(sampled, given))
+        if collectives.rank() == 0:
+            write_summary(self.output_dir / "written" / stage.name, read.prompts.examples)
+        untold = [name for name, prompts in held_out.items() if not prompts.told]
+        if untold and config.eval.teacher and "read" in models.teacher.abilities and not needs.other_tokenizer:
+            self.console.note(UNTOLD.format(sets=", ".join(untold)))
 
     def training_data(self, stage: Stage, read: StageData, rollouts: Rollouts) -> TrainingData:
         """The material as the method takes it, in the order of this stage.

@@ -9,6 +9,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from minillm import UserError
+from minillm.config.data import RecordKeys
 from minillm.config.loader.run_plan import Stage
 from minillm.config.paths import STAGE
 from minillm.data.corpus import Corpus, load_corpus
@@ -64,6 +65,8 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     rows = []
     if needs.prompts:
         source = _with_stage_files(config.data.prompts, output_dir)
+        if not needs.reads_context and isinstance(source, RecordKeys):  # of a file that stages share
+            source = source.model_copy(update={"teacher_context": None})
         prompts = load_prompts(
             source,
             tokenizer,
@@ -74,6 +77,9 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
             now=started,
         )
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
+        if prompts.told:
+            longest = max(len(ids) for ids in prompts.teacher_ids())
+            rows.append(("teacher's context", f"in {prompts.told} prompts", f"up to {longest} tokens with it"))
         if prompts.typed:
             rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
     if needs.references:

@@ -260,3 +260,32 @@ def test_samples_show_prompt_reference_answer_and_teacher(make_models, words, ca
 def test_a_set_without_prompts_is_named():
     with pytest.raises(ValueError, match=r"eval\.sets\.empty"):
         make({"empty": prompt_set()})
+
+
+def test_in_a_set_with_a_context_the_distance_is_from_the_teacher_that_reads_it(
+    make_models, eager_logprobs, words, calls
+):
+    models = make_models()
+    told = prompt_set(
+        *(replace(one, teacher_prompt="told", teacher_prompt_ids=[11, 12, *one.prompt_ids]) for one in words)
+    )
+    found = evaluate(make({"words": told}), models)
+    by_whom = {call["who"]: call["answers"] for call in calls}
+    assert [one.prompt for one in by_whom["teacher"]] == [one.teacher_prompt_ids for one in told]
+
+    def both(one, answer):
+        q = eager_logprobs(models.student, TokenSequence(one.prompt_ids, answer.response))
+        return q, eager_logprobs(models.teacher.model, TokenSequence(one.teacher_prompt_ids, answer.response))
+
+    q, p = map(torch.cat, zip(*map(both, told, by_whom["student"]), strict=True))
+    assert found.mean["reverse_kl_nats"] == pytest.approx((q.exp() * (q - p)).sum(1).mean().item(), rel=1e-4)
+    q, p = map(torch.cat, zip(*map(both, told, by_whom["teacher"]), strict=True))
+    assert found.mean["forward_kl_nats"] == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+    assert [one["teacher_prompt"] for one in found.samples] == ["told"] * 3
+
+    judged = evaluate(make({"words": told}), models, "teacher").mean
+    own = [TokenSequence(one.teacher_prompt_ids, one.response_ids) for one in told]
+    surprise = [
+        -eager_logprobs(models.teacher.model, one).gather(1, torch.tensor(one.response)[:, None]) for one in own
+    ]
+    assert judged["loss_nats"] == pytest.approx(torch.cat(surprise).mean().item(), rel=1e-4)

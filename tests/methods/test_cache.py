@@ -154,6 +154,26 @@ def test_losses_and_gradients_are_those_of_the_teacher_bit_for_bit(recipe, model
         assert loss > 0 and gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", ["kd", "seqkd"])
+def test_a_teacher_that_was_told_more_is_cached_with_that(recipe, models, tmp_path, name, one_thread):
+    told = {"teacher_context": "say it was {completion}", "max_teacher_prompt_length": 60}
+    document = yaml.safe_load(recipe.read_text())
+    document["data"]["prompts"] |= told
+    path = tmp_path / "told.yaml"
+    path.write_text(yaml.safe_dump(document))
+    folder = write(path, models, tmp_path, dtype="float32", texts=["references", "answers"])
+    pair = replace(models, teacher=CachedTeacher(folder, torch.device("cpu")))
+    keys = {"kd": {"ce_ratio": 0.3}, "seqkd": {"kd_ratio": 0.5}}[name] | {"name": name}
+    live = losses(path, models, tmp_path / "live", teacher={"path": str(recipe.parent / "teacher")}, **keys)
+    ours = losses(path, pair, tmp_path / "ours", teacher={"type": "cached", "path": str(folder)}, **keys)
+    assert torch.equal(live["distillation"][0], ours["distillation"][0])
+    untold = losses(recipe, models, tmp_path / "untold", teacher={"path": str(recipe.parent / "teacher")}, **keys)
+    assert abs(untold["distillation"][0] - ours["distillation"][0]) > 1e-4
+    examples = material(config_of(path, name="kd"), models, tmp_path).prompts.items
+    assert all(pair.teacher.holds(one.sequence) for one in examples)
+    assert not any(pair.teacher.holds(replace(one, teacher_prompt_ids=None).sequence) for one in examples)
+
+
 @pytest.mark.parametrize("dtype, most", [("bfloat16", 2e-2), ("float16", 2e-3), ("int8", 3e-2)])
 def test_other_forms_are_as_far_as_they_say(recipe, models, cached, tmp_path, dtype, most):
     keys = {"name": "kd", "ce_ratio": 0.0}

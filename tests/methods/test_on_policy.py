@@ -1,9 +1,12 @@
 """The parts that methods on sampled answers share: what a sampler is asked for, and the clip with its gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from minillm.methods.on_policy import clipped_policy_loss, sample_answers
+from minillm import UserError
+from minillm.methods.on_policy import clipped_policy_loss, sample_answers, sampled_pairs
 from minillm.rollout.noise import distinct_keys
 from minillm.rollout.rollouts import Sampling
 from tests.methods.conftest import SHOWN
@@ -38,3 +41,19 @@ def test_without_a_range_nothing_is_silenced():
     ratio = torch.tensor([0.01, 9.0], dtype=torch.float64)
     loss, silenced = clipped_policy_loss(ratio, torch.tensor([-1.0, 1.0], dtype=torch.float64), None)
     assert loss.tolist() == [0.01, -9.0] and not silenced.any()
+
+
+def test_each_model_answers_the_prompt_that_it_reads(asked):
+    one = asked(name="distillm2")
+    prompts = [
+        replace(example.sequence, teacher_prompt=[3, *example.prompt_ids]) for example in one.data.prompts.take(3)
+    ]
+    for pair, prompt in zip(sampled_pairs(prompts, one.data, one.config, draw=0), prompts, strict=True):
+        for answer in (pair.chosen, pair.rejected):
+            assert (answer.prompt, answer.teacher_prompt) == (prompt.prompt, prompt.teacher_prompt)
+    by_teacher, by_student = one.calls
+    assert (by_teacher["who"], by_student["who"]) == ("teacher", "student")
+    assert by_teacher["prompts"] == [prompt.teacher_prompt for prompt in prompts]
+    assert by_student["prompts"] == [prompt.prompt for prompt in prompts]
+    with pytest.raises(UserError, match="a mixture of teacher and student reads one text"):
+        sample_answers(prompts, one.data, one.config, draw=0, alpha=0.2, who="mixture")

@@ -1,5 +1,7 @@
 """Which position predicts what, whatever ids stand there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -95,3 +97,22 @@ def test_the_prompt_is_what_comes_before_the_answer():
         [True, False, False, False],
         [True, True, False, False],
     ]
+
+
+def test_a_teacher_with_prompts_of_its_own_reads_the_same_rows_after_them():
+    told = [TokenSequence([5], [7, 8, EOS], teacher_prompt=[9, 9, 5]), TokenSequence([5, 6], [8])]
+    batch = collate(told, 3)
+    assert batch.input_ids.tolist() == [[5, 7, 8], [5, 6, 3]]  # of which the student sees nothing
+    read = batch.read_by_teacher()
+    assert read.input_ids.tolist() == [[9, 9, 5, 7, 8], [5, 6, 3, 3, 3]] and read.pad_id == 3
+    assert torch.equal(read.labels, batch.labels) and read.lengths == batch.lengths
+    assert read.rows.tolist() == [2, 3, 4, 6] and batch.rows.tolist() == [0, 1, 2, 4]
+    assert read.read_by_teacher() is read
+    untold = collate([replace(one, teacher_prompt=None) for one in told], 3)
+    assert untold.read_by_teacher() is untold
+
+
+def test_rows_of_prompts_are_not_those_of_another_prompt():
+    batch = collate([TokenSequence([5, 6], [7], teacher_prompt=[9, 5, 6])], EOS)
+    with pytest.raises(ValueError, match="rows of responses alone"):
+        replace(batch, rows=torch.arange(2)).read_by_teacher()

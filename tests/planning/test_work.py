@@ -176,3 +176,37 @@ def test_a_stage_without_steps_reads_with_both_models(work, corpus):
 def test_a_buffer_of_no_whole_number_of_steps_is_refused(work):
     with pytest.raises(UserError, match="rollout.buffer_size 8 does not divide into steps of 4 x 1 on 3 ranks"):
         work({"name": "minillm", "lm_coef": 0.0}, "engine.type=deepspeed", ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "models"),
+    [({"name": "kd"}, ("teacher",)), ({"name": "minillm", "lm_coef": 0.0, "alpha": 0.0}, ("teacher", "student"))],
+)
+def test_a_teacher_that_is_told_more_reads_longer_texts(work, method, models):
+    told = ("data.prompts.teacher_context=name", "data.prompts.max_teacher_prompt_length=50")
+    (forward,) = work(method, *told).scorings
+    assert forward.models == models
+    assert (forward.length_of("student"), forward.length_of("teacher")) == (LENGTH, 50 + ANSWER - 1)
+    (untold,) = work(method).scorings
+    assert untold.length_of("teacher") == LENGTH
+    (term,) = work(method, *told).terms
+    assert term.length == LENGTH
+
+
+def test_a_teacher_that_answers_reads_what_it_is_told(work):
+    told = ("data.prompts.teacher_context=name", "data.prompts.max_teacher_prompt_length=50")
+    prompts = {one.models: one.prompt for one in work({"name": "distillm2"}, *told).decodings}
+    assert prompts == {("teacher",): 50, ("student",): PROMPT}
+    (cached,) = work({"name": "cache"}, *told).scorings
+    assert cached.length == 50 + ANSWER - 1  # in a stage of which it is the only model
+    evaluated = (
+        "eval.sets.a={type: pydoc, max_prompt_length: 30, max_response_length: 9, teacher_context: name, max_teacher_prompt_length: 70}",
+        "eval.max_new_tokens=20",
+    )
+    student, teacher, forward = work({"name": "kd"}, *evaluated).evaluation
+    assert (student.prompt, teacher.prompt, forward.length_of("student"), forward.length_of("teacher")) == (
+        30,
+        70,
+        49,
+        89,
+    )

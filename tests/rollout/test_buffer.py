@@ -124,3 +124,14 @@ def test_pictures_of_different_shapes_come_back_as_they_were():
     for ours, theirs in zip(before, after, strict=True):
         assert ours.extras.keys() == theirs.extras.keys()
         assert all(torch.equal(ours.extras[name], theirs.extras[name]) for name in ours.extras)
+
+
+def test_prompts_for_the_teacher_come_back(tmp_path):
+    buffer = make_buffer()
+    assert not [name for name in buffer.state() if "for_teacher" in name]
+    buffer[1].teacher_prompt = [7, 8, 9]
+    save_file(buffer.state(), tmp_path / "told.safetensors")
+    again = RolloutBuffer.from_state(load_file(tmp_path / "told.safetensors"))
+    assert_same(buffer, again)
+    assert [one.teacher_prompt for one in again] == [None, [7, 8, 9], None]
+    assert again[1].sequence.read_by_teacher().prompt == [7, 8, 9]

@@ -1,5 +1,7 @@
 """The rows of a teacher whose weights are here, against its own full logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,3 +56,39 @@ def test_closing_one_that_is_not_sharded_leaves_it_to_whoever_has_it_besides(bui
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     LocalTeacher(model).close()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # rotary positions, and a table of them
+def test_rows_after_a_prompt_of_its_own_are_those_of_that_text_by_hand(build_model, architecture):
+    """By itself, padded at the right and padded at the left, in float64."""
+    model = build_model(architecture).double()
+    told = [
+        TokenSequence([5], [6, 7, 8, 9], teacher_prompt=[30, 31, 32, 5]),
+        TokenSequence([1, 2, 3], [4, 5], teacher_prompt=[33, 1, 2, 3]),
+        TokenSequence([9], [], teacher_prompt=[34, 9]),
+        TokenSequence([9, 8], [7, 6, 5]),
+    ]
+    teacher = LocalTeacher(model)
+    rows = teacher.rows(collate(told, 0)).hidden
+    layers = teacher.layers(collate(told, 0), [-1, 1])
+    assert torch.equal(layers[-1], rows) and len(layers[1]) == len(rows) == 9
+    read = [(one.teacher_prompt or one.prompt, one.response) for one in told]
+    width = max(len(prompt) + len(response) for prompt, response in read)
+    by_hand = {"alone": [], "left": []}
+    with torch.no_grad():
+        for prompt, response in read:
+            ids = prompt + response
+            states = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+            by_hand["alone"].append(states[len(prompt) - 1 : len(ids) - 1])
+        left = torch.tensor([[0] * (width - len(prompt + response)) + prompt + response for prompt, response in read])
+        mask = torch.tensor(
+            [[0] * (width - len(prompt + response)) + [1] * len(prompt + response) for prompt, response in read]
+        )
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        states = model.base_model(left, attention_mask=mask, position_ids=positions).last_hidden_state
+        for place, (_, response) in enumerate(read):
+            by_hand["left"].append(states[place, width - len(response) - 1 : width - 1])
+    for found in by_hand.values():
+        torch.testing.assert_close(rows, torch.cat(found), rtol=1e-9, atol=1e-9)
+    untold = teacher.rows(collate([replace(one, teacher_prompt=None) for one in told], 0)).hidden
+    assert (untold - rows)[:6].abs().amax(1).min() > 1e-6 and torch.allclose(untold[6:], rows[6:], rtol=1e-9)

@@ -53,11 +53,12 @@ def server(folder, live) -> LiveServer:  # noqa: F811
 def recipe(folder, small_run, tmp_path) -> Callable[..., Path]:
     """A function that writes a run of a method with a teacher."""
 
-    def write(method: str, teacher: dict) -> Path:
+    def write(method: str, teacher: dict, **prompts) -> Path:
         document = small_run(tmp_path, layers=1)
         document["student"]["config"]["vocab_size"] = 257
         document["method"] = {"name": method, **METHODS[method]}
         document["teacher"] = teacher
+        document["data"]["prompts"] |= prompts
         document["train"] |= {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         document["save"] = {"keep": 2, "best": False}
         path = tmp_path / f"{method}-{teacher.get('type', 'local')}.yaml"
@@ -90,6 +91,20 @@ def test_steps_and_evaluations_are_those_with_the_teacher_here(method, recipe, s
     assert_same(here, there)
     measured = next(one for one in students(there) if one["kind"] == "eval")["mean"]
     assert {"reverse_kl_nats", "forward_kl_nats", "sequence_reverse_kl_nats"} <= set(measured)
+
+
+@pytest.mark.parametrize("method", ["kd", "distillm2"])
+def test_what_the_teacher_alone_is_told_reaches_a_server(method, recipe, server, folder, tmp_path):
+    told = {"teacher_context": "say {completion}", "max_teacher_prompt_length": 40}
+    runs = {"here": {"path": str(folder / "teacher")}, "there": served_by(server)}
+    for name, teacher in runs.items():
+        train(recipe(method, teacher, **told), f"output_dir={tmp_path / name}")
+    train(recipe(method, runs["here"]), f"output_dir={tmp_path / 'untold'}")
+    assert_same(tmp_path / "here", tmp_path / "there")
+    losses = [
+        [one["loss"] for one in records(tmp_path / name) if one["kind"] == "train"] for name in ("there", "untold")
+    ]
+    assert all(abs(one - other) > 1e-5 for one, other in zip(*losses, strict=True))
 
 
 def stop_before(monkeypatch, name: str, server: LiveServer, call: int) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.checks.packages import is_installed
-from minillm.config.data import DataConfig
+from minillm.config.data import DataConfig, RecordKeys, field_names
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
+from minillm.config.models import AnyTeacherConfig
 
 
 def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
@@ -42,6 +43,54 @@ def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     for group in ("sets", "calibration"):
         for name, source in getattr(eval, group).items():
             yield from _keys_of_chats(("eval", group, name), source.template)
+
+
+def contexts_read(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
+    """A context is for a teacher that reads prompts, and may read others than the student does."""
+    needs = method.needs()
+    for name in ("prompts", "forget"):
+        source = getattr(data, name)
+        if isinstance(source, RecordKeys):
+            yield from _keys_of_contexts(("data", name), source)
+    if isinstance(data.forget, RecordKeys) and data.forget.teacher_context is not None:
+        yield Found(
+            "data.forget.teacher_context", "is for data.prompts: nobody compares answers to forget with a teacher"
+        )
+    if not isinstance(data.prompts, RecordKeys) or data.prompts.teacher_context is None:
+        return
+    if not needs.reads_context:
+        asks = " but method.few_shot" if needs.few_shot is not None else ""
+        message = f"has no effect: in method {method.name} no teacher reads the prompts{asks} with these keys"
+        yield Idle("data.prompts.teacher_context", message, ("method.name",))
+    elif needs.one_prompt is not None:
+        message = f"cannot be told to the teacher alone: method {method.name} {needs.one_prompt} with these keys"
+        yield Found("data.prompts.teacher_context", message, ("method.name",))
+
+
+def held_out_contexts_read(facts: Facts, eval: EvalConfig, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
+    """A context of held-out prompts is for a teacher, and its keys go together."""
+    for name, source in eval.sets.items():
+        if isinstance(source, RecordKeys):
+            yield from _keys_of_contexts(("eval", "sets", name), source)
+            if teacher is None:
+                message = "has no effect: there is no teacher that it could be told to"
+                yield Idle(("eval", "sets", name, "teacher_context"), message, ("teacher",))
+
+
+def _keys_of_contexts(path: tuple[str, ...], source: RecordKeys) -> Iterator[Found]:
+    if source.teacher_context is None:
+        for key in ("teacher_prompt", "max_teacher_prompt_length"):
+            yield Idle((*path, key), "has no effect without teacher_context", ((*path, "teacher_context"),))
+        return
+    if sorted(field_names(source.teacher_prompt)) != ["context", "prompt"]:
+        message = "must name {prompt} and {context}, each of them once, and nothing else; other fields are for teacher_context"
+        yield Found((*path, "teacher_prompt"), message, ((*path, "teacher_context"),))
+    if source.longest_for_teacher < source.max_prompt_length:
+        message = (
+            f"{source.longest_for_teacher} is less than max_prompt_length, {source.max_prompt_length}: the teacher reads the "
+            "prompt, too"
+        )
+        yield Found((*path, "max_teacher_prompt_length"), message, ((*path, "max_prompt_length"),))
 
 
 def packages_of_data(facts: Facts, data: DataConfig, eval: EvalConfig) -> Iterator[Found]:

@@ -79,9 +79,14 @@ def _prompt_and_answer(
     answer_key: KeyPath,
     readers: list[tuple[str, str, int]],
 ) -> Iterator[Found]:
-    key = "prompt_length" if isinstance(prompts, PlainPrompts) else "max_prompt_length"
-    prompt = getattr(prompts, key)
-    for who, model, context in sorted(readers, key=lambda reader: reader[2])[:1]:
+    keys = dict.fromkeys(
+        ("student", "teacher"), "prompt_length" if isinstance(prompts, PlainPrompts) else "max_prompt_length"
+    )
+    if getattr(prompts, "teacher_context", None) is not None and prompts.max_teacher_prompt_length is not None:
+        keys["teacher"] = "max_teacher_prompt_length"
+    for who, model, context in sorted(readers, key=lambda reader: reader[2] - getattr(prompts, keys[reader[0]]))[:1]:
+        key = keys[who]
+        prompt = getattr(prompts, key)
         if prompt + answer > context:
             written = ".".join(map(str, (*where, key)))
             message = (

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 from minillm.config.checks.architecture_checks import causal_models, fresh_architecture, sparse_form
 from minillm.config.checks.data_checks import (
+    contexts_read,
     corpus_used,
     evaluation_prompts,
     few_shot_prompts,
     forget_used,
+    held_out_contexts_read,
     held_out_parsers_used,
     packages_of_data,
     parsers_used,
@@ -96,6 +98,8 @@ CHECKS = (
     training_pairs,
     few_shot_prompts,
     packages_of_data,
+    contexts_read,
+    held_out_contexts_read,
     parsers_used,
     held_out_parsers_used,
     teacher_needed,

@@ -75,3 +75,20 @@ def test_a_stage_that_inherits_the_student_has_its_context(small):
 def test_nothing_is_said_of_a_length_that_is_itself_wrong(small):
     found = small.problems(data__prompts__max_prompt_length=0, rollout__max_new_tokens=900)
     assert set(found) == {"data.prompts.max_prompt_length"}
+
+
+def test_what_the_teacher_is_told_counts_for_it_alone(small):
+    told = {
+        "path": "data/train.jsonl",
+        "max_prompt_length": 200,
+        "max_response_length": 90,
+        "teacher_context": "x {prompt}",
+    }
+    keys = {"method": {"name": "kd"}, "data": {"prompts": told}}
+    assert small.problems(**keys) == {}
+    told["max_teacher_prompt_length"] = 211
+    message = small.problems(**keys)["data.prompts.max_response_length"]
+    assert (
+        "data.prompts.max_teacher_prompt_length" in message and "teacher models/small" in message and "301" in message
+    )
+    assert small.problems(teacher__path="models/big", **keys) == {}
