@@ -25,6 +25,11 @@ class TokenSequence:
     weight: float = 1.0  # of its rows in a loss that reads it
     group: int = 0  # sequences of one group belong together: a pair of answers, the tasks of a record
 
+    @property
+    def width(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
 
 @dataclass(frozen=True)
 class TokenBatch:

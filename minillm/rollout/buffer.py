@@ -32,6 +32,11 @@ class Rollout:
     def sequence(self) -> TokenSequence:
         return TokenSequence(self.prompt, self.response, self.key, self.extras)
 
+    @property
+    def width(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
 
 class RolloutBuffer(Sequence[Rollout]):
     """A list of rollouts that can be written to safetensors and read back bit for bit."""
