@@ -76,6 +76,7 @@ class Needs:
     written: tuple[Part, ...] = ()  # parts of the records that are read from the teacher's answers
     # sampling
     samples: tuple[Sampler, ...] = ()  # the samplers that answer prompts while the stage runs, one after the other
+    several_answers: bool = False  # it takes rollout.answers_per_prompt answers to each
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk
     buffered: bool = False  # answers are scored once by both models and used for `inner_epochs`
     inner_epochs: int = 1

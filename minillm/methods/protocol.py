@@ -139,6 +139,7 @@ class Method(ABC):
     def __init__(self, config: StageConfig):
         self.config = config
         self.needs = config.method.needs()
+        self.answers_per_prompt = config.rollout.answers_per_prompt if self.needs.several_answers else 1
         self.step_size = (
             config.train.per_device_train_batch_size
             * config.train.gradient_accumulation_steps

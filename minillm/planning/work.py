@@ -34,6 +34,7 @@ class Decoding:
     prompt: int  # tokens
     answer: int  # tokens
     total: int  # answers of a buffer, on one rank
+    per_prompt: int = 1  # of them to each prompt, which is read once for those
     cuda_graphs: bool = False
     # of the tokens, where shared coins say which model is asked and the other one catches up; None: all run for each token
     teacher_share: float | None = None
@@ -175,6 +176,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
                 _prompt_length(_prompts(config)) if needs.few_shot is None else needs.few_shot.max_prompt_length,
                 rollout.max_new_tokens,
                 prompts,
+                rollout.answers_per_prompt if needs.several_answers else 1,
                 rollout.cuda_graphs,
                 needs.teacher_share if sampler == "mixture" and rollout.shared_coins else None,
             )
@@ -320,7 +322,7 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     controls = config.method.needs().controls_teacher  # what answers is the teacher with the student's logits added
     samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")
     answering = [
-        Decoding(SAMPLING_MODELS[one], batch, prompt, keys.max_new_tokens, 0, config.rollout.cuda_graphs)
+        Decoding(SAMPLING_MODELS[one], batch, prompt, keys.max_new_tokens, 0, cuda_graphs=config.rollout.cuda_graphs)
         for one in samplers[: 1 + (judged and _reads_here(config))]
     ]
     models = ("teacher", "student") if judged or controls else ("student",)

@@ -276,7 +276,8 @@ class StageTrainer:
         train = self.config.train
         limits = [] if train.max_steps is None else [train.max_steps]
         if train.num_train_epochs is not None:
-            items = train.num_train_epochs * len(self._passed.items) * self.method.needs.inner_epochs
+            answers = len(self._passed.items) * self.method.answers_per_prompt
+            items = train.num_train_epochs * answers * self.method.needs.inner_epochs
             limits.append(max(1, math.ceil(items / self.method.step_size)))
         return min(limits, default=None)
 
