@@ -37,7 +37,7 @@ def decode(
     like = prompt_numbers(prompts, extras) if share_prompts else waiting.copy()
 
     def fitting(rows: int) -> int:
-        """How many of the next prompts there are rows for; those that are alike are taken together."""
+        """The number of the next prompts that there are rows for; those that are alike are taken together."""
         return whole_groups([like[one] for one in waiting[: rows + 1]], rows)
 
     def take(rows: int) -> tuple:
