@@ -97,18 +97,19 @@ def _fill_buffer(
     """Seconds of sampling and of scoring, and response tokens a second of both together."""
     keys, size = range(len(prompts)), len(prompts)
     sampling = Sampling(arguments.tokens, alpha=ALPHA)
-    start = _now(rollouts.models.device)
+    start = now(rollouts.models.device)
     answers = rollouts.sample(
         prompts, sampling, keys=keys, seed=arguments.seed, draw=draw, who="mixture", batch_size=size
     )
-    sampled = _now(rollouts.models.device)
+    sampled = now(rollouts.models.device)
     score(rollouts.models, answers, keys=keys, batch_size=size)
-    scored = _now(rollouts.models.device)
+    scored = now(rollouts.models.device)
     tokens = sum(len(answer.response) for answer in answers)
     return sampled - start, scored - sampled, tokens / (scored - start)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of this process; on a GPU, which works on its own, of the clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()

@@ -30,8 +30,9 @@ CODE = Path(importlib.util.find_spec("minillm").origin).parents[1]
 # Where two machines round in different ways, of a metric and of a tensor's largest number. AVX2 and AVX-512 differ by
 # 1.4e-5 at most from what the old runs' machine was told to compute like.
 NEAR = 1e-4
-# In trainer.json: times, places in files whose lines hold times, and configurations with all keys of their version.
-OF_ONE_RUN = {"seconds", "stage_seconds", "log", "config", "stage_configs", "started"}
+# In trainer.json: times, places in files whose lines hold times, configurations with all keys of their version, and the
+# order in which a step is cut into micro-batches, which an old run keeps.
+OF_ONE_RUN = {"seconds", "stage_seconds", "log", "config", "stage_configs", "started", "by_length"}
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def check_the_buffer(checkpoint: Path, following: Path) -> None:
 def check_what_followed(step: int, after: Path, unbroken: Path, *, exact: bool) -> None:
     """The streams one step later, all later records and samples, and the models that the runs left."""
     ours, theirs = (progress(run / f"checkpoint-{step + 1}") for run in (after, unbroken))
+    assert (ours["by_length"], theirs["by_length"]) == (False, True)
     assert_alike(*({key: one[key] for key in one.keys() - OF_ONE_RUN} for one in (ours, theirs)), exact=exact)
     for read in (records, samples):
         ours, theirs = ([record for record in read(run) if record["step"] > step] for run in (after, unbroken))

@@ -76,6 +76,7 @@ class Needs:
     written: tuple[Part, ...] = ()  # parts of the records that are read from the teacher's answers
     # sampling
     samples: tuple[Sampler, ...] = ()  # the samplers that answer prompts while the stage runs, one after the other
+    several_answers: bool = False  # it takes rollout.answers_per_prompt answers to each
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk
     buffered: bool = False  # answers are scored once by both models and used for `inner_epochs`
     inner_epochs: int = 1
@@ -91,6 +92,8 @@ class Needs:
     other_tokenizer: bool = False  # the teacher may have another one than the student: it reads every text by its own
     teacher_lora: LoraConfig | None = None  # adapters that are put into the teacher, and trained
     auxiliary: bool = False  # the trained model's own auxiliary loss (a router's balance) is part of the loss
+    # the loss of a micro-batch is more than the sum of its items': items of a step share one as they come, and not by length
+    couples_items: bool = False
     trains: tuple[str, ...] = ("student",)  # models, and modules that the method makes
     leaves: Result | None = None  # of a stage that takes no step; None: data
     because: dict[str, str] = field(default_factory=dict)

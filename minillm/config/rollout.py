@@ -13,6 +13,11 @@ class RolloutConfig(Strict):
     buffer_size: Annotated[int, Field(ge=1)] = Field(
         256, description="Methods with a buffer: answers that are sampled at a time, on all ranks together"
     )
+    answers_per_prompt: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="Answers to each prompt, with noise of their own: a buffer or a step is of as many fewer prompts. Those that "
+        "one device decodes side by side read their prompt once. For methods minillm, opd, seqkd, and gkd with on_policy 1",
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(
         32,
         description="Answers that are decoded side by side on one device. Where one ends the next prompt takes its row, if the "

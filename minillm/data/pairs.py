@@ -27,6 +27,11 @@ class AnswerPair:
     chosen: TokenSequence
     rejected: TokenSequence
 
+    @property
+    def width(self) -> int:
+        """Tokens of the prompt with the longer answer."""
+        return max(self.chosen.width, self.rejected.width)
+
 
 @dataclass(frozen=True)
 class PairSet(Sequence[AnswerPair]):

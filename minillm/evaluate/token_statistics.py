@@ -85,7 +85,7 @@ def _micro_batches(models: Models, sequences: Sequence[TokenSequence], batch_siz
     """Indices of this rank's sequences, those of a like length side by side, so that little is padded."""
     count = len(sequences)
     todo = collectives.even_rank_slice(count) if models.by_layers else collectives.rank_slice(count)
-    by_length = sorted(todo, key=lambda index: len(sequences[index].prompt) + len(sequences[index].response))
+    by_length = sorted(todo, key=lambda index: sequences[index].width)
     return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
 
 

@@ -135,7 +135,7 @@ class TeacherCache(Method):
         self, texts: Sequence[TokenSequence], storage: RowStorage, models: Models
     ) -> tuple[list[Parts], StorageError]:
         """The stored rows of every text of a shard, and the error that storing adds."""
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place].prompt) + len(texts[place].response))
+        order = sorted(range(len(texts)), key=lambda place: texts[place].width)
         size, error = self.config.train.per_device_train_batch_size, StorageError()
         rows: list[Parts] = [{} for _ in texts]
         with models.teacher.head() as head:

@@ -34,6 +34,11 @@ class ControlItem:
     sequence: TokenSequence
     forget: TokenSequence | None
 
+    @property
+    def width(self) -> int:
+        """Tokens of the longer text."""
+        return max(self.sequence.width, 0 if self.forget is None else self.forget.width)
+
 
 class CrossModelControl(Method):
     """See the module."""

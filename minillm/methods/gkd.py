@@ -26,7 +26,7 @@ class GeneralisedDistillation(Method):
         self.options = {"beta": beta} if self.divergence == "jsd" else {}
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
-        references = take_references(data, self.step_size)
+        references = take_references(data, self.step_size // self.answers_per_prompt) * self.answers_per_prompt
         if self.foreseeable(draw):
             return references
         return answered(references, sample_answers(references, data, self.config, draw=draw))

@@ -47,6 +47,10 @@ class OfStep:
     def key(self) -> int:
         return self.sequence.key
 
+    @property
+    def width(self) -> int:
+        return self.sequence.width
+
 
 class LLAVADI(Method):
     """See the module."""

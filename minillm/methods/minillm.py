@@ -96,7 +96,8 @@ class MiniLLMMethod(Method):
     def collect(self, data: TrainingData, models: Models, draw: int) -> RolloutBuffer:
         """Sample answers from p~, score them once under both models, and compute their advantages."""
         rollout, alpha = self.config.rollout, self.config.method.alpha
-        prompts = [example.sequence for example in data.prompts.take(rollout.buffer_size)]
+        examples = data.prompts.take(rollout.buffer_size // self.answers_per_prompt)
+        prompts = [example.sequence for example in examples] * self.answers_per_prompt
         keys = [prompt.key for prompt in prompts]
         who = "mixture" if alpha > 0 else "student"
         answers = sample_answers(prompts, data, self.config, draw=draw, alpha=alpha, who=who)

@@ -66,7 +66,7 @@ class OnPolicyDistillation(Method):
     def collect(self, data: TrainingData, models: Models, draw: int) -> RolloutBuffer:
         """Sample answers from the student, score them once under both models, and keep their advantages."""
         rollout = self.config.rollout
-        examples = data.prompts.take(rollout.buffer_size)
+        examples = data.prompts.take(rollout.buffer_size // self.answers_per_prompt) * self.answers_per_prompt
         if self.task_reward is not None and not self.means:  # what is wrong with it, before the first answer is sampled
             self._rewards(examples[:1], ["".join(examples[0].references[:1])], data)
         keys = [example.index for example in examples]

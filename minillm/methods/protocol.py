@@ -119,6 +119,10 @@ class Item(Protocol):
 
     key: int  # of its prompt: named where something is wrong with it
 
+    @property
+    def width(self) -> int:
+        """Tokens of its longest text, prompt and response: items of like widths share a micro-batch."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -135,6 +139,7 @@ class Method(ABC):
     def __init__(self, config: StageConfig):
         self.config = config
         self.needs = config.method.needs()
+        self.answers_per_prompt = config.rollout.answers_per_prompt if self.needs.several_answers else 1
         self.step_size = (
             config.train.per_device_train_batch_size
             * config.train.gradient_accumulation_steps
@@ -167,7 +172,10 @@ class Method(ABC):
 
     @abstractmethod
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
-        """The loss of one micro-batch of items."""
+        """The loss of one micro-batch of items, those of like lengths among a step's.
+
+        What the items of a step give must not depend on how it is cut, unless Needs.couples_items says that it does.
+        """
 
     def observe(self, observation: Observation) -> dict[str, float]:
         """Adapt thresholds or interpolation times; returns numbers for the records. Alike on every rank."""

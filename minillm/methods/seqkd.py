@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.methods.supervised import mixed_term
-from minillm.methods.written_answers import written_answers
+from minillm.methods.written_answers import asked_again, written_answers
 from minillm.models.batch import TokenSequence
+from minillm.rollout.noise import AGAIN
 from minillm.teachers.pair import Models
 
 
@@ -22,11 +23,17 @@ class SequenceDistillation(Method):
         self._answers: dict[int, list[int]] | None = None
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[TokenSequence]:
+        answers = self.answers_per_prompt
         if self._answers is None:
-            asked = [example.answered([]) for example in data.prompts.items]
+            asked = asked_again([example.answered([]) for example in data.prompts.items], answers)
             temperature = self.config.method.temperature
             self._answers = written_answers(asked, data, models, self.config, temperature=temperature)
-        return [example.answered(self._answers[example.index]) for example in data.prompts.take(self.step_size)]
+        examples = data.prompts.take(self.step_size // answers)
+        return [
+            example.answered(self._answers[example.index + AGAIN * time])
+            for time in range(answers)
+            for example in examples
+        ]
 
     def foreseeable(self, draw: int) -> bool:
         return self._answers is not None

@@ -36,6 +36,11 @@ class TaskRecord:
     key: int
     tasks: dict[str, TokenSequence]  # a response is empty where the record has none
 
+    @property
+    def width(self) -> int:
+        """Tokens of the longest task."""
+        return max(task.width for task in self.tasks.values())
+
 
 class StepByStep(Method):
     """See the module."""

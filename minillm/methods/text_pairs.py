@@ -18,6 +18,11 @@ class PairedText:
     teacher: TokenSequence
     sampled: bool = False  # the student has written the answer
 
+    @property
+    def width(self) -> int:
+        """Tokens of the longer reading."""
+        return max(self.sequence.width, self.teacher.width)
+
 
 def take_paired_references(data: TrainingData, size: int) -> list[PairedText]:
     """The next `size` prompts with their references, in both readings."""

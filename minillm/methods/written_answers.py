@@ -2,7 +2,7 @@
 teacher has written them already."""
 
 from collections.abc import Sequence, Set
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from minillm.config.models import AnyTeacherConfig, CachedTeacherConfig, ServedTeacherConfig
@@ -10,6 +10,7 @@ from minillm.config.root import StageConfig
 from minillm.methods.protocol import TrainingData
 from minillm.models.batch import TokenSequence
 from minillm.rollout.archive import AnswerArchive
+from minillm.rollout.noise import AGAIN
 from minillm.rollout.rollouts import Sampling
 from minillm.teachers.pair import Models
 
@@ -24,6 +25,11 @@ def identity_of(config: AnyTeacherConfig, models: Models, keys: Set[str]) -> dic
     if isinstance(config, ServedTeacherConfig):
         return {"fingerprint": models.teacher.fingerprint}
     return config.model_dump(mode="json", include=keys)
+
+
+def asked_again(prompts: Sequence[TokenSequence], times: int) -> list[TokenSequence]:
+    """Prompts to be answered several times, each time by a key of its own: the first time by that of the prompt."""
+    return [replace(one, key=one.key + AGAIN * time) for time in range(times) for one in prompts]
 
 
 def written_answers(

@@ -32,6 +32,11 @@ class TokenSequence:
             return self
         return replace(self, prompt=self.teacher_prompt, teacher_prompt=None)
 
+    @property
+    def width(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
 
 @dataclass(frozen=True)
 class TokenBatch:

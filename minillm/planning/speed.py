@@ -88,7 +88,8 @@ def _decoding_flops(
     decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float, pictures: int
 ) -> dict[str, float]:
     width = decoding.prompt + decoding.answer - 1
-    tokens, predictions = decoding.total * width, decoding.total * decoding.answer
+    read = decoding.prompt / decoding.per_prompt + decoding.answer - 1
+    tokens, predictions = decoding.total * read, decoding.total * decoding.answer
     # by coins: of the asked model for a token, and of both for what is known of the answers afterwards
     known = 0.0 if decoding.teacher_share is None else 1.0
     heads = {name: decoding.asked_share(name) + known for name in decoding.models}

@@ -34,6 +34,7 @@ class Decoding:
     prompt: int  # tokens
     answer: int  # tokens
     total: int  # answers of a buffer, on one rank
+    per_prompt: int = 1  # of them to each prompt, which is read once for those
     cuda_graphs: bool = False
     # of the tokens, where shared coins say which model is asked and the other one catches up; None: all run for each token
     teacher_share: float | None = None
@@ -194,6 +195,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
                 _asked_length(config, sampler),
                 rollout.max_new_tokens,
                 prompts,
+                rollout.answers_per_prompt if needs.several_answers else 1,
                 rollout.cuda_graphs,
                 needs.teacher_share if sampler == "mixture" and rollout.shared_coins else None,
             )
@@ -351,7 +353,7 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
             told if one == "teacher" else prompt,
             keys.max_new_tokens,
             0,
-            config.rollout.cuda_graphs,
+            cuda_graphs=config.rollout.cuda_graphs,
         )
         for one in samplers[: 1 + (judged and _reads_here(config))]
     ]

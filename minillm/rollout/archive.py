@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minillm import UserError
 from minillm.distributed import collectives
+from minillm.rollout.noise import AGAIN
 from minillm.rollout.rollouts import Answer, Rollouts, Sampling
 
 Record = dict
@@ -59,7 +60,8 @@ class AnswerArchive:
                     f"{self.path}: the answer with key {key} was written to another prompt; the data, or the words by which it is asked, have changed since. "
                     "Delete the file to have the answers written anew"
                 )
-        missing = sorted(prompt_of.keys() - found.keys(), key=lambda key: (-len(prompt_of[key]), key))
+        # answers to one prompt are written together
+        missing = sorted(prompt_of.keys() - found.keys(), key=lambda key: (-len(prompt_of[key]), key % AGAIN, key))
         path = self.path if collectives.rank() == 0 else Path(os.devnull)
         with path.open("a", encoding="utf-8") as file:
             for start in range(0, len(missing), at_once):

@@ -34,6 +34,11 @@ class Rollout:
     def sequence(self) -> TokenSequence:
         return TokenSequence(self.prompt, self.response, self.key, self.extras, teacher_prompt=self.teacher_prompt)
 
+    @property
+    def width(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
 
 class RolloutBuffer(Sequence[Rollout]):
     """A list of rollouts that can be written to safetensors and read back bit for bit."""

@@ -46,4 +46,7 @@ class Progress:
     log: dict[str, NonNegativeInt] = field(default_factory=dict)  # byte offsets of metrics.jsonl and samples.jsonl
     stage_seconds: dict[str, float] = field(default_factory=dict)  # of the stages that are done
     stage_configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the stages that are done
+    by_length: bool = (
+        True  # items of a step that are of like lengths share a micro-batch; not so in runs of before that
+    )
     started: str | None = None  # when the run was, in ISO 8601: the time that chat templates print

@@ -208,6 +208,7 @@ def _next_progress(before: Progress | None, stage: str, started: str) -> Progres
         step=before.step,
         stage_seconds=before.stage_seconds,
         stage_configs=before.stage_configs,
+        by_length=before.by_length,
         started=started,
     )
 

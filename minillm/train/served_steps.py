@@ -84,14 +84,14 @@ def ask_ahead(
     *,
     draw: int,
     order: Callable[[int, int], np.ndarray],
-    micro_batch: int,
+    cut: Callable[[Sequence[Item]], list[list[Item]]],
 ) -> None:
     """Ask for the rows of the next step, while this one is taken, where it is known what that will be of.
 
     Args:
         draw: of the next collection.
         order: the indices of a step's items from (number of items, draw + 1), as the trainer will choose them.
-        micro_batch: items that are asked for together.
+        cut: makes the micro-batches of a step, whose items are asked for together.
     """
     if not isinstance(models.teacher, ServedTeacher) or not any(term.teacher for term in method.needs.terms):
         return
@@ -100,10 +100,7 @@ def ask_ahead(
     with _unmoved(streams):
         items = method.collect(data, models, draw)
     mine = rank_items(items, order(len(items), draw + 1))
-    models.teacher.expect(
-        collate(sequences_of(mine[start : start + micro_batch]), models.pad_id)
-        for start in range(0, len(mine), micro_batch)
-    )
+    models.teacher.expect(collate(sequences_of(micro_batch), models.pad_id) for micro_batch in cut(mine))
 
 
 @contextmanager

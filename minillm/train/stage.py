@@ -303,7 +303,12 @@ class StageBuilder:
 
 def _rollouts(stage: Stage, models: Models) -> LocalRollouts:
     keys = stage.config.rollout
-    return LocalRollouts(models, cuda_graphs=keys.cuda_graphs, shared_coins=keys.shared_coins)
+    return LocalRollouts(
+        models,
+        cuda_graphs=keys.cuda_graphs,
+        shared_coins=keys.shared_coins,
+        share_prompts=keys.answers_per_prompt > 1,
+    )
 
 
 def _asked(samples: Sequence[Who]) -> set[Role]:

@@ -34,6 +34,7 @@ from minillm.teachers.pair import Models
 from minillm.teachers.served import ServedTeacher
 from minillm.teachers.server_pool import TeacherAway
 from minillm.train.best_model import BestModel
+from minillm.train.micro_batches import cut_step
 from minillm.train.progress import Progress
 from minillm.train.served_steps import Moment, ask_ahead, made_together
 from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
@@ -191,10 +192,9 @@ class StageTrainer:
         chosen = self._next_indices()
         # every rank steps through a part of its own, and none is left over: what is collected is of whole steps, a
         # buffer by minillm.config.checks.stage_checks.whole_batches, and a step's items are as many on every rank
-        size, balance = self.config.train.per_device_train_batch_size, self.config.train.router_aux_loss_coef
+        balance = self.config.train.router_aux_loss_coef
         with timing.of("scoring"):
-            items = rank_items(self.items, chosen)
-            micro_batches = [items[start : start + size] for start in range(0, len(items), size)]
+            micro_batches = self._cut(rank_items(self.items, chosen))
             terms = made_together(
                 lambda: [
                     add_balance(method.terms(micro_batch, self.data, self.models), balance, method.needs)
@@ -210,7 +210,7 @@ class StageTrainer:
                     self._streams(),
                     draw=progress.draw,
                     order=lambda count, draw: self._order(count, draw, 0)[: method.step_size],
-                    micro_batch=size,
+                    cut=self._cut,
                 )
         try:
             with timing.of("update"):
@@ -250,6 +250,13 @@ class StageTrainer:
             **adapted,
         }
 
+    def _cut(self, items: Sequence[Item]) -> list[list[Item]]:
+        """The micro-batches of a step. A balance loss is a mean over a micro-batch, and so depends on how a step is cut."""
+        train, needs = self.config.train, self.method.needs
+        couples = needs.couples_items or needs.auxiliary or train.router_aux_loss_coef > 0
+        by_length = self.progress.by_length and not couples
+        return cut_step(items, train.per_device_train_batch_size, by_length=by_length)
+
     def _needs_collection(self) -> bool:
         """Move on to the next inner epoch where one is due; true where all of them are used up."""
         if self.progress.position >= len(self.items) and self.items:
@@ -269,7 +276,8 @@ class StageTrainer:
         train = self.config.train
         limits = [] if train.max_steps is None else [train.max_steps]
         if train.num_train_epochs is not None:
-            items = train.num_train_epochs * len(self._passed.items) * self.method.needs.inner_epochs
+            answers = len(self._passed.items) * self.method.answers_per_prompt
+            items = train.num_train_epochs * answers * self.method.needs.inner_epochs
             limits.append(max(1, math.ceil(items / self.method.step_size)))
         return min(limits, default=None)
 

@@ -53,7 +53,7 @@ def _read_progress(content: Any) -> Progress:
     if not isinstance(content, dict):
         raise UserError("progress is not a JSON object")
     try:
-        progress = Progress(**content)
+        progress = Progress(**{"by_length": False, **content})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("progress", *first["loc"])))

@@ -67,6 +67,12 @@ def test_a_collection_is_shared_by_the_steps_that_use_it():
     assert found.scoring_flops == (tokens * (matrices + 4 * LENGTH * widths) + heads) / 4
 
 
+def test_a_prompt_is_read_once_for_several_answers():
+    one = Decoding(("student",), 4, PROMPT, ANSWER, total=8)
+    alone, four = (speed(work(decodings=(each,), buffered=8)) for each in (one, replace(one, per_prompt=4)))
+    assert alone.rollout_flops - four.rollout_flops == 8 * PROMPT * (1 - 1 / 4) * (2 * 800 + 4 * LENGTH / 2 * 10 * 2)
+
+
 def test_coins_read_a_model_where_it_is_asked_and_both_heads_once_more():
     decoding = Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8)
     coins = replace(decoding, teacher_share=0.25)

@@ -55,6 +55,8 @@ def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, a
     assert found.scorings == (Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),)
     assert found.terms == (TermShape("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=True),)
     assert (found.buffered, found.steps_per_collection) == (8, 4)
+    several = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha}, "rollout.answers_per_prompt=2")
+    assert several.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8, per_prompt=2),)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.methods import Method
+from minillm.config.models import AnyTeacherConfig, TeacherConfig
 from minillm.config.rollout import RolloutConfig
 from minillm.config.training import Engine, TrainConfig
 from minillm.distributed.launcher import launched_size
@@ -51,6 +52,55 @@ def whole_batches(facts: Facts, rollout: RolloutConfig, train: TrainConfig, meth
         )
 
 
+def several_answers(facts: Facts, rollout: RolloutConfig, train: TrainConfig, method: Method) -> Iterator[Found]:
+    """Several answers to a prompt are for methods that take them, and divide what is decoded and trained on at a time."""
+    needs, answers, key = method.needs(), rollout.answers_per_prompt, "rollout.answers_per_prompt"
+    if answers == 1 or not needs.samples:
+        return
+    if not needs.several_answers:
+        message = f"must be 1: method {method.name} with these keys takes one answer to each prompt"
+        yield Found(key, message, ("method.name",))
+        return
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * launched_size()
+    divided = {"rollout.batch_size": rollout.batch_size}
+    if needs.buffered:
+        divided["rollout.buffer_size"] = rollout.buffer_size
+    for name, size in divided.items():
+        if size % answers:
+            around = _multiples_around(size, answers)
+            message = f"{size} answers are not {answers} to each of some prompts; the nearest that are: {around}"
+            yield Found(name, message, (key,))
+    if not needs.buffered and step % answers:
+        around = _multiples_around(step, answers)
+        message = f"{answers} answers to each prompt do not fill steps of {step}; the nearest that they do: {around}"
+        yield Found(key, message, ("train.per_device_train_batch_size", "train.gradient_accumulation_steps"))
+    for other in ("cuda_graphs", "shared_coins"):
+        if getattr(rollout, other):
+            yield Found(
+                key, f"must be 1: the loop of rollout.{other} reads a prompt for every answer", (f"rollout.{other}",)
+            )
+
+
+def shared_prompts_read(facts: Facts, rollout: RolloutConfig, method: Method, engine: Engine) -> Iterator[Found]:
+    """A prompt is read once for several answers, which a gathering of layers rules out."""
+    layers = engine.type == "deepspeed" and engine.stage == 3 and engine.gather == "layers"
+    if rollout.answers_per_prompt > 1 and method.needs().several_answers and layers:
+        message = "must be 1: with engine.gather layers all ranks read as many prompts, one for every answer"
+        yield Found("rollout.answers_per_prompt", message, ("engine.gather",))
+
+
+def written_several_times(
+    facts: Facts, rollout: RolloutConfig, method: Method, teacher: AnyTeacherConfig | None
+) -> Iterator[Found]:
+    """A teacher that writes several answers to a prompt is here."""
+    needs = method.needs()
+    if rollout.answers_per_prompt == 1 or not needs.several_answers or needs.samples != ("teacher",):
+        return
+    if teacher is not None and not isinstance(teacher, TeacherConfig):
+        message = f"must be 1: a teacher of type {teacher.type} gives one answer to each prompt"
+        yield Found("rollout.answers_per_prompt", message, ("teacher.type",))
+
+
 def _multiples_around(number: int, step: int) -> str:
     below = number // step * step
     return f"{below} and {below + step}" if below else str(step)
@@ -60,7 +110,7 @@ def sampling_keys_used(facts: Facts, rollout: RolloutConfig, method: Method) -> 
     """Keys of `rollout` are used with a method that samples, and the buffer's with a method that has one."""
     needs = method.needs()
     if not needs.samples:
-        for key in ("buffer_size", "batch_size", "max_new_tokens", *NEUTRAL):
+        for key in ("buffer_size", "answers_per_prompt", "batch_size", "max_new_tokens", *NEUTRAL):
             yield Idle(f"rollout.{key}", f"has no effect: method {method.name} samples no answers", ("method.name",))
     elif not needs.buffered:
         yield Idle("rollout.buffer_size", f"has no effect: method {method.name} keeps no buffer", ("method.name",))

@@ -56,8 +56,11 @@ from minillm.config.checks.rollout_checks import (
     neutral_sampling,
     one_temperature,
     sampling_keys_used,
+    several_answers,
     shared_coins_usable,
+    shared_prompts_read,
     whole_batches,
+    written_several_times,
 )
 from minillm.config.checks.training_checks import (
     balance_added_once,
@@ -111,6 +114,9 @@ CHECKS = (
     sampling_keys_used,
     cuda_graphs_usable,
     shared_coins_usable,
+    several_answers,
+    shared_prompts_read,
+    written_several_times,
     answers_fit,
     corpus_fits,
     evaluation_fits,

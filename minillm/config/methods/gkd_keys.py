@@ -22,6 +22,7 @@ class GKD(MethodConfig):
             (TermNeeds("distillation", rows, teacher=True),),
             references=self.on_policy < 1,
             samples=("student",) if self.on_policy > 0 else (),
+            several_answers=self.on_policy == 1,
             teacher=True,
             because={"references": "on_policy"},
         )

@@ -92,6 +92,7 @@ class MiniLLM(MethodConfig):
             tuple(terms),
             corpus=self.lm_coef > 0,
             samples=(sampler,),
+            several_answers=True,
             teacher_share=self.alpha,
             buffered=True,
             inner_epochs=self.ppo_epochs,

@@ -37,6 +37,7 @@ class OPD(MethodConfig):
         return Needs(
             (TermNeeds("policy", ("answers",), teacher=True),),
             samples=("student",),
+            several_answers=True,
             buffered=True,
             neutral_sampling=True,
             weighs_temperature=True,

@@ -22,6 +22,7 @@ class SeqKD(MethodConfig):
         return Needs(
             (TermNeeds("distillation", ("answers",), teacher=self.kd_ratio > 0),),
             samples=("teacher",),
+            several_answers=self.temperature > 0,
             written_once=True,
             temperature_key="method.temperature",
             teacher=True,

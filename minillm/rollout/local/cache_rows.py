@@ -32,19 +32,22 @@ KNOWN_LAYERS = {
 class RowsLayer(DynamicLayer):
     """Stores the keys and values of prompts in rows of a RoomyLayer, and keeps none of its own: they take no more memory."""
 
-    def __init__(self, layer: RoomyLayer, rows: Tensor):  # (R,) int64
+    def __init__(self, layer: RoomyLayer, rows: Tensor, copies: Tensor | None):  # (R,) int64 twice
         super().__init__()
-        self.layer, self.rows = layer, rows
+        self.layer, self.rows, self.copies = layer, rows, copies
 
     def update(
         self,
-        key_states: Tensor,  # (R, heads, tokens, head size)
-        value_states: Tensor,  # (R, heads, tokens, head size)
+        key_states: Tensor,  # (R or prompts, heads, tokens, head size)
+        value_states: Tensor,  # (R or prompts, heads, tokens, head size)
         *args,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """Store, and return what was given."""
-        self.layer.put(self.rows, key_states, value_states)
+        kept = (key_states, value_states)
+        if self.copies is not None:
+            kept = (states[self.copies] for states in kept)
+        self.layer.put(self.rows, *kept)
         return key_states, value_states
 
 
@@ -52,18 +55,21 @@ def cache_for_rows(
     model: PreTrainedModel,
     cache: Cache,  # of the running batch, of make_cache
     rows: Tensor,  # (R,) int64
+    copies: Tensor | None = None,  # (R,) int64, the prompt of each row; None: a prompt for each
 ) -> Cache:
-    """An empty cache in which a model reads R prompts for rows of another one; `put_rows` is to follow."""
+    """An empty cache in which a model reads prompts for R rows of another one; `put_rows` is to follow."""
     fresh = make_cache(model, lambda: RoomyLayer(0))
     fresh.layers = [
-        RowsLayer(running, rows) if isinstance(running, RoomyLayer) else new
+        RowsLayer(running, rows, copies) if isinstance(running, RoomyLayer) else new
         for running, new in zip(cache.layers, fresh.layers, strict=True)
     ]
     return fresh
 
 
-def put_rows(cache: Cache, fresh: Cache, rows: Tensor) -> None:  # (R,) int64
+def put_rows(cache: Cache, fresh: Cache, rows: Tensor, copies: Tensor | None = None) -> None:  # (R,) int64 twice
     """Move what is in the layers of `fresh`, as `cache_for_rows` gave it and a model filled it, into rows of `cache`."""
+    if copies is not None:
+        fresh.reorder_cache(copies)
     for running, new in zip(cache.layers, fresh.layers, strict=True):
         if isinstance(new, RowsLayer):
             continue

@@ -50,20 +50,23 @@ class Decoder:
     def refill(
         self,
         rows: Tensor,  # (R,) int64, of the batch
-        input_ids: Tensor,  # (R, L) int64, padded at the left
-        attention_mask: Tensor,  # (R, L) int64, 0 on the padding
-        position_ids: Tensor,  # (R, L) int64
+        input_ids: Tensor,  # (P, L) int64, padded at the left
+        attention_mask: Tensor,  # (P, L) int64, 0 on the padding
+        position_ids: Tensor,  # (P, L) int64
         extras: Mapping[str, Tensor] = NOTHING,
+        copies: Tensor | None = None,  # (R,) int64, the prompt of each row; None: they have one each
     ) -> Tensor:  # (R, V padded)
         """Read prompts into rows of the batch, over what these held, and return the logits of what follows them.
 
         They end in the last column of the cache, which must be as long as they are.
         """
         running, shift, batch = self.cache, self._shift, self._batch
-        self.cache, self._shift = cache_for_rows(self.model, running, rows), None
+        self.cache, self._shift = cache_for_rows(self.model, running, rows, copies), None
         logits = self.logits(self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True)[:, -1])
-        put_rows(running, self.cache, rows)
+        put_rows(running, self.cache, rows, copies)
         self.cache, self._batch, new = running, batch, self._shift
+        if copies is not None:
+            logits, new = logits[copies], None if new is None else new[copies]
         if shift is None and new is not None:
             shift = position_ids.new_zeros(batch, 1)
         if shift is not None:
@@ -99,7 +102,7 @@ class Decoder:
         return output.last_hidden_state
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
-        """Drop the other rows of the batch."""
+        """Drop the other rows of the batch. A row that is named several times is copied."""
         self.cache.reorder_cache(rows)
         self._shift = None if self._shift is None else self._shift[rows]
         self._logits = None

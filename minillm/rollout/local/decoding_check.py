@@ -60,6 +60,23 @@ def require_exact_decoding(role: str, model: PreTrainedModel) -> None:
         )
 
 
+def require_copied_rows(role: str, model: PreTrainedModel) -> None:
+    """Raises UserError for a model of whose cache no row can be copied: answers to one prompt would not be its own."""
+    if is_sharded(model) or is_hollow(model):
+        return
+    try:
+        apart = copying_error(model)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # whatever the code of an architecture raises
+        apart = float("inf")
+    if not apart <= _tolerance(model):
+        raise UserError(
+            f"{role}: {type(model).__name__} cannot answer a prompt several times from one reading of it, as rows of its "
+            "cache cannot be copied; set rollout.answers_per_prompt to 1"
+        )
+
+
 def reads_blocks(model: PreTrainedModel) -> bool:
     """True where several tokens behind a cache, in one pass, give the logits of full passes.
 
@@ -115,6 +132,14 @@ def decoding_error(model: PreTrainedModel, fed: tuple[int, ...] = STEPS) -> floa
     """
     texts = _texts(model, *((one, sum(fed) + 1) for one in PROMPTS))
     return _apart(model, texts, lambda size: _stepwise(model, texts, size, fed))
+
+
+@torch.no_grad()
+def copying_error(model: PreTrainedModel) -> float:
+    """As `decoding_error`, of two answers to the first prompt, which is read once, and one to the second."""
+    first, second = _texts(model, *((one, sum(STEPS) + 1) for one in PROMPTS))
+    other = TokenSequence(first.prompt, first.response[::-1])
+    return _apart(model, [first, other, second], lambda size: _copied(model, [first, other, second], size))
 
 
 @torch.no_grad()
@@ -192,6 +217,25 @@ def _stepwise(
         hidden = decoder.hidden(answers[:, before:after], mask[:, : width + after], position + ahead, prompts=False)
         hidden, before = hidden[:, -tokens:], after
     return [torch.cat(one) for one in found]
+
+
+def _copied(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> list[Tensor]:  # (tokens, size) each
+    """The logits of answers of which the first two are to one prompt, after a row of its cache was copied."""
+    prompts, tokens = [texts[0].prompt, texts[-1].prompt], len(texts[0].response)
+    width = max(map(len, prompts))
+    room = width + tokens
+    decoder = Decoder(model, make_cache(model, lambda: RoomyLayer(room)), vocab_size=size)
+    ids, padding, position = (part.to(model.device) for part in pad_left(prompts, width, 0))
+    mask = (torch.arange(room, device=model.device) >= padding).long()
+    logits = decoder.forward(ids, mask[:, :width], position)[:, :size]
+    copies = torch.tensor([0, 0, 1], device=model.device)
+    decoder.keep(copies)
+    found, mask, position = [logits[copies].clone()], mask[copies], position[copies, -1:] + 1
+    answers = torch.tensor([text.response for text in texts], device=model.device)
+    for place in range(tokens - 1):
+        fed = answers[:, place : place + 1]
+        found.append(decoder.forward(fed, mask[:, : width + place + 1], position + place)[:, :size].clone())
+    return list(torch.stack(found, 1))
 
 
 def _refilled(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> list[Tensor]:  # (tokens, size) each

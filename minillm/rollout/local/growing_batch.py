@@ -14,10 +14,9 @@ from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.delta_stream import SummedDecoder
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.ngrams import NgramBan
+from minillm.rollout.local.shared_prompts import Extras, copies_of, prompt_numbers
 from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
 from minillm.teachers.pair import Models
-
-Extras = Sequence[Mapping[str, Tensor]]  # what each prompt shows beside its ids
 
 UNUSED_FRACTION = 0.25  # of the columns: when no row needs so many, dropping them repays the copy of the caches
 
@@ -36,9 +35,10 @@ class GrowingBatch:
         extras: Extras,
         *,
         refills: bool,  # it may be refilled: columns of the caches move
+        share_prompts: bool = False,  # one that several answers are to is read once, and its rows of the caches are copied
     ):
         """Read the prompts and draw the first token of every answer."""
-        self.refills = refills
+        self.refills, self.share_prompts = refills, share_prompts
         self.models, self.sampling, self.weights = models, sampling, list(roles.values())
         device, batch, width = models.device, len(prompts), max(map(len, prompts))
         self.room = width + sampling.max_new_tokens - 1
@@ -51,8 +51,13 @@ class GrowingBatch:
         self.numbers, self.prompts, self.live = list(numbers), list(prompts), [True] * batch
         self.begun = [width] * batch  # the column of each answer's first token
         self._look_over_rows()
-        ids, mask, positions, shown = self._prompts(prompts, extras)
-        self._draw(list(range(batch)), [one.forward(ids, mask, positions, shown) for one in self.decoders])
+        *read, copies = self._prompts(prompts, extras)
+        logits = [one.forward(*read) for one in self.decoders]
+        if copies is not None:
+            for decoder in self.decoders:
+                decoder.keep(copies)
+            logits = [one[copies] for one in logits]
+        self._draw(list(range(batch)), logits)
 
     def step(self) -> None:
         """Read the last token of every row, and draw another one for those that go on."""
@@ -72,7 +77,7 @@ class GrowingBatch:
         prompts no longer than the tokens of a row that goes on."""
         rows = self._rows(live=False)[: len(prompts)]
         at = torch.tensor(rows, device=self.fed.device)
-        ids, mask, positions, shown = self._prompts(prompts, extras)
+        *read, copies = self._prompts(prompts, extras)
         for row, number, prompt in zip(rows, numbers, prompts, strict=True):
             self.numbers[row], self.prompts[row], self.live[row], self.begun[row] = number, prompt, True, self.column
         self.noise[self.slots[at]] = noise.to(self.noise.device)
@@ -80,7 +85,7 @@ class GrowingBatch:
         if self.bans is not None:
             self.bans.refill(rows, prompts)
         self._look_over_rows()
-        self._draw(rows, [decoder.refill(at, ids, mask, positions, shown) for decoder in self.decoders])
+        self._draw(rows, [decoder.refill(at, *read, copies) for decoder in self.decoders])
 
     def answers(self) -> dict[int, Answer]:
         """Those of the rows that have ended, by their numbers."""
@@ -113,11 +118,17 @@ class GrowingBatch:
 
     def _prompts(
         self, prompts: Sequence[list[int]], extras: Extras
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # (R, L) int64 three times, and what they show
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None]:
+        """The different prompts, (P, L) int64 three times, and what they show; and which of them each row has, (R,) int64."""
+        copies = None
+        if self.share_prompts:
+            firsts, copies = copies_of(prompt_numbers(prompts, extras))
+            prompts, extras = ([part[place] for place in firsts] for part in (prompts, extras))
         device, width = self.fed.device, max(map(len, prompts))
         ids, padding, positions = (part.to(device) for part in pad_left(prompts, width, self.models.pad_id))
         mask = (torch.arange(width, device=device) >= padding).long()
-        return ids, mask, positions, {name: one.to(device) for name, one in join_extras(extras).items()}
+        shown = {name: one.to(device) for name, one in join_extras(extras).items()}
+        return ids, mask, positions, shown, None if copies is None else copies.to(device)
 
     def _draw(self, rows: list[int], logits: list[Tensor]) -> None:  # (rows, V padded) fp32 a model
         """A token for each of these rows, which is to be read at `column`."""

@@ -17,8 +17,14 @@ from minillm.models.families import text_config
 from minillm.rollout.local import coin_loop, growing_loop
 from minillm.rollout.local.cuda_graphs import CudaGraphs
 from minillm.rollout.local.decoder import check_positions
-from minillm.rollout.local.decoding_check import reads_blocks, replaces_rows, require_exact_decoding
+from minillm.rollout.local.decoding_check import (
+    reads_blocks,
+    replaces_rows,
+    require_copied_rows,
+    require_exact_decoding,
+)
 from minillm.rollout.local.graph_preconditions import require_cuda_graphs, rotary_by_length
+from minillm.rollout.local.shared_prompts import in_batches, prompt_numbers
 from minillm.rollout.local.static_loop import StaticLoop
 from minillm.rollout.noise import coins, uniforms
 from minillm.rollout.rollouts import Answer, Sampling, Who
@@ -41,6 +47,8 @@ class LocalRollouts:
         shared_coins: draw mixtures by a coin a position that all answers of a draw share (coin_loop.py), where sampling
             is neutral and no model chooses its rotary frequencies by the length of the texts. Otherwise both models run
             for every token.
+        share_prompts: a prompt that several answers are asked to is read once for those that are decoded side by side.
+            Raises UserError beside cuda_graphs and shared_coins.
         refill: prompts that wait take the rows of answers that have ended, where the models and the loop can; otherwise
             one batch follows the other.
     """
@@ -48,14 +56,28 @@ class LocalRollouts:
     exact_noise = True
     mixtures = True
 
-    def __init__(self, models: Models, *, cuda_graphs: bool = False, shared_coins: bool = False, refill: bool = True):
+    def __init__(
+        self,
+        models: Models,
+        *,
+        cuda_graphs: bool = False,
+        shared_coins: bool = False,
+        share_prompts: bool = False,
+        refill: bool = True,
+    ):
         if cuda_graphs and shared_coins:
             raise UserError(
                 "rollout.shared_coins has no step of fixed shapes, which rollout.cuda_graphs needs: choose one"
             )
+        if share_prompts and (cuda_graphs or shared_coins):
+            other = "cuda_graphs" if cuda_graphs else "shared_coins"
+            raise UserError(
+                f"rollout.answers_per_prompt above 1: the loop of rollout.{other} reads a prompt for every answer"
+            )
         if cuda_graphs:
             require_cuda_graphs(models)
         self.models, self.cuda_graphs, self.shared_coins, self.refill = models, cuda_graphs, shared_coins, refill
+        self.share_prompts = share_prompts
         self._blocks: dict[Role, bool] = {}  # of the models that were looked at: they read several tokens at a time
         self._rows_replaced: dict[Role, bool] = {}  # and take new prompts beside answers in progress
 
@@ -69,11 +91,19 @@ class LocalRollouts:
                 require_exact_decoding(role, self.models.model(role))
                 if role == "student" and self.models.delta is not None:
                     require_exact_decoding("delta", self.models.delta.model)
+                if self.share_prompts:
+                    require_copied_rows(role, self.models.model(role))
                 self._blocks[role] = self.shared_coins and reads_blocks(self.models.model(role))
 
     def over(self, models: Models) -> "LocalRollouts":
         """The loops over the same weights with other ids in common; what was looked at is not looked at again."""
-        other = LocalRollouts(models, cuda_graphs=self.cuda_graphs, shared_coins=self.shared_coins, refill=self.refill)
+        other = LocalRollouts(
+            models,
+            cuda_graphs=self.cuda_graphs,
+            shared_coins=self.shared_coins,
+            share_prompts=self.share_prompts,
+            refill=self.refill,
+        )
         other._blocks, other._rows_replaced = self._blocks, self._rows_replaced
         return other
 
@@ -106,6 +136,12 @@ class LocalRollouts:
         mine = collectives.rank_slice(len(prompts))
         todo = collectives.even_rank_slice(len(prompts)) if models.by_layers else mine
         order = sorted(todo, key=lambda index: len(prompts[index]), reverse=True)
+        numbers: Sequence[int] = range(len(order))
+        shares = self._shares(roles)
+        if shares:
+            like = prompt_numbers(prompts, extras)
+            order.sort(key=lambda index: (-len(prompts[index]), like[index]))
+            numbers = [like[index] for index in order]
 
         def noise(numbers: Iterable[int]) -> Tensor:  # of prompts in this order
             return uniforms(seed, [keys[order[number]] for number in numbers], draw, sampling.max_new_tokens)
@@ -115,22 +151,20 @@ class LocalRollouts:
                 progress(min(len(prompts), done * collectives.world_size()))
 
         asked, shown = [prompts[index] for index in order], [extras[index] for index in order]
-        starts = range(0, len(order), batch_size)
+        ends = in_batches(numbers, batch_size)
         with models.reading(*roles):
             served = self._asks_servers(*roles)
             if not served and len(order) > batch_size and self._refills(sampling, roles):
-                options = {"batch_size": batch_size, "progress": report}
+                options = {"batch_size": batch_size, "progress": report, "share_prompts": shares}
                 decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
             else:
                 if served:
-                    batches = [order[start : start + batch_size] for start in starts]
+                    batches = [order[start:end] for start, end in ends]
                     drawn = self._served(batches, prompts, sampling, keys, extras, seed=seed, draw=draw)
                 else:
-                    decode = self._loop(sampling, roles, asked, batch_size, seed=seed, draw=draw)
-                    ends = (min(start + batch_size, len(order)) for start in starts)
+                    decode = self._loop(sampling, roles, asked, batch_size, shares=shares, seed=seed, draw=draw)
                     drawn = (
-                        decode(asked[start:end], noise(range(start, end)), shown[start:end])
-                        for start, end in zip(starts, ends, strict=True)
+                        decode(asked[start:end], noise(range(start, end)), shown[start:end]) for start, end in ends
                     )
                 decoded = []
                 for of_batch in drawn:
@@ -143,6 +177,11 @@ class LocalRollouts:
         for index, answer in answers.items():
             everyones[index].scores = answer.scores
         return everyones
+
+    def _shares(self, roles: Iterable[str]) -> bool:
+        # a delta follows the text of every row, and ranks that gather layers together must have batches alike
+        followed = "student" in roles and self.models.delta is not None
+        return self.share_prompts and not self.models.by_layers and not followed
 
     def _asks_servers(self, *roles: Role) -> bool:
         """True where the teacher alone samples, and its weights are in other processes."""
@@ -189,6 +228,7 @@ class LocalRollouts:
         prompts: Sequence[list[int]],  # of this rank
         batch_size: int,
         *,
+        shares: bool,
         seed: int,
         draw: int,
     ) -> Decode:
@@ -200,7 +240,7 @@ class LocalRollouts:
         if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
             sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
             return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
-        return partial(_decode_batch, self.models, sampling, roles)
+        return partial(_decode_batch, self.models, sampling, roles, shares)
 
     def unrefilled(self, *roles: Role) -> str | None:
         """The reason for which answers of these models are drawn in batches one after the other; None where prompts that
@@ -230,11 +270,12 @@ def _decode_batch(
     models: Models,
     sampling: Sampling,
     roles: dict[str, float],
+    shares: bool,
     prompts: Sequence[list[int]],
     noise: Tensor,  # (B, max_new_tokens) float64, CPU
     extras: Sequence[Mapping[str, Tensor]],
 ) -> list[Answer]:
-    return growing_loop.decode(models, sampling, roles, prompts, noise.__getitem__, extras)
+    return growing_loop.decode(models, sampling, roles, prompts, noise.__getitem__, extras, share_prompts=shares)
 
 
 def _coins_decide(models: Models, sampling: Sampling, roles: dict[str, float]) -> bool:

@@ -70,3 +70,27 @@ def test_graphs_under_deepspeed(recipe, stage):
     engine = {"type": "deepspeed", "stage": stage}
     assert "engine.type torch" in recipe.problems(rollout={"cuda_graphs": True}, engine=engine)["rollout.cuda_graphs"]
     assert "rollout.cuda_graphs" not in recipe.problems(rollout={}, engine=engine)
+
+
+def test_several_answers_divide_what_is_decoded_and_trained_on(recipe):
+    def problems(method="minillm", teacher=None, engine=None, answers=4, **rollout):
+        rollout = {"buffer_size": 64, "batch_size": 8, "answers_per_prompt": answers, **rollout}
+        groups = {"method": method if isinstance(method, dict) else {"name": method}, "rollout": rollout}
+        groups |= {} if engine is None else {"engine": engine}
+        return recipe.problems(**groups)
+
+    assert problems() == problems("opd") == problems({"name": "gkd", "on_policy": 1.0}) == problems("seqkd") == {}
+    assert "8 and 12" in problems(batch_size=10)["rollout.batch_size"]
+    found = problems(answers=3, batch_size=9)
+    assert set(found) == {"rollout.buffer_size"} and "63 and 66" in found["rollout.buffer_size"]
+    assert (
+        "steps of 8"
+        in problems({"name": "gkd", "on_policy": 1.0}, answers=3, batch_size=9)["rollout.answers_per_prompt"]
+    )
+    for method in ("distillm2", {"name": "gkd", "on_policy": 0.5}, {"name": "seqkd", "temperature": 0.0}):
+        assert "one answer to each prompt" in problems(method)["rollout.answers_per_prompt"]
+    assert "shared_coins" in problems(shared_coins=True)["rollout.answers_per_prompt"]
+    assert "cuda_graphs" in problems(cuda_graphs=True)["rollout.answers_per_prompt"]
+    layers = {"type": "deepspeed", "gather": "layers"}
+    assert "gather layers" in problems(engine=layers)["rollout.answers_per_prompt"]
+    assert problems({"name": "gkd", "on_policy": 0.5}, answers=1) == {}

@@ -1,0 +1,47 @@
+"""Answers to one prompt, side by side: they stand next to each other, so that the prompt is read once for all of them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Extras = Sequence[Mapping[str, Tensor]]  # what each prompt shows beside its ids
+
+
+def prompt_numbers(prompts: Sequence[list[int]], extras: Extras) -> list[int]:
+    """For each prompt the place of the first one like it: with the same ids, and the very same extras."""
+    first: dict[tuple, int] = {}
+    keys = ((tuple(prompt), id(shown) if shown else None) for prompt, shown in zip(prompts, extras, strict=True))
+    return [first.setdefault(key, place) for place, key in enumerate(keys)]
+
+
+def whole_groups(numbers: Sequence[int], rows: int) -> int:
+    """The answers, from the first on, that fit into so many rows without parting those to one prompt.
+
+    `numbers` say which prompt each of them is to, those to one prompt next to each other. 0 where the first ones do not fit.
+    """
+    fit = min(rows, len(numbers))
+    while 0 < fit < len(numbers) and numbers[fit] == numbers[fit - 1]:
+        fit -= 1
+    return fit
+
+
+def in_batches(numbers: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """The ends of batches of at most `size` answers; those to one prompt are parted only where they are more than that."""
+    ends, start = [], 0
+    while start < len(numbers):
+        end = start + (whole_groups(numbers[start:], size) or size)
+        ends.append((start, min(end, len(numbers))))
+        start = end
+    return ends
+
+
+def copies_of(numbers: Sequence[int]) -> tuple[list[int], Tensor | None]:
+    """The places of the first answer to each prompt, and for each answer which of these is to its prompt, (B,) int64;
+    None where no two answers are to one."""
+    places = {number: place for place, number in reversed([*enumerate(numbers)])}
+    firsts = sorted(places.values())
+    if len(firsts) == len(numbers):
+        return firsts, None
+    row = {place: row for row, place in enumerate(firsts)}
+    return firsts, torch.tensor([row[places[number]] for number in numbers])

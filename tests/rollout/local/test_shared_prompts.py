@@ -1,0 +1,128 @@
+"""Answers to one prompt read it once, and are those of separate readings."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minillm import UserError
+from minillm.rollout.local import decoding_check
+from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.decoding_check import copying_error, refilling_error, require_copied_rows
+from minillm.rollout.local.kv_cache import RoomyLayer
+from minillm.rollout.local.local_rollouts import LocalRollouts
+from minillm.rollout.local.shared_prompts import copies_of, in_batches, prompt_numbers, whole_groups
+from minillm.rollout.noise import distinct_keys
+from minillm.rollout.rollouts import Answer, Sampling
+from minillm.teachers.pair import Models
+from tests.rollout.local.test_refilling import assert_same, pair_of  # noqa: F401  a fixture
+from tests.sweep.tiny_models import tiny_architecture, tiny_model
+
+LENGTHS = (5, 9, 2, 9, 4)  # tokens of the prompts
+SEVERAL = 3
+
+
+@pytest.fixture
+def asked() -> list[list[int]]:
+    """Prompts, each of which comes three times, as methods ask for them."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 61, (length,), generator=generator).tolist() for length in LENGTHS] * SEVERAL
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """The number of prompts that a model read, each time."""
+    counts, hidden = [], Decoder.hidden
+
+    def counting(self, input_ids, *others, prompts, **options):
+        counts.extend([len(input_ids)] * prompts)
+        return hidden(self, input_ids, *others, prompts=prompts, **options)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    for name in ("decoding_error", "copying_error", "refilling_error"):  # whose prompts are not counted
+        monkeypatch.setattr(decoding_check, name, lambda model, *others: 0.0)
+    return counts
+
+
+def sample(models: Models, prompts, sampling: Sampling, *, share=True, refill=True, who="student") -> list[Answer]:
+    rollouts = LocalRollouts(models, share_prompts=share, refill=refill)
+    keys = distinct_keys([place % len(LENGTHS) for place in range(len(prompts))])
+    return rollouts.sample(prompts, sampling, keys=keys, seed=5, draw=2, who=who, batch_size=6)
+
+
+# windows and a state that recurs, whose rows are copied by transformers; positions that are learned
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "bamba"])
+@pytest.mark.parametrize("refill", [True, False])
+def test_a_prompt_is_read_once_and_answered_as_by_itself(pair_of, asked, read, kind, refill):  # noqa: F811
+    models, sampling = pair_of(kind), Sampling(16, alpha=0.3)
+    expected = sample(models, asked, sampling, share=False, who="mixture")
+    assert sum(read) == 2 * len(asked)
+    read.clear()
+    found = sample(models, asked, sampling, who="mixture", refill=refill)
+    assert sum(read) == 2 * len(LENGTHS), "each model reads every prompt once"
+    assert_same(found, expected)
+    for place in range(len(LENGTHS)):
+        assert len({tuple(answer.response) for answer in found[place :: len(LENGTHS)]}) == SEVERAL
+
+
+def test_rows_that_ended_are_filled_with_all_answers_to_a_prompt(pair_of, asked, read):  # noqa: F811
+    models, sampling = pair_of("llama"), Sampling(24)
+    expected = sample(models, asked, sampling, share=False)
+    read.clear()
+    assert_same(sample(models, asked, sampling), expected)
+    assert sum(read) == len(LENGTHS) and read[0] == 2 and len(read) > 2  # two prompts side by side; others follow
+
+
+def test_ranks_sample_the_same_answers(pair_of, asked, in_ranks):  # noqa: F811
+    sampling, prompts = Sampling(8), asked[:4] * SEVERAL
+    models = [pair_of("llama") for _ in range(2)]
+    for other in models:
+        other.student.load_state_dict(models[0].student.state_dict())
+    expected = sample(models[0], prompts, sampling, share=False)
+    for answers in in_ranks(2, lambda rank: sample(models[rank], prompts, sampling)):
+        assert_same(answers, expected)
+
+
+@pytest.mark.parametrize("what", ["rows", "refilled"])
+def test_a_cache_whose_rows_cannot_be_copied_is_refused(what, pair_of, asked, monkeypatch):  # noqa: F811
+    model = tiny_model(tiny_architecture("llama")).double()
+    assert copying_error(model) < 1e-5
+    require_copied_rows("student", model)
+    if what == "refilled":  # answers that begin in rows of a running batch
+        put = RoomyLayer.put
+        monkeypatch.setattr(RoomyLayer, "put", lambda self, rows, *states: put(self, rows, *(-one for one in states)))
+        assert refilling_error(model) > 0.05
+        return
+    reorder = RoomyLayer.reorder_cache
+    monkeypatch.setattr(RoomyLayer, "reorder_cache", lambda self, rows: reorder(self, rows.flip(0)))
+    with pytest.raises(
+        UserError, match="student: LlamaForCausalLM cannot answer a prompt several times.*per_prompt to 1"
+    ):
+        require_copied_rows("student", model)
+    monkeypatch.setattr(decoding_check, "decoding_error", lambda model, *others: 0.0)
+    with pytest.raises(UserError, match="several times"):
+        sample(pair_of("llama"), asked, Sampling(4))
+
+
+def test_loops_that_read_every_prompt_are_refused_and_layers_are_not_shared(pair_of, asked, read):  # noqa: F811
+    models = pair_of("llama")
+    for other in ("cuda_graphs", "shared_coins"):
+        with pytest.raises(UserError, match=f"answers_per_prompt above 1: the loop of rollout.{other}"):
+            LocalRollouts(models, share_prompts=True, **{other: True})
+    sample(replace(models, by_layers=True), asked, Sampling(4))
+    assert sum(read) == len(asked)
+
+
+def test_the_same_prompt_shows_the_same_pictures():
+    picture = {"pixel_values": torch.zeros(1)}
+    prompts = [[1, 2], [3], [1, 2], [1, 2], [1, 2]]
+    assert prompt_numbers(prompts, [{}, {}, {}, picture, picture]) == [0, 1, 0, 3, 3]
+
+
+def test_answers_to_one_prompt_stay_together_where_they_can():
+    assert [whole_groups([7, 7, 7, 2, 2, 2], rows) for rows in (2, 3, 5, 6, 9)] == [0, 3, 3, 6, 6]
+    assert in_batches([7, 7, 7, 2, 2, 2, 4], 4) == [(0, 3), (3, 7)]
+    assert in_batches([7] * 5 + [2], 2) == [(0, 2), (2, 4), (4, 6)]
+    firsts, copies = copies_of([7, 7, 2, 4, 4])
+    assert firsts == [0, 2, 3] and copies.tolist() == [0, 0, 1, 2, 2]
+    assert copies_of([7, 2]) == ([0, 1], None)
