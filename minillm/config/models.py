@@ -80,27 +80,45 @@ class CachedTeacherConfig(Strict):
 
 
 class ServedTeacherConfig(Strict):
-    """A teacher that `minillm serve` runs in other processes; none of its weights but the head is loaded here."""
+    """A teacher that servers have in other processes; none of its weights but, with hidden states, the head is loaded here.
 
-    called: ClassVar[str] = "a served one"
+    `rows` and `k` that are not given become those of the protocol.
+    """
+
     # Keys that say where it is and how it is asked, and nothing of what it says: a resumed run may have others.
     of_the_place: ClassVar[frozenset[str]] = frozenset({"url", "token_env", "timeout_seconds", "patience_seconds"})
     type: Literal["served"]
     url: str | list[str] = Field(
         description="http://HOST:PORT or https://HOST:PORT of a server, or a list of several that serve the same model"
     )
+    protocol: Literal["minillm", "openai"] = Field(
+        "minillm",
+        description="minillm: of `minillm serve`; openai: of vLLM's server, which gives log-probabilities of a prompt's "
+        "tokens (prompt_logprobs)",
+    )
     token_env: str | None = Field(
         None, description="The environment variable that holds the servers' bearer token; default: none is sent"
     )
     model: str | None = Field(
         None,
-        description="The model that must be served there, as `minillm serve` was given it; default: any that fits. A plan "
+        description="The model that must be served there, as the server was given it; default: any that fits. A plan "
         "takes its sizes from it where no server answers",
     )
-    rows: Literal["hidden", "top_k"] = Field(
-        "hidden", description="hidden: its last hidden states, exact; top_k: its k likeliest ids, fewer bytes"
+    tokenizer: TokenizerPath | None = Field(
+        None,
+        description="For protocol: openai, whose servers send none: a folder or hub name of the model's tokenizer; "
+        "default: `model`",
     )
-    k: Annotated[int, Field(ge=1)] = Field(64, description="Ids a token, for rows: top_k")
+    rows: Literal["hidden", "top_k"] | None = Field(
+        None,
+        description="hidden: its last hidden states, exact, the default; top_k: its k likeliest ids, fewer bytes, and all that "
+        "protocol: openai has",
+    )
+    k: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Ids a token, for rows: top_k; default: 64, and 20 for protocol: openai, the most that vLLM gives without "
+        "--max-logprobs",
+    )
     timeout_seconds: Annotated[float, Field(gt=0)] = Field(600.0, description="The longest wait for one answer")
     patience_seconds: Annotated[float, Field(ge=0)] = Field(
         600.0,
@@ -108,15 +126,34 @@ class ServedTeacherConfig(Strict):
     )
 
     @property
+    def called(self) -> str:
+        """This source in messages."""
+        return "a served one" if self.protocol != "openai" else "one served by protocol openai"
+
+    @property
     def urls(self) -> tuple[str, ...]:
-        """The servers' addresses, without a slash at the end."""
-        return tuple(one.rstrip("/") for one in ([self.url] if isinstance(self.url, str) else self.url))
+        """The servers' addresses, without a slash at the end, and without the /v1 that clients of OpenAI write."""
+        given = [self.url] if isinstance(self.url, str) else self.url
+        bare = (one.rstrip("/") for one in given)
+        return tuple(one if self.protocol != "openai" else one.removesuffix("/v1").rstrip("/") for one in bare)
 
     @property
     def abilities(self) -> frozenset[Ability]:
         """The abilities of this source beyond giving rows to the losses: what needs neither its weights here nor a
-        decision of its at every token of the student's."""
+        decision of its at every token of the student's. Servers of protocol openai draw answers by a noise of their own,
+        which no resumed run could repeat."""
+        if self.protocol == "openai":
+            return frozenset({"read"})
         return frozenset({"read", "sample", "answer"} | ({"logprobs", "hidden"} if self.rows == "hidden" else set()))
+
+    @model_validator(mode="after")
+    def _with_defaults_of_the_protocol(self) -> "ServedTeacherConfig":
+        ours = self.protocol != "openai"
+        if self.rows is None:
+            object.__setattr__(self, "rows", "hidden" if ours else "top_k")
+        if self.k is None:
+            object.__setattr__(self, "k", 64 if ours else 20)
+        return self
 
 
 AnyTeacherConfig = TeacherConfig | CachedTeacherConfig | ServedTeacherConfig

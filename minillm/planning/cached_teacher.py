@@ -21,9 +21,10 @@ from minillm.models.access import lm_head
 from minillm.models.tokenizers import load_tokenizer
 from minillm.planning.architectures import Architectures
 from minillm.planning.sizes import ModelSize, build
+from minillm.teachers.minillm_servers import MinillmServers
 from minillm.teachers.row_cache import digest_of, find_cache
 from minillm.teachers.row_storage import RowStorage
-from minillm.teachers.server_pool import ServerPool, TeacherAway
+from minillm.teachers.server_pool import TeacherAway
 
 BYTES_PER_TEXT = 68  # 32 in its shard, 36 in the index
 
@@ -32,7 +33,7 @@ BYTES_PER_TEXT = 68  # 32 in its shard, 36 in the index
 class TeacherHead:
     """The part of a cached or a served teacher that is in memory: its head, and the rows of a step."""
 
-    vocab_size: int
+    vocab_size: int | None  # None where it is known to the tokenizer alone
     hidden_size: int
     itemsize: int  # bytes of a weight of the head
     k: int = 0  # ids of a row; 0: rows are hidden states
@@ -98,7 +99,9 @@ def teacher_head(stage: Stage, architectures: Architectures, output_dir: Path) -
 def _served_head(teacher: ServedTeacherConfig, architectures: Architectures) -> TeacherHead:
     """The head of a served teacher, as a server describes it; where none answers, as teacher.model says, in fp32."""
     k = teacher.k if teacher.rows == "top_k" else 0
-    pool = ServerPool(teacher.model_copy(update={"patience_seconds": 0.0}))
+    if teacher.protocol == "openai":
+        return TeacherHead(None, 0, 4, k)
+    pool = MinillmServers(teacher.model_copy(update={"patience_seconds": 0.0}))
     try:
         said = pool.described
         return TeacherHead(said["vocab_size"], said["hidden_size"], getattr(torch, said["dtype"]).itemsize, k)

@@ -180,7 +180,7 @@ class _Simulator:
                 checkpoint_activations(model, preserve_rng_state=False)
         sizes = [lm_head(model).weight.shape[0] for model in self.models.values()]
         self.vocab_sizes = tuple(sizes)
-        self.vocab_size = min([*sizes, *([] if head is None else [head.vocab_size])])
+        self.vocab_size = min([*sizes, *([] if head is None or head.vocab_size is None else [head.vocab_size])])
         if any(term.sorts for term in work.terms):  # each model has ids of its own
             self.vocab_size = sizes[0]
         self.losses: dict[str, LossShape] = {}

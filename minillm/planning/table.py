@@ -176,7 +176,8 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     if stage.elsewhere is not None:
         kind, place = stage.elsewhere
         words = f"{kind} {'in' if kind == 'cached' else 'by'} {place}"
-        yield Text(f"the teacher is {words}: its weights are not loaded, of them the head alone")
+        loaded = ", of them the head alone" if stage.simulation.teacher.parameters else ""
+        yield Text(f"the teacher is {words}: its weights are not loaded{loaded}")
     if stage.cache is not None:
         yield Text(_cache(stage.cache))
     for what in stage.not_counted:

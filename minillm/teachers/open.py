@@ -28,6 +28,7 @@ from minillm.models.tokenizers import load_tokenizer
 from minillm.models.vocabulary_map import kept_map
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.local import LocalTeacher
+from minillm.teachers.openai_teacher import OpenAITeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row, preflight
 from minillm.teachers.row_cache import TOKENIZER, find_cache
@@ -44,10 +45,13 @@ class OpenTeacher(NamedTuple):
 
 
 def teacher_tokenizer(config: AnyTeacherConfig, output_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a teacher; a cache has the one of whom it was written by, and servers send theirs.
+    """The tokenizer of a teacher; a cache has the one of whom it was written by, and servers of minillm send theirs.
 
     Raises UserError where it cannot be read.
     """
+    if isinstance(config, ServedTeacherConfig) and config.protocol == "openai":
+        own = TeacherConfig(path=config.tokenizer or config.model, tokenizer=config.tokenizer)
+        return load_tokenizer(own, output_dir)
     if isinstance(config, ServedTeacherConfig):
         with tempfile.TemporaryDirectory() as folder:
             fetch_tokenizer(config, Path(folder))
@@ -66,6 +70,9 @@ def open_teacher(
     Of a cached or a served one no weights are read before its head is asked for. Raises UserError where it cannot be read.
     """
     if isinstance(config, ServedTeacherConfig):
+        if config.protocol == "openai":
+            tokenizer = teacher_tokenizer(config, output_dir)
+            return OpenTeacher(collectives.together(lambda: OpenAITeacher(config, device, tokenizer)), tokenizer)
         served = collectives.together(lambda: ServedTeacher(config, device))
         return OpenTeacher(served, teacher_tokenizer(config, output_dir))
     if isinstance(config, CachedTeacherConfig):

@@ -14,7 +14,7 @@ from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.pair import Models
-from minillm.teachers.served import ServedTeacher
+from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.teacher import Teacher
 from minillm.teachers.vocabularies import PreflightError, shared_vocabulary
 
@@ -89,7 +89,7 @@ def preflight(
         vocabulary,
         tokenizers,
     )
-    if isinstance(teacher, ServedTeacher):
+    if isinstance(teacher, RemoteTeacher):
         teacher.shared_ids = vocab_size
     return models, _table(models, teacher_tokenizer, rows_s, rows_t)
 

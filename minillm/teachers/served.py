@@ -1,27 +1,22 @@
-"""A teacher in other processes: `minillm serve` has its weights, and of them the head alone is here.
-
-Rows are asked for when `rows` is called and waited for when they are needed, so that servers read the micro-batches to
-come while the student trains on the one at hand.
-"""
+"""A teacher that `minillm serve` has in other processes; of its weights the head alone is here."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minillm import UserError
 from minillm.config.models import ServedTeacherConfig
-from minillm.config.needs import Ability
-from minillm.losses import LMHead, TopK
-from minillm.models.batch import TokenBatch
+from minillm.losses import LMHead
+from minillm.models.batch import TokenSequence
 from minillm.teachers.cached import read_head
-from minillm.teachers.server_pool import ServerPool
-from minillm.teachers.teacher import HiddenRows, PromisedRows, TopKRows
+from minillm.teachers.minillm_servers import MinillmServers
+from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.wire import (
     JSON,
     SAFETENSORS,
@@ -47,24 +42,17 @@ class _Asked(NamedTuple):
     count: int
 
 
-class ServedTeacher:
-    """The teacher of some servers; the protocol is minillm.teachers.teacher.Teacher.
+class ServedTeacher(RemoteTeacher):
+    """The teacher of some servers of minillm; the protocol is minillm.teachers.teacher.Teacher.
 
     Args:
         device: of the student, where rows are put, and the head.
 
-    Raises UserError where no server answers, and as ServerPool does.
+    Raises UserError where no server answers, and as MinillmServers does.
     """
 
-    model = None
-    picture_id = None  # texts alone
-
     def __init__(self, config: ServedTeacherConfig, device: torch.device):
-        self.config, self.device, self.pool = config, device, ServerPool(config)
-        self.abilities: frozenset[Ability] = config.abilities
-        self.described = self.pool.described
-        self._expected: dict[_Asked, PromisedRows] = {}
-        self.shared_ids: int | None = None  # of the pair, once it is known
+        super().__init__(config, device, MinillmServers(config))
 
     @property
     def vocab_size(self) -> int:
@@ -84,32 +72,16 @@ class ServedTeacher:
     @property
     def summary(self) -> tuple[str, str, str]:
         """(name, size, form) for the preflight table."""
-        servers = f"{len(self.config.urls)} server{'s' if len(self.config.urls) > 1 else ''}"
         kind = "hidden states" if self.config.rows == "hidden" else f"{self.config.k} likeliest ids"
         passes = "" if self.described.get("batch_tokens") is None else ", passes shared"
-        return f"served {self.described['architecture']}", servers, f"{kind} in {self.described['dtype']}{passes}"
+        return f"served {self.described['architecture']}", self.servers, f"{kind} in {self.described['dtype']}{passes}"
 
-    def rows(self, batch: TokenBatch) -> PromisedRows:
-        """The rows of the batch's texts, which are asked for at once, or were by `expect`.
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {key: self.described[key] for key in ("model", "dtype", "fingerprint")}
 
-        Raises UserError for texts that show pictures.
-        """
-        asked = self._asked(batch)
-        promised = self._expected.pop(asked, None)
-        return self._ask(asked) if promised is None or promised.has_failed() else promised
-
-    def expect(self, batches: Iterable[TokenBatch]) -> None:
-        """Ask for the rows of batches that `rows` is about to be called with. What was expected before and did not come
-        up is forgotten."""
-        wanted = [self._asked(batch) for batch in batches]
-        before = self._expected
-        self._expected = {one: before[one] if one in before else self._ask(one) for one in wanted}
-
-    def rows_of(self, parts: Mapping[str, Tensor]) -> HiddenRows | TopKRows:
-        """Rows of {"hidden": (N, H)} or {"ids": (N, k), "logprobs": (N, k)}."""
-        if "hidden" in parts:
-            return HiddenRows(parts["hidden"], self)
-        return TopKRows(TopK(parts["ids"], parts["logprobs"]))
+    def difference(self, before: Mapping[str, Any]) -> str | None:
+        return None if before.get("fingerprint") == self.fingerprint else "has other weights"
 
     @contextmanager
     def head(self) -> Iterator[LMHead]:
@@ -133,29 +105,18 @@ class ServedTeacher:
             yield answers
 
     def close(self) -> None:
-        self.pool.close()
+        super().close()
         vars(self).pop("_head", None)
 
-    def _asked(self, batch: TokenBatch) -> _Asked:
-        if batch.extras:
-            raise UserError("a served teacher reads texts alone, and these prompts show pictures")
-        batch, config, size = batch.read_by_teacher(), self.config, self.shared_ids
+    def _asked(self, sequences: tuple[TokenSequence, ...], pad_id: int) -> _Asked:
+        config, size = self.config, self.shared_ids
         top_k = {"k": config.k, "vocab_size": size} if config.rows == "top_k" else {}
-        request = RowsRequest(batch.sequences, config.rows, pad_id=_pad_id(batch), **top_k)
-        if request.count != len(batch.rows):
-            raise ValueError(
-                f"a batch with {len(batch.rows)} rows must be of sequences with as many tokens of response"
-            )
+        request = RowsRequest(sequences, config.rows, pad_id=pad_id, **top_k)
         return _Asked(request.body, tuple(request.query.items()), request.count)
 
-    def _ask(self, asked: _Asked) -> PromisedRows:
-        def ask() -> HiddenRows | TopKRows:
-            body = self.pool.request(
-                "POST", "/rows", query=dict(asked.query), body=asked.body, content_type=SAFETENSORS
-            )
-            return self.rows_of(self._checked(unpack(body), asked.count))
-
-        return PromisedRows(self.pool.in_background(ask), asked.count, self.device)
+    def _read(self, asked: _Asked) -> Content:
+        body = self.pool.request("POST", "/rows", query=dict(asked.query), body=asked.body, content_type=SAFETENSORS)
+        return self._checked(unpack(body), asked.count)
 
     def _checked(self, content: Content, count: int) -> Content:
         """The tensors of an answer. Raises UserError where they are not what was asked for."""
@@ -181,14 +142,9 @@ def fetch_tokenizer(config: ServedTeacherConfig, folder: Path) -> None:
 
     Raises UserError where no server answers, and for a name that is none of a tokenizer's files.
     """
-    pool = ServerPool(config)
+    pool = MinillmServers(config)
     for name, text in pool.read_json("/tokenizer").items():
         if Path(name).name != name or not name.endswith(TOKENIZER_FILES) or not isinstance(text, str):
             raise UserError(f"{' or '.join(config.urls)} sends {name!r}, which is no file of a tokenizer")
         (folder / name).write_text(text, encoding="utf-8")
     pool.close()
-
-
-def _pad_id(batch: TokenBatch) -> int:
-    padding = batch.input_ids[batch.attention_mask == 0]
-    return int(padding[0]) if len(padding) else 0

@@ -1,4 +1,5 @@
-"""The servers of one teacher: requests are spread over them and repeated until one answers."""
+"""The servers of one teacher: requests are spread over them and repeated until one answers. What they speak is said by the
+two kinds of pool, minillm_servers.py and openai_servers.py."""
 
 import json
 import logging
@@ -16,7 +17,6 @@ import urllib3
 
 from minillm import UserError
 from minillm.config.models import ServedTeacherConfig
-from minillm.teachers.wire import FINGERPRINT, VERSION
 
 CONNECT_SECONDS = 5.0
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds that a server which is away is left alone
@@ -24,6 +24,14 @@ AT_ONCE = 2  # requests in flight for each server: one is worked on, and the nex
 BUSY = (429, 503)
 T = TypeVar("T")
 log = logging.getLogger("minillm.teachers")
+
+
+class _Unanswered(Exception):
+    """A server that has given no answer to a request, which is to be asked for again. `busy`: it is there."""
+
+    def __init__(self, *, busy: bool):
+        super().__init__()
+        self.busy = busy
 
 
 class TeacherAway(UserError):
@@ -45,16 +53,22 @@ class Server:
     failures: int = 0  # in a row
     resting_until: float = 0.0  # on the monotonic clock
     problem: str = ""  # of the last failure
+    admitted: bool = False  # it has been looked at since it was last away
 
 
 class ServerPool:
     """All servers of a teacher, which must serve the same model: whoever answers is compared with the first that did.
+
+    A subclass says how they describe themselves (`_describe`), and how one is compared: before it is asked for anything
+    (`_admit`), or by every answer that it gives (`_require_same`).
 
     Args:
         config: the addresses, and the variable that holds the token.
 
     Raises UserError where that variable is not set.
     """
+
+    kind: str  # of server, in messages
 
     def __init__(self, config: ServedTeacherConfig):
         self.config, self.servers = config, [Server(url) for url in config.urls]
@@ -76,26 +90,13 @@ class ServerPool:
 
     @property
     def described(self) -> dict[str, Any]:
-        """The answer to /model of the first server that gave it.
+        """The model, as the first server that answered describes it.
 
-        Raises UserError for a server of another version, and where another model is served than teacher.model.
+        Raises UserError for a server of another kind, and where another model is served than teacher.model.
         """
         if self._described is None:
-            found = self._read_json(self.request("GET", "/model"))
-            if found.get("version") != VERSION:
-                raise UserError(
-                    f"{self._names()} speaks version {found.get('version')}, and this is {VERSION}; use one of minillm"
-                )
-            wanted = self.config.model
-            if wanted is not None and found["model"] != wanted:
-                raise UserError(f"{self._names()} serves {found['model']}, and teacher.model is {wanted}")
-            self._described = found
+            self._described = self._describe()
         return self._described
-
-    def read_json(self, path: str) -> dict[str, Any]:
-        """The JSON object that a server has at a path."""
-        self.described  # noqa: B018  so that the answer is compared with it
-        return self._read_json(self.request("GET", path))
 
     def in_background(self, work: Callable[[], T]) -> "Future[T]":
         """The result of work that waits for servers, when there is one. Threads end with the process, whatever they wait for."""
@@ -126,7 +127,6 @@ class ServerPool:
 
         Raises TeacherAway where none does, and UserError for what no server would answer, and for another model.
         """
-        headers = self.headers | ({} if content_type is None else {"content-type": content_type})
         path += f"?{urlencode(query)}" if query else ""
         alone_since: float | None = None
         while True:
@@ -141,28 +141,65 @@ class ServerPool:
                     raise TeacherAway("the teacher was closed")
                 continue
             try:
-                answer = self._http.request(method, server.url + path, body=body, headers=headers)
-            except urllib3.exceptions.HTTPError as error:
-                self._failed(server, " ".join(str(error).split()))
-                continue
+                if self._described is not None and not server.admitted:
+                    self._admit(server)
+                    server.admitted = server.failures == 0  # another thread may have found it away meanwhile
+                return self._send(server, method, path, body=body, content_type=content_type)
+            except _Unanswered as reason:
+                alone_since = None if reason.busy else alone_since
             finally:
                 with self._lock:
                     server.in_flight -= 1
-            if answer.status in BUSY:  # it is there
-                alone_since = None
-                self._busy(server, answer)
-            elif answer.status >= 500:
-                self._failed(server, f"status {answer.status}: {_error(answer)}")
-            elif answer.status != 200:
-                raise UserError(self._refused(server, answer))
-            else:
-                self._answered(server, answer.headers.get(FINGERPRINT))
-                return answer.data
+
+    def read(self, body: bytes) -> dict[str, Any]:
+        """The JSON object of an answer. UserError for anything else."""
+        try:
+            found = json.loads(body)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self._names()} is no {self.kind}: what it says is not JSON")
+        return found
 
     def close(self) -> None:
         """End every wait."""
         self._closed.set()
         self._http.clear()
+
+    def _describe(self) -> dict[str, Any]:
+        """The description of the model; UserError where it is not the one that is wanted."""
+        raise NotImplementedError
+
+    def _admit(self, server: Server) -> None:
+        """Look at a server before it is asked for anything. UserError for another model."""
+
+    def _require_same(self, server: Server, answer: urllib3.BaseHTTPResponse) -> None:
+        """Look at an answer that a server has given. UserError for another model's."""
+
+    def _send(
+        self, server: Server, method: str, path: str, *, body: bytes | None = None, content_type: str | None = None
+    ) -> bytes:
+        """The body of one server's answer. Raises _Unanswered where it gives none now, UserError for what it refuses."""
+        headers = self.headers | ({} if content_type is None else {"content-type": content_type})
+        try:
+            answer = self._http.request(method, server.url + path, body=body, headers=headers)
+        except urllib3.exceptions.HTTPError as error:
+            self._failed(server, " ".join(str(error).split()))
+            raise _Unanswered(busy=False) from None
+        if answer.status in BUSY:
+            self._busy(server, answer)
+            raise _Unanswered(busy=True)
+        if answer.status >= 500:
+            self._failed(server, f"status {answer.status}: {_error(answer)}")
+            raise _Unanswered(busy=False)
+        if answer.status != 200:
+            raise UserError(self._refused(server, answer))
+        with self._lock:
+            came_back, server.failures = server.failures > 0, 0
+        if came_back:
+            log.warning("%s is back", server.url)
+        self._require_same(server, answer)
+        return answer.data
 
     def _next(self) -> Server | None:
         """The server that has the least to do; None where all are left alone for now."""
@@ -175,19 +212,6 @@ class ServerPool:
             server.in_flight += 1
             return server
 
-    def _answered(self, server: Server, fingerprint: str | None) -> None:
-        with self._lock:
-            came_back, server.failures = server.failures > 0, 0
-        if came_back:
-            log.warning("%s is back", server.url)
-        expected = self._described and self._described["fingerprint"]
-        if expected and fingerprint != expected:
-            raise UserError(
-                f"{server.url} serves other weights than {self._described['model']}, which this run has learned from so far "
-                f"(fingerprint {str(fingerprint)[:12]}..., expected {expected[:12]}...): serve the same model there, in the "
-                "same dtype, or take it out of teacher.url"
-            )
-
     def _busy(self, server: Server, answer: urllib3.BaseHTTPResponse) -> None:
         said = answer.headers.get("retry-after", "")
         seconds = min(float(said), LONGEST_WAIT) if said.isdigit() else FIRST_WAIT
@@ -198,7 +222,7 @@ class ServerPool:
         with self._lock:
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(server.failures, 10))
             server.resting_until = time.monotonic() + wait * random.uniform(0.5, 1.0)
-            server.failures, server.problem = server.failures + 1, problem
+            server.failures, server.problem, server.admitted = server.failures + 1, problem, False
             first = server.failures == 1
         patience = self.config.patience_seconds
         if first and patience:
@@ -220,19 +244,13 @@ class ServerPool:
     def _names(self) -> str:
         return " or ".join(one.url for one in self.servers)
 
-    def _read_json(self, body: bytes) -> dict[str, Any]:
-        try:
-            found = json.loads(body)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{self._names()} is no server of minillm: what it says is not JSON")
-        return found
-
 
 def _error(answer: urllib3.BaseHTTPResponse) -> str:
-    """The words of a refusal."""
+    """The words of a refusal: {"error": words}, {"error": {"message": words}}, {"message": words} or {"detail": words}."""
     try:
-        return str(json.loads(answer.data)["error"])[:500]
-    except (ValueError, KeyError, TypeError):
-        return f"{answer.reason or 'no reason given'}"
+        said = json.loads(answer.data)
+        for name in ("error", "message", "detail"):
+            said = said.get(name, said) if isinstance(said, dict) else said
+    except ValueError:
+        said = None
+    return f"{answer.reason or 'no reason given'}" if said is None else " ".join(str(said).split())[:500]

@@ -6,26 +6,27 @@ from pathlib import Path
 from minillm import UserError
 from minillm.config.loader.run_plan import Stage
 from minillm.storage.atomic import write_text
-from minillm.teachers.served import ServedTeacher
+from minillm.teachers.remote import RemoteTeacher
 
 IDENTITY = "served_teacher.json"  # in written/NAME
 
 
-def require_same_served(teacher: ServedTeacher, stage: Stage, output_dir: Path, *, resumed: bool) -> None:
+def require_same_served(teacher: RemoteTeacher, stage: Stage, output_dir: Path, *, resumed: bool) -> None:
     """Write down which model is served to a stage that begins. One process calls it.
 
     Raises UserError where a stage that is `resumed` began with other weights.
     """
     path = output_dir / "written" / stage.name / IDENTITY
-    now = {key: teacher.described[key] for key in ("model", "dtype", "fingerprint")}
+    now = teacher.identity
     if not resumed or not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(now, indent=1))
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    if before["fingerprint"] != now["fingerprint"]:
+    difference = teacher.difference(before)
+    if difference is not None:
+        began, found = (" in ".join(one[key] for key in ("model", "dtype") if key in one) for one in (before, now))
         raise UserError(
-            f"stage {stage.name!r} began with {before['model']} in {before['dtype']} as its teacher, and what is served now, "
-            f"{now['model']} in {now['dtype']}, has other weights: serve the former again, or start a new run in another "
-            "output_dir"
+            f"stage {stage.name!r} began with {began} as its teacher, and what is served now, {found}, {difference}: serve "
+            "the former again, or start a new run in another output_dir"
         )

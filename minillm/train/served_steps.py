@@ -16,7 +16,7 @@ from minillm.models.batch import collate
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rank_items import rank_items
 from minillm.teachers.pair import Models
-from minillm.teachers.served import ServedTeacher
+from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.server_pool import TeacherAway
 from minillm.teachers.teacher import PromisedRows
 from minillm.train.progress import Progress
@@ -93,7 +93,7 @@ def ask_ahead(
         order: the indices of a step's items from (number of items, draw + 1), as the trainer will choose them.
         cut: makes the micro-batches of a step, whose items are asked for together.
     """
-    if not isinstance(models.teacher, ServedTeacher) or not any(term.teacher for term in method.needs.terms):
+    if not isinstance(models.teacher, RemoteTeacher) or not any(term.teacher for term in method.needs.terms):
         return
     if method.needs.buffered or not method.foreseeable(draw):
         return

@@ -34,7 +34,7 @@ from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models, Role
 from minillm.teachers.preflight import Row
-from minillm.teachers.served import ServedTeacher
+from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.teacher import require_ability
 from minillm.train.cached_texts import UNMEASURED, require_cached_texts
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
@@ -42,6 +42,7 @@ from minillm.train.model_cache import ModelCache, teacher_identity
 from minillm.train.prepared import mark_prepared
 from minillm.train.progress import Progress
 from minillm.train.served_identity import require_same_served
+from minillm.train.served_texts import require_served_lengths
 from minillm.train.stage_data import StageData, read_stage_data, require_shared_ids
 from minillm.train.trainer import StageTrainer
 
@@ -100,10 +101,11 @@ class StageBuilder:
         if read.tokenizers is not None and held_out and stage.config.eval.teacher:
             self.console.note(UNCOMPARED)
         collectives.together(lambda: self._look_at_context(stage, read, models, held_out))
-        if isinstance(models.teacher, ServedTeacher):
+        if isinstance(models.teacher, RemoteTeacher):
             collectives.on_rank_0(
                 lambda: require_same_served(models.teacher, stage, self.output_dir, resumed=checkpoint is not None)
             )
+            collectives.together(lambda: require_served_lengths(models.teacher, stage, read, held_out))
         unbalanced = None
         if "student" in needs.trains:
             weight = stage.config.train.router_aux_loss_coef

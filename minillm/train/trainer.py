@@ -31,7 +31,7 @@ from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
 from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
-from minillm.teachers.served import ServedTeacher
+from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.server_pool import TeacherAway
 from minillm.train.best_model import BestModel
 from minillm.train.micro_batches import cut_step
@@ -99,7 +99,7 @@ class StageTrainer:
             learning_rates=self.method.learning_rates(),
         )
         self.items: Sequence[Item] | RolloutBuffer = []
-        self._served = isinstance(models.teacher, ServedTeacher)
+        self._served = isinstance(models.teacher, RemoteTeacher)
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
     def run(self, *, evaluate_first: bool) -> None:

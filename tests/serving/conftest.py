@@ -29,8 +29,12 @@ class LiveServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def app(self):
+        """What answers its requests."""
+        return self.wrap(make_app(self.served, self.limits, **self.options))
+
     def start(self) -> None:
-        app = self.wrap(make_app(self.served, self.limits, **self.options))
+        app = self.app()
         socket = listen("127.0.0.1", self.port)
         self.port = socket.getsockname()[1]
         self.server = uvicorn.Server(

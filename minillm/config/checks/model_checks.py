@@ -171,17 +171,31 @@ def servers(facts: Facts, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
     if not teacher.urls:
         yield Found("teacher.url", "must not be empty")
     for url in teacher.urls:
-        problem = _url_problem(url)
+        problem = _url_problem(url, path=teacher.protocol == "openai")
         if problem is not None:
             yield Found("teacher.url", f"{url!r} {problem}; expected http://HOST:PORT or https://HOST:PORT")
     repeated = [url for url, count in Counter(teacher.urls).items() if count > 1]
     if repeated:
         yield Found("teacher.url", f"names {', '.join(repeated)} more than once")
+    if teacher.protocol == "openai":
+        if teacher.rows == "hidden":
+            message = "servers of protocol openai send no hidden states; leave this out, or write top_k"
+            yield Found("teacher.rows", message, ("teacher.protocol",))
+        if teacher.tokenizer is None and teacher.model is None:
+            message = (
+                "missing: servers of protocol openai send no tokenizer; name a folder or a hub name that has the model's, here "
+                "or in teacher.model"
+            )
+            yield Found("teacher.tokenizer", message, ("teacher.protocol",))
+    elif teacher.tokenizer is not None:
+        message = "servers of protocol minillm send theirs; leave this out, or say protocol: openai"
+        yield Found("teacher.tokenizer", message, ("teacher.protocol",))
     if teacher.rows == "hidden":
         yield Idle("teacher.k", "has no effect on rows: hidden; it is for top_k", ("teacher.rows",))
 
 
-def _url_problem(url: str) -> str | None:
+def _url_problem(url: str, *, path: bool) -> str | None:
+    """The reason for which a text is no address of a server, which may have a `path`; None where it is one."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -191,7 +205,7 @@ def _url_problem(url: str) -> str | None:
         return "is no address of a server"
     if parts.username or parts.password:
         return "holds a password, which would be written into the run's files; name a variable in teacher.token_env"
-    if parts.path or parts.query or parts.fragment:
+    if parts.path and not path or parts.query or parts.fragment:
         return "has more than a host and a port"
     return "names port 0" if port == 0 else None
 

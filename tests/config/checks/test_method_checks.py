@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from minillm.config.method import MethodConfig
-from minillm.config.models import TeacherConfig
+from minillm.config.models import ServedTeacherConfig, TeacherConfig
 from minillm.config.needs import Needs, TermNeeds
 from minillm.config.root import method_classes
 from tests.config.shortest import EVALUATED, shortest_method
@@ -334,6 +334,14 @@ SERVED = {"type": "served", "url": ["http://one:8311", "https://two:8311"]}
 TOP_K = SERVED | {"rows": "top_k"}
 
 
+OPENAI = SERVED | {"protocol": "openai", "tokenizer": "byte"}
+
+
+@pytest.mark.parametrize("method", ["kd", "taid", "gkd", "opd", "distillm", "lm", "step_by_step"])
+def test_a_teacher_of_protocol_openai_reads_what_is_made_while_the_stage_runs(recipe, method):
+    assert recipe.problems(method={"name": method}, teacher=OPENAI).get("teacher") is None
+
+
 @pytest.mark.parametrize("teacher", [SERVED, TOP_K])
 @pytest.mark.parametrize(
     "method",
@@ -362,11 +370,16 @@ def test_a_served_teacher_reads_and_answers_what_is_made_while_the_stage_runs(re
         ({"name": "cmc"}, SERVED, "be run in this process"),
         ({"name": "dpkd", "pairs": "token_argmax"}, TOP_K, "give the log-probability of any id"),
         ({"name": "cmc"}, TOP_K, "give its last hidden states and be run in this process"),
+        ({"name": "minillm", "alpha": 1.0}, OPENAI, "answer prompts"),
+        ({"name": "seqkd"}, OPENAI, "give its answers to the prompts, written once"),
+        ({"name": "distillm2"}, OPENAI, "answer prompts"),
+        ({"name": "uld"}, OPENAI, "give the log-probability of any id and be run in this process"),
     ],
 )
 def test_a_method_that_needs_the_teachers_weights_refuses_a_served_one(recipe, method, teacher, lacking):
     said = recipe.problems(method=method, teacher=teacher)["teacher"]
-    assert said == f"method {method['name']} needs a teacher that can {lacking}, which a served one cannot"
+    called = "one served by protocol openai" if teacher is OPENAI else "a served one"
+    assert said == f"method {method['name']} needs a teacher that can {lacking}, which {called} cannot"
 
 
 @pytest.mark.parametrize(
@@ -385,6 +398,27 @@ def test_a_method_that_needs_the_teachers_weights_refuses_a_served_one(recipe, m
 def test_the_address_of_a_server_is_one(recipe, url, problem):
     found = recipe.problems(method={"name": "kd"}, teacher={"type": "served", "url": url})
     assert problem in found["teacher.url"]
+
+
+def test_the_keys_of_a_teacher_of_protocol_openai_go_together(recipe):
+    def problems(**keys):
+        return recipe.problems(method={"name": "kd"}, teacher={**OPENAI, **keys})
+
+    assert problems(url=["http://one:8000/v1", "https://two/gateway"]) == {} == problems(rows="top_k", k=7)
+    assert "send no hidden states" in problems(rows="hidden")["teacher.rows"]
+    assert "send no tokenizer" in problems(tokenizer=None)["teacher.tokenizer"]
+    assert problems(tokenizer=None, model="models/big") == {}
+    assert "send theirs" in problems(protocol="minillm")["teacher.tokenizer"]
+    assert "more than once" in problems(url=["http://one:1", "http://one:1/v1/"])["teacher.url"]
+
+
+def test_rows_and_ids_that_are_not_given_are_those_of_the_protocol():
+    def made(**keys):
+        config = ServedTeacherConfig(**{"type": "served", "url": "http://one:1/v1", **keys})
+        return config.rows, config.k, config.urls
+
+    assert made() == ("hidden", 64, ("http://one:1/v1",)) and made(rows="top_k", k=3)[:2] == ("top_k", 3)
+    assert made(protocol="openai") == ("top_k", 20, ("http://one:1",)) and made(protocol="openai", k=3)[1] == 3
 
 
 def test_the_keys_of_a_served_teacher_go_together(recipe):
