@@ -114,7 +114,8 @@ class ServedModel:
         if request.rows == "hidden":
             return {"hidden": hidden.cpu().contiguous()}
         with self.teacher.head() as head:
-            ids, logprobs = likeliest(hidden, _of_ids_below(head, request.vocab_size), request.k)
+            own = torch.tensor([token for one in request.sequences for token in one.response], dtype=torch.int64)
+            ids, logprobs = likeliest(hidden, _of_ids_below(head, request.vocab_size), request.k, own)
         return {"ids": ids.int().cpu(), "logprobs": logprobs.float().cpu()}
 
     def _require_ids(self, texts: Sequence[Sequence[int]]) -> None:

@@ -6,6 +6,7 @@ top_k     the k likeliest ids and their log-probabilities in nats
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -61,8 +62,16 @@ class RowStorage:
 
 
 @torch.no_grad()
-def likeliest(hidden: Tensor, head: LMHead, k: int) -> tuple[Tensor, Tensor]:  # (N, H) -> (N, k) int64, (N, k)
+def likeliest(
+    hidden: Tensor,  # (N, H)
+    head: LMHead,
+    k: int,
+    own: Tensor | None = None,  # (N,) int64
+) -> tuple[Tensor, Tensor]:  # (N, k) int64, (N, k)
     """The k likeliest ids of each row and their log-probabilities, fp32 (float64 for float64), a chunk of logits at a time.
+
+    A row's `own` id, where the head has it, takes the place of the last of these unless it is one of them: so the
+    log-probability of a text's own tokens is known of a teacher that says no more.
 
     Raises ValueError for more ids than the head has.
     """
@@ -72,15 +81,20 @@ def likeliest(hidden: Tensor, head: LMHead, k: int) -> tuple[Tensor, Tensor]:  #
     size, weight = len(head.weight), ready(head.weight, compute, wide)
     step = chunk_rows(len(hidden), size, models=2, itemsize=wide.itemsize, device=device, chunk_bytes=None)
     ids, logprobs = [hidden.new_empty((0, k), dtype=torch.int64)], [hidden.new_empty((0, k), dtype=wide)]
-    for chunk in hidden.split(step) if len(hidden) else ():
+    wanted = repeat(None) if own is None else own.to(device).split(step)
+    for chunk, labels in zip(hidden.split(step), wanted) if len(hidden) else ():  # noqa: B905
         z = project(chunk, weight, head.bias, compute, logits_buffer(len(chunk), size, wide, device))
         z *= head.logit_scale
         if head.softcap is not None:
             banned = z == -torch.inf
             z = (z / head.softcap).tanh_().mul_(head.softcap).masked_fill_(banned, -torch.inf)
-        best = z.topk(k)
-        ids.append(best.indices)
-        logprobs.append(best.values - z.logsumexp(1, keepdim=True))
+        values, indices = z.topk(k)
+        if labels is not None:
+            missed = (labels < size) & (indices != labels[:, None]).all(1)
+            indices[missed, -1] = labels[missed]
+            values[missed, -1] = z[missed, labels[missed]]
+        ids.append(indices)
+        logprobs.append(values - z.logsumexp(1, keepdim=True))
     return torch.cat(ids), torch.cat(logprobs)
 
 

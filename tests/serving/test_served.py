@@ -84,9 +84,11 @@ def test_likeliest_ids_are_among_the_shared_ones(models, served_model, live, con
     top_k = teacher.rows(batch).to("cpu").top_k
     with models.teacher.head() as head:
         hidden = models.teacher.rows(batch).hidden
-        ids, logprobs = likeliest(hidden, replace(head, weight=head.weight[:200]), 5)
+        ids, logprobs = likeliest(hidden, replace(head, weight=head.weight[:200]), 5, batch.labels)
     assert torch.equal(top_k.ids, ids) and torch.equal(top_k.logprobs, logprobs)
     assert int(top_k.ids.max()) < 200
+    known = (top_k.ids == batch.labels[:, None]).any(1)
+    assert torch.equal(known, batch.labels < 200), "the text's own tokens are there"
     assert teacher.abilities == {"read", "sample", "answer"}
     with pytest.raises(UserError, match="top_k"), teacher.head():
         pass

@@ -66,6 +66,20 @@ def test_the_likeliest_ids_are_those_of_full_logits(hidden, name):
     assert torch.allclose(everything.double().exp().sum(1), torch.ones(ROWS).double(), atol=1e-5)
 
 
+def test_a_rows_own_id_is_always_there(hidden):
+    head = heads()["all"]
+    exact, plain = log_softmax(hidden, head), likeliest(hidden, head, 4)[0]
+    own = torch.arange(ROWS) * 2 + 30  # up to 108: the head has 97 rows
+    own[1] = plain[1, 2]
+    ids, logprobs = likeliest(hidden, head, 4, own)
+    for row in range(ROWS):
+        expected = plain[row].tolist()
+        if own[row] < VOCABULARY and own[row] not in expected:
+            expected[-1] = own[row].item()
+        assert ids[row].tolist() == expected, row
+        assert torch.allclose(logprobs[row].double(), exact[row, ids[row]], atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_the_stated_error_is_that_of_the_rows(hidden, dtype):
     storage, head = RowStorage("hidden", dtype, HIDDEN), heads()["all"]

@@ -93,6 +93,13 @@ def test_steps_and_evaluations_are_those_with_the_teacher_here(method, recipe, s
     assert {"reverse_kl_nats", "forward_kl_nats", "sequence_reverse_kl_nats"} <= set(measured)
 
 
+def test_rewards_are_exact_where_a_server_sends_its_likeliest_ids(recipe, server, folder, tmp_path):
+    for name, teacher in (("here", {"path": str(folder / "teacher")}), ("there", served_by(server, rows="top_k", k=2))):
+        train(recipe("minillm", teacher), f"output_dir={tmp_path / name}", "train.max_steps=1", "eval=null")
+    ours, theirs = (students(tmp_path / name)[0] for name in ("here", "there"))
+    assert theirs["policy_loss"] == pytest.approx(ours["policy_loss"], rel=1e-4) and ours["policy_loss"] != 0
+
+
 @pytest.mark.parametrize("method", ["kd", "distillm2"])
 def test_what_the_teacher_alone_is_told_reaches_a_server(method, recipe, server, folder, tmp_path):
     told = {"teacher_context": "say {completion}", "max_teacher_prompt_length": 40}
