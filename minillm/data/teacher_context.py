@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,9 +19,6 @@ from minillm.data.prompt_reader import PromptReader
 from minillm.data.records import Conversation
 from minillm.data.sources import DataError
 from minillm.storage.atomic import write_text
-
-if TYPE_CHECKING:
-    from minillm.data.instructions import Example
 
 SUMMARY = "teacher_context.json"
 SHOWN, SHOWN_CHARACTERS = 3, 2000
@@ -115,13 +112,16 @@ def told(said: Conversation, context: str, form: str, where: str) -> Conversatio
     return replace(said, messages=messages)
 
 
-def write_summary(folder: Path, examples: Sequence["Example"]) -> None:
-    """Write how many prompts have a context, and some of them as both models read them."""
-    having = [example for example in examples if example.teacher_prompt is not None]
+def write_summary(folder: Path, prompts: Sequence[tuple[str, str | None]]) -> None:
+    """Write how many prompts have a context, and some of them as both models read them.
+
+    Args: prompts: as the student and the teacher read them, None where it is the same.
+    """
+    having = [(student, teacher) for student, teacher in prompts if teacher is not None]
     samples = [
-        {"student": one.prompt[-SHOWN_CHARACTERS:], "teacher": one.teacher_prompt[-SHOWN_CHARACTERS:]}
-        for one in having[:SHOWN]
+        {"student": student[-SHOWN_CHARACTERS:], "teacher": teacher[-SHOWN_CHARACTERS:]}
+        for student, teacher in having[:SHOWN]
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"prompts": len(examples), "with_context": len(having), "samples": samples}
+    content = {"prompts": len(prompts), "with_context": len(having), "samples": samples}
     write_text(folder / SUMMARY, json.dumps(content, indent=1, ensure_ascii=False))

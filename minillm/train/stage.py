@@ -185,7 +185,8 @@ class StageBuilder:
             given = config.data.prompts.max_response_length if needs.references else 0
             check_positions(models.teacher.model, max(map(len, read.prompts.teacher_ids())) + max(sampled, given))
         if collectives.rank() == 0:
-            write_summary(self.output_dir / "written" / stage.name, read.prompts.examples)
+            both = [(example.prompt, example.teacher_prompt) for example in read.prompts]
+            write_summary(self.output_dir / "written" / stage.name, both)
         untold = [name for name, prompts in held_out.items() if not prompts.told]
         if untold and config.eval.teacher and "read" in models.teacher.abilities and not needs.other_tokenizer:
             self.console.note(UNTOLD.format(sets=", ".join(untold)))

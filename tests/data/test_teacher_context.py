@@ -136,7 +136,7 @@ def test_parts_of_the_reference_are_fields(byte):
 
 def test_a_summary_shows_some_of_them(byte, jsonl, tmp_path):
     read = load(byte, jsonl(*[RECORD | {"hint": ""}] * 2, *[RECORD] * 4), teacher_context="hint")
-    write_summary(tmp_path / "stage", read.examples)
+    write_summary(tmp_path / "stage", [(one.prompt, one.teacher_prompt) for one in read])
     found = json.loads((tmp_path / "stage" / "teacher_context.json").read_text())
     assert found == {
         "prompts": 6,
