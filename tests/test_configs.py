@@ -127,3 +127,9 @@ def test_the_calibration_sets_are_read_from_folders_of_the_same_fields(tmp_path)
         "sst2": "positive",
         "boolq": "no",
     }
+
+
+def test_the_quickstart_of_images_and_text_is_valid(capsys):
+    pytest.importorskip("easy_vqa")
+    assert main(["validate", "configs/image_text/quickstart.yaml"]) == 0
+    capsys.readouterr()

@@ -8,7 +8,9 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from minillm.data.sources import DataError, Place, Record
 
@@ -17,6 +19,14 @@ ANSWERS = {
     "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
     "shape": ("circle", "rectangle", "triangle"),
 }
+KINDS = {word: kind for kind, words in ANSWERS.items() for word in words}
+
+
+class _Asked(NamedTuple):
+    digest: bytes  # of question and picture
+    question: str
+    answer: str
+    picture: int
 
 
 def easy_vqa_records(split: str, answers: Collection[str] = tuple(ANSWERS)) -> Iterator[Record]:
@@ -31,29 +41,32 @@ def easy_vqa_records(split: str, answers: Collection[str] = tuple(ANSWERS)) -> I
     Raises DataError where the package is not there, or not whole.
     """
     folder = _folder() / split
+    for one in _questions(folder):
+        kind = KINDS[one.answer]
+        if kind not in answers:
+            continue
+        others = [word for word in ANSWERS[kind] if word != one.answer]
+        record = {
+            "question": one.question,
+            "answer": one.answer,
+            "image": f"images/{one.picture}.png",
+            "chosen": one.answer,
+            "rejected": others[one.digest[0] % len(others)],
+        }
+        yield Place(f"easy-vqa ({split}), picture {one.picture}: {one.question}", folder, "easy-vqa"), record
+
+
+@cache
+def _questions(folder: Path) -> tuple[_Asked, ...]:
     try:
         asked = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not the data of easy-vqa ({error}); install the package again") from None
-    for digest, question, answer, image in sorted((_digest(*one), *one) for one in asked):
-        kind = next((name for name, words in ANSWERS.items() if answer in words), None)
-        if kind is None:
-            raise DataError(f"{folder}: {answer!r} is no answer of easy-vqa 1.0; install that version")
-        if kind not in answers:
-            continue
-        others = [word for word in ANSWERS[kind] if word != answer]
-        record = {
-            "question": question,
-            "answer": answer,
-            "image": f"images/{image}.png",
-            "chosen": answer,
-            "rejected": others[digest[0] % len(others)],
-        }
-        yield Place(f"easy-vqa ({split}), picture {image}: {question}", folder, "easy-vqa"), record
-
-
-def _digest(question: str, answer: str, image: int) -> bytes:
-    return hashlib.sha256(f"{image} {question}".encode()).digest()
+    unknown = next((answer for _, answer, _ in asked if answer not in KINDS), None)
+    if unknown is not None:
+        raise DataError(f"{folder}: {unknown!r} is no answer of easy-vqa 1.0; install that version")
+    digests = (hashlib.sha256(f"{picture} {question}".encode()).digest() for question, _, picture in asked)
+    return tuple(sorted(_Asked(digest, *one) for digest, one in zip(digests, asked, strict=True)))
 
 
 def _folder() -> Path:
