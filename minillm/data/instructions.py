@@ -1,6 +1,6 @@
 """Prompts with their references, from records of any known form, tokenised once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from minillm.data.answer_parsers import parse_answer
 from minillm.data.arithmetic import arithmetic_records
 from minillm.data.fields import fill, fill_question
 from minillm.data.images import find_pictures
+from minillm.data.judges import Judges
 from minillm.data.other_reading import OtherReading, read_otherwise, read_plain_otherwise
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
@@ -54,15 +55,16 @@ class Example:
     asked: TokenSequence | None = None  # the few-shot prompt to the teacher, without a response
     maker: RecordTasks | None = None  # makes the tasks anew of what the teacher has written
     other: OtherReading | None = None  # by a teacher with another tokenizer
+    judge: str | None = None  # the name of its teacher, as TokenSequence has it
 
     @property
     def sequence(self) -> TokenSequence:
         """The prompt with its first reference."""
-        return TokenSequence(self.prompt_ids, self.response_ids, self.index, self.extras)
+        return self.answered(self.response_ids)
 
     def answered(self, response: list[int]) -> TokenSequence:
         """The prompt with another response in the place of the reference."""
-        return TokenSequence(self.prompt_ids, response, self.index, self.extras)
+        return TokenSequence(self.prompt_ids, response, self.index, self.extras, judge=self.judge)
 
 
 class TextSet(Protocol):
@@ -118,7 +120,7 @@ class PromptSet(Sequence[Example]):
 def require_shared_pictures(
     sets: Mapping[str, TextSet],
     student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase | None,
+    teachers: Iterable[PreTrainedTokenizerBase],
     *,
     ranks: int = 1,
 ) -> None:
@@ -128,10 +130,11 @@ def require_shared_pictures(
     Args:
         sets: by the names that errors call them.
         student: the tokenizer that the sets were read with.
-        teacher: the teacher's tokenizer, None where there is no teacher.
+        teachers: the tokenizers of all teachers.
     """
     pictured = {name: prompts for name, prompts in sets.items() if prompts.pictured}
-    unshared = unshared_pictures(student, teacher)
+    reasons = [unshared_pictures(student, teacher) for teacher in teachers]
+    unshared = next((reason for reason in reasons if reason is not None), None)
     for name, prompts in pictured.items():
         if unshared is not None:
             raise DataError(f"{name}: its prompts show pictures, and {unshared}")
@@ -151,6 +154,7 @@ def load_prompts(
     few_shot: FewShot | None = None,
     written: Sequence[Part] = (),
     teacher: PreTrainedTokenizerBase | None = None,
+    judges: Judges | None = None,
     now: datetime | None = None,
 ) -> PromptSet:
     """Read, render and tokenise.
@@ -162,6 +166,7 @@ def load_prompts(
         written: parts of the records that the tasks lack until it has.
         teacher: another tokenizer, by which and by whose chat template every record is read a second time; a prompt that is
             too long for either of the two is left out.
+        judges: names the teacher of every record, where it has one of several.
         now: what chat templates take for the time; default: the time.
 
     Raises DataError naming file and line for a record that is of none of the forms, lacks a field that is asked for, or
@@ -172,7 +177,7 @@ def load_prompts(
     loaded = (
         _plain(config, tokenizer, teacher)
         if isinstance(config, PlainPrompts)
-        else _instructions(config, tokenizer, tasks, few_shot, written, teacher, now)
+        else _instructions(config, tokenizer, tasks, few_shot, written, teacher, judges, now)
     )
     for example in loaded:
         if example is None:
@@ -200,6 +205,7 @@ def _instructions(
     few_shot: FewShot | None,
     written: Sequence[Part],
     teacher: PreTrainedTokenizerBase | None,
+    judges: Judges | None,
     now: datetime | None,
 ) -> Iterator[Example | None]:
     """None stands for a prompt that is too long, be it that of one task, or the one that the teacher is asked by or reads."""
@@ -207,6 +213,7 @@ def _instructions(
     other_reader = None if teacher is None else PromptReader(config, teacher, now)
     asker = None if few_shot is None else PromptReader(_keys_of_few_shot(few_shot, config), tokenizer, now)
     for index, (where, record) in enumerate(records_of(config)):
+        judge = None if judges is None else judges.of(where, record)
         said = _conversation(where, record, config)
         pictures = find_pictures(where, where.folder, record)
         read = reader.read(said, pictures, where=where, limited=True)
@@ -245,6 +252,7 @@ def _instructions(
             asked=None if asked is None else TokenSequence(asked.ids, [], index, asked.extras),
             maker=maker if written else None,
             other=other,
+            judge=judge,
         )
 
 

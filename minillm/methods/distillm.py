@@ -71,7 +71,7 @@ class DistiLLM(Method):
             return [self.replay[index].sequence for index in chosen]
         answers = sample_answers(references, data, self.config, draw=draw)
         fresh = [
-            Rollout(item.key, answer.prompt, answer.response, answer.ended, extras=answer.extras)
+            Rollout(item.key, answer.prompt, answer.response, answer.ended, extras=answer.extras, judge=item.judge)
             for item, answer in zip(references, answers, strict=True)
         ]
         self.replay = [*self.replay, *fresh][-self.config.method.replay_size :]

@@ -97,11 +97,11 @@ class MiniLLMMethod(Method):
         """Sample answers from p~, score them once under both models, and compute their advantages."""
         rollout, alpha = self.config.rollout, self.config.method.alpha
         prompts = [example.sequence for example in data.prompts.take(rollout.buffer_size)]
-        keys = [prompt.key for prompt in prompts]
+        keys, judges = [prompt.key for prompt in prompts], [prompt.judge for prompt in prompts]
         who = "mixture" if alpha > 0 else "student"
         answers = sample_answers(prompts, data, self.config, draw=draw, alpha=alpha, who=who)
         with data.timing.of("scoring"):
-            buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
+            buffer = score(models, answers, keys=keys, judges=judges, batch_size=rollout.batch_size)
         add_advantages(buffer, self.config.method)
         return buffer
 

@@ -47,7 +47,7 @@ def sample_answers(
 def answered(prompts: Sequence[TokenSequence], answers: Sequence[Answer]) -> list[TokenSequence]:
     """The prompts with these answers as the response to be trained on."""
     return [
-        TokenSequence(answer.prompt, answer.response, prompt.key, answer.extras)
+        TokenSequence(answer.prompt, answer.response, prompt.key, answer.extras, judge=prompt.judge)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 

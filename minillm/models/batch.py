@@ -24,6 +24,7 @@ class TokenSequence:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     weight: float = 1.0  # of its rows in a loss that reads it
     group: int = 0  # sequences of one group belong together: a pair of answers, the tasks of a record
+    judge: str | None = None  # the name of its teacher, where every record has one of several
 
 
 @dataclass(frozen=True)

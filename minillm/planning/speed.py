@@ -57,6 +57,7 @@ def speed_of(
     for term in work.judged_in_the_step:
         tokens = work.micro_batches * term.batch * term.length
         scored["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
+    scored["teacher"] *= simulation.asked  # of several teachers
     rollout_flops = sum(sum(models.values()) for _, models in decoded)
     update_flops = _update_flops(simulation, work, checkpointing)
     seconds = None
@@ -122,7 +123,7 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
         total += passes * forward_flops(size, term.batch * term.length, term.length)
         total += term.rows * (3 - frozen) * 2.0 * size.head
         if term.teacher:
-            total += term.rows * 2.0 * simulation.teacher.head
+            total += simulation.asked * term.rows * 2.0 * simulation.teacher.head
     return total * work.micro_batches
 
 

@@ -22,7 +22,7 @@ class KD(MethodConfig):
     summary: ClassVar[str] = "word-level distillation on reference answers"
 
     def needs(self) -> Needs:
-        term = TermNeeds("distillation", ("references",), teacher=self.ce_ratio < 1)
+        term = TermNeeds("distillation", ("references",), teacher=self.ce_ratio < 1, shared=True)
         return Needs((term,), references=True, teacher=True)
 
     def idle_keys(self) -> Iterator[tuple[str, str, str]]:
