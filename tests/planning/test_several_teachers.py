@@ -5,6 +5,7 @@ import json
 import pytest
 
 from minillm.cli.main import main
+from tests.pictures import save_seeing
 from tests.planning.small import ANSWER, SHAPE, planned
 
 KD = {"name": "kd"}
@@ -75,6 +76,54 @@ def test_of_a_teacher_elsewhere_the_head_is_counted_beside_the_others_weights(se
     stage = json.loads(capsys.readouterr().out)["stages"]["main"]
     assert set(stage["teachers"]) == {"teacher math", "teacher chat"}
     assert stage["served_teacher_chat"] == "http://127.0.0.1:9"
+
+
+def test_of_one_that_is_known_by_ids_nothing_is_loaded(several, capsys):
+    chat = {"type": "served", "protocol": "openai", "url": "http://127.0.0.1:9", "tokenizer": "byte", "k": 5}
+    path, both = several(BY_FIELD, chat=chat)
+    assert both.simulation.teachers["teacher chat"].parameters == 0
+    assert both.simulation.row_bytes == 64 * 4 + 8  # of math, which are more than 5 x 12
+    assert main(["plan", str(path), "--gpu", "cpu"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the teacher chat is served by http://127.0.0.1:9: its weights are not loaded" in out
+    assert "the head alone" not in out
+
+
+def test_what_they_are_told_counts_for_all_of_them(several, tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a", "completion": "b", "domain": "math"}\n')
+    prompts = {"path": str(tmp_path / "lines.jsonl"), "max_prompt_length": 10, "max_response_length": 6}
+    told = {**prompts, "teacher_context": "{completion}", "max_teacher_prompt_length": 40}
+    for by in (BY_FIELD, MIXED):
+        without, told_so = (several(by, data={"prompts": one})[1] for one in (prompts, told))
+        (longer,), (shorter,) = told_so.work.scorings, without.work.scorings
+        assert (shorter.length_of("teacher"), longer.length_of("teacher")) == (15, 45)
+        held = [
+            stage.simulation.phases["scoring"].most("activations") / stage.work.scorings[0].length_of("teacher")
+            for stage in (without, told_so)
+        ]
+        assert held[1] == pytest.approx(held[0], rel=0.2)
+        assert told_so.speed.scoring_flops > 2.9 * without.speed.scoring_flops
+
+
+def test_each_of_them_looks_at_the_pictures(tmp_path):
+    record = {"prompt": "what?", "completion": "this", "image": "nowhere.png", "domain": "math"}
+    (tmp_path / "seen.jsonl").write_text(json.dumps(record) + "\n")
+    path = str(save_seeing("llava", tmp_path / "llava"))
+    prompts = {"type": "jsonl", "path": str(tmp_path / "seen.jsonl"), "max_prompt_length": 40, "max_response_length": 8}
+    document = {"output_dir": str(tmp_path / "run"), "student": {"path": path}, "data": {"prompts": prompts}, "method": KD,
+                "train": {"max_steps": 1, "per_device_train_batch_size": 4}}  # fmt: skip
+    stages = []
+    for keys in (
+        {"teacher": {"path": path}},
+        {"teachers": {"math": {"path": path}, "chat": {"path": path}}, "teachers_by": MIXED},
+    ):
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**document, **keys}))
+        stages.append(planned(tmp_path / "recipe.yaml"))
+    one, both = stages
+    assert both.simulation.pictures == 1
+    assert both.simulation.teacher.picture == 2 * one.simulation.teacher.picture > 0
+    assert both.speed.scoring_flops == pytest.approx(2 * one.speed.scoring_flops)
+    assert both.simulation.phases["scoring"].most("activations") >= 4 * 3 * 28 * 28 * 4
 
 
 def test_advice_names_the_keys_of_all(several):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minillm import UserError
+from minillm.config.methods.kd_keys import KD
 from minillm.config.needs import ABILITIES
 from minillm.engine.module import TermLoss
 from minillm.losses import TopK
@@ -123,6 +124,33 @@ def test_the_forward_kl_with_weights_has_the_gradient_of_that_to_the_arithmetic_
         kl.sum().backward()
         for name, one in models.student.named_parameters():
             torch.testing.assert_close(found[name], one.grad, rtol=1e-4, atol=1e-5, msg=f"{divergence} {name}")
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["by field", "weights"])
+def test_a_cross_entropy_beside_the_whole_divergence_counts_once(weights):
+    """kd with ce_coef 1.5: sum_i w_i D_i + 1.5 CE."""
+    keys, both = KD(name="kd", ce_coef=1.5), several(weights)
+    loss, _, _ = gradients(models_of(both), ce_ratio=keys.ce_share)
+    cross_entropy, _, _ = gradients(models_of(None), ce_ratio=1.0)
+    apart = [
+        (weights or {name: 1.0})[name] * gradients(models_of(one), own, ce_ratio=0.0)[0]
+        for name, one in both.teachers.items()
+        for own in [[one for one in SEQUENCES if weights or one.judge == name]]
+    ]
+    assert keys.weight * loss == pytest.approx(sum(apart) + 1.5 * cross_entropy, rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["by field", "weights"])
+def test_each_reads_what_it_is_told_of_the_texts_that_are_its(weights):
+    both = several(weights)
+    told = [replace(one, teacher_prompt=[50 + one.key] * (3 - one.key) + one.prompt) for one in SEQUENCES[:3]]
+    texts = [*told, SEQUENCES[3]]
+    for (name, one), share in zip(both.teachers.items(), both.rows(collate(texts, 0)).shares, strict=True):
+        own = [text for text in texts if weights or text.judge == name]
+        alone = one.rows(collate([replace(text, prompt=text.teacher_prompt or text.prompt) for text in own], 0))
+        torch.testing.assert_close(share.rows.hidden, alone.hidden, rtol=1e-5, atol=1e-6)
+        untold = one.rows(collate([replace(text, teacher_prompt=None) for text in own], 0))
+        assert not torch.allclose(share.rows.hidden, untold.hidden, atol=1e-2)
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["by field", "weights"])

@@ -3,6 +3,7 @@ before the first step."""
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from minillm.planning.planner import plan_run
 from minillm.reporting.model_card import write_model_card
 from minillm.reporting.report import write_report
 from minillm.serving.served_model import ServedModel
+from minillm.teachers.local import LocalTeacher
 from tests.conftest import tiny_llama
 from tests.methods.conftest import assert_same_run
 from tests.other_tokenizer import small_bpe
@@ -101,6 +103,36 @@ def test_the_same_teacher_twice_is_that_teacher(method, recipe, folder, tmp_path
         several = tmp_path / next(iter(by))
         train(recipe(method, teachers=local(folder, "math", "math"), teachers_by=by), f"output_dir={several}")
         assert_alike(several, one)
+
+
+@pytest.mark.parametrize("method", ["minillm", "opd", "gkd"])
+def test_each_reads_what_it_is_told_beside_several_answers(method, recipe, folder, tmp_path, monkeypatch):
+    """Answers to a prompt have its teacher and the prompt that this one reads; the steps are those with one teacher."""
+    asked, rows = [], LocalTeacher.rows
+
+    def seen(teacher, batch):
+        asked.extend(batch.sequences)
+        return rows(teacher, batch)
+
+    keys = ["data.prompts.teacher_context=completion", "data.prompts.max_teacher_prompt_length=40",
+            "data.prompts.teacher_prompt='{context}. {prompt}'", "rollout.answers_per_prompt=2",
+            "train.max_steps=2"]  # fmt: skip
+    keys += ["method.on_policy=1"] * (method == "gkd")
+    one = tmp_path / "one"
+    train(recipe(method, teacher={"path": str(folder / "math")}), f"output_dir={one}", *keys)
+    monkeypatch.setattr(LocalTeacher, "rows", seen)
+    for by in (BY_FIELD, MIXED):
+        asked.clear()
+        several = tmp_path / next(iter(by))
+        train(recipe(method, teachers=local(folder, "math", "math"), teachers_by=by), f"output_dir={several}", *keys)
+        assert_alike(several, one)
+        words = byte_tokenizer()
+        for text in asked:
+            question, told = words.decode(text.prompt), words.decode(text.teacher_prompt)
+            assert told == f"{question.removesuffix('?')}. {question}"
+            assert text.judge == (None if by is MIXED else ("math", "chat", "math")[text.key % 3])
+        answers = Counter(key for key, _ in {(text.key, tuple(text.response)) for text in asked})
+        assert max(answers.values()) > 1
 
 
 def test_records_of_one_teacher_alone_are_a_run_with_it(recipe, folder, tmp_path):

@@ -9,6 +9,7 @@ from tests.config.shortest import EVALUATED, shortest_method
 TWO = {"math": {"path": "models/big"}, "chat": {"path": "models/big"}}
 FIELD, WEIGHTS = {"field": "domain"}, {"weights": {"math": 0.7, "chat": 0.3}}
 KD = {"name": "kd"}
+OPENAI = {"type": "served", "protocol": "openai", "url": "http://here:1/v1", "tokenizer": "byte"}
 SHARED = {"kd", "gkd", "taid", "distillm", "opd", "lm"}  # that need no key for it
 
 
@@ -22,6 +23,14 @@ def test_both_ways_of_division_are_valid(recipe, by):
     several = recipe.load(teacher=..., method=KD, teachers=TWO, teachers_by=by).stages[0].config.teacher_side
     assert list(several.teachers) == ["math", "chat"]
     assert several.weights == (None if by is FIELD else {"math": 0.7, "chat": 0.3})
+
+
+@pytest.mark.parametrize("by", [FIELD, WEIGHTS])
+def test_one_on_servers_of_the_openai_protocol_may_be_among_them(recipe, by):
+    several = {"teachers": {**TWO, "chat": OPENAI}, "teachers_by": by}
+    assert problems(recipe, **several) == {}
+    assert problems(recipe, method={"name": "gkd"}, **several) == {}
+    assert recipe.problems(method=KD, teacher={**OPENAI}) == {}  # the only one, too
 
 
 def test_weights_are_divided_by_their_sum(recipe):
@@ -48,6 +57,10 @@ def test_weights_are_divided_by_their_sum(recipe):
         ({"teachers": {**TWO, "chat": {"path": "models/bug"}}}, "teachers.chat.path", "did you mean models/big"),
         ({"teachers": {**TWO, "chat": {"path": "models/big", "revision": "x"}}}, "teachers.chat.revision", "no effect"),
         ({"teachers": {**TWO, "chat": {"type": "served", "url": "x"}}}, "teachers.chat.url", "is no address"),
+        ({"teachers": {**TWO, "chat": {**OPENAI, "rows": "hidden"}}}, "teachers.chat.rows", "send no hidden states"),
+        ({"teachers": {**TWO, "chat": {**OPENAI, "tokenizer": None}}}, "teachers.chat.tokenizer", "send no tokenizer"),
+        ({"data__prompts__teacher_context": "{prompt}", "data__prompts__max_teacher_prompt_length": 500},
+         "data.prompts.max_response_length", "data.prompts.max_teacher_prompt_length"),
         ({"data__prompts__max_prompt_length": 500}, "data.prompts.max_response_length", "more than the 512"),
     ],
 )  # fmt: skip
