@@ -127,11 +127,13 @@ def test_each_reads_what_it_is_told_beside_several_answers(method, recipe, folde
         train(recipe(method, teachers=local(folder, "math", "math"), teachers_by=by), f"output_dir={several}", *keys)
         assert_alike(several, one)
         words = byte_tokenizer()
+        lines = map(json.loads, (tmp_path / "prompts.jsonl").read_text().splitlines())
+        domains = {line["prompt"]: line["domain"] for line in lines}
         for text in asked:
             question, told = words.decode(text.prompt), words.decode(text.teacher_prompt)
             assert told == f"{question.removesuffix('?')}. {question}"
-            assert text.judge == (None if by is MIXED else ("math", "chat", "math")[text.key % 3])
-        answers = Counter(key for key, _ in {(text.key, tuple(text.response)) for text in asked})
+            assert text.judge == (None if by is MIXED else domains[question])
+        answers = Counter(question for question, _ in {(tuple(text.prompt), tuple(text.response)) for text in asked})
         assert max(answers.values()) > 1
 
 
