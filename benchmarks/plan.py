@@ -43,7 +43,17 @@ def measure(case: Case) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         if case.ranks:
             group.join(Path(folder))
-        _take_steps(replace(case, hidden=128, layers=1, teacher_layers=case.teacher_layers and 1, vocab=512, batch=2))
+        _take_steps(
+            replace(
+                case,
+                hidden=128,
+                layers=1,
+                teacher_layers=case.teacher_layers and 1,
+                second_layers=case.second_layers and 1,
+                vocab=512,
+                batch=2,
+            )
+        )
         gc.collect()
         zero = _resident()["VmRSS"]
         peaks = {phase: peak - zero for phase, peak in _take_steps(case).items()}
@@ -61,21 +71,21 @@ def _take_steps(case: Case) -> dict[str, int]:
     from minillm.models.families import answer_beside_pictures
     from minillm.rollout.local.local_rollouts import LocalRollouts
     from minillm.rollout.rank_items import rank_items
-    from minillm.teachers.local import LocalTeacher
     from minillm.teachers.preflight import preflight
+    from minillm.teachers.several import weights_here
 
     peaks = {"collect": 0, "terms": 0, "update": 0, "evaluation": 0}
     with tempfile.TemporaryDirectory() as name:
         config = load(case, Path(name)).stages[0].config
-        student, teacher, tokenizer = _models(config, case, Path(name))
-        judge = None if teacher is None else LocalTeacher(teacher)
+        student, judge, tokenizer = _models(config, case, Path(name))
         by_layers = config.engine.type == "deepspeed" and config.engine.gather == "layers"
-        models, _ = preflight(student, judge, tokenizer, tokenizer, student.device, by_layers=by_layers)
-        for one in (student, teacher):
-            if case.side and one is not None:
+        theirs = {name: tokenizer for name in config.teachers} or tokenizer
+        models, _ = preflight(student, judge, tokenizer, theirs, student.device, by_layers=by_layers)
+        for one in (student, *weights_here(judge)):
+            if case.side:
                 answer_beside_pictures(one, True)
         rollouts = LocalRollouts(models, shared_coins=config.rollout.shared_coins)
-        del student, teacher, judge, one
+        del student, judge, one
         method = build_method(config)
         modules = method.modules(models)
         engine = build_engine(config, models, total_steps=STEPS, modules=modules)
@@ -103,22 +113,32 @@ def _take_steps(case: Case) -> dict[str, int]:
 
 
 def _models(config, case: Case, folder: Path):
+    """The student, its teacher or its two teachers, and the tokenizer of all."""
     import torch
 
     from minillm.config.models import StudentConfig
     from minillm.models.loading import load_student, load_teacher
     from minillm.models.tokenizers import load_tokenizer
+    from minillm.teachers.local import LocalTeacher
+    from minillm.teachers.several import SeveralTeachers
 
     cpu, hollow = torch.device("cpu"), collectives.rank() > 0
-    teacher = None
-    if case.teacher_layers is not None:
-        judge = StudentConfig(**student_keys(case, case.teacher_layers, folder / "judge"))
-        teacher = load_student(judge, output_dir=folder, device=cpu, seed=1, hollow=hollow).eval().requires_grad_(False)
+
+    def random(layers: int) -> LocalTeacher:
+        keys = StudentConfig(**student_keys(case, layers, folder / "judge"))
+        model = load_student(keys, output_dir=folder, device=cpu, seed=1, hollow=hollow)
+        return LocalTeacher(model.eval().requires_grad_(False))
+
+    judge = None if case.teacher_layers is None else random(case.teacher_layers)
     if case.quantization is not None:
-        teacher.save_pretrained(folder / "teacher")
-        teacher = load_teacher(config.teacher, output_dir=folder, device=cpu)
+        judge.model.save_pretrained(folder / "teacher")
+        judge = LocalTeacher(load_teacher(config.teacher, output_dir=folder, device=cpu))
+    if case.second_layers is not None:
+        several = config.teacher_side
+        both = {"teacher": judge, "second": random(case.second_layers)}
+        judge = SeveralTeachers(both, several.weights, several.abilities)
     student = load_student(config.student, output_dir=folder, device=cpu, seed=0, hollow=hollow)
-    return student, teacher, load_tokenizer(config.student, folder)
+    return student, judge, load_tokenizer(config.student, folder)
 
 
 def _streams(case: Case):
@@ -130,6 +150,7 @@ def _streams(case: Case):
 
     places = [case.vocab - 1] * (case.side // PATCH) ** 2
     shown = {"pixel_values": torch.rand(1, 3, case.side, case.side)} if case.side else {}
+    names = ("teacher", "second") if case.divided else (None,)
     examples = [
         Example(
             index,
@@ -138,6 +159,7 @@ def _streams(case: Case):
             "",
             (),
             shown,
+            judge=names[index % len(names)],
         )
         for index in range(max(8 * case.batch, 2 * case.evaluated))
     ]
@@ -223,7 +245,8 @@ def _markdown(rows: Sequence[tuple[Case, int, int]]) -> str:
         "|---|---|---|--:|--:|--:|",
     ]
     for case, predicted, measured in rows:
-        teacher = "" if case.teacher_layers is None else f" ({case.teacher_layers})"
+        layers = [str(one) for one in (case.teacher_layers, case.second_layers) if one is not None]
+        teacher = f" ({' and '.join(layers)})" if layers else ""
         lines.append(
             f"| {case.name} | {case.family}, {case.hidden} x {case.layers}{teacher}, {case.vocab:,} | "
             f"{case.batch} x {case.accumulation}, {case.prompt} + {case.answer} | {predicted / MIB:,.0f} | "

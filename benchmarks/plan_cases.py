@@ -9,6 +9,7 @@ PATCH = 14  # pixels of a side of what one token of a picture is
 SFT, KD, GKD = {"name": "sft"}, {"name": "kd"}, {"name": "gkd", "on_policy": 1.0}
 OKD = {"name": "okd", "lora": {"r": 16, "alpha": 32}}
 MINILLM = {"name": "minillm", "ppo_epochs": 2}
+UNMIXED = {**MINILLM, "alpha": 0.0}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Case:
     coins: bool = False  # rollout.shared_coins
     quantization: str | None = None  # of the teacher
     evaluated: int = 0  # answers side by side in an evaluation after every step; 0: none
+    second_layers: int | None = None  # of a second teacher
+    divided: bool = False  # the two have a half of the records each; otherwise both judge all
     ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
     side: int = 0  # pixels of the picture that every prompt shows; 0: it shows none
     part: str | None = None  # the one part of the student that is trained; None: all
@@ -47,6 +50,10 @@ CASES = (
     Case("minillm, teacher in int8", "llama", MINILLM, 384, 6, 8000, 24, batch=8, quantization="int8"),
     Case("okd", "llama", OKD, 384, 6, 8000, 10, batch=8),
     Case("gkd, opt", "opt", GKD, 512, 6, 16000, 8, batch=8),
+    Case("kd, two teachers", "llama", KD, 384, 6, 16000, 8, batch=8, second_layers=10),
+    Case(
+        "minillm, two teachers by a field", "llama", UNMIXED, 384, 6, 16000, 8, batch=8, second_layers=10, divided=True
+    ),
     Case("minillm", "llama", MINILLM, 512, 6, 16000, 10, batch=8),
     Case("minillm, long answers", "gpt2", MINILLM, 384, 6, 16000, 10, batch=8, answer=144),
     Case("minillm, shared coins", "llama", MINILLM, 512, 6, 16000, 10, batch=8, coins=True),
@@ -110,10 +117,13 @@ def document(case: Case, folder: Path) -> dict:
 
     from minillm.config.root import method_class
 
-    teacher = None
-    if case.teacher_layers is not None:
-        teacher = {"path": str(folder / "teacher"), "quantization": case.quantization}
-        AutoConfig.for_model(**architecture(case, case.teacher_layers)).save_pretrained(folder / "teacher")
+    layers = {"teacher": case.teacher_layers, "second": case.second_layers}
+    teachers = {}
+    for name, count in layers.items():
+        if count is not None:
+            teachers[name] = {"path": str(folder / name), "quantization": case.quantization}
+            AutoConfig.for_model(**architecture(case, count)).save_pretrained(folder / name)
+    several = len(teachers) > 1
     text = folder / "corpus.txt"
     text.write_text("plain text")
     prompts = {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer}
@@ -126,7 +136,7 @@ def document(case: Case, folder: Path) -> dict:
     return {
         "output_dir": str(folder / "run"),
         "student": {**student_keys(case, case.layers, folder / "student"), "train": case.part and [case.part]},
-        "teacher": teacher,
+        **({"teachers": teachers, "teachers_by": by(case)} if several else {"teacher": teachers.get("teacher")}),
         "data": {"prompts": prompts, "corpus": corpus},
         "rollout": {
             "buffer_size": 4 * case.batch,
@@ -147,6 +157,11 @@ def document(case: Case, folder: Path) -> dict:
         if case.ranks
         else {"type": "torch", "device": "cpu"},
     }
+
+
+def by(case: Case) -> dict:
+    """Return the way in which two teachers divide the records."""
+    return {"field": "domain"} if case.divided else {"weights": {"teacher": 0.5, "second": 0.5}}
 
 
 def load(case: Case, folder: Path):

@@ -17,6 +17,7 @@ from minillm.config.models import named_teacher
 from minillm.config.paths import expand
 from minillm.config.tree import COMMAND_LINE
 from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
+from minillm.data.judges import judges_of
 from minillm.data.labels import load_labels
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
@@ -30,7 +31,7 @@ from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.atomic import write_text
 from minillm.storage.environment import read_start
 from minillm.storage.metrics_log import plain
-from minillm.teachers.open import open_named, teacher_tokenizer
+from minillm.teachers.open import open_named, teacher_tokenizers
 from minillm.train.cached_texts import UNMEASURED
 
 # The type of prompts in a data file, by the end of its name. Any other file is a configuration.
@@ -151,6 +152,11 @@ def evaluate_model(
     who = "teacher" if model == TEACHER else "student"
     if who == "teacher" and plan.teacher is None:
         raise UserError("there is no teacher to evaluate: the configuration has no `teacher`")
+    if who == "teacher" and "evaluate" not in plan.teacher.abilities:
+        raise UserError(
+            f"a teacher cannot be evaluated itself where it is {plan.teacher.called}: name the folder of a model in the place of "
+            "`teacher`"
+        )
     if who == "teacher" and delta is not None:
         raise UserError("--delta: the teacher is measured alone; name its folder in the place of `teacher`")
     path = named_teacher(plan.teacher) if who == "teacher" else model_path(model)
@@ -171,14 +177,16 @@ def evaluate_model(
     now = began or datetime.now()
     if "strftime_now" in str(models.tokenizer.chat_template):
         rows.append(("date in prompts", f"{now:%Y-%m-%d}, {'today' if began is None else 'when its run began'}", ""))
+    judges = judges_of(plan.teacher) if plan.eval.teacher else None
     sets = {
-        name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}", now=now)
+        name: load_prompts(prompts, models.tokenizer, name=f"eval.sets.{name}", judges=judges, now=now)
         for name, prompts in plan.eval.sets.items()
     }
     if models.delta is not None and models.delta.translation is not None:
         _read_for_delta(plan, sets, models.delta, now)
-    judges = None if plan.teacher is None else teacher_tokenizer(plan.teacher, plan.output_dir)
-    require_shared_pictures({f"eval.sets.{name}": one for name, one in sets.items()}, models.tokenizer, judges)
+    theirs = teacher_tokenizers(plan.teacher, plan.output_dir)
+    held_out = {f"eval.sets.{name}": one for name, one in sets.items()}
+    require_shared_pictures(held_out, models.tokenizer, theirs.values())
     labels = {
         name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}", now=now)
         for name, source in plan.eval.calibration.items()

@@ -1,5 +1,6 @@
 """`student` and `teacher`: the places that models come from, and the form in which they are loaded."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -76,7 +77,7 @@ class CachedTeacherConfig(Strict):
     @property
     def abilities(self) -> frozenset[Ability]:
         """The most that such a source can do beyond giving rows; the cache itself says what of it it can."""
-        return frozenset({"answer", "logprobs"})
+        return frozenset({"answer", "logprobs", "single"})
 
 
 class ServedTeacherConfig(Strict):
@@ -143,8 +144,10 @@ class ServedTeacherConfig(Strict):
         decision of its at every token of the student's. Servers of protocol openai draw answers by a noise of their own,
         which no resumed run could repeat."""
         if self.protocol == "openai":
-            return frozenset({"read"})
-        return frozenset({"read", "sample", "answer"} | ({"logprobs", "hidden"} if self.rows == "hidden" else set()))
+            return frozenset({"read", "single"})
+        return frozenset(
+            {"read", "sample", "answer", "single"} | ({"logprobs", "hidden"} if self.rows == "hidden" else set())
+        )
 
     @model_validator(mode="after")
     def _with_defaults_of_the_protocol(self) -> "ServedTeacherConfig":
@@ -160,8 +163,55 @@ AnyTeacherConfig = TeacherConfig | CachedTeacherConfig | ServedTeacherConfig
 Teacher = Annotated[AnyTeacherConfig, Field(discriminator="type"), default_type("local")]
 
 
-def named_teacher(config: AnyTeacherConfig) -> str:
-    """The words for a teacher in reports: its path, or the model and the servers that have it."""
+class TeachersByConfig(Strict):
+    """The way in which several teachers divide the records: each has one of them, or all have all, with weights."""
+
+    field: str | None = Field(
+        None, description="The field of every record, of data.prompts and of eval.sets, that names its teacher"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="Teacher -> its weight in the loss on every record, divided by the sum of all",
+    )
+
+
+class SeveralTeachersConfig(Strict):
+    """Teachers that judge one student: `teachers` and `teachers_by` of a file, read together."""
+
+    called: ClassVar[str] = "several together"
+    type: Literal["several"] = "several"
+    teachers: dict[str, AnyTeacherConfig]
+    by: TeachersByConfig
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """The abilities that all of them have and that are still one where there are several: they speak of texts."""
+        shared = frozenset.intersection(*(one.abilities for one in self.teachers.values()))
+        return shared & {"read", "logprobs"}
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weights of a mixture, which sum to 1; None where every record has a teacher of its own."""
+        if self.by.weights is None:
+            return None
+        total = math.fsum(self.by.weights.values())
+        return {name: self.by.weights[name] / total for name in self.teachers}
+
+
+TeacherSide = AnyTeacherConfig | SeveralTeachersConfig
+
+
+def teachers_of(config: TeacherSide | None) -> dict[str, AnyTeacherConfig]:
+    """The teachers of a configuration by the dotted key of each."""
+    if isinstance(config, SeveralTeachersConfig):
+        return {f"teachers.{name}": one for name, one in config.teachers.items()}
+    return {} if config is None else {"teacher": config}
+
+
+def named_teacher(config: TeacherSide) -> str:
+    """The words for a teacher in reports: its path, or the model and the servers that have it; of several each one's."""
+    if isinstance(config, SeveralTeachersConfig):
+        return "; ".join(f"{name}: {named_teacher(one)}" for name, one in config.teachers.items())
     if not isinstance(config, ServedTeacherConfig):
         return config.path
     return f"{config.model or 'a model'} served by {', '.join(config.urls)}"

@@ -13,7 +13,9 @@ from minillm.config.lora import LoraConfig
 
 Sampler = Literal["student", "teacher", "mixture"]
 Rows = Literal["answers", "references", "forget", "pairs", "corpus"]
-Ability = Literal["read", "sample", "mix", "answer", "logprobs", "hidden", "layers", "weights", "train", "evaluate"]
+Ability = Literal[
+    "read", "sample", "mix", "answer", "logprobs", "hidden", "layers", "weights", "train", "evaluate", "single"
+]
 Result = Literal["model", "data", "rows"]  # what a stage leaves, as a later one names it
 
 # What a teacher may be able to do beyond giving rows to the losses, as in "a teacher that can ...".
@@ -28,6 +30,7 @@ ABILITIES: dict[Ability, str] = {
     "weights": "be run in this process",
     "train": "be trained",
     "evaluate": "be evaluated itself",
+    "single": "be the only one",
 }
 
 
@@ -45,6 +48,9 @@ class TermNeeds:
     scored: bool = False  # both models are run over the rows without a gradient first
     kept: bool = False  # the teacher reads the rows without the term, and what it says is kept for later passes
     sorts: bool = False  # the probabilities of both models are sorted, row by row
+    # its teacher may be several: the loss is a sum over rows, the teacher is `Term.teacher` and nothing else, and a row's loss
+    # for weights that sum to 1 is the weighted sum of those by each
+    shared: bool = False
     prompts: bool = False  # its rows are those of the prompts too, wherever something follows
     features: tuple[tuple[int, int], ...] = ()  # layers of student and teacher that a trained projector each connects
     features_prompts: bool = False  # at prompts too
@@ -121,6 +127,8 @@ class Needs:
             required.add("read")
         if self.controls_teacher or self.alone:
             required.add("weights")
+        if self.teacher and not self.takes_steps or any(term.teacher and not term.shared for term in self.terms):
+            required.add("single")
         # answers that the teacher has written once are texts like any other
         fresh = self.samples and not (self.written_once and set(self.samples) == {"teacher"})
         for term in self.terms:

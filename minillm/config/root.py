@@ -10,7 +10,13 @@ from minillm.config.evaluation import EvalConfig
 from minillm.config.keys import FolderPath, Seed, Strict
 from minillm.config.method import MethodConfig
 from minillm.config.methods import Method
-from minillm.config.models import StudentConfig, Teacher
+from minillm.config.models import (
+    SeveralTeachersConfig,
+    StudentConfig,
+    Teacher,
+    TeachersByConfig,
+    TeacherSide,
+)
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import Group
 from minillm.config.training import Engine, LogConfig, SaveConfig, TorchEngine, TrainConfig
@@ -23,6 +29,8 @@ class StageConfig(Strict):
     seed: Seed = Field(0, description="Seed of the order of the data, of sampling and of fresh weights")
     student: StudentConfig
     teacher: Teacher | None = None
+    teachers: dict[str, Teacher] = Field({}, description="Several teachers by name, in the place of `teacher`")
+    teachers_by: TeachersByConfig | None = Field(None, description="The way in which `teachers` divide the records")
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     method: Method
@@ -31,6 +39,13 @@ class StageConfig(Strict):
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def teacher_side(self) -> TeacherSide | None:
+        """The judge of the student: `teacher`, or `teachers` taken together."""
+        if not self.teachers:
+            return self.teacher
+        return SeveralTeachersConfig(teachers=self.teachers, by=self.teachers_by)
 
     @property
     def student_side(self) -> StudentConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from minillm.config.keys import FilesPath, Strict, default_type
-from minillm.config.models import AnyTeacherConfig, TeacherConfig
+from minillm.config.models import TeacherConfig, TeacherSide, teachers_of
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -149,7 +149,10 @@ def shards_student(engine: TorchEngine | DeepSpeedEngine) -> bool:
     return engine.type == "deepspeed" and engine.stage == 3
 
 
-def shards_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: AnyTeacherConfig | None) -> bool:
-    """True where each rank will hold only a shard of every weight of the teacher. A quantised one is never sharded."""
-    never = not isinstance(teacher, TeacherConfig) or teacher.quantization is not None
-    return shards_student(engine) and not engine.replicate_teacher and not never
+def shards_teacher(engine: TorchEngine | DeepSpeedEngine, teacher: TeacherSide | None) -> bool:
+    """True where each rank will hold only a shard of every weight of the teacher, or of those of several whose weights are
+    loaded. A quantised one is never sharded."""
+    plain = [
+        one for one in teachers_of(teacher).values() if isinstance(one, TeacherConfig) and one.quantization is None
+    ]
+    return shards_student(engine) and not engine.replicate_teacher and bool(plain)

@@ -1,7 +1,7 @@
 """Prompts with their references, from records of any known form, tokenised once."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -27,6 +27,7 @@ from minillm.data.arithmetic import arithmetic_records
 from minillm.data.easy_vqa import easy_vqa_records
 from minillm.data.fields import fill, fill_question
 from minillm.data.images import find_pictures
+from minillm.data.judges import Judges
 from minillm.data.other_reading import OtherReading, read_plain_otherwise
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.pydoc import pydoc_records
@@ -58,6 +59,7 @@ class Example:
     other: OtherReading | None = None  # by a teacher with another tokenizer
     teacher_prompt: str | None = None  # with the context that it alone reads; None where there is none
     teacher_prompt_ids: list[int] | None = None  # of that, where the tokenizer is the student's
+    judge: str | None = None  # the name of its teacher, as TokenSequence has it
 
     @property
     def sequence(self) -> TokenSequence:
@@ -72,7 +74,8 @@ class Example:
 
     def answered(self, response: list[int]) -> TokenSequence:
         """The prompt with another response in the place of the reference."""
-        return TokenSequence(self.prompt_ids, response, self.index, self.extras, teacher_prompt=self.teacher_prompt_ids)
+        of_teacher = {"teacher_prompt": self.teacher_prompt_ids, "judge": self.judge}
+        return TokenSequence(self.prompt_ids, response, self.index, self.extras, **of_teacher)
 
 
 class TextSet(Protocol):
@@ -112,6 +115,10 @@ class PromptSet(Sequence[Example]):
         """Prompts with a context that the teacher alone reads."""
         return sum(example.teacher_prompt is not None for example in self.examples)
 
+    def judged_by(self, teacher: str | None) -> "PromptSet":
+        """The prompts that a teacher reads: where records name theirs, the part that names it, and else all of them."""
+        return replace(self, examples=[example for example in self.examples if example.judge in (None, teacher)])
+
     def teacher_ids(self) -> Iterator[list[int]]:
         """The ids of the prompts as the teacher reads them."""
         for example in self.examples:
@@ -140,7 +147,7 @@ class PromptSet(Sequence[Example]):
 def require_shared_pictures(
     sets: Mapping[str, TextSet],
     student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase | None,
+    teachers: Iterable[PreTrainedTokenizerBase],
     *,
     ranks: int = 1,
 ) -> None:
@@ -150,10 +157,11 @@ def require_shared_pictures(
     Args:
         sets: by the names that errors call them.
         student: the tokenizer that the sets were read with.
-        teacher: the teacher's tokenizer, None where there is no teacher.
+        teachers: the tokenizers of all teachers.
     """
     pictured = {name: prompts for name, prompts in sets.items() if prompts.pictured}
-    unshared = unshared_pictures(student, teacher)
+    reasons = [unshared_pictures(student, teacher) for teacher in teachers]
+    unshared = next((reason for reason in reasons if reason is not None), None)
     for name, prompts in pictured.items():
         if unshared is not None:
             raise DataError(f"{name}: its prompts show pictures, and {unshared}")
@@ -173,6 +181,7 @@ def load_prompts(
     few_shot: FewShot | None = None,
     written: Sequence[Part] = (),
     teacher: PreTrainedTokenizerBase | None = None,
+    judges: Judges | None = None,
     now: datetime | None = None,
 ) -> PromptSet:
     """Read, render and tokenise.
@@ -184,6 +193,7 @@ def load_prompts(
         written: parts of the records that the tasks lack until it has.
         teacher: another tokenizer, by which and by whose chat template every record is read a second time; a prompt that is
             too long for either of the two is left out, and so is one that config.teacher_context makes too long.
+        judges: names the teacher of every record, where it has one of several.
         now: what chat templates take for the time; default: the time.
 
     Raises DataError naming file and line for a record that is of none of the forms, lacks a field that is asked for, or
@@ -194,7 +204,7 @@ def load_prompts(
     loaded = (
         _plain(config, tokenizer, teacher)
         if isinstance(config, PlainPrompts)
-        else _instructions(config, tokenizer, tasks, few_shot, written, teacher, now, name)
+        else _instructions(config, tokenizer, tasks, few_shot, written, teacher, judges, now, name)
     )
     for example in loaded:
         if example is None:
@@ -224,6 +234,7 @@ def _instructions(
     few_shot: FewShot | None,
     written: Sequence[Part],
     teacher: PreTrainedTokenizerBase | None,
+    judges: Judges | None,
     now: datetime | None,
     name: str,
 ) -> Iterator[Example | None]:
@@ -232,6 +243,7 @@ def _instructions(
     teacher_reader = TeacherReader(config, tokenizer, teacher, now, name)
     asker = None if few_shot is None else PromptReader(_keys_of_few_shot(few_shot, config), tokenizer, now)
     for index, (where, record) in enumerate(records_of(config)):
+        judge = None if judges is None else judges.of(where, record)
         said = _conversation(where, record, config)
         pictures = find_pictures(where, where.folder, record)
         read = reader.read(said, pictures, where=where, limited=True)
@@ -268,6 +280,7 @@ def _instructions(
             other=of_teacher.other,
             teacher_prompt=of_teacher.text,
             teacher_prompt_ids=of_teacher.ids,
+            judge=judge,
         )
 
 

@@ -30,6 +30,8 @@ from minillm.models.sharded import is_sharded, name_accelerator, release
 from minillm.storage.atomic import sync
 from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
+from minillm.teachers.several import members
+from minillm.teachers.teacher import Teacher
 
 # what an optimiser of DeepSpeed says of itself that is plain data of this rank
 _STATES = ("optimizer_state_dict", "base_optimizer_state")
@@ -58,7 +60,8 @@ class DeepSpeedEngine:
         )
         settings = engine_settings(train, config, world_size=self.world_size, trained=trained)
         if config.stage == 3 and not config.replicate_teacher:
-            self._shard_teacher(settings)
+            for teacher in members(models.teacher).values():
+                self._shard_teacher(teacher, settings)
         train_mode(self.trained.values(), checkpointing=train.gradient_checkpointing)
         loss = TermLoss(models.student, modules, vocab_size=models.vocab_size, backend=config.backend)
         # made while shapes say what decays
@@ -70,12 +73,11 @@ class DeepSpeedEngine:
                 _shard(module, torch.bfloat16 if train.bf16 else torch.float32, settings, models.device)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=loss, optimizer=client, config=settings)
 
-    def _shard_teacher(self, settings: dict[str, Any]) -> None:
+    def _shard_teacher(self, teacher: Teacher, settings: dict[str, Any]) -> None:
         """Shard a teacher whose weights lie here, are plain, and are not trained (those go with the student's)."""
         import deepspeed
 
-        teacher = self.models.teacher
-        model = None if teacher is None else teacher.model
+        model = teacher.model
         if model is None or is_quantized(model) or is_sharded(model) or model in self.trained.values():
             return
         frozen = {key: value for key, value in settings.items() if key not in ("gradient_clipping", "bf16")}

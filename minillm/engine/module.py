@@ -3,7 +3,7 @@
 That is the one form that is right for a plain model and for one whose weights are sharded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,8 @@ from minillm.methods.protocol import HeadLoss, HiddenLoss, Term
 from minillm.models.access import forward_layers, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.routers import balance_loss, expert_tokens, experts_of, recorded_routing
-from minillm.teachers.teacher import HiddenRows, TeacherRows
+from minillm.teachers.several import Share, shares_of
+from minillm.teachers.teacher import HiddenRows
 
 
 class TermLoss(nn.Module):
@@ -45,26 +46,9 @@ class TermLoss(nn.Module):
         if model is self.student and self.expert_tokens is not None:
             found = expert_tokens(routing, self.expert_tokens.shape[1], batch.attention_mask)
             self.expert_tokens = self.expert_tokens.to(found.device) + found
-        # gradients are taken in the forward pass, so that the teacher's head is not read again after it
-        with self._teacher_side(term.teacher) as (said, teacher_head), self._teacher_side(term.template) as added:
-            hidden, head = rows_of(output.last_hidden_state, batch), lm_head(model)  # (N, H_s)
-            if term.template is not None:
-                hidden, head = (hidden, added[0]), LMHead.sum_of(head, added[1])
-            loss, metrics = linear_objective(
-                hidden,
-                head,
-                said,
-                teacher_head,
-                batch.labels,
-                term.objective,
-                inputs=term.inputs,
-                fields=term.fields,
-                coupled=term.coupled,
-                vocab_size=self.vocab_size,
-                kept=len(batch.labels),  # known without asking the device
-                backend=self.backend,
-                **term.options,
-            )
+        hidden = rows_of(output.last_hidden_state, batch)  # (N, H_s)
+        found = [self._objective(term, share, model, hidden) for share in shares_of(term.teacher)]
+        loss, metrics = _summed([one for one in found if one is not None])
         if term.heads is not None:
             of_heads, measured = self._head_loss(term.heads, rows_of(output.last_hidden_state, batch), lm_head(model))
             loss, metrics = loss + of_heads, {**metrics, **measured}
@@ -78,15 +62,51 @@ class TermLoss(nn.Module):
             metrics = {**metrics, "auxiliary_loss": balance.detach() * batch.tokens}
         return loss, metrics
 
+    def _objective(
+        self,
+        term: Term,
+        share: Share,
+        model: nn.Module,
+        hidden: Tensor,  # (N, H_s)
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The term's objective summed over the rows that one teacher has a word on, times its weight; None where it has none."""
+        if term.coupled and share.places is not None:
+            raise ValueError(f"the term {term.name!r} couples its rows, which several teachers cannot divide")
+        labels, hidden = share.of(term.batch.labels), share.of(hidden)  # (M,), (M, H_s)
+        # gradients are taken in the forward pass, so that the teacher's head is not read again after it
+        with self._teacher_side(share) as (said, teacher_head), self._teacher_side(Share(term.template)) as added:
+            if share.is_empty:
+                return None
+            head = lm_head(model)
+            if term.template is not None:
+                hidden, head = (hidden, share.of(added[0])), LMHead.sum_of(head, added[1])
+            loss, metrics = linear_objective(
+                hidden,
+                head,
+                said,
+                teacher_head,
+                labels,
+                term.objective,
+                inputs={name: share.of(one) for name, one in term.inputs.items()},
+                fields=term.fields,
+                coupled=term.coupled,
+                vocab_size=self.vocab_size,
+                kept=len(labels),  # known without asking the device
+                backend=self.backend,
+                **term.options,
+            )
+        if share.weight == 1.0:
+            return loss, metrics
+        return share.weight * loss, {name: share.weight * value for name, value in metrics.items()}
+
     @contextmanager
-    def _teacher_side(self, rows: TeacherRows | None) -> Iterator[tuple[object, LMHead | None]]:
+    def _teacher_side(self, share: Share) -> Iterator[tuple[object, LMHead | None]]:
         """The teacher's side of the losses. A head of this module is gathered by reading it, as the student's is."""
-        if rows is None:
-            yield None, None
-        elif isinstance(rows, HiddenRows) and any(rows.source.model is one for one in self.children_that_train()):
+        rows = share.rows
+        if isinstance(rows, HiddenRows) and any(rows.source.model is one for one in self.children_that_train()):
             yield rows.hidden, lm_head(rows.source.model)
         else:
-            with rows.for_losses() as both:
+            with share.for_losses() as both:
                 yield both
 
     def take_expert_tokens(self) -> Tensor | None:  # (layers, E) int64
@@ -101,7 +121,7 @@ class TermLoss(nn.Module):
         return [self.student, *self.trained_beside.values()]
 
     def _head_loss(self, wanted: HeadLoss, hidden: Tensor, head: LMHead) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._teacher_side(wanted.teacher) as (theirs, teacher_head):
+        with self._teacher_side(Share(wanted.teacher)) as (theirs, teacher_head):
             return _with_metrics(wanted.objective(hidden, head, theirs, teacher_head, **wanted.inputs))
 
     def _hidden_loss(
@@ -111,6 +131,15 @@ class TermLoss(nn.Module):
         batch: TokenBatch,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return _with_metrics(wanted.objective(states, batch, self.trained_beside, **wanted.inputs))
+
+
+def _summed(parts: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sums of losses and of metrics that are sums over rows."""
+    (loss, metrics), *others = parts
+    for more, measured in others:
+        loss = loss + more
+        metrics = {name: metrics[name] + measured[name] for name in metrics}
+    return loss, metrics
 
 
 def _with_metrics(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

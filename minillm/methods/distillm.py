@@ -78,6 +78,7 @@ class DistiLLM(Method):
                 answer.ended,
                 extras=answer.extras,
                 teacher_prompt=answer.teacher_prompt,
+                judge=item.judge,
             )
             for item, answer in zip(references, answers, strict=True)
         ]

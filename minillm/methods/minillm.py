@@ -98,11 +98,11 @@ class MiniLLMMethod(Method):
         rollout, alpha = self.config.rollout, self.config.method.alpha
         examples = data.prompts.take(rollout.buffer_size // self.answers_per_prompt)
         prompts = [example.sequence for example in examples] * self.answers_per_prompt
-        keys = [prompt.key for prompt in prompts]
+        keys, judges = [prompt.key for prompt in prompts], [prompt.judge for prompt in prompts]
         who = "mixture" if alpha > 0 else "student"
         answers = sample_answers(prompts, data, self.config, draw=draw, alpha=alpha, who=who)
         with data.timing.of("scoring"):
-            buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
+            buffer = score(models, answers, keys=keys, judges=judges, batch_size=rollout.batch_size)
         add_advantages(buffer, self.config.method)
         return buffer
 

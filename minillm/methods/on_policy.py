@@ -61,7 +61,14 @@ def sample_answers(
 def answered(prompts: Sequence[TokenSequence], answers: Sequence[Answer]) -> list[TokenSequence]:
     """The prompts with these answers as the response to be trained on."""
     return [
-        TokenSequence(answer.prompt, answer.response, prompt.key, answer.extras, teacher_prompt=answer.teacher_prompt)
+        TokenSequence(
+            answer.prompt,
+            answer.response,
+            prompt.key,
+            answer.extras,
+            teacher_prompt=answer.teacher_prompt,
+            judge=prompt.judge,
+        )
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 

@@ -69,11 +69,11 @@ class OnPolicyDistillation(Method):
         examples = data.prompts.take(rollout.buffer_size // self.answers_per_prompt) * self.answers_per_prompt
         if self.task_reward is not None and not self.means:  # what is wrong with it, before the first answer is sampled
             self._rewards(examples[:1], ["".join(examples[0].references[:1])], data)
-        keys = [example.index for example in examples]
+        keys, judges = [example.index for example in examples], [example.judge for example in examples]
         answers = sample_answers([example.sequence for example in examples], data, self.config, draw=draw)
         rewards = None
         with data.timing.of("scoring"):
-            buffer = score(models, answers, keys=keys, batch_size=rollout.batch_size)
+            buffer = score(models, answers, keys=keys, judges=judges, batch_size=rollout.batch_size)
             if self.task_reward is not None:
                 texts = [models.tokenizer.decode(answer.response, skip_special_tokens=True) for answer in answers]
                 rewards = self._rewards(examples, texts, data)

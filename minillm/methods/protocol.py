@@ -22,6 +22,7 @@ from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rollouts import ProgressCallback, Rollouts
 from minillm.storage.timing import Timing
 from minillm.teachers.pair import Models
+from minillm.teachers.several import SeveralRows
 from minillm.teachers.teacher import HiddenRows, TeacherRows
 
 Objective = Callable[..., Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -70,7 +71,7 @@ class Term:
     count: float
     weight: float = 1.0
     inputs: dict[str, Tensor] = field(default_factory=dict)  # (N,) each
-    teacher: TeacherRows | None = None  # N rows, where a field needs the teacher
+    teacher: TeacherRows | SeveralRows | None = None  # N rows, where a field needs the teacher
     template: HiddenRows | None = None  # N rows of a frozen model whose logits are added to those of the trained one
     options: dict[str, Any] = field(default_factory=dict)  # beta, alpha, temperature of linear_objective
     trains: str = "student"  # which of the stage's trained models stands on the student's side

@@ -25,6 +25,7 @@ class TokenSequence:
     weight: float = 1.0  # of its rows in a loss that reads it
     group: int = 0  # sequences of one group belong together: a pair of answers, the tasks of a record
     teacher_prompt: list[int] | None = None  # in the place of `prompt` for the teacher; None: it reads the same one
+    judge: str | None = None  # the name of its teacher, where every record has one of several
 
     def read_by_teacher(self) -> "TokenSequence":
         """The text as the teacher reads it: its own prompt, and the very same response."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, load_run
-from minillm.config.models import TeacherConfig
+from minillm.config.models import TeacherConfig, teachers_of
 from minillm.config.root import StageConfig
 from minillm.planning.planner import PlannedRun, plan_run
 
@@ -62,8 +62,10 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
     train, rollout, engine = config.train, config.rollout, config.engine
     if phase == "update" and not train.gradient_checkpointing:
         yield ["train.gradient_checkpointing=true"], "the same numbers, about a third more time in the update"
-    if isinstance(config.teacher, TeacherConfig) and config.teacher.dtype == "float32":
-        yield ["teacher.dtype=bfloat16"], "halves the teacher, which is never trained"
+    local = {key: one for key, one in teachers_of(config.teacher_side).items() if isinstance(one, TeacherConfig)}
+    exact = [f"{key}.dtype=bfloat16" for key, one in local.items() if one.dtype == "float32"]
+    if exact:
+        yield exact, "halves the teacher, which is never trained"
     if engine.type == "deepspeed" and engine.replicate_teacher:
         yield ["engine.replicate_teacher=false"], "one shard of the teacher on each rank, gathered for every collection"
     if engine.type == "deepspeed":
@@ -92,9 +94,9 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
         yield ["engine.offload_optimizer=true"], "moments and master weights in the host's memory; slower steps"
     if engine.type == "deepspeed" and engine.stage == 3 and not engine.offload_param:
         yield ["engine.offload_param=true"], "weights in the host's memory; much slower"
-    if isinstance(config.teacher, TeacherConfig) and config.teacher.quantization is None:
+    if local and all(one.quantization is None for one in local.values()):
         yield (
-            ["teacher.quantization=nf4"],
+            [f"{key}.quantization=nf4" for key in local],
             "a quarter of what the teacher's layers take in bfloat16; its probabilities move a little",
         )
     if engine.type == "torch" and world_size == 1:

@@ -52,6 +52,10 @@ class Architectures:
         """
         return self._read(stage.config.teacher) if isinstance(stage.config.teacher, TeacherConfig) else None
 
+    def of(self, config: TeacherConfig) -> PreTrainedConfig:
+        """Return the architecture of a teacher by its configuration. Raises UserError as `student` does."""
+        return self._read(config)
+
     def named(self, path: str) -> PreTrainedConfig:
         """Return the architecture of a model by its path. Raises UserError as `student` does."""
         return self._read(TeacherConfig(path=path))

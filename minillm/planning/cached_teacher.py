@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from minillm import UserError
 from minillm.config.data import DataConfig
 from minillm.config.loader.run_plan import Stage
-from minillm.config.models import CachedTeacherConfig, ModelConfig, ServedTeacherConfig
+from minillm.config.models import AnyTeacherConfig, CachedTeacherConfig, ModelConfig, ServedTeacherConfig
 from minillm.config.paths import BYTE_TOKENIZER, CACHE, STAGE, expand, is_hub_name
 from minillm.data.corpus import block_text, load_corpus
 from minillm.data.instructions import load_prompts
@@ -74,13 +74,12 @@ class CacheSize:
         return self.rows * self.bytes_per_row + self.texts * BYTES_PER_TEXT + self.head_bytes
 
 
-def teacher_head(stage: Stage, architectures: Architectures, output_dir: Path) -> TeacherHead | None:
-    """The part of a stage's teacher that is in memory, None where its weights are loaded or there is none.
+def head_of(teacher: AnyTeacherConfig | None, architectures: Architectures, output_dir: Path) -> TeacherHead | None:
+    """The part of a teacher that is in memory, None where its weights are loaded or there is none.
 
     Raises UserError where neither the cache nor the stage that will write it is known, and where no server of a served one
     answers and nothing else says which model it is.
     """
-    teacher = stage.config.teacher
     if isinstance(teacher, ServedTeacherConfig):
         return _served_head(teacher, architectures)
     if not isinstance(teacher, CachedTeacherConfig):

@@ -86,7 +86,7 @@ def _teacher_rows(simulation: Simulation, work: Work, world_size: int) -> tuple[
     teacher's hidden states that wait for a step, by whether they come from the buffer."""
     if simulation.teacher is None:
         return 0, {False: 0, True: 0}
-    row = simulation.teacher.hidden_size * simulation.teacher.itemsize
+    row = simulation.row_bytes
     tokens = 0 if not work.buffered else work.buffered * max(one.rows // one.batch for one in work.scorings)
     waiting = {flag: work.waiting_rows(from_buffer=flag) * row for flag in (False, True)}
     return tokens * row // world_size + tokens * VECTOR_BYTES, waiting

@@ -1,7 +1,7 @@
 """The plan of a configuration: every stage simulated, sharded, and held against a device."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,14 +9,15 @@ from transformers import PreTrainedConfig
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
-from minillm.config.models import CachedTeacherConfig, ServedTeacherConfig
+from minillm.config.models import AnyTeacherConfig, CachedTeacherConfig, ServedTeacherConfig, TeacherConfig, teachers_of
 from minillm.config.root import StageConfig
 from minillm.planning.architectures import Architectures
-from minillm.planning.cached_teacher import CacheSize, cache_size, teacher_head
+from minillm.planning.cached_teacher import CacheSize, TeacherHead, cache_size, head_of
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.picture_passes import can_be_shown, pictures_shown
 from minillm.planning.setting import Setting
+from minillm.planning.several_teachers import BesideTeacher, Several
 from minillm.planning.sharding import Sharding, sharding_of
 from minillm.planning.simulate import PHASES, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
@@ -41,8 +42,8 @@ class StagePlan:
     memory_on: Callable[[int], list[PhaseMemory]]  # on so many ranks; UserError where the buffer does not divide
     not_counted: tuple[str, ...]  # what the method needs beside what the plan holds
     student_side: str  # student, reference or teacher: the model of the numbers called the student's
-    # cached or served, and where: of the teacher's weights the head alone is loaded
-    elsewhere: tuple[str, str] | None = None
+    # teacher -> cached or served, and where: of its weights the head alone is loaded
+    elsewhere: dict[str, tuple[str, str]] = field(default_factory=dict)
     cache: CacheSize | None = None  # of a stage that writes one
 
     @property
@@ -102,34 +103,53 @@ def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world
     """Return the most that one rank of a stage would allocate on such a device, in GiB; None where it cannot be planned."""
     architectures = Architectures(plan)
     try:
-        student, teacher = _architectures_of(stage, architectures)
+        student, teacher, head, several = _models_of(stage, architectures, plan.output_dir)
         pictures = _pictures_counted(stage.config, student)
         setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing, pictures=pictures)
-        head = teacher_head(stage, architectures, plan.output_dir)
         work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
-        simulation = simulate(setting, work.moment, student, teacher, device, head=head)
+        simulation = simulate(setting, work.moment, student, teacher, device, head=head, several=several)
     except UserError:
         return None
     return max(phase.device_bytes for phase in memory_of(simulation, work, sharding, device)) / 2**30
 
 
-def _architectures_of(stage: Stage, architectures: Architectures) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
-    """The models of a stage on the student's side and the teacher's; a teacher alone stands on the student's."""
-    teacher = architectures.teacher(stage)
-    return (teacher, None) if stage.config.method.needs().alone else (architectures.student(stage), teacher)
+def _models_of(
+    stage: Stage, architectures: Architectures, output_dir: Path
+) -> tuple[PreTrainedConfig, PreTrainedConfig | None, TeacherHead | None, Several | None]:
+    """The models of a stage: on the student's side, and on the teacher's its architecture or its head, of several those of
+    the first, and the others. A teacher alone stands on the student's side."""
+    config, teacher = stage.config, architectures.teacher(stage)
+    if config.method.needs().alone:
+        return teacher, None, None, None
+    student = architectures.student(stage)
+    if not config.teachers:
+        return student, teacher, head_of(config.teacher, architectures, output_dir), None
+    # those whose weights are loaded first, as minillm.planning.setting takes the first of them
+    named = sorted(config.teachers.items(), key=lambda one: not isinstance(one[1], TeacherConfig))
+    found = [_beside(name, one, architectures, output_dir) for name, one in named]
+    first, *beside = found
+    divided = config.teacher_side.weights is None
+    return student, first.architecture, first.head, Several(first.name, tuple(beside), divided)
+
+
+def _beside(name: str, config: AnyTeacherConfig, architectures: Architectures, output_dir: Path) -> BesideTeacher:
+    if not isinstance(config, TeacherConfig):
+        return BesideTeacher(name, None, "", head_of(config, architectures, output_dir))
+    architecture = architectures.of(config)
+    keys = config.dtype, config.attn_implementation, config.quantization
+    return BesideTeacher(name, architecture, architecture.to_json_string(), None, *keys)
 
 
 def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int, output_dir: Path) -> StagePlan:
     config, needs = stage.config, stage.config.method.needs()
     device = torch.device(gpu.kind)
-    student, teacher = _architectures_of(stage, architectures)
-    head = teacher_head(stage, architectures, output_dir)
+    student, teacher, head, several = _models_of(stage, architectures, output_dir)
 
     asked, pictures = config.train.gradient_checkpointing, _pictures_counted(config, student)
 
     def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
         setting = Setting.of(config, checkpointing=checkpointing, pictures=pictures)
-        return simulate(setting, work.moment, student, teacher, device, head=head, phases=phases)
+        return simulate(setting, work.moment, student, teacher, device, head=head, several=several, phases=phases)
 
     def activations(checkpointing: bool) -> int | None:
         try:
@@ -160,7 +180,11 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         memory_on=memory,
         not_counted=tuple(_not_counted(config, student)),
         student_side="teacher" if needs.alone else "student" if needs.reference is None else "reference",
-        elsewhere=None if head is None else (config.teacher.type, _place_of(config.teacher)),
+        elsewhere={
+            key.replace("teachers.", "teacher "): (one.type, _place_of(one))
+            for key, one in teachers_of(config.teacher_side).items()
+            if not isinstance(one, TeacherConfig)
+        },
         cache=cache_size(stage, architectures, output_dir),
     )
 

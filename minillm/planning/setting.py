@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minillm.config.lora import LoraConfig
-from minillm.config.models import Part, Quantization, TeacherConfig
+from minillm.config.models import Part, Quantization, TeacherConfig, teachers_of
 from minillm.config.root import StageConfig
 
 
@@ -34,7 +34,8 @@ class Setting:
         Args: pictures: that a prompt shows, as minillm.planning.picture_passes counts them.
         """
         needs = config.method.needs()
-        teacher = config.teacher if isinstance(config.teacher, TeacherConfig) else None
+        local = [one for one in teachers_of(config.teacher_side).values() if isinstance(one, TeacherConfig)]
+        teacher = local[0] if local else None  # of several the first; minillm.planning.several_teachers has the others
         student = teacher if needs.alone else config.student_side
         deepspeed = config.engine.type == "deepspeed" and needs.takes_steps
         mixed = deepspeed and config.train.bf16  # DeepSpeed casts the weights, torch's autocast each use of them

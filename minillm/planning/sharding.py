@@ -95,7 +95,7 @@ def sharding_of(config: StageConfig, world_size: int) -> Sharding:
         return Sharding()
     if not config.method.needs().takes_steps:  # no engine is made, and every rank has the models whole
         return Sharding(world_size=world_size)
-    sharded = shards_teacher(engine, config.teacher)
+    sharded = shards_teacher(engine, config.teacher_side)
     return Sharding(
         world_size=world_size,
         stage=engine.stage,

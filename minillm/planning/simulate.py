@@ -9,7 +9,7 @@ evaluation    between steps: answers of student and teacher, and forward passes 
 import traceback
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics
 from minillm.planning.picture_passes import prepare_for_pictures, show
 from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
+from minillm.planning.several_teachers import BesideTeacher, Several, together
 from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
 from minillm.rollout.local.distribution import padded_size
@@ -69,6 +70,9 @@ class Simulation:
     losses: dict[str, LossShape]  # by term, and of the phases without a gradient
     projectors: int = 0  # weights that are trained beside the student
     pictures: int = 0  # that every prompt shows
+    teachers: dict[str, ModelSize] = field(default_factory=dict)  # each of several, which `teacher` has together
+    row_bytes: int = 0  # of what is kept of the teacher's word on a row
+    asked: float = 1.0  # the part of `teacher` that judges a record
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -82,18 +86,20 @@ def simulate(
     device: torch.device,
     *,
     head: TeacherHead | None = None,
+    several: Several | None = None,
     phases: tuple[str, ...] = PHASES,
 ) -> Simulation:
-    """Run the phases on fake tensors, or remember them from before in this process. `head` is of a teacher without weights here.
+    """Run the phases on fake tensors, or remember them from before in this process. `head` is of a teacher without weights here;
+    `several` has the teachers beside the first.
 
     Raises UserError for an architecture that cannot be built or run without values.
     """
     texts = [None if one is None else one.to_json_string() for one in (student, teacher)]
-    key = (repr(setting), work, *texts, device.type, head, phases)
+    key = (repr(setting), work, *texts, device.type, head, several, phases)
     if key not in _DONE:
         try:
             with FakeTensorMode(), Ledger() as ledger:
-                _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger, head).run(phases)
+                _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger, head, several).run(phases)
         except VALUES_NEEDED as error:
             types = sorted({one.model_type for one in (student, teacher) if one is not None})
             raise UserError(
@@ -138,8 +144,10 @@ class _Simulator:
         device: torch.device,
         ledger: Ledger,
         head: TeacherHead | None,
+        several: Several | None,
     ):
         self.setting, self.work, self.device, self.ledger, self.head = setting, work, device, ledger, head
+        self.several, self.beside_heads, self.head_weights = several, {}, []
         with ledger.part("student weights"):
             model = build(student, setting.student_dtype, setting.student_attention)
             if setting.student_quantization is not None:
@@ -165,6 +173,9 @@ class _Simulator:
                 self.models["teacher"] = model.eval().requires_grad_(False)
                 if setting.teacher_lora is not None:
                     add_adapters(without_dropout(model).train(), setting.teacher_lora, seed=0)
+        for one in () if several is None else several.beside:
+            with ledger.part("teacher weights"):
+                self._add_beside(one)
         if setting.pictures:
             for model in self.models.values():
                 prepare_for_pictures(model)
@@ -174,17 +185,29 @@ class _Simulator:
                 self.projectors.extend(self._projectors(term))
         if head is not None:
             with ledger.part("teacher weights"):
-                self.head_weights = torch.empty(head.size.stored_bytes, dtype=torch.uint8)
+                self.head_weights.append(torch.empty(head.size.stored_bytes, dtype=torch.uint8))
         if setting.checkpointing:
             for model in self._training():  # no random state to preserve: there is no dropout
                 checkpoint_activations(model, preserve_rng_state=False)
         sizes = [lm_head(model).weight.shape[0] for model in self.models.values()]
         self.vocab_sizes = tuple(sizes)
-        self.vocab_size = min([*sizes, *([] if head is None or head.vocab_size is None else [head.vocab_size])])
+        heads = [one for one in (head, *self.beside_heads.values()) if one is not None]
+        self.vocab_size = min([*sizes, *(one.vocab_size for one in heads if one.vocab_size is not None)])
         if any(term.sorts for term in work.terms):  # each model has ids of its own
             self.vocab_size = sizes[0]
         self.losses: dict[str, LossShape] = {}
         self.kv_bytes = dict.fromkeys(self.models, 0)
+
+    def _add_beside(self, one: BesideTeacher) -> None:
+        """A teacher beside the first of several, as `self.models` or `self.beside_heads` have it by its name."""
+        if one.head is not None:
+            self.beside_heads[one.name] = one.head
+            self.head_weights.append(torch.empty(one.head.size.stored_bytes, dtype=torch.uint8))
+            return
+        model = build(one.architecture, one.dtype, one.attention)
+        if one.quantization is not None:
+            quantize(model, one.quantization)
+        self.models[f"teacher {one.name}"] = model.eval().requires_grad_(False)
 
     def _training(self) -> list[PreTrainedModel]:
         """The student, and a teacher with adapters."""
@@ -219,16 +242,32 @@ class _Simulator:
             phases["update"] = ledger.take()
         del states
         phases = {phase: phases[phase] for phase in PHASES if phase in phases}
-        teacher = self.models.get("teacher")
+        sizes = self._teacher_sizes()
+        several = self.several
         return Simulation(
             phases,
             size_of(self.student, self.kv_bytes["student"]),
-            size_of(teacher, self.kv_bytes["teacher"]) if teacher is not None else self.head and self.head.size,
+            together(list(sizes.values())) if several else next(iter(sizes.values()), None),
             self.vocab_size,
             self.losses,
             weight_count(self.projectors),
             self.setting.pictures,
+            sizes,
+            several.row_bytes(list(sizes.values()))
+            if several
+            else sum(one.hidden_size * one.itemsize for one in sizes.values()),
+            several.asked if several else 1.0,
         )
+
+    def _teacher_sizes(self) -> dict[str, ModelSize]:
+        """The teachers by the names that a plan calls them, the first of several first."""
+        names = [name for name in self.models if name.startswith("teacher")]
+        sizes = {name: size_of(self.models[name], self.kv_bytes[name]) for name in names}
+        if self.head is not None:
+            sizes = {"teacher": self.head.size, **sizes}
+        sizes |= {f"teacher {name}": head.size for name, head in self.beside_heads.items()}
+        first = "teacher" if self.several is None else f"teacher {self.several.first}"
+        return {first if name == "teacher" else name: size for name, size in sizes.items()}
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -362,26 +401,41 @@ class _Simulator:
                 self._score(one, phase)
 
     def _score(self, forward: Forward, phase: str) -> None:
-        models = [self.models[name] for name in forward.models]
-        few = self._few_layers(forward.models) if forward.layers == (-1,) else nullcontext()
+        names = [name for one in forward.models for name in self._of_role(one)]
+        models = [self.models[name] for name in names]
+        few = self._few_layers(names) if forward.layers == (-1,) else nullcontext()
+        divided = self.several is not None and self.several.divided
         with sampling_mode(models), few:
             hidden = []
-            for name, model in zip(forward.models, models, strict=True):
-                batch = self._batch(forward, forward.length_of(name))
+            for name, model in zip(names, models, strict=True):
+                batch = self._batch(forward, forward.length_of("teacher" if name.startswith("teacher") else name))
                 _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
+                if divided and name in self._of_role("teacher"):  # one of them reads a record: the worst is the largest
+                    hidden.clear()
                 hidden += [rows_of(state, batch) for state in states.values()]
                 del states
-                if name == "teacher":
+                if name in self._of_role("teacher"):
                     self.ledger.relabel(hidden, "teacher hidden states")
-            if self.head is not None and "teacher" in forward.kept:
+            if self.head is not None and "teacher" in forward.kept or self.beside_heads and not divided:
                 with self.ledger.part("teacher hidden states"):
-                    hidden.append(self._teacher_rows(forward.rows))
+                    hidden.append(self._rows_of_heads(forward.rows))
             if forward.statistics:
-                shape = LossShape(forward.rows, self.vocab_size, len(models) + len(forward.kept), self.device)
+                shape = LossShape(forward.rows, self.vocab_size, len(forward.models) + len(forward.kept), self.device)
                 known = self.losses.get(phase, shape)  # of several the largest
                 self.losses[phase] = max(known, shape, key=lambda one: one.rows)
                 with self.ledger.part("loss buffers"):
                     statistics_twin(hidden[0], shape)
+
+    def _of_role(self, role: str) -> list[str]:
+        """The models that are run where the student is, or the teacher: each of several."""
+        return [name for name in self.models if name == role or name.startswith(f"{role} ")]
+
+    def _rows_of_heads(self, rows: int) -> Tensor:
+        """The room of what teachers without weights here say of so many rows, on the device."""
+        sizes = [one.size for one in (self.head, *self.beside_heads.values()) if one is not None]
+        widths = [size.hidden_size * size.itemsize for size in sizes]
+        together = max if self.several is not None and self.several.divided else sum
+        return torch.empty(rows, together(widths), dtype=torch.uint8)
 
     def _update(self) -> None:
         hooks = [
@@ -404,9 +458,11 @@ class _Simulator:
             parameter.grad = None
 
     def _term(self, term: TermShape) -> None:
-        full = (
-            term.teacher and not term.summed and not term.sorts and not (self.head is not None and self.head.k)
-        )  # a teacher with logits of its own
+        heads = [one for one in (self.head, *self.beside_heads.values()) if one is not None]
+        logits = self._of_role("teacher") or any(not one.k for one in heads)  # a teacher with some of its own
+        full = term.teacher and not term.summed and not term.sorts and bool(logits)
+        teachers = 1 + len(self.several.beside) if self.several is not None and term.teacher else 1
+        divided = teachers > 1 and self.several.divided
         shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
         self.losses[term.name] = shape
         bf16 = self.setting.autocast
@@ -423,7 +479,13 @@ class _Simulator:
                 hidden = rows_of(states[-1], batch)
                 compute = torch.bfloat16 if bf16 else hidden.dtype
                 with self.ledger.part("loss buffers"):
-                    loss = LossTwin.apply(hidden, lm_head(model).weight, compute, shape, self.ledger)
+                    # the worst batch is nearly all one teacher's
+                    own = [hidden, *[hidden[:1] if divided else hidden] * (teachers - 1)]
+                    own = [one.clone() for one in own] if divided else own
+                    weight = lm_head(model).weight
+                    losses = [LossTwin.apply(one, weight, compute, shape, self.ledger) for one in own]
+                    loss = sum(losses[1:], start=losses[0])
+                    del own
                     if term.sorts:
                         sorting = sorting_shape(term.rows, *self.vocab_sizes, self.device)
                         loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
@@ -434,9 +496,11 @@ class _Simulator:
 
     def _teacher_rows(self, rows: int) -> Tensor:
         """The room of what a teacher says of so many rows, on the device."""
+        if self.several is not None:
+            sizes = self._teacher_sizes().values()
+            return torch.empty(rows, self.several.row_bytes(list(sizes)), dtype=torch.uint8)
         if self.head is not None:
-            size = self.head.size
-            return torch.empty(rows, size.hidden_size * size.itemsize, dtype=torch.uint8)
+            return self._rows_of_heads(rows)
         head = lm_head(self.models["teacher"]).weight
         return torch.empty(rows, head.shape[1], dtype=head.dtype)
 

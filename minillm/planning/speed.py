@@ -62,6 +62,7 @@ def speed_of(
         scored["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
         pictures = work.micro_batches * term.batch * simulation.pictures * term.prompted
         scored["teacher"] += pictures * sizes["teacher"].picture
+    scored["teacher"] *= simulation.asked  # of several teachers
     rollout_flops = sum(sum(models.values()) for _, models in decoded)
     update_flops = _update_flops(simulation, work, checkpointing)
     seconds = None
@@ -138,7 +139,7 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
         looks = 1 if size.picture_frozen else 3 + checkpointing
         total += looks * term.batch * simulation.pictures * term.prompted * size.picture
         if term.teacher:
-            total += term.rows * 2.0 * simulation.teacher.head
+            total += simulation.asked * term.rows * 2.0 * simulation.teacher.head
     return total * work.micro_batches
 
 

@@ -69,6 +69,7 @@ def assumptions() -> Iterator[str]:
 
 def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
     simulation, speed = stage.simulation, stage.speed
+    several = simulation.teachers if len(simulation.teachers) > 1 else {}
     return {
         "method": stage.method,
         "parameters": {
@@ -110,7 +111,8 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         "estimated_seconds_per_step": speed and speed.seconds,
         **({} if stage.work.terms else {"flops_per_token": sum(_without_steps(stage))}),
         "smallest_world_size": stage.smallest_world_size(gpu),
-        **({} if stage.elsewhere is None else {f"{stage.elsewhere[0]}_teacher": stage.elsewhere[1]}),
+        **({"teachers": {name: one.parameters for name, one in several.items()}} if several else {}),
+        **{f"{kind}_{name.replace(' ', '_')}": place for name, (kind, place) in stage.elsewhere.items()},
         **({} if stage.cache is None else {"cache": {**vars(stage.cache), "bytes": stage.cache.total}}),
         **({"not_counted": list(stage.not_counted)} if stage.not_counted else {}),
     }
@@ -120,20 +122,21 @@ def _models(stage: StagePlan) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("", "parameters", "layers", "hidden", "KV cache a token", "vocabulary in use"):
         table.add_column(name, justify="right" if name else "left")
-    beside = "teacher" if stage.elsewhere is None else "teacher's head"
-    for who, size in ((stage.student_side, stage.simulation.student), (beside, stage.simulation.teacher)):
-        if size is not None:
-            cache = f"{size.kv_bytes_per_token / 1024:,.0f} KiB" if size.kv_bytes_per_token else "-"
-            table.add_row(
-                who,
-                f"{size.trained:,} trained of {size.parameters:,}"
-                if 0 < size.trained < size.parameters
-                else f"{size.parameters:,}",
-                str(size.layers),
-                f"{size.hidden_size:,}",
-                cache,
-                f"{stage.simulation.vocab_size:,}",
-            )
+    sizes = {stage.student_side: stage.simulation.student}
+    for name, size in stage.simulation.teachers.items():
+        sizes[f"{name}'s head" if name in stage.elsewhere else name] = size
+    for who, size in sizes.items():
+        cache = f"{size.kv_bytes_per_token / 1024:,.0f} KiB" if size.kv_bytes_per_token else "-"
+        table.add_row(
+            who,
+            f"{size.trained:,} trained of {size.parameters:,}"
+            if 0 < size.trained < size.parameters
+            else f"{size.parameters:,}",
+            str(size.layers),
+            f"{size.hidden_size:,}",
+            cache,
+            f"{stage.simulation.vocab_size:,}",
+        )
     return table
 
 
@@ -173,11 +176,10 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
     if stage.student_side != "student":
         yield Text(f"the {stage.student_side} model's memory stands in the student's rows")
-    if stage.elsewhere is not None:
-        kind, place = stage.elsewhere
+    for name, (kind, place) in stage.elsewhere.items():
         words = f"{kind} {'in' if kind == 'cached' else 'by'} {place}"
-        loaded = ", of them the head alone" if stage.simulation.teacher.parameters else ""
-        yield Text(f"the teacher is {words}: its weights are not loaded{loaded}")
+        loaded = ", of them the head alone" if stage.simulation.teachers[name].parameters else ""
+        yield Text(f"the {name} is {words}: its weights are not loaded{loaded}")
     if stage.cache is not None:
         yield Text(_cache(stage.cache))
     for what in stage.not_counted:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from minillm import UserError
 from minillm.config.data import PlainPrompts, Prompts, RecordKeys
-from minillm.config.models import TeacherConfig
+from minillm.config.models import TeacherConfig, teachers_of
 from minillm.config.needs import Needs, Rows, Sampler, TermNeeds
 from minillm.config.root import StageConfig
 from minillm.planning.setting import Setting
@@ -274,8 +274,9 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
 
 
 def _reads_here(config: StageConfig) -> bool:
-    """True where the teacher's weights, if there is one, are loaded."""
-    return config.teacher is None or isinstance(config.teacher, TeacherConfig)
+    """True where the weights of the teacher, or of one of several, are loaded; and where there is none."""
+    teachers = teachers_of(config.teacher_side).values()
+    return not teachers or any(isinstance(one, TeacherConfig) for one in teachers)
 
 
 def _as_it_is(config: StageConfig, forward: Forward) -> Forward:
@@ -283,9 +284,8 @@ def _as_it_is(config: StageConfig, forward: Forward) -> Forward:
     if _reads_here(config) or "teacher" not in forward.models:
         return forward
     here = tuple(name for name in forward.models if name != "teacher")
-    return replace(
-        forward, models=here, kept=() if getattr(config.teacher, "rows", "hidden") == "top_k" else ("teacher",)
-    )
+    kinds = {getattr(one, "rows", "hidden") for one in teachers_of(config.teacher_side).values()}
+    return replace(forward, models=here, kept=() if kinds == {"top_k"} else ("teacher",))
 
 
 def _scored_by_coins(answers: _Text, config: StageConfig, side_by_side: int, prompts: int) -> Forward:
@@ -341,7 +341,9 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     prompt = max(_prompt_length(prompts) for prompts in sets)
     batch = min(keys.batch_size, max(prompts.limit or keys.batch_size for prompts in sets))
     compared = not config.method.needs().other_tokenizer
-    judged = config.teacher is not None and keys.teacher and "read" in config.teacher.abilities and compared
+    teacher = config.teacher_side
+    judged = teacher is not None and keys.teacher and "read" in teacher.abilities and compared
+    answers = judged and _reads_here(config) and "sample" in teacher.abilities
     longest = max(keys.max_new_tokens, *(prompts.max_response_length for prompts in sets))
     controls = config.method.needs().controls_teacher  # what answers is the teacher with the student's logits added
     samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")
@@ -355,7 +357,7 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
             0,
             cuda_graphs=config.rollout.cuda_graphs,
         )
-        for one in samplers[: 1 + (judged and _reads_here(config))]
+        for one in samplers[: 1 + answers]
     ]
     models = ("teacher", "student") if judged or controls else ("student",)
     forward = Forward(models, batch, prompt + longest - 1, batch * longest, True, 0)

@@ -109,9 +109,10 @@ def _step(run: RunFiles, stage: StageFiles) -> str:
     words = f"**{stage.name}**: {summary}"
     if stage.lora:
         words += f", through {lora_words(**stage.lora)}, merged into the weights"
-    if settings.get("teacher") and taught:
-        bits = settings["teacher"].get("quantization")
-        words += f", with {_teacher(settings['teacher'])}{f' in {bits}' if bits else ''} as the teacher"
+    if settings.get("teachers") and taught:
+        words += f", with several teachers: {_teachers(settings)}"
+    elif settings.get("teacher") and taught:
+        words += f", with {_teacher(settings['teacher'])} as the teacher"
     prompts = settings.get("data", {}).get("prompts") or {}
     if prompts:
         words += f", on prompts of {_named(prompts.get('path')) if prompts.get('path') else prompts['type']}"
@@ -126,7 +127,19 @@ def _teacher(settings: Mapping[str, Any]) -> str:
     if settings.get("type") == "served":
         return f"{_named(settings['model']) if settings.get('model') else 'a model'}, served elsewhere,"
     cached = "what is cached in " if settings.get("type") == "cached" else ""
-    return f"{cached}{_named(settings.get('path'))}"
+    bits = settings.get("quantization")
+    return f"{cached}{_named(settings.get('path'))}{f' in {bits}' if bits else ''}"
+
+
+def _teachers(settings: Mapping[str, Any]) -> str:
+    """Several teachers with the way in which they divide the records."""
+    by = settings.get("teachers_by") or {}
+    weights = by.get("weights")
+    parts = [
+        f"{name} ({_teacher(one).rstrip(',')}{f', weight {weights[name]:g}' if weights else ''})"
+        for name, one in settings["teachers"].items()
+    ]
+    return ", ".join(parts) + ("" if weights else f", each for the records whose {by.get('field')} names it")
 
 
 def _adapter(last: StageFiles) -> str:

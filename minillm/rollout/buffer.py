@@ -29,10 +29,12 @@ class Rollout:
     teacher: dict[str, Tensor] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # of the prompt, as TokenSequence has them
     teacher_prompt: list[int] | None = None  # likewise
+    judge: str | None = None  # likewise
 
     @property
     def sequence(self) -> TokenSequence:
-        return TokenSequence(self.prompt, self.response, self.key, self.extras, teacher_prompt=self.teacher_prompt)
+        of_teacher = {"teacher_prompt": self.teacher_prompt, "judge": self.judge}
+        return TokenSequence(self.prompt, self.response, self.key, self.extras, **of_teacher)
 
     @property
     def width(self) -> int:
@@ -86,6 +88,10 @@ class RolloutBuffer(Sequence[Rollout]):
             parts = [nothing if part is None else part for part in parts]
             state[EXTRA + name] = torch.cat([part.flatten() for part in parts])
             state[f"{EXTRA}{name}_shapes"] = torch.tensor([part.shape for part in parts])
+        if any(rollout.judge is not None for rollout in self):
+            names = [(rollout.judge or "").encode() for rollout in self]
+            state["judge_lengths"] = _integers(map(len, names))
+            state["judge_bytes"] = torch.tensor(list(b"".join(names)), dtype=torch.uint8)
         return state
 
     @classmethod
@@ -136,6 +142,10 @@ def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
         for row, part in enumerate(_split(state[name], shapes.prod(1))):
             if len(part):
                 extras[row][name.removeprefix(EXTRA)] = part.view(shapes[row].tolist())
+    judges: list[str | None] = [None] * len(lengths)
+    if "judge_bytes" in state:
+        names = _split(state["judge_bytes"], state["judge_lengths"])
+        judges = [bytes(name.tolist()).decode() or None for name in names]
     return [
         Rollout(
             key=int(key),
@@ -146,6 +156,7 @@ def _rollouts(state: Mapping[str, Tensor]) -> list[Rollout]:
             teacher=teacher[row],
             extras=extras[row],
             teacher_prompt=for_teacher[row].tolist() or None,
+            judge=judges[row],
         )
         for row, key in enumerate(state["keys"])
     ]

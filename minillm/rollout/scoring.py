@@ -2,7 +2,6 @@
 each model, or from what both have said while the answers were sampled."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,13 +14,21 @@ from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.rollouts import Answer, Scores
 from minillm.teachers.pair import Models
+from minillm.teachers.several import SeveralRows, Share, shares_of
 from minillm.teachers.teacher import TeacherRows, require_teacher
 
 FIELDS = ("student_logprob", "teacher_logprob", "reverse_kl")
 SAME_LOGPROB = 1e-4  # nats between two ways of computing one
 
 
-def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], batch_size: int) -> RolloutBuffer:
+def score(
+    models: Models,
+    answers: Sequence[Answer],
+    *,
+    keys: Sequence[int],
+    judges: Sequence[str | None] | None = None,
+    batch_size: int,
+) -> RolloutBuffer:
     """Answers with, for each of their T tokens, (T,) fp32 each:
 
     mixture_logprob, log p~(y_t) as it was sampled; student_logprob, log q_old(y_t); teacher_logprob, log p(y_t);
@@ -31,6 +38,11 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
 
     Where answers bring scores along, the teacher is not run, and the student only where what it said token by token is
     not what it says in one pass, to which the first step's ratios refer.
+
+    Of several teachers with weights the last two are the weighted sums: with teacher_logprob as the reward the policy
+    gradient is that of the weighted sum of the reverse KLs.
+
+    Args: judges: the name of each answer's teacher, where each has one of several.
 
     Raises UserError without a teacher, ValueError for keys that do not match the answers.
     """
@@ -43,7 +55,7 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
         if known and _scores_hold(models, answers, mine):
             found = {index: answers[index].scores for index in mine}
         else:
-            found = _measure_all(models, answers, batch_size, known=known)
+            found = _measure_all(models, answers, judges or [None] * len(answers), batch_size, known=known)
     scored = RolloutBuffer(
         Rollout(
             key=keys[index],
@@ -54,6 +66,7 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
             teacher=found[index].teacher,
             extras=answers[index].extras,
             teacher_prompt=answers[index].teacher_prompt,
+            judge=None if judges is None else judges[index],
         )
         for index in mine
     )
@@ -72,7 +85,7 @@ def score(models: Models, answers: Sequence[Answer], *, keys: Sequence[int], bat
 def batch_statistics(
     models: Models,
     batch: TokenBatch,
-    rows: TeacherRows | None,
+    rows: TeacherRows | SeveralRows | None,
     fields: tuple[str, ...],
     shift: Tensor | None = None,  # (N, H_d)
 ) -> TokenStats:  # (N,) each
@@ -89,26 +102,62 @@ def statistics(
     models: Models,
     hidden: Tensor,  # (N, H_s) the student's last hidden states
     labels: Tensor,  # (N,) int64
-    rows: TeacherRows | None,
+    rows: TeacherRows | SeveralRows | None,
     fields: tuple[str, ...],
     shift: Tensor | None = None,  # (N, H_d)
 ) -> TokenStats:  # (N,) each
     """Statistics at temperature 1 of N predictions of which the hidden states are known; `rows` and `shift` as above."""
-    states, student_head = hidden, lm_head(models.student)
+    student_head = lm_head(models.student)
     if shift is not None:
-        states, student_head = (hidden, shift), LMHead.sum_of(student_head, models.delta.head())
-    with nullcontext((None, None)) if rows is None else rows.for_losses() as (said, head):
-        return linear_token_stats(states, student_head, said, head, labels, fields=fields, vocab_size=models.vocab_size)
+        student_head = LMHead.sum_of(student_head, models.delta.head())
+    found = []
+    for share in shares_of(rows):
+        states = share.of(hidden) if shift is None else (share.of(hidden), share.of(shift))
+        with share.for_losses() as (said, head):
+            if not share.is_empty:
+                stats = linear_token_stats(
+                    states,
+                    student_head,
+                    said,
+                    head,
+                    share.of(labels),
+                    fields=fields,
+                    vocab_size=models.vocab_size,
+                )
+                found.append((share, stats))
+    return found[0][1] if len(found) == 1 and found[0][0].places is None else _together(found, fields, labels)
 
 
-def _measure_all(models: Models, answers: Sequence[Answer], batch_size: int, *, known: bool) -> dict[int, Scores]:
+def _together(
+    found: Sequence[tuple[Share, TokenStats]],
+    fields: tuple[str, ...],
+    labels: Tensor,  # (N,) int64
+) -> TokenStats:  # (N,) each
+    """The statistics of several teachers' rows: each its own, or the weighted sums, which of the student are its own too."""
+    if any(field.endswith("_argmax") for field in fields):
+        raise ValueError("several teachers have no likeliest id together")
+    values = {}
+    for field in fields:
+        parts = [(share, getattr(stats, field)) for share, stats in found]
+        if field.startswith("student_") and parts[0][0].places is None:
+            values[field] = parts[0][1]
+            continue
+        values[field] = parts[0][1].new_zeros(len(labels))
+        for share, part in parts:
+            values[field][slice(None) if share.places is None else share.places] += share.weight * part
+    return TokenStats(values)
+
+
+def _measure_all(
+    models: Models, answers: Sequence[Answer], judges: Sequence[str | None], batch_size: int, *, known: bool
+) -> dict[int, Scores]:
     """Scores of this rank's answers by full passes, where they are `known` of the student alone."""
     todo = (collectives.even_rank_slice if models.by_layers else collectives.rank_slice)(len(answers))
     order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
     found: dict[int, Scores] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = _collated(models, [answers[index] for index in chosen])
+        batch = _collated(models, [answers[index] for index in chosen], [judges[index] for index in chosen])
         if known:
             parts = [answers[index].scores.teacher for index in chosen]
             rows = models.teacher.rows_of({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -134,7 +183,7 @@ def _scores_hold(models: Models, answers: Sequence[Answer], mine: Sequence[int])
     if longest is None and not models.by_layers:
         return not collectives.anywhere(False)
     answer = answers[longest or 0]
-    batch = _collated(models, [answer])
+    batch = _collated(models, [answer], [None])
     logprob = batch_statistics(models, batch, None, ("student_logprob",)).student_logprob.cpu()
     apart = longest is not None and not (
         (logprob - answer.scores.vectors["student_logprob"]).abs().max() <= SAME_LOGPROB
@@ -142,9 +191,11 @@ def _scores_hold(models: Models, answers: Sequence[Answer], mine: Sequence[int])
     return not collectives.anywhere(apart)
 
 
-def _collated(models: Models, answers: Sequence[Answer]) -> TokenBatch:
+def _collated(models: Models, answers: Sequence[Answer], judges: Sequence[str | None]) -> TokenBatch:
     sequences = [
-        TokenSequence(answer.prompt, answer.response, extras=answer.extras, teacher_prompt=answer.teacher_prompt)
-        for answer in answers
+        TokenSequence(
+            answer.prompt, answer.response, extras=answer.extras, teacher_prompt=answer.teacher_prompt, judge=judge
+        )
+        for answer, judge in zip(answers, judges, strict=True)
     ]
     return collate(sequences, models.pad_id).to(models.device)

@@ -37,7 +37,7 @@ class CachedTeacher:
         self.answers_beside_pictures = False  # as minillm.models.families.answer_beside_pictures
         self.answers_file = folder / ANSWERS if (folder / ANSWERS).is_file() else None
         can = {"logprobs": self.cache.storage.rows == "hidden", "answer": self.answers_file is not None}
-        self.abilities: frozenset[Ability] = frozenset(name for name, able in can.items() if able)
+        self.abilities: frozenset[Ability] = frozenset({"single", *(name for name, able in can.items() if able)})
 
     @property
     def vocab_size(self) -> int:

@@ -14,8 +14,11 @@ from minillm.config.models import (
     AnyTeacherConfig,
     CachedTeacherConfig,
     ServedTeacherConfig,
+    SeveralTeachersConfig,
     StudentConfig,
     TeacherConfig,
+    TeacherSide,
+    teachers_of,
 )
 from minillm.distributed import collectives
 from minillm.models.delta import Delta, Translation
@@ -33,6 +36,7 @@ from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row, preflight
 from minillm.teachers.row_cache import TOKENIZER, find_cache
 from minillm.teachers.served import ServedTeacher, fetch_tokenizer
+from minillm.teachers.several import SeveralTeachers, weights_here
 from minillm.teachers.teacher import Teacher, require_ability
 from minillm.teachers.vocabularies import PreflightError, require_same_tokenizer
 
@@ -41,7 +45,12 @@ class OpenTeacher(NamedTuple):
     """A teacher and what its texts are made of."""
 
     teacher: Teacher
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | dict[str, PreTrainedTokenizerBase]  # of several teachers by their names
+
+
+def teacher_tokenizers(config: TeacherSide | None, output_dir: Path) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers of the teachers that there are, by the key of each. Raises UserError where one cannot be read."""
+    return {key: teacher_tokenizer(one, output_dir) for key, one in teachers_of(config).items()}
 
 
 def teacher_tokenizer(config: AnyTeacherConfig, output_dir: Path) -> PreTrainedTokenizerBase:
@@ -62,13 +71,18 @@ def teacher_tokenizer(config: AnyTeacherConfig, output_dir: Path) -> PreTrainedT
     return load_tokenizer(config, output_dir)
 
 
-def open_teacher(
-    config: AnyTeacherConfig, *, output_dir: Path, device: torch.device, sharded: bool = False
-) -> OpenTeacher:
+def open_teacher(config: TeacherSide, *, output_dir: Path, device: torch.device, sharded: bool = False) -> OpenTeacher:
     """The teacher of a configuration. All ranks call it together; of one that will be sharded, rank 0 reads the weights.
 
     Of a cached or a served one no weights are read before its head is asked for. Raises UserError where it cannot be read.
     """
+    if isinstance(config, SeveralTeachersConfig):
+        opened = {
+            name: open_teacher(one, output_dir=output_dir, device=device, sharded=sharded)
+            for name, one in config.teachers.items()
+        }
+        several = SeveralTeachers({name: one.teacher for name, one in opened.items()}, config.weights, config.abilities)
+        return OpenTeacher(several, {name: one.tokenizer for name, one in opened.items()})
     if isinstance(config, ServedTeacherConfig):
         if config.protocol == "openai":
             tokenizer = teacher_tokenizer(config, output_dir)
@@ -118,27 +132,27 @@ def open_models(
 
     Raises PreflightError where the two do not go together, UserError where one cannot be read.
     """
-    judge, teacher_tokenizer = (None, None) if teacher is None else teacher
+    judge, judges_tokenizer = (None, None) if teacher is None else teacher
     if student is None:
         require_ability(judge, "evaluate", "a teacher in the student's place")
-        return preflight(judge.model, judge, teacher_tokenizer, teacher_tokenizer, device)
+        return preflight(judge.model, judge, judges_tokenizer, judges_tokenizer, device)
     options = {"output_dir": output_dir, "device": loading_device or device, "seed": seed, "hollow": hollow}
     source = judge.model if copy_teacher else None
     model = collectives.together(lambda: load_student(student, source=source, saved=saved, **options))
     if not trained:
         model = model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(student if saved is None else student.saved_in(saved), output_dir)
-    with gathered(None if judge is None else judge.model, by_layers=by_layers):  # an earlier stage may have sharded it
+    with gathered(*weights_here(judge), by_layers=by_layers):  # an earlier stage may have sharded it
         return collectives.together(
             lambda: preflight(
-                model, judge, tokenizer, teacher_tokenizer, device, by_layers=by_layers, tokenizers=tokenizers
+                model, judge, tokenizer, judges_tokenizer, device, by_layers=by_layers, tokenizers=tokenizers
             )
         )
 
 
 def open_named(
     path: str | None,
-    teacher: AnyTeacherConfig | None,
+    teacher: TeacherSide | None,
     *,
     device: str = "auto",
     dtype: str = "float32",

@@ -12,6 +12,7 @@ from minillm.models.delta import Delta
 from minillm.models.modes import sampling_mode
 from minillm.models.sharded import gathered
 from minillm.models.tokenizer_pair import TokenizerPair
+from minillm.teachers.several import weights_here
 from minillm.teachers.teacher import Teacher, require_ability
 from minillm.teachers.vocabularies import SharedVocabulary
 
@@ -58,9 +59,9 @@ class Models:
 
         All ranks must enter and leave together. A teacher without weights in this process needs no such thing.
         """
-        here = [self.student if role == "student" else self.teacher.model for role in roles]
+        here = [self.student] if "student" in roles else []
+        here += weights_here(self.teacher) if "teacher" in roles else []
         if "student" in roles and self.delta is not None:
             here.append(self.delta.model)
-        here = [model for model in here if model is not None]
         with gathered(*here, by_layers=self.by_layers), sampling_mode(here):
             yield

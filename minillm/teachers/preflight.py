@@ -1,5 +1,8 @@
 """The conditions that a pair of models must meet before anything is trained, and the table that shows it."""
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,17 +18,29 @@ from minillm.models.tokenizers import end_ids
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.remote import RemoteTeacher
+from minillm.teachers.several import SeveralTeachers
 from minillm.teachers.teacher import Teacher
-from minillm.teachers.vocabularies import PreflightError, shared_vocabulary
+from minillm.teachers.vocabularies import PreflightError, SharedVocabulary, shared_vocabulary
 
 Row = tuple[str, str, str]  # (what, student, teacher)
+Tokenizers = (
+    PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase]
+)  # of one teacher, or of several by their names
+
+
+class Judge(NamedTuple):
+    """One of the teachers of a student, in most pairs the only one."""
+
+    who: str  # for errors
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def preflight(
     student: PreTrainedModel,
     teacher: Teacher | None,
     student_tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: Tokenizers | None,
     device: torch.device,
     *,
     by_layers: bool = False,
@@ -41,34 +56,29 @@ def preflight(
 
     With `tokenizers` each of the two reads its own ids, of which nothing is cut, and the student's ends are its own.
     """
+    judges = _judges(teacher, teacher_tokenizer)
     rows_s = lm_head(student).weight.shape[0]
-    rows_t = None if teacher is None else teacher.vocab_size
     if tokenizers is None:
-        vocabulary = shared_vocabulary(
-            student_tokenizer,
-            teacher_tokenizer if teacher is not None else None,
-            rows=[rows_s, *([rows_t] if rows_t else [])],
-        )
+        vocabulary = _shared_by_all(student_tokenizer, judges, rows_s)
     else:
         vocabulary = shared_vocabulary(student_tokenizer, None, rows=[rows_s])
-        shared_vocabulary(teacher_tokenizer, None, rows=[rows_t])
+        shared_vocabulary(teacher_tokenizer, None, rows=[teacher.vocab_size])
     vocab_size = vocabulary.size
-    if isinstance(teacher, CachedTeacher) and teacher.largest_id is not None and teacher.largest_id >= vocab_size:
-        raise PreflightError(
-            f"the cached teacher's likeliest ids go up to {teacher.largest_id:,}, and student and teacher share only "
-            f"{vocab_size:,}; cache hidden states (method.rows=hidden), whose head is cut to the shared part"
-        )
-    teacher_model = None if teacher is None else teacher.model
-    _look_at_pictures(student, student_tokenizer, teacher, teacher_tokenizer)
-    for who, model in (("student", student), ("teacher", teacher_model)):
+    for judge in judges:
+        largest = judge.teacher.largest_id if isinstance(judge.teacher, CachedTeacher) else None
+        if largest is not None and largest >= vocab_size:
+            raise PreflightError(
+                f"the cached teacher's likeliest ids go up to {largest:,}, and student and teacher share only "
+                f"{vocab_size:,}; cache hidden states (method.rows=hidden), whose head is cut to the shared part"
+            )
+    _look_at_pictures(student, student_tokenizer, judges)
+    for who, model in (("student", student), *((judge.who, judge.teacher.model) for judge in judges)):
         # one that is sharded over the ranks was looked at when it was loaded; one without weights is rank 0's to look at
         if model is not None and not is_sharded(model) and not is_hollow(model):
             _check_model(who, model)
     ends = [*end_ids(student, student_tokenizer)]
-    if tokenizers is None and teacher_model is not None:
-        ends += end_ids(teacher_model, student_tokenizer if teacher_tokenizer is None else teacher_tokenizer)
-    elif tokenizers is None and teacher is not None:
-        ends += teacher.end_ids
+    for _, one, tokenizer in judges if tokenizers is None else ():
+        ends += one.end_ids if one.model is None else end_ids(one.model, tokenizer or student_tokenizer)
     eos_ids = tuple(dict.fromkeys(token for token in ends if token < vocab_size))
     if not eos_ids:
         raise PreflightError(
@@ -89,21 +99,38 @@ def preflight(
         vocabulary,
         tokenizers,
     )
-    if isinstance(teacher, RemoteTeacher):
-        teacher.shared_ids = vocab_size
-    return models, _table(models, teacher_tokenizer, rows_s, rows_t)
+    for judge in judges:
+        if isinstance(judge.teacher, RemoteTeacher):
+            judge.teacher.shared_ids = vocab_size
+    return models, _table(models, judges, rows_s)
+
+
+def _judges(teacher: Teacher | None, tokenizer: Tokenizers | None) -> list[Judge]:
+    if isinstance(teacher, SeveralTeachers):
+        return [Judge(f"teacher {name!r}", one, tokenizer[name]) for name, one in teacher.teachers.items()]
+    return [] if teacher is None else [Judge("teacher", teacher, tokenizer)]
+
+
+def _shared_by_all(tokenizer: PreTrainedTokenizerBase, judges: Sequence[Judge], rows_s: int) -> SharedVocabulary:
+    """The ids that the student and all teachers share. Raises PreflightError, which of several names the one that does not."""
+    rows, found = [rows_s, *(judge.teacher.vocab_size for judge in judges)], []
+    for who, _, theirs in judges:
+        try:
+            found.append(shared_vocabulary(tokenizer, theirs, rows=rows))
+        except PreflightError as error:
+            raise error if len(judges) == 1 else PreflightError(f"{who}: {error}") from None
+    if not found:
+        return shared_vocabulary(tokenizer, None, rows=rows)
+    unshared = {index: names for one in found for index, names in one.unshared.items()}
+    return SharedVocabulary(min(one.size for one in found), unshared)
 
 
 def _look_at_pictures(
-    student: PreTrainedModel,
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher: Teacher | None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    student: PreTrainedModel, student_tokenizer: PreTrainedTokenizerBase, judges: Sequence[Judge]
 ) -> None:
-    """Ban what stands for a picture from the answers of a pair that pictures can be shown to, and of no other."""
+    """Ban what stands for a picture from the answers of models all of which pictures can be shown to, and of no others."""
     pairs = [("student", student, student_tokenizer)]
-    if teacher is not None:
-        pairs.append(("teacher", teacher.model, teacher_tokenizer))
+    pairs += [(who, teacher.model, tokenizer) for who, teacher, tokenizer in judges]
     for who, model, tokenizer in pairs:
         processor = None if tokenizer is None else processor_of(tokenizer)
         if model is None or processor is None or not sees_pictures(model):
@@ -118,15 +145,16 @@ def _look_at_pictures(
         for _, model, tokenizer in pairs
     ]
     ids = {placeholder_id(model.config) for _, model, _ in pairs if model is not None}
-    absent = teacher if teacher is not None and teacher.model is None else None
-    if absent is not None:
-        seeing[1], ids = absent.picture_id is not None, {*ids, absent.picture_id}
+    for place, (_, teacher, _) in enumerate(judges, start=1):
+        if teacher.model is None:
+            seeing[place], ids = teacher.picture_id is not None, {*ids, teacher.picture_id}
     beside = all(seeing) and len(ids) == 1
     for _, model, _ in pairs:
         if model is not None:
             answer_beside_pictures(model, beside)
-    if isinstance(teacher, CachedTeacher):
-        teacher.answers_beside_pictures = beside
+    for _, teacher, _ in judges:
+        if isinstance(teacher, CachedTeacher):
+            teacher.answers_beside_pictures = beside
 
 
 def _check_model(who: str, model: PreTrainedModel) -> None:
@@ -152,6 +180,13 @@ def _check_model(who: str, model: PreTrainedModel) -> None:
         )
 
 
+def _of_all(whose: Sequence[str], cells: Sequence[str]) -> str:
+    """The cells of all teachers in one: what is the same for all is said once."""
+    if len(set(cells)) == 1:
+        return cells[0]
+    return "; ".join(f"{name}: {cell}" for name, cell in zip(whose, cells, strict=True))
+
+
 def _counts(model: PreTrainedModel) -> str:
     """The number of weights, and how many of them are trained where that is neither all nor none."""
     sizes = [(getattr(one, "ds_numel", element_count(one)), one.requires_grad) for one in model.parameters()]
@@ -164,9 +199,7 @@ def _precision(model: PreTrainedModel) -> str:
     return f"{dtype} around {quantization_name(model)}" if is_quantized(model) else dtype
 
 
-def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -> list[Row]:
-    student, teacher = models.student, None if models.teacher is None else models.teacher.model
-
+def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
     student_template = models.tokenizer.chat_template
 
     def template_of(tokenizer) -> str:
@@ -180,11 +213,11 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
         seen = processor is not None and sees_pictures(model)
         return type(processor.image_processor).__name__ if seen else "none"
 
-    def column(model, tokenizer, rows):
+    def column(model, tokenizer, rows, teacher=None):
         if model is None:
             heads = f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}")
-            ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in models.teacher.end_ids)
-            name, size, form = models.teacher.summary
+            ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in teacher.end_ids)
+            name, size, form = teacher.summary
             return [name, size, form, heads, f"{len(tokenizer):,} tokens", ends, template_of(tokenizer), "none"]
         config = model.config
         return [
@@ -211,9 +244,11 @@ def _table(models: Models, teacher_tokenizer, rows_s: int, rows_t: int | None) -
         "chat template",
         "pictures",
     ]
+    beside = [column(one.model, tokenizer, one.vocab_size, one) for _, one, tokenizer in judges]
+    whose = list(models.teacher.teachers) if isinstance(models.teacher, SeveralTeachers) else [""]
     columns = (
-        column(student, models.tokenizer, rows_s),
-        ["-"] * 8 if models.teacher is None else column(teacher, teacher_tokenizer, rows_t),
+        column(models.student, models.tokenizer, rows_s),
+        [_of_all(whose, cells) for cells in zip(*beside, strict=True)] or ["-"] * len(names),
     )
     table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
     pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)

@@ -148,5 +148,5 @@ def require_ability(teacher: Teacher | None, ability: Ability, what: str) -> Non
     if ability not in teacher.abilities:
         raise UserError(
             f"{what} needs a teacher that can {ABILITIES[ability]}, which {type(teacher).__name__} cannot; use one whose "
-            "weights are here"
+            "weights are here, and no other beside it"
         )

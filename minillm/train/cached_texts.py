@@ -10,6 +10,8 @@ from minillm.data.corpus import block_text
 from minillm.data.fingerprints import template_fingerprint, tokenizer_fingerprint
 from minillm.models.batch import TokenSequence
 from minillm.teachers.cached import CachedTeacher
+from minillm.teachers.several import members
+from minillm.teachers.teacher import Teacher
 from minillm.train.stage_data import StageData
 
 UNMEASURED = (
@@ -21,15 +23,21 @@ NAMES: dict[Rows, str] = {"references": "prompts with their references", "corpus
 SELECTION = {"limit", "skip", "path", "name", "split"}
 
 
-def require_cached_texts(teacher: CachedTeacher, stage: Stage, read: StageData) -> None:
-    """Raises UserError, which says what is another, where the cache lacks a text that the teacher will be asked about.
+def require_cached_texts(teacher: Teacher | None, stage: Stage, read: StageData) -> None:
+    """Raises UserError, which says what is another, where a cached teacher lacks a text that it will be asked about.
 
     One process calls it. Every text is looked up; none of their rows is read.
     """
+    for name, one in members(teacher).items():
+        if isinstance(one, CachedTeacher):
+            _require_texts(one, stage, read, judge=name)
+
+
+def _require_texts(teacher: CachedTeacher, stage: Stage, read: StageData, *, judge: str | None) -> None:
     asked = {kind for term in stage.config.method.needs().terms if term.teacher for kind in term.rows}
     texts: dict[Rows, Iterable[TokenSequence]] = {}
     if "references" in asked:
-        texts["references"] = (example.sequence for example in read.prompts.examples)
+        texts["references"] = (one.sequence for one in read.prompts.judged_by(judge).examples)
     if "corpus" in asked:
         texts["corpus"] = (block_text(block, place) for place, block in enumerate(read.corpus.blocks))
     for kind, found in texts.items():

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from minillm.config.models import AnyTeacherConfig
+from minillm.config.models import TeacherSide, teachers_of
 from minillm.evaluate.evaluator import Evaluator
 from minillm.teachers.open import OpenTeacher, open_teacher
 
 
 class ModelCache:
-    """Keeps one teacher, so that two never fill the memory, and one evaluator."""
+    """Keeps one teacher, or the several of a stage, so that those of two never fill the memory, and one evaluator."""
 
     def __init__(self):
         self._teacher_key: object = None
@@ -22,7 +22,7 @@ class ModelCache:
 
     def teacher(
         self,
-        config: AnyTeacherConfig | None,
+        config: TeacherSide | None,
         output_dir: Path,
         device: torch.device,
         *,
@@ -60,7 +60,8 @@ class ModelCache:
         self._teacher, self._teacher_key = None, None
 
 
-def teacher_identity(config: AnyTeacherConfig | None, output_dir: Path) -> object:
+def teacher_identity(config: TeacherSide | None, output_dir: Path) -> object:
     """Equal for equal teachers: what a stage has left is another model in another run."""
-    names = [getattr(config, key, None) or "" for key in ("path", "tokenizer")]
+    found = teachers_of(config).values()
+    names = [getattr(one, key, None) or "" for one in found for key in ("path", "tokenizer")]
     return config, output_dir if any(name.startswith("stage:") for name in names) else None

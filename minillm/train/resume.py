@@ -48,10 +48,17 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
 def _kept(config: dict) -> dict:
     """The keys of a stage that must be as they were: a served teacher may have moved."""
     kept = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
-    teacher = kept.get("teacher") or {}
-    if teacher.get("type") == "served":
-        kept["teacher"] = {key: value for key, value in teacher.items() if key not in ServedTeacherConfig.of_the_place}
+    if kept.get("teacher"):
+        kept["teacher"] = _without_place(kept["teacher"])
+    if kept.get("teachers"):
+        kept["teachers"] = {name: _without_place(teacher) for name, teacher in kept["teachers"].items()}
     return kept
+
+
+def _without_place(teacher: dict) -> dict:
+    if teacher.get("type") != "served":
+        return teacher
+    return {key: value for key, value in teacher.items() if key not in ServedTeacherConfig.of_the_place}
 
 
 def _is_longer(before: dict, now: dict) -> bool:

@@ -215,12 +215,12 @@ def _next_progress(before: Progress | None, stage: str, started: str) -> Progres
 
 def _first_with_its_teacher(plan: RunPlan, stage: Stage) -> bool:
     """True where the teacher's own answers are evaluated in this stage: once a teacher and evaluation."""
-    teacher = stage.config.teacher
+    teacher = stage.config.teacher_side
     if teacher is None or not stage.config.eval.teacher or "evaluate" not in teacher.abilities:
         return False
 
     def key(other: Stage):
-        return other.config.teacher, other.config.eval
+        return other.config.teacher_side, other.config.eval
 
     needs = ((other, other.config.method.needs()) for other in plan.stages)
     # where each model reads its own ids, the evaluation's prompts are in the student's
@@ -240,7 +240,7 @@ def _measured_before(plan: RunPlan, stage: Stage) -> bool:
     if not path.startswith("stage:") or config.student.init != "pretrained":
         return False
     source = next(other.config for other in plan.stages if other.name == path.removeprefix("stage:"))
-    return source.eval == config.eval and source.teacher == config.teacher
+    return source.eval == config.eval and source.teacher_side == config.teacher_side
 
 
 def _take_back(plan: RunPlan, name: str) -> None:

@@ -7,16 +7,24 @@ from minillm import UserError
 from minillm.config.loader.run_plan import Stage
 from minillm.storage.atomic import write_text
 from minillm.teachers.remote import RemoteTeacher
+from minillm.teachers.several import members
+from minillm.teachers.teacher import Teacher
 
-IDENTITY = "served_teacher.json"  # in written/NAME
+IDENTITY = "served_teacher.json"  # in written/NAME; of several teachers served_teacher-TEACHER.json
 
 
-def require_same_served(teacher: RemoteTeacher, stage: Stage, output_dir: Path, *, resumed: bool) -> None:
-    """Write down which model is served to a stage that begins. One process calls it.
+def require_same_served(teacher: Teacher | None, stage: Stage, output_dir: Path, *, resumed: bool) -> None:
+    """Write down which models are served to a stage that begins. One process calls it.
 
     Raises UserError where a stage that is `resumed` began with other weights.
     """
-    path = output_dir / "written" / stage.name / IDENTITY
+    for name, one in members(teacher).items():
+        if isinstance(one, RemoteTeacher):
+            file = IDENTITY if name is None else f"{Path(IDENTITY).stem}-{name}.json"
+            _require_same(one, stage, output_dir / "written" / stage.name / file, resumed=resumed)
+
+
+def _require_same(teacher: RemoteTeacher, stage: Stage, path: Path, *, resumed: bool) -> None:
     now = teacher.identity
     if not resumed or not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

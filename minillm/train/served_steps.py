@@ -18,7 +18,8 @@ from minillm.rollout.rank_items import rank_items
 from minillm.teachers.pair import Models
 from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.server_pool import TeacherAway
-from minillm.teachers.teacher import PromisedRows
+from minillm.teachers.several import members, shares_of
+from minillm.teachers.teacher import PromisedRows, Teacher
 from minillm.train.progress import Progress
 
 Streams = Mapping[str, Stream | RankSlice]
@@ -66,8 +67,9 @@ def made_together(make: Callable[[], list[list[Term]]], *, served: bool) -> list
     try:
         terms = make()
         for term in (one for of_micro_batch in terms for one in of_micro_batch):
-            if isinstance(term.teacher, PromisedRows):
-                term.teacher.wait()
+            for share in shares_of(term.teacher):
+                if isinstance(share.rows, PromisedRows):
+                    share.rows.wait()
     except TeacherAway as error:
         away = str(error)
     others = [one for one in collectives.gather(away) if one is not None]
@@ -93,7 +95,7 @@ def ask_ahead(
         order: the indices of a step's items from (number of items, draw + 1), as the trainer will choose them.
         cut: makes the micro-batches of a step, whose items are asked for together.
     """
-    if not isinstance(models.teacher, RemoteTeacher) or not any(term.teacher for term in method.needs.terms):
+    if not is_served(models.teacher) or not any(term.teacher for term in method.needs.terms):
         return
     if method.needs.buffered or not method.foreseeable(draw):
         return
@@ -101,6 +103,11 @@ def ask_ahead(
         items = method.collect(data, models, draw)
     mine = rank_items(items, order(len(items), draw + 1))
     models.teacher.expect(collate(sequences_of(micro_batch), models.pad_id) for micro_batch in cut(mine))
+
+
+def is_served(teacher: Teacher | None) -> bool:
+    """True for a teacher that is served elsewhere, and for several of which one is."""
+    return any(isinstance(one, RemoteTeacher) for one in members(teacher).values())
 
 
 @contextmanager

@@ -5,17 +5,34 @@ from collections.abc import Iterable, Mapping
 from minillm.config.loader.run_plan import Stage
 from minillm.data.instructions import PromptSet
 from minillm.teachers.remote import RemoteTeacher
+from minillm.teachers.several import members
+from minillm.teachers.teacher import Teacher
 from minillm.train.stage_data import StageData
 
 
 def require_served_lengths(
-    teacher: RemoteTeacher, stage: Stage, read: StageData, held_out: Mapping[str, PromptSet]
+    teacher: Teacher | None, stage: Stage, read: StageData, held_out: Mapping[str, PromptSet]
 ) -> None:
-    """Raises UserError for data with texts, or with prompts that can be answered, beyond what the servers read."""
+    """Raises UserError for data with texts, or with prompts that can be answered, beyond what the servers of a teacher read.
+
+    Of several teachers each reads the records that are its.
+    """
+    for name, one in members(teacher).items():
+        if not isinstance(one, RemoteTeacher):
+            continue
+        whose = "" if name is None else f", read by teacher {name!r}"
+        for what, longest in _longest_texts(stage, read, held_out, judge=name).items():
+            one.require_length(what + whose, longest)
+
+
+def _longest_texts(
+    stage: Stage, read: StageData, held_out: Mapping[str, PromptSet], *, judge: str | None
+) -> dict[str, int]:
+    """Data -> the most tokens of a text of it that a teacher may be sent."""
     config, needs = stage.config, stage.config.method.needs()
     answer = config.rollout.max_new_tokens if needs.samples else 0
     lengths: dict[str, Iterable[int]] = {
-        name: (_longest(example, answer) for example in one.examples)
+        name: (_longest(example, answer) for example in one.judged_by(judge).examples)
         for name, one in (("data.prompts", read.prompts), ("data.forget", read.forget))
         if one is not None
     }
@@ -28,9 +45,11 @@ def require_served_lengths(
         lengths["data.corpus"] = (config.data.corpus.block_size,)
     if config.eval.teacher:
         most = config.eval.max_new_tokens
-        lengths |= {name: (_longest(example, most) for example in one.examples) for name, one in held_out.items()}
-    for name, found in lengths.items():
-        teacher.require_length(name, max(found, default=0))
+        lengths |= {
+            name: (_longest(example, most) for example in one.judged_by(judge).examples)
+            for name, one in held_out.items()
+        }
+    return {name: max(found, default=0) for name, found in lengths.items()}
 
 
 def _longest(example, answer: int) -> int:

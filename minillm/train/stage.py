@@ -13,6 +13,7 @@ from minillm.config.loader.run_plan import Stage
 from minillm.config.models import AnyTeacherConfig, StudentConfig, TeacherConfig
 from minillm.config.training import shards_student, shards_teacher
 from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
+from minillm.data.judges import judges_of
 from minillm.data.stream import RankSlice, Stream
 from minillm.data.teacher_context import write_summary
 from minillm.distributed import collectives
@@ -34,7 +35,7 @@ from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.open import open_models
 from minillm.teachers.pair import Models, Role
 from minillm.teachers.preflight import Row
-from minillm.teachers.remote import RemoteTeacher
+from minillm.teachers.several import members
 from minillm.teachers.teacher import require_ability
 from minillm.train.cached_texts import UNMEASURED, require_cached_texts
 from minillm.train.frozen_weights import find_frozen_weights, write_frozen_weights
@@ -89,23 +90,24 @@ class StageBuilder:
         read = collectives.together(lambda: read_stage_data(stage, self.output_dir, self.started, saved=saved))
         evaluator = self._make_evaluator(stage, read.tokenizer)
         held_out = {} if evaluator is None else {f"eval.sets.{name}": one for name, one in evaluator.sets.items()}
-        require_shared_pictures(held_out, read.tokenizer, read.teacher_tokenizer, ranks=collectives.world_size())
+        require_shared_pictures(
+            held_out, read.tokenizer, read.teacher_tokenizers.values(), ranks=collectives.world_size()
+        )
         models, rows = self.open_models(stage, read.tokenizer, checkpoint, saved, read.tokenizers)
         self.console.preflight([*rows, *read.rows])
         collectives.together(lambda: require_shared_ids(models, read, held_out))
         needs = stage.config.method.needs()
-        if isinstance(models.teacher, CachedTeacher):
-            collectives.on_rank_0(lambda: require_cached_texts(models.teacher, stage, read))
-            if held_out and stage.config.eval.teacher:
-                self.console.note(UNMEASURED)
+        cached = [one for one in members(models.teacher).values() if isinstance(one, CachedTeacher)]
+        collectives.on_rank_0(lambda: require_cached_texts(models.teacher, stage, read))
+        if cached and held_out and stage.config.eval.teacher:
+            self.console.note(UNMEASURED)
         if read.tokenizers is not None and held_out and stage.config.eval.teacher:
             self.console.note(UNCOMPARED)
         collectives.together(lambda: self._look_at_context(stage, read, models, held_out))
-        if isinstance(models.teacher, RemoteTeacher):
-            collectives.on_rank_0(
-                lambda: require_same_served(models.teacher, stage, self.output_dir, resumed=checkpoint is not None)
-            )
-            collectives.together(lambda: require_served_lengths(models.teacher, stage, read, held_out))
+        collectives.on_rank_0(
+            lambda: require_same_served(models.teacher, stage, self.output_dir, resumed=checkpoint is not None)
+        )
+        collectives.together(lambda: require_served_lengths(models.teacher, stage, read, held_out))
         unbalanced = None
         if "student" in needs.trains:
             weight = stage.config.train.router_aux_loss_coef
@@ -180,10 +182,12 @@ class StageBuilder:
         config, needs = stage.config, stage.config.method.needs()
         if read.prompts is None or not read.prompts.told:
             return
-        if models.teacher.model is not None:
-            sampled = config.rollout.max_new_tokens if needs.samples else 0
-            given = config.data.prompts.max_response_length if needs.references else 0
-            check_positions(models.teacher.model, max(map(len, read.prompts.teacher_ids())) + max(sampled, given))
+        sampled = config.rollout.max_new_tokens if needs.samples else 0
+        given = config.data.prompts.max_response_length if needs.references else 0
+        for name, teacher in members(models.teacher).items():
+            longest = max(map(len, read.prompts.judged_by(name).teacher_ids()), default=0)
+            if teacher.model is not None:
+                check_positions(teacher.model, longest + max(sampled, given))
         if collectives.rank() == 0:
             both = [(example.prompt, example.teacher_prompt) for example in read.prompts]
             write_summary(self.output_dir / "written" / stage.name, both)
@@ -243,9 +247,9 @@ class StageBuilder:
         adapted = student.lora is not None
         # rank 0 reads what is sharded over the ranks, and hands it out weight by weight
         sharded = needs.takes_steps and shards_student(engine)
-        teacher_sharded = needs.takes_steps and shards_teacher(engine, config.teacher)
+        teacher_sharded = needs.takes_steps and shards_teacher(engine, config.teacher_side)
         teacher = self.cache.teacher(
-            config.teacher,
+            config.teacher_side,
             self.output_dir,
             loading_device(engine, sharded=teacher_sharded),
             sharded=teacher_sharded,
@@ -285,20 +289,21 @@ class StageBuilder:
 
         def make() -> Evaluator:
             sets = {
-                name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}", now=self.started)
+                name: load_prompts(prompts, tokenizer, name=f"eval.sets.{name}", judges=judges, now=self.started)
                 for name, prompts in config.eval.sets.items()
             }
             return Evaluator(
                 sets, config.eval, seed=config.seed, report_progress=self.console.working, keeps_teacher=not changes
             )
 
+        judges = judges_of(config.teacher_side) if config.eval.teacher else None
         changes = "teacher" in config.method.needs().trains
         # with one teacher the tokenizer is one, and its answers are worth keeping; without, every stage reads anew
-        if config.teacher is None or changes or config.method.needs().other_tokenizer:
+        if config.teacher_side is None or changes or config.method.needs().other_tokenizer:
             return make()
         time = self.started if "strftime_now" in str(tokenizer.chat_template) else None
         evaluator = self.cache.evaluator(
-            (config.eval, config.seed, time, teacher_identity(config.teacher, self.output_dir)), make
+            (config.eval, config.seed, time, teacher_identity(config.teacher_side, self.output_dir)), make
         )
         evaluator.report_progress = self.console.working  # an evaluator may outlive the run it was made for
         return evaluator

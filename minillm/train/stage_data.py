@@ -1,5 +1,6 @@
 """The data of a stage, read and looked at before any model is."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from minillm import UserError
 from minillm.config.data import RecordKeys
 from minillm.config.loader.run_plan import Stage
+from minillm.config.models import named_teacher
 from minillm.config.paths import STAGE
 from minillm.data.corpus import Corpus, load_corpus
 from minillm.data.documents import Documents, survey_documents
 from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
+from minillm.data.judges import judges_of
 from minillm.data.pairs import PairSet, load_pairs
 from minillm.data.tokenization import require_end
 from minillm.distributed import collectives
@@ -22,10 +25,10 @@ from minillm.engine.placement import check_backend, engine_device
 from minillm.models.locations import resolve_path
 from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import load_tokenizer
-from minillm.teachers.open import teacher_tokenizer
+from minillm.teachers.open import teacher_tokenizers
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row
-from minillm.teachers.vocabularies import require_same_tokenizer
+from minillm.teachers.vocabularies import PreflightError, require_same_tokenizer
 
 Keys = TypeVar("Keys")
 ALIGNED = 256  # references whose tokens are aligned for the preflight table
@@ -36,7 +39,7 @@ class StageData:
     """The data that a stage reads before any model: its material, and the rows of the preflight table that tell of it."""
 
     tokenizer: PreTrainedTokenizerBase  # of the model on the student's side
-    teacher_tokenizer: PreTrainedTokenizerBase | None
+    teacher_tokenizers: dict[str, PreTrainedTokenizerBase]  # by the keys of the teachers: one, several or none
     prompts: PromptSet | None
     corpus: Corpus | None
     rows: list[Row]
@@ -57,12 +60,15 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     check_backend(config.engine, engine_device(config.engine))
     side = config.student_side
     tokenizer = load_tokenizer(side if saved is None else side.saved_in(saved), output_dir)
-    judges = None if config.teacher is None else teacher_tokenizer(config.teacher, output_dir)
-    pair = None if judges is None or not needs.other_tokenizer else TokenizerPair(tokenizer, judges)
-    if judges is not None and pair is None:
-        require_same_tokenizer(tokenizer, judges, reference=needs.reference)
+    theirs = teacher_tokenizers(config.teacher_side, output_dir)
+    pair = TokenizerPair(tokenizer, theirs["teacher"]) if theirs and needs.other_tokenizer else None
+    if pair is None:
+        _require_one_tokenizer(tokenizer, theirs, needs.reference)
+    judges = judges_of(config.teacher_side) if needs.teacher else None
     prompts = pairs = corpus = documents = forget = None
     rows = []
+    if config.teachers:
+        rows.append(("teachers", "-", named_teacher(config.teacher_side)))
     if needs.prompts:
         source = _with_stage_files(config.data.prompts, output_dir)
         if not needs.reads_context and isinstance(source, RecordKeys):  # of a file that stages share
@@ -73,13 +79,19 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
             tasks=needs.tasks,
             few_shot=needs.few_shot,
             written=needs.written,
-            teacher=None if pair is None else judges,
+            teacher=None if pair is None else theirs["teacher"],
+            judges=judges,
             now=started,
         )
         rows.append(("prompts", f"{len(prompts)} used, {prompts.dropped_long} too long", prompts.source))
         if prompts.told:
             longest = max(len(ids) for ids in prompts.teacher_ids())
             rows.append(("teacher's context", f"in {prompts.told} prompts", f"up to {longest} tokens with it"))
+        if judges is not None:
+            counts = Counter(example.judge for example in prompts)
+            rows.append(
+                ("records by teacher", ", ".join(f"{counts[name]} {name}" for name in judges.names), judges.field)
+            )
         if prompts.typed:
             rows.append(("special tokens", f"text in {prompts.typed} prompts that spell them", prompts.source))
     if needs.references:
@@ -101,7 +113,7 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
         _require_references(stage, forget, "data.forget")
     sources = {"data.prompts": prompts, "data.forget": forget, "data.pairs": pairs}
     read = {name: one for name, one in sources.items() if one is not None}
-    require_shared_pictures(read, tokenizer, judges, ranks=collectives.world_size())
+    require_shared_pictures(read, tokenizer, theirs.values(), ranks=collectives.world_size())
     if needs.images:
         _require_pictures(stage, prompts, pairs)
     if "student" in needs.trains and not side.trained_by_text:
@@ -113,7 +125,18 @@ def read_stage_data(stage: Stage, output_dir: Path, started: datetime, *, saved:
     elif config.data.corpus is not None:
         corpus = load_corpus(_with_stage_files(config.data.corpus, output_dir), tokenizer)
         rows.append(("corpus", f"{len(corpus.blocks)} blocks", f"{corpus.documents} documents"))
-    return StageData(tokenizer, judges, prompts, corpus, rows, pairs, documents, forget, pair)
+    return StageData(tokenizer, theirs, prompts, corpus, rows, pairs, documents, forget, pair)
+
+
+def _require_one_tokenizer(
+    student: PreTrainedTokenizerBase, teachers: Mapping[str, PreTrainedTokenizerBase], reference: str | None
+) -> None:
+    """Raises PreflightError, which of several teachers names the one whose tokenizer is another than the student's."""
+    for key, tokenizer in teachers.items():
+        try:
+            require_same_tokenizer(student, tokenizer, reference=reference)
+        except PreflightError as error:
+            raise error if len(teachers) == 1 else PreflightError(f"{key}: {error}") from None
 
 
 def require_shared_ids(models: Models, read: StageData, held_out: Mapping[str, PromptSet]) -> None:

@@ -31,12 +31,11 @@ from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
 from minillm.storage.state_file import reading_state
 from minillm.teachers.pair import Models
-from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.server_pool import TeacherAway
 from minillm.train.best_model import BestModel
 from minillm.train.micro_batches import cut_step
 from minillm.train.progress import Progress
-from minillm.train.served_steps import Moment, ask_ahead, made_together
+from minillm.train.served_steps import Moment, ask_ahead, is_served, made_together
 from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
 
 METHOD_STATE = "method.pt"  # in a checkpoint's state/: what the method keeps, alike on every rank
@@ -99,7 +98,7 @@ class StageTrainer:
             learning_rates=self.method.learning_rates(),
         )
         self.items: Sequence[Item] | RolloutBuffer = []
-        self._served = isinstance(models.teacher, RemoteTeacher)
+        self._served = is_served(models.teacher)
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
     def run(self, *, evaluate_first: bool) -> None:

@@ -13,7 +13,8 @@ DENSE = [case for case in CASES if "experts" not in case.name]
 def is_what_it_says(case: Case, folder) -> None:
     (stage,) = load(case, folder).stages
     config = stage.config
-    assert (config.teacher is None) == (case.teacher_layers is None)
+    assert (config.teacher_side is None) == (case.teacher_layers is None)
+    assert bool(config.teachers) == (case.second_layers is not None)
     assert config.method.name == case.method["name"] and asdict(case)["method"] == case.method
     work = work_of(config, max(1, case.ranks))
     assert all(term.batch == case.batch for term in work.terms) and work.micro_batches == case.accumulation

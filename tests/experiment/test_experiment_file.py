@@ -66,6 +66,9 @@ def test_a_file_that_extends_another_is_merged_over_it(write, folder):
         ({"evaluation__sets": {}}, "evaluation.sets", "missing"),
         ({"evaluation__max_new_token": 3}, "evaluation.max_new_token", "did you mean max_new_tokens?"),
         ({"evaluation__exposure_bias": {}, "arms__kd": {}}, "evaluation.exposure_bias", "there is no teacher"),
+        ({"arms__kd__teacher": None, "arms__kd__teachers_by": {"field": "domain"},
+          "arms__kd__teachers": {name: {"path": "stage:warmup"} for name in ("a", "b")}},
+         "arms.kd.teachers", "every arm of an experiment is measured beside one teacher"),
         ({"evaluation__length_buckets": [5, 5]}, "evaluation.length_buckets", "must rise"),
     ],
 )  # fmt: skip

@@ -184,7 +184,7 @@ def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(models, tmp_pa
 def test_a_buffer_is_sampled_from_the_mixture_and_scored_by_prompt(alpha, who, asked, monkeypatch):
     one, scored = asked(name="minillm", alpha=alpha, lm_coef=0.0), []
 
-    def score(models, answers, *, keys, batch_size):
+    def score(models, answers, *, keys, judges, batch_size):
         scored.append((models, answers, keys, batch_size))
         return RolloutBuffer()
 

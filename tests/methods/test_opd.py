@@ -161,7 +161,7 @@ def test_its_expected_gradient_is_that_of_the_reverse_kl(cliprange, temperature)
 def test_answers_are_the_students_own_and_scored_by_prompt(asked, monkeypatch):
     one, scored = asked(name="opd"), []
 
-    def score(models, answers, *, keys, batch_size):
+    def score(models, answers, *, keys, judges, batch_size):
         scored.append((models, answers, keys, batch_size))
         raise InterruptedError
 

@@ -53,7 +53,7 @@ def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):
         config=str(file),
     )
     method = SFT(name="sft")
-    read = sharding_of(SimpleNamespace(engine=engine, teacher=TeacherConfig(path="any"), method=method), 2)
+    read = sharding_of(SimpleNamespace(engine=engine, teacher_side=TeacherConfig(path="any"), method=method), 2)
     assert read.teacher == "offloaded" and read.layers(size(7_000_000_000)) == 400_000_000
     assert read.layers(size(7_000_000_000, head=300_000_000)) == 600_000_000
     assert read.buckets(7_000_000_000, 2) == 2_000_000_000  # sorted by ranks in a second one
@@ -62,7 +62,7 @@ def test_gathered_layers_are_what_may_live_and_at_least_the_largest(tmp_path):
 def test_ranks_that_take_no_step_have_whole_models():
     engine = SimpleNamespace(type="deepspeed", stage=3)
     method = MiniPLM(name="miniplm", ratio=0.5, reference="any")
-    config = SimpleNamespace(engine=engine, teacher=TeacherConfig(path="any"), method=method)
+    config = SimpleNamespace(engine=engine, teacher_side=TeacherConfig(path="any"), method=method)
     read = sharding_of(config, 2)
     assert (read.world_size, read.stage) == (2, 0) and not read.gathers("student") and not read.gathers("teacher")
 

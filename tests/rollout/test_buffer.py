@@ -74,6 +74,14 @@ def test_what_prompts_show_may_be_of_some_alone(tmp_path):
             assert tensor.dtype == before.extras[name].dtype and torch.equal(tensor, before.extras[name])
 
 
+def test_each_prompt_keeps_the_name_of_its_teacher():
+    named = [Rollout(place, [1], [2, 3], True, judge=name) for place, name in enumerate(["math", None, "chat é"])]
+    back = RolloutBuffer.from_state(RolloutBuffer(named).state())
+    assert [one.judge for one in back] == ["math", None, "chat é"]
+    assert back[0].sequence.judge == "math"
+    assert not any(name.startswith("judge") for name in RolloutBuffer([named[1]]).state())
+
+
 def test_is_a_sequence():
     buffer = make_buffer()
     assert [rollout.key - 2**40 for rollout in buffer] == [0, 1, 2] and buffer[-1].response == [7] * 4

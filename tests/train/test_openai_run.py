@@ -7,6 +7,8 @@ import yaml
 
 from minillm import UserError
 from minillm.cli.main import main
+from minillm.models.saving import save_model
+from minillm.models.tokenizers import byte_tokenizer
 from tests.conftest import tiny_llama
 from tests.runs import records, train
 from tests.teachers.openai_server import FakeVllm
@@ -46,6 +48,36 @@ def test_methods_learn_from_it_and_are_compared_with_it(recipe, server, tmp_path
     measured = [one for one in records(tmp_path / "run") if one["kind"] == "eval"][-1]["mean"]
     assert [one["step"] for one in steps] == [1, 2] and measured["reverse_kl_nats"] > 0
     assert all(asked["prompt_logprobs"] == 5 for asked in server.requests)
+
+
+@pytest.mark.parametrize("method", ["kd", "opd", "minillm"])
+def test_one_of_several_is_asked_about_its_records_alone(recipe, server, tmp_path, method):
+    """Beside one that gives hidden states, in a step and in a buffer; with a context, which it is sent."""
+    path = recipe(method)
+    document = yaml.safe_load(path.read_text())
+    save_model(tiny_llama(vocab_size=257, layers=1, seed=3), byte_tokenizer(), tmp_path / "math")
+    lines = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    named = [{**line, "domain": ("math", "chat")[place % 2]} for place, line in enumerate(lines)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
+    document["teachers"] = {"chat": document.pop("teacher"), "math": {"path": str(tmp_path / "math")}}
+    document["teachers_by"] = {"field": "domain"}
+    document["data"]["prompts"] |= {"teacher_context": "Hint: {completion}", "max_teacher_prompt_length": 40}
+    path.write_text(yaml.safe_dump(document))
+    train(path)
+    measured = [one for one in records(tmp_path / "run") if one["kind"] == "eval"][-1]["mean"]
+    assert measured["reverse_kl_nats"] > 0
+    sent = [byte_tokenizer().decode(text) for asked in server.requests for text in asked["prompt"]]
+    read = [text for text in sent if any(line["prompt"] in text for line in named)]
+    assert any("Hint: " in text for text in read)
+    assert not any(line["prompt"] in text for line in named if line["domain"] == "math" for text in read)
+    assert (tmp_path / "run" / "written" / "main" / "served_teacher-chat.json").is_file()
+    server.longest = 12
+    with pytest.raises(UserError, match=r"data.prompts, read by teacher 'chat': a text may have \d+ tokens"):
+        train(path, f"output_dir={tmp_path / 'other'}", "eval=null")
+    server.longest = 512
+    server.model = tiny_llama(vocab_size=257, hidden_size=48, seed=9)
+    with pytest.raises(UserError, match="began with tiny as its teacher, and what is served now, tiny, differs by"):
+        train(path, "train.max_steps=3", resume=True)
 
 
 def test_a_run_does_not_go_on_with_other_weights_under_the_same_name(recipe, server, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 from minillm import UserError
 from minillm.config.checks.facts import Facts, Found, keys_at, read_config_json
-from minillm.config.models import StudentConfig
+from minillm.config.models import StudentConfig, teachers_of
 from minillm.config.upcycle import UpcycleConfig
 from minillm.config.wording import expected, show
 
@@ -39,7 +39,8 @@ _WANTED = "student and teacher must be causal language models (llama, gpt2, qwen
 
 def causal_models(facts: Facts) -> Iterator[Found]:
     """The models of local folders predict the next token from those before it."""
-    paths = {f"{who}.path": getattr(facts.groups.get(who), "path", None) for who in ("student", "teacher")}
+    models = {"student": facts.groups.get("student"), **teachers_of(facts.groups.get("teacher"))}
+    paths = {f"{key}.path": getattr(model, "path", None) for key, model in models.items()}
     method = facts.groups.get("method")
     paths["method.reference"] = None if method is None else method.needs().reference
     for key, path in paths.items():

@@ -7,7 +7,7 @@ from minillm.config.checks.packages import is_installed
 from minillm.config.data import DataConfig, RecordKeys, field_names
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
-from minillm.config.models import AnyTeacherConfig
+from minillm.config.models import TeacherSide
 
 
 def training_prompts(facts: Facts, data: DataConfig) -> Iterator[Found]:
@@ -67,7 +67,7 @@ def contexts_read(facts: Facts, data: DataConfig, method: Method) -> Iterator[Fo
         yield Found("data.prompts.teacher_context", message, ("method.name",))
 
 
-def held_out_contexts_read(facts: Facts, eval: EvalConfig, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
+def held_out_contexts_read(facts: Facts, eval: EvalConfig, teacher: TeacherSide | None) -> Iterator[Found]:
     """A context of held-out prompts is for a teacher, and its keys go together."""
     for name, source in eval.sets.items():
         if isinstance(source, RecordKeys):

@@ -8,7 +8,7 @@ from minillm import UserError
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.checks.packages import is_installed
 from minillm.config.deepspeed_file import read_deepspeed_file
-from minillm.config.models import TeacherConfig
+from minillm.config.models import TeacherConfig, teachers_of
 from minillm.config.training import DeepSpeedEngine, Engine, TrainConfig
 
 NOWHERE = (None, "none")  # devices of DeepSpeed that mean no offload
@@ -23,7 +23,7 @@ def deepspeed_installed(facts: Facts, engine: Engine) -> Iterator[Found]:
 
 def sharding_keys(facts: Facts, engine: Engine) -> Iterator[Found]:
     """Keys for sharded weights are used with stage 3, and those for a sharded teacher with one that is sharded."""
-    teacher = facts.groups.get("teacher")
+    teachers = teachers_of(facts.groups.get("teacher"))
     if engine.type != "deepspeed":
         return
     if engine.stage != 3:
@@ -38,14 +38,24 @@ def sharding_keys(facts: Facts, engine: Engine) -> Iterator[Found]:
         if engine.replicate_teacher:
             message = f"stage {engine.stage} replicates the teacher as it is"
             yield Found("engine.replicate_teacher", message, ("engine.stage",))
-    elif engine.replicate_teacher and teacher is not None and not isinstance(teacher, TeacherConfig):
-        message = f"has no effect: of a {teacher.type} teacher every rank has the head alone"
-        yield Found("engine.replicate_teacher", message, ("teacher.type",))
-    elif engine.replicate_teacher and teacher is not None and teacher.quantization is not None:
-        message = "has no effect: a quantised teacher is replicated on every rank anyway"
-        yield Found("engine.replicate_teacher", message, ("teacher.quantization",))
-    elif teacher is None:
+        return
+    local = {key: one for key, one in teachers.items() if isinstance(one, TeacherConfig)}
+    quantized = [key for key, one in local.items() if one.quantization is not None]
+    if not teachers:
         yield Idle("engine.replicate_teacher", "has no effect: there is no teacher", ("teacher",))
+    elif engine.replicate_teacher and not local:
+        key, one = next(iter(teachers.items()))
+        message = f"has no effect: of a {one.type} teacher every rank has the head alone"
+        yield Found("engine.replicate_teacher", message, (f"{key}.type",))
+    elif engine.replicate_teacher and len(quantized) == len(local):
+        message = "has no effect: a quantised teacher is replicated on every rank anyway"
+        yield Found("engine.replicate_teacher", message, (f"{quantized[0]}.quantization",))
+    elif quantized and not engine.replicate_teacher and len(quantized) < len(local):
+        message = (
+            "a quantised teacher is replicated on every rank, and the others would be sharded: quantise all of them or none, "
+            "or set engine.replicate_teacher"
+        )
+        yield Found(f"{quantized[0]}.quantization", message, ("engine.replicate_teacher",))
 
 
 def deepspeed_file(facts: Facts, engine: Engine) -> Iterator[Found]:

@@ -7,21 +7,25 @@ from itertools import pairwise
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
-from minillm.config.models import AnyTeacherConfig
+from minillm.config.models import TeacherSide
 from minillm.config.training import TrainConfig
 
 
-def measurable(facts: Facts, eval: EvalConfig, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
+def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherSide | None) -> Iterator[Found]:
     """All that is asked for can be measured."""
     why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
     if why is None and "read" not in teacher.abilities:
         why = f"{teacher.called} cannot read the answers of the student"
+    if eval.sets and eval.metric == "forward_kl_nats" and why is None and "sample" not in teacher.abilities:
+        why = f"{teacher.called} cannot answer prompts, and this one is over the teacher's answers"
     if eval.sets and "_kl_" in eval.metric and why is not None:
         yield Found("eval.metric", f"{eval.metric} is a distance to the teacher, and {why}", ("eval.teacher",))
     if eval.sets and eval.metric == "label_accuracy" and eval.label_accuracy is None:
         yield Found(
             "eval.metric", "label_accuracy is not measured here; set eval.label_accuracy", ("eval.label_accuracy",)
         )
+    if why is None and "sample" not in teacher.abilities:
+        why = f"{teacher.called} cannot answer prompts"
     if eval.exposure_bias is not None and why is not None:
         yield Found("eval.exposure_bias", f"is measured against the teacher, and {why}", ("eval.teacher",))
     if any(low >= high for low, high in pairwise(eval.length_buckets)):

@@ -7,6 +7,7 @@ from minillm.config.data import DataConfig, Pairs, PlainPrompts, Prompts
 from minillm.config.evaluation import EvalConfig
 from minillm.config.few_shot import FewShot
 from minillm.config.methods import Method
+from minillm.config.models import teachers_of
 from minillm.config.needs import Needs, Rows
 from minillm.config.rollout import RolloutConfig
 from minillm.config.shape import KeyPath
@@ -79,11 +80,10 @@ def _prompt_and_answer(
     answer_key: KeyPath,
     readers: list[tuple[str, str, int]],
 ) -> Iterator[Found]:
-    keys = dict.fromkeys(
-        ("student", "teacher"), "prompt_length" if isinstance(prompts, PlainPrompts) else "max_prompt_length"
-    )
-    if getattr(prompts, "teacher_context", None) is not None and prompts.max_teacher_prompt_length is not None:
-        keys["teacher"] = "max_teacher_prompt_length"
+    shared = "prompt_length" if isinstance(prompts, PlainPrompts) else "max_prompt_length"
+    told = getattr(prompts, "teacher_context", None) is not None and prompts.max_teacher_prompt_length is not None
+    of_teachers = "max_teacher_prompt_length" if told else shared
+    keys = {who: shared if who == "student" else of_teachers for who, _, _ in readers}
     for who, model, context in sorted(readers, key=lambda reader: reader[2] - getattr(prompts, keys[reader[0]]))[:1]:
         key = keys[who]
         prompt = getattr(prompts, key)
@@ -97,13 +97,15 @@ def _prompt_and_answer(
 
 
 def _readers(facts: Facts, *, teacher: bool) -> list[tuple[str, str, int]]:
-    """(student or teacher, path, tokens that it can read) of the models whose context is known, the student first."""
+    """(key, path, tokens that it can read) of the models whose context is known, the student first."""
     readers = []
-    for who in ("student", "teacher") if teacher else ("student",):
-        context = architecture_of(facts, who).context
+    context = architecture_of(facts, "student").context
+    if context is not None:
+        readers.append(("student", facts.groups["student"].path or "of these keys", context))
+    for who, model in teachers_of(facts.groups.get("teacher") if teacher else None).items():
+        name = getattr(model, "path", None) or getattr(model, "model", None) or ""
+        context = context_of(keys_at(facts, name))
         if context is not None:
-            group = facts.groups[who]
-            name = getattr(group, "path", None) or getattr(group, "model", None) or "of these keys"
             readers.append((who, name, context))
     return readers
 

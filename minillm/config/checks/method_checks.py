@@ -6,7 +6,7 @@ from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.data import ArithmeticPrompts, DataConfig, PlainPrompts, PydocPrompts
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
-from minillm.config.models import AnyTeacherConfig, StudentConfig
+from minillm.config.models import SeveralTeachersConfig, StudentConfig, TeacherSide
 from minillm.config.needs import ABILITIES
 
 # A need that is data -> the method's use of it, as in "method kd ...".
@@ -45,7 +45,7 @@ def fields_there(facts: Facts, data: DataConfig, method: Method) -> Iterator[Fou
         yield Found("data.prompts.type", message, ("method.name",))
 
 
-def teacher_needed(facts: Facts, teacher: AnyTeacherConfig | None, method: Method) -> Iterator[Found]:
+def teacher_needed(facts: Facts, teacher: TeacherSide | None, method: Method) -> Iterator[Found]:
     """There is a teacher where the method needs one, and it can do what the method asks of it."""
     needs = method.needs()
     if teacher is None:
@@ -58,7 +58,8 @@ def teacher_needed(facts: Facts, teacher: AnyTeacherConfig | None, method: Metho
         message = (
             f"method {method.name} needs a teacher that can {' and '.join(lacking)}, which {teacher.called} cannot"
         )
-        yield Found("teacher", message, ("method.name",))
+        key = "teachers" if isinstance(teacher, SeveralTeachersConfig) else "teacher"
+        yield Found(key, message, ("method.name",))
 
 
 def evaluations_made(facts: Facts, eval: EvalConfig, method: Method) -> Iterator[Found]:

@@ -12,11 +12,12 @@ from minillm.config.lora import HEAD_REFUSED, HEADS, TABLE_REFUSED, TABLES, Lora
 from minillm.config.methods import Method
 from minillm.config.models import (
     OF_INIT,
-    AnyTeacherConfig,
     ModelConfig,
     ServedTeacherConfig,
     StudentConfig,
     TeacherConfig,
+    TeacherSide,
+    teachers_of,
 )
 from minillm.config.paths import is_hub_name
 
@@ -127,8 +128,7 @@ def _trainable(place: tuple[str, ...], lora: LoraConfig) -> Iterator[Found]:
 
 def installed(facts: Facts) -> Iterator[Found]:
     """The optional packages that the models' keys and files take are installed."""
-    for who in ("student", "teacher"):
-        model = facts.groups.get(who)
+    for who, model in _models(facts):
         if not isinstance(model, ModelConfig):  # none, or a teacher that is no model here
             continue
         distribution, how = _FLASH.get(model.attn_implementation, (None, ""))
@@ -151,47 +151,50 @@ def installed(facts: Facts) -> Iterator[Found]:
             yield Found(f"{who}.{key}", message)
 
 
-def quantized(facts: Facts, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
+def quantized(facts: Facts, teacher: TeacherSide | None) -> Iterator[Found]:
     """The packages that quantise a teacher are installed, and its weights are not quantised yet."""
-    if not isinstance(teacher, TeacherConfig) or teacher.quantization is None:
-        return
-    missing = missing_packages("bitsandbytes", "accelerate")
-    if missing:
-        message = f"needs {' and '.join(missing)}, not installed: pip install -e '.[quantization]' in minillm's folder"
-        yield Found("teacher.quantization", message)
-    if teacher.path.endswith(".gguf"):
-        message = "a .gguf file is read into plain weights; quantise a folder or a hub name, or leave this out"
-        yield Found("teacher.quantization", message, ("teacher.path",))
+    for who, one in teachers_of(teacher).items():
+        if not isinstance(one, TeacherConfig) or one.quantization is None:
+            continue
+        missing = missing_packages("bitsandbytes", "accelerate")
+        if missing:
+            needed = " and ".join(missing)
+            message = f"needs {needed}, not installed: pip install -e '.[quantization]' in minillm's folder"
+            yield Found(f"{who}.quantization", message)
+        if one.path.endswith(".gguf"):
+            message = "a .gguf file is read into plain weights; quantise a folder or a hub name, or leave this out"
+            yield Found(f"{who}.quantization", message, (f"{who}.path",))
 
 
-def servers(facts: Facts, teacher: AnyTeacherConfig | None) -> Iterator[Found]:
+def servers(facts: Facts, teacher: TeacherSide | None) -> Iterator[Found]:
     """The addresses of a served teacher are addresses, each named once, and its keys go together."""
-    if not isinstance(teacher, ServedTeacherConfig):
-        return
-    if not teacher.urls:
-        yield Found("teacher.url", "must not be empty")
-    for url in teacher.urls:
-        problem = _url_problem(url, path=teacher.protocol == "openai")
-        if problem is not None:
-            yield Found("teacher.url", f"{url!r} {problem}; expected http://HOST:PORT or https://HOST:PORT")
-    repeated = [url for url, count in Counter(teacher.urls).items() if count > 1]
-    if repeated:
-        yield Found("teacher.url", f"names {', '.join(repeated)} more than once")
-    if teacher.protocol == "openai":
-        if teacher.rows == "hidden":
-            message = "servers of protocol openai send no hidden states; leave this out, or write top_k"
-            yield Found("teacher.rows", message, ("teacher.protocol",))
-        if teacher.tokenizer is None and teacher.model is None:
-            message = (
-                "missing: servers of protocol openai send no tokenizer; name a folder or a hub name that has the model's, here "
-                "or in teacher.model"
-            )
-            yield Found("teacher.tokenizer", message, ("teacher.protocol",))
-    elif teacher.tokenizer is not None:
-        message = "servers of protocol minillm send theirs; leave this out, or say protocol: openai"
-        yield Found("teacher.tokenizer", message, ("teacher.protocol",))
-    if teacher.rows == "hidden":
-        yield Idle("teacher.k", "has no effect on rows: hidden; it is for top_k", ("teacher.rows",))
+    for who, one in teachers_of(teacher).items():
+        if not isinstance(one, ServedTeacherConfig):
+            continue
+        if not one.urls:
+            yield Found(f"{who}.url", "must not be empty")
+        for url in one.urls:
+            problem = _url_problem(url, path=one.protocol == "openai")
+            if problem is not None:
+                yield Found(f"{who}.url", f"{url!r} {problem}; expected http://HOST:PORT or https://HOST:PORT")
+        repeated = [url for url, count in Counter(one.urls).items() if count > 1]
+        if repeated:
+            yield Found(f"{who}.url", f"names {', '.join(repeated)} more than once")
+        if one.protocol == "openai":
+            if one.rows == "hidden":
+                message = "servers of protocol openai send no hidden states; leave this out, or write top_k"
+                yield Found(f"{who}.rows", message, (f"{who}.protocol",))
+            if one.tokenizer is None and one.model is None:
+                message = (
+                    "missing: servers of protocol openai send no tokenizer; name a folder or a hub name that has the "
+                    f"model's, here or in {who}.model"
+                )
+                yield Found(f"{who}.tokenizer", message, (f"{who}.protocol",))
+        elif one.tokenizer is not None:
+            message = "servers of protocol minillm send theirs; leave this out, or say protocol: openai"
+            yield Found(f"{who}.tokenizer", message, (f"{who}.protocol",))
+        if one.rows == "hidden":
+            yield Idle(f"{who}.k", "has no effect on rows: hidden; it is for top_k", (f"{who}.rows",))
 
 
 def _url_problem(url: str, *, path: bool) -> str | None:
@@ -210,9 +213,14 @@ def _url_problem(url: str, *, path: bool) -> str | None:
     return "names port 0" if port == 0 else None
 
 
+def _models(facts: Facts) -> Iterator[tuple[str, object]]:
+    """(dotted key, keys) of the student and of every teacher, as far as they are there."""
+    yield "student", facts.groups.get("student")
+    yield from teachers_of(facts.groups.get("teacher")).items()
+
+
 def revisions(facts: Facts) -> Iterator[Found]:
     """A revision stands beside a hub name."""
-    for who in ("student", "teacher"):
-        model = facts.groups.get(who)
+    for who, model in _models(facts):
         if isinstance(model, ModelConfig) and not is_hub_name(model.path or ""):
             yield Idle(f"{who}.revision", "has no effect: it is for hub names, and path is none", (f"{who}.path",))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.methods import Method
-from minillm.config.models import AnyTeacherConfig, TeacherConfig
+from minillm.config.models import CachedTeacherConfig, ServedTeacherConfig, TeacherSide
 from minillm.config.rollout import RolloutConfig
 from minillm.config.training import Engine, TrainConfig
 from minillm.distributed.launcher import launched_size
@@ -90,13 +90,13 @@ def shared_prompts_read(facts: Facts, rollout: RolloutConfig, method: Method, en
 
 
 def written_several_times(
-    facts: Facts, rollout: RolloutConfig, method: Method, teacher: AnyTeacherConfig | None
+    facts: Facts, rollout: RolloutConfig, method: Method, teacher: TeacherSide | None
 ) -> Iterator[Found]:
     """A teacher that writes several answers to a prompt is here."""
     needs = method.needs()
     if rollout.answers_per_prompt == 1 or not needs.several_answers or needs.samples != ("teacher",):
         return
-    if teacher is not None and not isinstance(teacher, TeacherConfig):
+    if isinstance(teacher, CachedTeacherConfig | ServedTeacherConfig):
         message = f"must be 1: a teacher of type {teacher.type} gives one answer to each prompt"
         yield Found("rollout.answers_per_prompt", message, ("teacher.type",))
 

@@ -62,6 +62,11 @@ from minillm.config.checks.rollout_checks import (
     whole_batches,
     written_several_times,
 )
+from minillm.config.checks.several_teachers_checks import (
+    held_out_records_have_fields,
+    records_have_fields,
+    several_teachers,
+)
 from minillm.config.checks.training_checks import (
     balance_added_once,
     experts_to_balance,
@@ -89,6 +94,9 @@ CHECKS = (
     revisions,
     quantized,
     servers,
+    several_teachers,
+    records_have_fields,
+    held_out_records_have_fields,
     deepspeed_installed,
     sharding_keys,
     deepspeed_file,

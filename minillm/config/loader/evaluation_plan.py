@@ -13,7 +13,7 @@ from minillm.config.loader.drafts import Draft
 from minillm.config.loader.run_plan import raise_problems
 from minillm.config.loader.stages import load_document, stage_trees
 from minillm.config.loader.validation import usable_groups
-from minillm.config.models import AnyTeacherConfig
+from minillm.config.models import AnyTeacherConfig, TeachersByConfig, TeacherSide
 from minillm.config.rollout import RolloutConfig
 from minillm.config.root import STAGE_SHAPE
 from minillm.config.shape import KeyPath
@@ -27,7 +27,9 @@ class EvaluationPlan:
 
     output_dir: Path  # where the models of stage:NAME are
     seed: int
-    teacher: AnyTeacherConfig | None
+    teacher: TeacherSide | None  # several taken together
+    teachers: dict[str, AnyTeacherConfig]
+    teachers_by: TeachersByConfig | None
     engine: TorchEngine | DeepSpeedEngine
     rollout: RolloutConfig
     eval: EvalConfig

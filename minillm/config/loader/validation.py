@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from minillm.config.errors import Finding
 from minillm.config.loader.messages import explain
+from minillm.config.models import SeveralTeachersConfig
 from minillm.config.root import STAGE_SHAPE, StageConfig
 from minillm.config.shape import Choice, Group, KeyPath, Leaf, Shape, child_shape, child_value, describe, walk
 from minillm.config.wording import expected
@@ -62,6 +63,10 @@ def usable_groups(data: Mapping[str, Any], findings: list[Finding]) -> dict[str,
                 continue
         elif not field.is_required() and name not in data:
             groups[name] = field.get_default()
+    if data.get("teachers"):  # the checks of a teacher are of all of them together; of none where that cannot be made
+        groups.pop("teacher", None)
+        if groups.get("teachers") and groups.get("teachers_by") is not None:
+            groups["teacher"] = SeveralTeachersConfig(teachers=groups["teachers"], by=groups["teachers_by"])
     return groups
 
 

@@ -36,7 +36,8 @@ class DistiLLM(MethodConfig):
 
     def needs(self) -> Needs:
         answers, references = self._adapts or self.threshold_start > 0, self._adapts or self.threshold_start < 1
-        terms = [TermNeeds("distillation", ("answers",) * answers + ("references",) * references, teacher=True)]
+        rows = ("answers",) * answers + ("references",) * references
+        terms = [TermNeeds("distillation", rows, teacher=True, shared=True)]
         if self.lm_coef > 0:
             terms.append(TermNeeds("pretraining", ("corpus",)))
         return Needs(

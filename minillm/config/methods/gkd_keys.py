@@ -19,7 +19,7 @@ class GKD(MethodConfig):
     def needs(self) -> Needs:
         rows = ("answers",) * (self.on_policy > 0) + ("references",) * (self.on_policy < 1)
         return Needs(
-            (TermNeeds("distillation", rows, teacher=True),),
+            (TermNeeds("distillation", rows, teacher=True, shared=True),),
             references=self.on_policy < 1,
             samples=("student",) if self.on_policy > 0 else (),
             several_answers=self.on_policy == 1,

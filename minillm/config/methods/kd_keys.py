@@ -39,7 +39,7 @@ class KD(MethodConfig):
         return self.ce_ratio if self.ce_coef is None else self.ce_coef / self.weight
 
     def needs(self) -> Needs:
-        term = TermNeeds("distillation", ("references",), teacher=self.ce_share < 1)
+        term = TermNeeds("distillation", ("references",), teacher=self.ce_share < 1, shared=True)
         return Needs((term,), references=True, teacher=True)
 
     def idle_keys(self) -> Iterator[tuple[str, str, str]]:

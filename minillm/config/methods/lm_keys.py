@@ -20,7 +20,7 @@ class LM(MethodConfig):
 
     def needs(self) -> Needs:
         return Needs(
-            (TermNeeds("pretraining", ("corpus",), teacher=self.kd_ratio > 0),),
+            (TermNeeds("pretraining", ("corpus",), teacher=self.kd_ratio > 0, shared=True),),
             prompts=False,
             corpus=True,
             teacher=self.kd_ratio > 0,

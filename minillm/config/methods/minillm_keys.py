@@ -84,9 +84,9 @@ class MiniLLM(MethodConfig):
     summary: ClassVar[str] = "MiniLLM: policy gradient of the sequence-level reverse KL on the student's own samples"
 
     def needs(self) -> Needs:
-        terms = [TermNeeds("policy", ("answers",), teacher=True)]
+        terms = [TermNeeds("policy", ("answers",), teacher=True, shared=True)]
         if self.lm_coef > 0:
-            terms.append(TermNeeds("pretraining", ("corpus",), teacher=self.pt_kd_ratio > 0))
+            terms.append(TermNeeds("pretraining", ("corpus",), teacher=self.pt_kd_ratio > 0, shared=True))
         sampler = {0.0: "student", 1.0: "teacher"}.get(self.alpha, "mixture")
         return Needs(
             tuple(terms),

@@ -35,7 +35,7 @@ class OPD(MethodConfig):
 
     def needs(self) -> Needs:
         return Needs(
-            (TermNeeds("policy", ("answers",), teacher=True),),
+            (TermNeeds("policy", ("answers",), teacher=True, shared=True),),
             samples=("student",),
             several_answers=True,
             buffered=True,

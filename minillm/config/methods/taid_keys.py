@@ -31,7 +31,8 @@ class TAID(MethodConfig):
     }
 
     def needs(self) -> Needs:
-        return Needs((TermNeeds("distillation", ("references",), teacher=True),), references=True, teacher=True)
+        term = TermNeeds("distillation", ("references",), teacher=True, shared=True)
+        return Needs((term,), references=True, teacher=True)
 
     def findings(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         if self.t_start > self.t_end:

@@ -209,7 +209,7 @@ def test_a_teacher_that_writes_rationales_is_there_and_asked_by_a_prompt(recipe)
 
 
 def test_a_teacher_that_cannot_do_what_the_method_asks_is_named(preference, monkeypatch):
-    monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"read", "sample"}))
+    monkeypatch.setattr(TeacherConfig, "abilities", frozenset({"read", "sample", "single"}))
     assert preference()["teacher"] == (
         "method preference needs a teacher that can give hidden states of inner layers, which this one cannot"
     )

@@ -49,7 +49,7 @@ def problems_of(file, *overrides) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.max_steps=3", "it takes output_dir, seed, teacher, engine, rollout, eval"),
+        ("train.max_steps=3", "it takes output_dir, seed, teacher, teachers, teachers_by, engine, rollout, eval"),
         ("student.tokenizer=byte", "it takes output_dir"),
         ("rollout.temperature=0.5", "rollout.temperature is for training; write eval.temperature"),
         ("rollout.buffer_size=8", "rollout.buffer_size is for training"),
