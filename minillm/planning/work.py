@@ -318,7 +318,7 @@ def _text(kind: Rows, config: StageConfig) -> _Text:
     if kind == "forget" or not config.method.needs().reads_context or not _told(prompts):
         return _Text(1, fed, answer)
     fed_to_teacher = prompts.longest_for_teacher + answer - 1
-    return _Text(1, fed_to_teacher if config.method.needs().alone else fed, answer, fed_to_teacher)
+    return _Text(1, fed_to_teacher if config.method.needs().alone else fed, answer, teacher_length=fed_to_teacher)
 
 
 def _prompts(config: StageConfig) -> Prompts:
