@@ -225,14 +225,14 @@ def test_two_models_must_see_the_same_pictures(processor, files):
     (files / "data.jsonl").write_text("\n".join(lines) + "\n")
     sets = {"data.prompts": read(processor, files / "data.jsonl")}
     ours, other = processor.tokenizer, build_processor("llava")
-    require_shared_pictures(sets, ours, other.tokenizer)
-    require_shared_pictures(sets, ours, None)
+    require_shared_pictures(sets, ours, [other.tokenizer])
+    require_shared_pictures(sets, ours, [])
     other.image_processor.image_mean = [0.1, 0.2, 0.3]
     with pytest.raises(DataError, match="data.prompts: .* prepare them differently .*image_mean is"):
-        require_shared_pictures(sets, ours, other.tokenizer)
+        require_shared_pictures(sets, ours, [other.tokenizer])
     with pytest.raises(DataError, match="the teacher reads text alone"):
-        require_shared_pictures(sets, ours, byte_tokenizer())
+        require_shared_pictures(sets, ours, [byte_tokenizer()])
     with pytest.raises(DataError, match="1 of 2 prompts show pictures; on several ranks all must, or none"):
-        require_shared_pictures(sets, ours, None, ranks=2)
+        require_shared_pictures(sets, ours, [], ranks=2)
     (files / "data.jsonl").write_text(lines[1] + "\n")
-    require_shared_pictures({"data.prompts": read(processor, files / "data.jsonl")}, ours, byte_tokenizer(), ranks=2)
+    require_shared_pictures({"data.prompts": read(processor, files / "data.jsonl")}, ours, [byte_tokenizer()], ranks=2)

@@ -139,4 +139,4 @@ def test_a_picture_is_shown_with_both_answers(tmp_path):
         assert one.prompt.count(processor.image_token_id) == 4
     assert found.pictured == 1
     with pytest.raises(DataError, match="data.pairs: its prompts show pictures"):
-        require_shared_pictures({"data.pairs": found}, processor.tokenizer, byte_tokenizer())
+        require_shared_pictures({"data.pairs": found}, processor.tokenizer, [byte_tokenizer()])

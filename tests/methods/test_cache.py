@@ -201,7 +201,7 @@ def test_likeliest_ids_are_the_divergence_over_them_and_the_rest(recipe, models,
     four, many, all_ids = (found[k]["distillation"][0] for k in (4, 64, 257))
     assert 0 < four < many < full and all_ids == pytest.approx(full.item(), rel=1e-5)
     teacher = cached(rows="top_k", dtype="float32", k=4).teacher
-    assert teacher.largest_id < 257 and not teacher.abilities
+    assert teacher.largest_id < 257 and teacher.abilities == {"single"}
     with pytest.raises(UserError, match="holds likeliest ids, and no hidden states"), teacher.head():
         pass
 
@@ -340,7 +340,7 @@ def test_two_ranks_of_zero_3_learn_from_a_cache(recipe, start, finish):  # noqa:
 
 def test_answers_that_the_teacher_wrote_are_learned_from_without_it(recipe, models, cached, tmp_path):
     pair = cached(dtype="float32", texts=["answers"])
-    assert pair.teacher.abilities == {"answer", "logprobs"}
+    assert pair.teacher.abilities == {"answer", "logprobs", "single"}
     keys = {"name": "seqkd", "kd_ratio": 0.5}
     live = losses(recipe, models, tmp_path / "live", **keys)
     keys["teacher"] = {"type": "cached", "path": str(pair.teacher.cache.folder)}

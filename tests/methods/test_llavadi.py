@@ -398,9 +398,9 @@ def test_what_it_needs_follows_from_its_keys():
     def needs(**keys):
         return LLAVADI(name="llavadi", **keys).needs()
 
-    assert needs().required_abilities == {"layers"} and needs().trains == ("student", "projector")
-    assert needs(features_coef=0).required_abilities == set() and needs(features_coef=0).trains == ("student",)
-    assert needs(features_coef=0, logits_tokens="text").required_abilities == {"layers"}
+    assert needs().required_abilities == {"layers", "single"} and needs().trains == ("student", "projector")
+    assert needs(features_coef=0).required_abilities == {"single"} and needs(features_coef=0).trains == ("student",)
+    assert needs(features_coef=0, logits_tokens="text").required_abilities == {"layers", "single"}
     assert needs(affinity_coef=1).images and not needs().images
 
 

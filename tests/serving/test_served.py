@@ -89,7 +89,7 @@ def test_likeliest_ids_are_among_the_shared_ones(models, served_model, live, con
     assert int(top_k.ids.max()) < 200
     known = (top_k.ids == batch.labels[:, None]).any(1)
     assert torch.equal(known, batch.labels < 200), "the text's own tokens are there"
-    assert teacher.abilities == {"read", "sample", "answer"}
+    assert teacher.abilities == {"read", "sample", "answer", "single"}
     with pytest.raises(UserError, match="top_k"), teacher.head():
         pass
 
