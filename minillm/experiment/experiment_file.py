@@ -214,10 +214,14 @@ def _evaluation(document: Node, trees: dict[str, Node], config: ExperimentConfig
 
 
 def _like_base(document: Node, trees: dict[str, Node]) -> str:
-    """The first stage that has the student, teacher and engine of base; without any, the first."""
+    """The first stage that has the student, teacher and engine of base; without any, the first with its teacher and engine,
+    which arms that are models are measured by; without any, the first."""
     own = document.value["base"].plain()
-    like = [name for name, tree in trees.items() if all(tree.plain().get(key) == own.get(key) for key in OF_BASE)]
-    return next(iter([*like, *trees]))
+    like = [
+        [name for name, tree in trees.items() if all(tree.plain().get(key) == own.get(key) for key in keys)]
+        for keys in (OF_BASE, OF_BASE[1:])
+    ]
+    return next(iter([*like[0], *like[1], *trees]))
 
 
 def _as_is_problems(document: Node, config: ExperimentConfig, like_base: Node) -> Iterator[Problem]:

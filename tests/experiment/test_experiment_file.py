@@ -143,3 +143,15 @@ def test_the_experiments_of_the_repository_are_valid(path, monkeypatch, assets, 
     text = path.read_text()
     assert f"minillm experiment {path.stem}" in text, "its header says how it is run"
     assert yaml.safe_load(text)["output_dir"] == f"runs/experiments/{path.stem}" and experiment.arms
+
+
+def test_an_arm_that_is_a_model_is_measured_beside_the_teacher_of_base(write, document):
+    """No stage has the student of base and its teacher: those that train the two have no teacher yet."""
+    own = {"path": "stage:warmup", "init": "pretrained", "config": None}
+    file = write(
+        base__teacher={"path": "stage:teacher"},
+        shared={"teacher": {"teacher": None}, "warmup": {"teacher": None}},
+        arms={"start": "stage:warmup", "kd": {"student": own, "method": {"name": "kd"}}},
+        claims=[],
+    )
+    assert load_experiment(file).stage("start").config.teacher.path == "stage:teacher"
