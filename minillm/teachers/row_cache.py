@@ -36,7 +36,7 @@ from minillm.storage.mapped_tensors import MappedTensors
 from minillm.teachers.row_storage import Parts, RowStorage
 
 INDEX, HEAD, TOKENIZER, ANSWERS = "index.safetensors", "head.safetensors", "tokenizer", "answers.jsonl"
-FORMAT = 1
+FORMAT = 2
 OPEN_SHARDS = 128  # maps that are held at a time: each takes a file descriptor
 ANEW = "delete it, from the folder `written` too, and run `minillm cache` again: it writes what is missing"
 

@@ -1,7 +1,8 @@
 """The forms in which a teacher's rows lie on disk, their sizes, and the error that each adds.
 
 hidden    last hidden states in float32, bfloat16 or float16; or int8 with h ~ scale * q, scale = max |h| / 127 of a row
-top_k     the k likeliest ids and their log-probabilities in nats
+top_k     the k likeliest ids and their log-probabilities in nats; in 16 bits with the probability of all other ids in
+          fp32, since what rounded log-probabilities leave of 1 is their rounding and no more
 """
 
 from collections.abc import Mapping
@@ -33,19 +34,24 @@ class RowStorage:
     def bytes_per_row(self) -> int:
         """Bytes that a token takes on disk."""
         if self.rows == "top_k":
-            return self.size * (4 + getattr(torch, self.dtype).itemsize)
+            return self.size * (4 + getattr(torch, self.dtype).itemsize) + 4 * (self.dtype != "float32")
         return self.size + 4 if self.dtype == "int8" else self.size * getattr(torch, self.dtype).itemsize
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the stored tensors."""
-        return ("ids", "logprobs") if self.rows == "top_k" else ("hidden", "scale")[: 1 + (self.dtype == "int8")]
+        if self.rows == "top_k":
+            return ("ids", "logprobs", "tail")[: 2 + (self.dtype != "float32")]
+        return ("hidden", "scale")[: 1 + (self.dtype == "int8")]
 
     def encode(self, hidden: Tensor, head: LMHead) -> Parts:  # (N, H) -> on its device
         """Hidden states in this form."""
         if self.rows == "top_k":
             ids, logprobs = likeliest(hidden, head, self.size)
-            return {"ids": ids.int(), "logprobs": logprobs.to(getattr(torch, self.dtype))}
+            parts = {"ids": ids.int(), "logprobs": logprobs.to(getattr(torch, self.dtype))}
+            if "tail" in self.parts:
+                parts["tail"] = (1 - logprobs.double().exp().sum(1)).clamp(0, 1).float()  # (N,)
+            return parts
         if self.dtype != "int8":
             return {"hidden": hidden.to(getattr(torch, self.dtype))}
         scale = (hidden.float().abs().amax(1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)  # (N,)
@@ -54,7 +60,10 @@ class RowStorage:
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Parts:
         """The parts that `rows_of` of a teacher takes: hidden states in the dtype of the head, or ids and log-probabilities."""
         if self.rows == "top_k":
-            return {"ids": parts["ids"].long(), "logprobs": parts["logprobs"].float()}
+            logprobs = parts["logprobs"].double()
+            if "tail" in self.parts:  # the ids together are as likely again as they were
+                logprobs += (torch.log1p(-parts["tail"].double()) - logprobs.logsumexp(1))[:, None]
+            return {"ids": parts["ids"].long(), "logprobs": logprobs.float()}
         hidden = parts["hidden"]
         if self.dtype == "int8":
             hidden = hidden.float() * parts["scale"][:, None]
@@ -110,7 +119,7 @@ class StorageError:
             return
         self._sum("rows", len(hidden))
         if storage.rows == "top_k":
-            tail = (1 - parts["logprobs"].double().exp().sum(1)).clamp_min(0)
+            tail = (1 - storage.decode(parts, hidden.dtype)["logprobs"].double().exp().sum(1)).clamp_min(0)
             self._sum("tail", tail.sum().item())
             self._most("most_tail", tail.max().item())
             self._most("most_id", parts["ids"].max().item())

@@ -196,7 +196,7 @@ def test_a_cache_is_found_in_its_folder_in_a_run_and_by_its_stage(published, tmp
     version.mkdir()
     for path in published.iterdir():
         (version / path.name).write_bytes(path.read_bytes())
-    (version / CACHE).write_text(json.dumps({"format": 2}))
+    (version / CACHE).write_text(json.dumps({"format": 1}))
     sign(version)
-    with pytest.raises(UserError, match="written by another version .format 2."):
+    with pytest.raises(UserError, match="written by another version .format 1."):
         RowCache(version)
