@@ -7,14 +7,14 @@ evaluation    between steps: answers of student and teacher, and forward passes 
 """
 
 import traceback
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -22,35 +22,23 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.nn import functional
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 import minillm
 from minillm import UserError
-from minillm.models.access import (
-    REFUSALS,
-    checkpoint_activations,
-    forward_decoder,
-    forward_layers,
-    forward_shown,
-    lm_head,
-    rows_of,
-)
-from minillm.models.adapters import add_adapters
+from minillm.models.access import REFUSALS, forward_decoder, forward_layers, forward_shown, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask
-from minillm.models.loading import without_dropout
 from minillm.models.modes import sampling_mode
-from minillm.models.parts import train_parts, weights_of
-from minillm.models.projectors import make_projectors
 from minillm.planning.cached_teacher import TeacherHead
-from minillm.planning.few_layers import FEW, few_trained_layers, left_out_of
+from minillm.planning.few_layers import FEW, few_trained_layers
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
-from minillm.planning.picture_passes import prepare_for_pictures, show
-from minillm.planning.quantized_layers import quantize
+from minillm.planning.picture_passes import show
 from minillm.planning.setting import Setting
-from minillm.planning.several_teachers import BesideTeacher, Several, together
-from minillm.planning.sizes import ModelSize, build, decoder_layers, size_of, weight_count
+from minillm.planning.several_teachers import Several, together
+from minillm.planning.simulated_models import SimulatedModels
+from minillm.planning.sizes import ModelSize, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
@@ -99,7 +87,8 @@ def simulate(
     if key not in _DONE:
         try:
             with FakeTensorMode(), Ledger() as ledger:
-                _DONE[key] = _Simulator(setting, work, student, teacher, device, ledger, head, several).run(phases)
+                models = SimulatedModels(setting, work, student, teacher, ledger, head, several)
+                _DONE[key] = _Simulator(setting, work, models, device, ledger).run(phases)
         except VALUES_NEEDED as error:
             types = sorted({one.model_type for one in (student, teacher) if one is not None})
             raise UserError(
@@ -135,92 +124,14 @@ def _in_transformers(error: Exception) -> bool:
 
 
 class _Simulator:
-    def __init__(
-        self,
-        setting: Setting,
-        work: Work,
-        student,
-        teacher,
-        device: torch.device,
-        ledger: Ledger,
-        head: TeacherHead | None,
-        several: Several | None,
-    ):
-        self.setting, self.work, self.device, self.ledger, self.head = setting, work, device, ledger, head
-        self.several, self.beside_heads, self.head_weights = several, {}, []
-        with ledger.part("student weights"):
-            model = build(student, setting.student_dtype, setting.student_attention)
-            if setting.student_quantization is not None:
-                quantize(model, setting.student_quantization)
-            self.student = without_dropout(model).train()
-            if not work.terms:  # nothing is trained
-                self.student.requires_grad_(False)
-            if setting.trained_parts is not None:
-                train_parts(self.student, setting.trained_parts, vision_from_layer=setting.vision_from_layer)
-                if not setting.pictures:  # as their embeddings do, which no pass of a plan reads then
-                    self.student.get_input_embeddings().register_forward_hook(_with_gradient)
-            if setting.lora is not None:
-                add_adapters(self.student, setting.lora, seed=0)
-            if setting.master_weights:  # DeepSpeed casts adapters like every other weight
-                for parameter in self.student.parameters():
-                    parameter.data = parameter.data.to(getattr(torch, setting.student_dtype))
-        self.models = {"student": self.student}
-        if teacher is not None:
-            with ledger.part("teacher weights"):
-                model = build(teacher, setting.teacher_dtype, setting.teacher_attention)
-                if setting.teacher_quantization is not None:
-                    quantize(model, setting.teacher_quantization)
-                self.models["teacher"] = model.eval().requires_grad_(False)
-                if setting.teacher_lora is not None:
-                    add_adapters(without_dropout(model).train(), setting.teacher_lora, seed=0)
-        for one in () if several is None else several.beside:
-            with ledger.part("teacher weights"):
-                self._add_beside(one)
-        if setting.pictures:
-            for model in self.models.values():
-                prepare_for_pictures(model)
-        self.projectors = nn.ModuleList()
-        for term in work.terms:
-            with ledger.part("student weights"):
-                self.projectors.extend(self._projectors(term))
-        if head is not None:
-            with ledger.part("teacher weights"):
-                self.head_weights.append(torch.empty(head.size.stored_bytes, dtype=torch.uint8))
-        if setting.checkpointing:
-            for model in self._training():  # no random state to preserve: there is no dropout
-                checkpoint_activations(model, preserve_rng_state=False)
-        sizes = [lm_head(model).weight.shape[0] for model in self.models.values()]
-        self.vocab_sizes = tuple(sizes)
-        heads = [one for one in (head, *self.beside_heads.values()) if one is not None]
-        self.vocab_size = min([*sizes, *(one.vocab_size for one in heads if one.vocab_size is not None)])
-        if any(term.sorts for term in work.terms):  # each model has ids of its own
-            self.vocab_size = sizes[0]
+    def __init__(self, setting: Setting, work: Work, simulated: SimulatedModels, device: torch.device, ledger: Ledger):
+        self.setting, self.work, self.simulated, self.device, self.ledger = setting, work, simulated, device, ledger
+        self.models, self.student, self.several = simulated.by_name, simulated.student, simulated.several
+        self.trained, self.projectors, self.vocab_size = simulated.trained, simulated.projectors, simulated.vocab_size
         self.losses: dict[str, LossShape] = {}
-        self.kv_bytes = dict.fromkeys(self.models, 0)
-
-    def _add_beside(self, one: BesideTeacher) -> None:
-        """A teacher beside the first of several, as `self.models` or `self.beside_heads` have it by its name."""
-        if one.head is not None:
-            self.beside_heads[one.name] = one.head
-            self.head_weights.append(torch.empty(one.head.size.stored_bytes, dtype=torch.uint8))
-            return
-        model = build(one.architecture, one.dtype, one.attention)
-        if one.quantization is not None:
-            quantize(model, one.quantization)
-        self.models[f"teacher {one.name}"] = model.eval().requires_grad_(False)
-
-    def _training(self) -> list[PreTrainedModel]:
-        """The student, and a teacher with adapters."""
-        return [self.student] if self.setting.teacher_lora is None else [self.student, self.models["teacher"]]
-
-    def _projectors(self, term: TermShape) -> Iterable[nn.Module]:
-        """The projectors that a method trains beside the student for the features of a term."""
-        return make_projectors(self.student, self.models["teacher"], term.features, seed=0) if term.features else ()
 
     def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
-        training = [*self._training(), self.projectors]
-        self.trained = [one for model in training for one in model.parameters() if one.requires_grad]
         dtype = torch.float32 if self.setting.master_weights else None  # None: each weight's own
         with ledger.part("optimizer states"):
             states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
@@ -242,11 +153,11 @@ class _Simulator:
             phases["update"] = ledger.take()
         del states
         phases = {phase: phases[phase] for phase in PHASES if phase in phases}
-        sizes = self._teacher_sizes()
+        sizes = self.simulated.teacher_sizes()
         several = self.several
         return Simulation(
             phases,
-            size_of(self.student, self.kv_bytes["student"]),
+            size_of(self.student, self.simulated.kv_bytes["student"]),
             together(list(sizes.values())) if several else next(iter(sizes.values()), None),
             self.vocab_size,
             self.losses,
@@ -259,16 +170,6 @@ class _Simulator:
             several.asked if several else 1.0,
         )
 
-    def _teacher_sizes(self) -> dict[str, ModelSize]:
-        """The teachers by the names that a plan calls them, the first of several first."""
-        names = [name for name in self.models if name.startswith("teacher")]
-        sizes = {name: size_of(self.models[name], self.kv_bytes[name]) for name in names}
-        if self.head is not None:
-            sizes = {"teacher": self.head.size, **sizes}
-        sizes |= {f"teacher {name}": head.size for name, head in self.beside_heads.items()}
-        first = "teacher" if self.several is None else f"teacher {self.several.first}"
-        return {first if name == "teacher" else name: size for name, size in sizes.items()}
-
     @contextmanager
     def _gradients(self) -> Iterator[None]:
         with self.ledger.part("gradients"):
@@ -279,14 +180,14 @@ class _Simulator:
     def _rollout(self, decoding: Decoding) -> None:
         models = [self.models[name] for name in decoding.models]
         room = decoding.room
-        with sampling_mode(models), self._few_layers(decoding.models) as left_out:
+        with sampling_mode(models), self.simulated.few_layers(decoding.models) as left_out:
             rest = []
             for name in decoding.models:
                 cache = self._cache(name, room)
                 self._decode(name, cache, decoding.batch, decoding.prompt, 0)
                 held = sum(tensor.untyped_storage().nbytes() for tensor in _stored(cache))
                 missing = held * left_out[name] // FEW
-                self.kv_bytes[name] = (held + missing) // (decoding.batch * room)
+                self.simulated.kv_bytes[name] = (held + missing) // (decoding.batch * room)
                 with self.ledger.part(f"{name} KV cache"):
                     rest.append(torch.empty(missing, dtype=torch.uint8))
                 del cache
@@ -333,25 +234,6 @@ class _Simulator:
         self.losses["rollout"] = shape
         with self.ledger.part("loss buffers"):
             statistics_twin(hidden[0], shape)
-
-    @contextmanager
-    def _few_layers(self, names: Collection[str]) -> Iterator[dict[str, int]]:
-        """Let models whose layers are alike run a few of them, which without a gradient have the same worst moment.
-
-        Yields the number of layers that are left out, by model.
-        """
-        left_out, replaced = {}, []
-        for name in names:
-            parent, attribute, layers = decoder_layers(self.models[name])
-            left_out[name] = left_out_of(self.models[name], layers)
-            if left_out[name]:
-                replaced.append((parent, attribute, layers))
-                setattr(parent, attribute, layers[:FEW])
-        try:
-            yield left_out
-        finally:
-            for place in replaced:
-                setattr(*place)
 
     def _cache(self, name: str, room: int):
         ledger = self.ledger
@@ -401,41 +283,32 @@ class _Simulator:
                 self._score(one, phase)
 
     def _score(self, forward: Forward, phase: str) -> None:
-        names = [name for one in forward.models for name in self._of_role(one)]
+        simulated = self.simulated
+        names = [name for one in forward.models for name in simulated.of_role(one)]
         models = [self.models[name] for name in names]
-        few = self._few_layers(names) if forward.layers == (-1,) else nullcontext()
+        few = simulated.few_layers(names) if forward.layers == (-1,) else nullcontext()
         divided = self.several is not None and self.several.divided
         with sampling_mode(models), few:
             hidden = []
             for name, model in zip(names, models, strict=True):
                 batch = self._batch(forward, forward.length_of("teacher" if name.startswith("teacher") else name))
                 _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
-                if divided and name in self._of_role("teacher"):  # one of them reads a record: the worst is the largest
+                teaches = name in simulated.of_role("teacher")
+                if divided and teaches:  # one of them reads a record: the worst is the largest
                     hidden.clear()
                 hidden += [rows_of(state, batch) for state in states.values()]
                 del states
-                if name in self._of_role("teacher"):
+                if teaches:
                     self.ledger.relabel(hidden, "teacher hidden states")
-            if self.head is not None and "teacher" in forward.kept or self.beside_heads and not divided:
+            if simulated.head is not None and "teacher" in forward.kept or simulated.beside_heads and not divided:
                 with self.ledger.part("teacher hidden states"):
-                    hidden.append(self._rows_of_heads(forward.rows))
+                    hidden.append(simulated.rows_of_heads(forward.rows))
             if forward.statistics:
                 shape = LossShape(forward.rows, self.vocab_size, len(forward.models) + len(forward.kept), self.device)
                 known = self.losses.get(phase, shape)  # of several the largest
                 self.losses[phase] = max(known, shape, key=lambda one: one.rows)
                 with self.ledger.part("loss buffers"):
                     statistics_twin(hidden[0], shape)
-
-    def _of_role(self, role: str) -> list[str]:
-        """The models that are run where the student is, or the teacher: each of several."""
-        return [name for name in self.models if name == role or name.startswith(f"{role} ")]
-
-    def _rows_of_heads(self, rows: int) -> Tensor:
-        """The room of what teachers without weights here say of so many rows, on the device."""
-        sizes = [one.size for one in (self.head, *self.beside_heads.values()) if one is not None]
-        widths = [size.hidden_size * size.itemsize for size in sizes]
-        together = max if self.several is not None and self.several.divided else sum
-        return torch.empty(rows, together(widths), dtype=torch.uint8)
 
     def _update(self) -> None:
         hooks = [
@@ -449,7 +322,7 @@ class _Simulator:
         for term in self.work.terms:
             self._term(term)
         with self.ledger.part("gradients"):
-            for parameter in self._beside_the_text():
+            for parameter in self.simulated.beside_the_text():
                 parameter.grad = torch.empty_like(parameter)
         self._optimizer_step()
         for hook in hooks:
@@ -458,9 +331,9 @@ class _Simulator:
             parameter.grad = None
 
     def _term(self, term: TermShape) -> None:
-        heads = [one for one in (self.head, *self.beside_heads.values()) if one is not None]
-        logits = self._of_role("teacher") or any(not one.k for one in heads)  # a teacher with some of its own
-        full = term.teacher and not term.summed and not term.sorts and bool(logits)
+        here = bool(self.simulated.of_role("teacher"))
+        logits = here or any(not one.k for one in self.simulated.heads)  # a teacher with some of its own
+        full = term.teacher and not term.summed and not term.sorts and logits
         teachers = 1 + len(self.several.beside) if self.several is not None and term.teacher else 1
         divided = teachers > 1 and self.several.divided
         shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
@@ -470,7 +343,7 @@ class _Simulator:
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
             with self.ledger.part("teacher hidden states"):
-                teacher = self._teacher_rows(term.rows)
+                teacher = self.simulated.teacher_rows(term.rows)
         model = self.models[term.trains]
         # features are compared in the layers that a few would leave out
         with nullcontext() if term.features else few_trained_layers(model, self.ledger):
@@ -487,22 +360,12 @@ class _Simulator:
                     loss = sum(losses[1:], start=losses[0])
                     del own
                     if term.sorts:
-                        sorting = sorting_shape(term.rows, *self.vocab_sizes, self.device)
+                        sorting = sorting_shape(term.rows, *self.simulated.vocab_sizes, self.device)
                         loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
                 loss = loss + self._feature_losses(term, states)
             del hidden, states
             loss.backward()
         del teacher
-
-    def _teacher_rows(self, rows: int) -> Tensor:
-        """The room of what a teacher says of so many rows, on the device."""
-        if self.several is not None:
-            sizes = self._teacher_sizes().values()
-            return torch.empty(rows, self.several.row_bytes(list(sizes)), dtype=torch.uint8)
-        if self.head is not None:
-            return self._rows_of_heads(rows)
-        head = lm_head(self.models["teacher"]).weight
-        return torch.empty(rows, head.shape[1], dtype=head.dtype)
 
     def _feature_losses(self, term: TermShape, states: dict[int, Tensor]) -> Tensor | float:
         """minillm.methods.features, with targets that are counted elsewhere: those of all micro-batches wait for the step."""
@@ -516,23 +379,12 @@ class _Simulator:
             losses.append(functional.normalize(compared.float(), dim=-1).sum())
         return sum(losses)
 
-    def _beside_the_text(self) -> list[nn.Parameter]:
-        """The trained weights of a student's vision tower and projector that have no gradient yet: a plan shows no pictures."""
-        parts = weights_of(self.student)
-        return [
-            one for part in ("projector", "vision") for one in parts[part] if one.requires_grad and one.grad is None
-        ]
-
     def _optimizer_step(self) -> None:
         """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""
         if self.setting.master_weights:
             with self.ledger.part("gradients"):
                 together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
             del together
-
-
-def _with_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
 def _stored(cache) -> list[Tensor]:
