@@ -3,8 +3,9 @@
     q = softmax(z / s),    s^2 = sum_i (z_i - mean z)^2 / (V - 1)
 
 A softmax does not see that the mean is taken away, so that standardising is a temperature for every row. With logits
-z = W h the squares add up to h^T (W^T W) h, and the standard deviation of a row follows from an (H, H) product of the head
-with itself.
+z = W h, and W' the head less the mean of its rows, z - mean z = W' h: the squares add up to h^T (W'^T W') h, and the standard
+deviation of a row follows from an (H, H) product of the centred head with itself. Without centring, what all logits of a row
+have in common would be squared and taken away again, and fp32 would lose a deviation that is small beside it.
 """
 
 from collections.abc import Callable
@@ -104,31 +105,40 @@ def deviations(hidden: Tensor, head: LMHead, vocab_size: int) -> Tensor:  # (N, 
         weight = weight[bias.isfinite()]
     count = len(weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        total, squares = _Moments.apply(weight)  # (H,), (H, H)
+        total, squares = _CentredMoments.apply(weight)  # (H,), (H, H)
         states = hidden.to(total.dtype)
-        mean = states @ total / count
+        mean = states @ total / count  # what the rounding of the centre left
         variance = (((states @ squares) * states).sum(-1) - count * mean.square()) / (count - 1)
     return head.logit_scale * variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
 
 
-class _Moments(torch.autograd.Function):
-    """The sum of a matrix's rows (V, H), and W^T W, in fp32 a chunk of rows at a time."""
+class _CentredMoments(torch.autograd.Function):
+    """The sum of a matrix's rows W' (V, H) and W'^T W', in fp32 a chunk of rows at a time. W' is the matrix less the mean of
+    its rows as fp32 has it, beside which the sum is small and not zero.
+
+    The mean is a constant to the gradient: a variance that is made of both does not change with it.
+    """
 
     @staticmethod
     def forward(ctx, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(weight)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        total, squares = (weight.new_zeros(shape, dtype=dtype) for shape in (weight.shape[1:], weight.shape[1:] * 2))
+        centre, total, squares = (
+            weight.new_zeros(shape, dtype=dtype) for shape in (weight.shape[1:], weight.shape[1:], weight.shape[1:] * 2)
+        )
         for part in weight.split(CHUNK):
-            part = part.to(dtype)
+            centre += part.to(dtype).sum(0)
+        centre /= len(weight)
+        for part in weight.split(CHUNK):
+            part = part.to(dtype) - centre
             total += part.sum(0)
             squares.addmm_(part.T, part)
+        ctx.save_for_backward(weight, centre)
         return total, squares
 
     @staticmethod
     def backward(ctx, of_total: Tensor, of_squares: Tensor) -> Tensor:
-        (weight,) = ctx.saved_tensors
+        weight, centre = ctx.saved_tensors
         both, result = of_squares + of_squares.T, torch.empty_like(weight)
         for part, into in zip(weight.split(CHUNK), result.split(CHUNK), strict=True):
-            into.copy_(torch.addmm(of_total, part.to(both), both))
+            into.copy_(torch.addmm(of_total, part.to(both) - centre, both))
         return result

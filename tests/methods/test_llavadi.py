@@ -22,12 +22,13 @@ from minillm.losses import LMHead, linear_objective
 from minillm.methods import build_method
 from minillm.methods.features import DISTANCES, affinities, mean_in_sequences
 from minillm.methods.protocol import TrainingData
-from minillm.methods.standardized import deviations, standardized_divergence
+from minillm.methods.standardized import standardized_divergence
 from minillm.models.families import answer_beside_pictures
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from tests.methods.conftest import assert_same_run, stage_of, steps_of
+from tests.methods.test_standardized import standardized
 from tests.pictures import build_processor, build_seeing, picture, save_seeing
 from tests.runs import panels
 
@@ -86,15 +87,6 @@ def test_affinities_are_those_of_the_released_code(golden):
     )  # the released code adds 1e-6 to the number of pairs
 
 
-def standardized(logits: torch.Tensor) -> torch.Tensor:  # (N, V), -inf at ids that are none
-    """Less the mean of each row, over its standard deviation."""
-    counted = logits.isfinite()
-    values = logits[counted].view(len(logits), -1)
-    result = torch.full_like(logits, -torch.inf)
-    result[counted] = ((values - values.mean(-1, keepdim=True)) / (values.std(-1, keepdim=True) + 1e-7)).flatten()
-    return result
-
-
 def test_standardised_logits_have_the_released_divergence_and_gradient(golden):
     values, arrays = golden
     at = places(arrays["attention_mask"])
@@ -109,45 +101,6 @@ def test_standardised_logits_have_the_released_divergence_and_gradient(golden):
     torch.testing.assert_close(
         torch.autograd.grad(loss, student)[0], arrays["grad_logits_fkl_all_norm"], rtol=1e-6, atol=1e-9
     )
-
-
-@pytest.mark.parametrize("banned", [False, True])
-def test_the_head_has_the_gradient_through_the_deviations(banned):
-    """Of heads that scale their logits, of vocabularies of two sizes, with an id that has no probability, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    h, w, h_t, w_t, weights = (
-        torch.randn(shape, dtype=torch.float64, generator=generator)
-        for shape in ((5, 4), (9, 4), (5, 3), (12, 3), (5,))
-    )
-    answers, bias = torch.tensor([True, False, True, True, False]), None
-    if banned:
-        bias = torch.zeros(9, dtype=torch.float64).index_fill(0, torch.tensor([2]), -torch.inf)
-    given = [h.clone().requires_grad_(), w.clone().requires_grad_()]
-    other = None if bias is None else torch.cat([bias, bias.new_zeros(3)])
-    total, metrics = standardized_divergence(
-        given[0], LMHead(given[1], bias, logit_scale=0.3), h_t, LMHead(w_t, other), weights=weights, answers=answers,
-        divergence="jsd", vocab_size=9, options={"beta": 0.3},
-    )  # fmt: skip
-    wanted = [h.clone().requires_grad_(), w.clone().requires_grad_()]
-    kept = [one for one in range(9) if bias is None or one != 2]
-    logits = 0.3 * wanted[0] @ wanted[1][kept].T, h_t @ w_t[kept].T
-    q, p = (standardized(one).softmax(-1) for one in logits)
-    m = 0.3 * p + 0.7 * q
-    rows = (0.3 * p * (p / m).log() + 0.7 * q * (q / m).log()).sum(-1)
-    want = (weights * rows).sum()
-    assert total.item() == pytest.approx(want.item(), rel=1e-9)
-    assert metrics["standardized_jsd_nats"].item() == pytest.approx(rows[answers].sum().item(), rel=1e-9)
-    gradients = torch.autograd.grad(2 * total, given), torch.autograd.grad(2 * want, wanted)
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)  # none for the id that is banned
-
-
-@pytest.mark.parametrize("head", [{"softcap": 3.0}, {"bias": torch.ones(9)}])
-def test_heads_that_bend_or_shift_their_logits_are_refused(head):
-    with pytest.raises(
-        UserError, match="method.standardize: logits are standardised of heads without softcap and bias"
-    ):
-        deviations(torch.ones(2, 4), LMHead(torch.ones(9, 4), **head), 9)
 
 
 @pytest.mark.parametrize(
