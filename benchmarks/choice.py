@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minillm import UserError
+from minillm.benchmarks.machine import show_page
 from minillm.config.paths import expand
 from minillm.data.selection import SELECTION
 from minillm.data.sources import read_texts
@@ -28,10 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         texts = [text for _, text in read_texts(expand(arguments.stories))][arguments.skip :]
         write_corpus(texts, Path(arguments.corpus), arguments.seed)
     if arguments.runs:
-        page = "\n".join(kept_table(arguments.runs)) + "\n"
-        print(page)
-        if arguments.output:
-            Path(arguments.output).write_text(page, encoding="utf-8")
+        show_page(kept_table(arguments.runs), arguments.output)
     return 0
 
 

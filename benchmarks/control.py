@@ -8,11 +8,10 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from minillm.benchmarks.machine import as_table, describe
+from minillm.benchmarks.machine import describe, show_page
 from minillm.config.data import JsonlPrompts
 from minillm.data.instructions import PromptSet, load_prompts
 from minillm.evaluate.token_statistics import token_statistics
@@ -38,10 +37,7 @@ def main(argv: list[str] | None = None) -> int:
                 upper, loss = _measure(one, _prompts(arguments, models), arguments.tokens, seed)
                 lines.append(f"| {name} | {seed} | {kind} | {upper:.1f} | {loss:.2f} |")
     about = {"delta": arguments.delta, "prompts": arguments.limit, "answers": f"at most {arguments.tokens} tokens"}
-    page = "\n".join([*lines, "", *as_table({**describe("cpu"), **about})]) + "\n"
-    print(page)
-    if arguments.output:
-        Path(arguments.output).write_text(page, encoding="utf-8")
+    show_page(lines, arguments.output, {**describe("cpu"), **about})
     return 0
 
 

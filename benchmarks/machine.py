@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,6 +40,15 @@ def describe(device: str, *, threads: int | None = None) -> dict[str, str]:
 def as_table(facts: Mapping[str, object]) -> list[str]:
     """The lines of a Markdown table of names and values."""
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+
+
+def show_page(lines: Iterable[str], output: str | None, facts: Mapping[str, object] | None = None) -> None:
+    """Print a page of these lines, and the table of facts after them; write it to `output`, whose folder is made."""
+    page = "\n".join([*lines, *(() if facts is None else ("", *as_table(facts)))]) + "\n"
+    print(page)
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(page, encoding="utf-8")
 
 
 def device_name(device: str) -> str:

@@ -9,11 +9,10 @@ import random
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from minillm.benchmarks.machine import as_table, describe
+from minillm.benchmarks.machine import describe, show_page
 from minillm.benchmarks.rollout_providers import ALPHA, make_model, make_prompts
 from minillm.models.device import pick_device
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -46,10 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         "| answers | drawn by | sampling, s | scoring, s | tokens/s | over both models |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    page = "\n".join([*head, *lines, "", *as_table({**machine, **settings})]) + "\n"
-    print(page)
-    if arguments.output:
-        Path(arguments.output).write_text(page, encoding="utf-8")
+    show_page([*head, *lines], arguments.output, {**machine, **settings})
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from minillm.benchmarks.machine import as_table, describe
+from minillm.benchmarks.machine import describe, show_page
 from minillm.benchmarks.mixture import now
 from minillm.benchmarks.rollout_providers import make_model
 from minillm.config.data import JsonlPrompts
@@ -53,10 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "steps": f"{arguments.steps}, and one that is not counted",
     }
     head = ["| micro-batches | padding, % | s | tokens/s | over as they come |", "|---|--:|--:|--:|--:|"]
-    page = "\n".join([*head, *lines, "", *as_table({**machine, **settings})]) + "\n"
-    print(page)
-    if arguments.output:
-        Path(arguments.output).write_text(page, encoding="utf-8")
+    show_page([*head, *lines], arguments.output, {**machine, **settings})
     return 0
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load
 
 from minillm import UserError
-from minillm.benchmarks.machine import as_table, describe
+from minillm.benchmarks.machine import describe, show_page
 from minillm.cli.serve import open_served
 from minillm.config.models import ServedTeacherConfig
 from minillm.models.batch import TokenSequence, collate
@@ -57,10 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         server.terminate()
         status = server.wait()
-    page = _page(clients, memory, passed, arguments, status)
-    print(page)
-    if arguments.output:
-        Path(arguments.output).write_text(page, encoding="utf-8")
+    lines = _table(clients, memory, passed, arguments.seconds, status)
+    show_page(lines, arguments.output, {**describe("cpu"), **_about(arguments)})
     problems = [one.problem for one in clients if one.problem]
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -169,40 +167,42 @@ def _resident_mib(process: int) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
 
 
-def _page(
+def _table(
     clients: Sequence[Client],
     memory: Sequence[float],
     counted: dict[str, float],
-    arguments: argparse.Namespace,
+    wanted: float,
     status: int,
-) -> str:
+) -> list[str]:
     seconds = sorted(second for one in clients for second in one.seconds)
     answered, rows = len(seconds), sum(one.rows for one in clients)
     quantiles = statistics.quantiles(seconds, n=100) if answered > 1 else [float("nan")] * 99
     thirds = len(memory) // 3 or 1
-    lines = [
+    return [
         "| | |",
         "|---|--:|",
         f"| clients | {len(clients)} |",
-        f"| seconds | {arguments.seconds:g} |",
+        f"| seconds | {wanted:g} |",
         f"| requests answered | {answered:,} |",
         f"| answers that were not the model's, or lost | {sum(one.problem is not None for one in clients)} |",
-        f"| rows a second | {rows / arguments.seconds:,.0f} |",
+        f"| rows a second | {rows / wanted:,.0f} |",
         f"| requests a pass | {counted['minillm_pass_requests_total'] / counted['minillm_passes_total']:.2f} |",
-        f"| the model was busy | {counted['minillm_pass_seconds_total'] / arguments.seconds:.0%} |",
+        f"| the model was busy | {counted['minillm_pass_seconds_total'] / wanted:.0%} |",
         f"| latency, median; 95%; 99% (ms) | {'; '.join(f'{1000 * quantiles[n]:,.0f}' for n in (49, 94, 98))} |",
         f"| server's memory, mean of the second third; of the last (MiB) | "
         f"{statistics.fmean(memory[thirds : 2 * thirds] or memory):,.1f}; {statistics.fmean(memory[-thirds:]):,.1f} |",
         f"| exit status of the server after SIGTERM | {status} |",
     ]
+
+
+def _about(arguments: argparse.Namespace) -> dict[str, str]:
     shared = (
         "a pass for each request"
         if arguments.batch_tokens is None
         else f"passes up to {arguments.batch_tokens:,} positions"
     )
-    about = {
+    return {
         "model": arguments.model,
         "request": f"{arguments.texts} texts of at most {arguments.tokens} tokens",
         "server": shared,
     }
-    return "\n".join([*lines, "", *as_table({**describe("cpu"), **about})]) + "\n"
