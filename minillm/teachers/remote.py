@@ -96,7 +96,7 @@ class RemoteTeacher:
         if batch.extras:
             raise UserError("a served teacher reads texts alone, and these prompts show pictures")
         batch = batch.read_by_teacher()
-        asked = self._asked(batch.sequences, _pad_id(batch))
+        asked = self._asked(batch.sequences, batch.pad_id)
         if asked.count != len(batch.rows):
             raise ValueError(
                 f"a batch with {len(batch.rows)} rows must be of sequences with as many tokens of response"
@@ -106,8 +106,3 @@ class RemoteTeacher:
     def _ask(self, asked: Asked) -> PromisedRows:
         promised = self.pool.in_background(lambda: self.rows_of(self._read(asked)))
         return PromisedRows(promised, asked.count, self.device)
-
-
-def _pad_id(batch: TokenBatch) -> int:
-    padding = batch.input_ids[batch.attention_mask == 0]
-    return int(padding[0]) if len(padding) else 0

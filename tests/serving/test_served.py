@@ -70,6 +70,12 @@ def test_rows_in_bf16_are_the_local_teachers_to_rounding(models, live, connect):
         assert head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[-1:]])
+def test_what_stands_beside_shorter_texts_is_the_batchs_own(served, texts):
+    """Of a batch whose texts are of one length too, since a server reads it beside others."""
+    assert dict(served.teacher._asked_of(collate(texts, 77)).query)["pad_id"] == "77"
+
+
 def test_the_head_and_the_names_are_those_of_the_model(models, served):
     with models.teacher.head() as ours, served.teacher.head() as theirs:
         assert torch.equal(ours.weight, theirs.weight) and theirs.bias is None
