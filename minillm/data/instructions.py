@@ -238,7 +238,11 @@ def _instructions(
     now: datetime | None,
     name: str,
 ) -> Iterator[Example | None]:
-    """None stands for a prompt that is too long, be it that of one task, or the one that the teacher is asked by or reads."""
+    """None stands for a prompt that is too long, be it that of one task, or the one that the teacher is asked by or reads.
+
+    Tasks and the teacher's prompts are made only for records that are kept: one that is left out stops no run by an error in
+    what nobody reads.
+    """
     reader = PromptReader(config, tokenizer, now)
     teacher_reader = TeacherReader(config, tokenizer, teacher, now, name)
     asker = None if few_shot is None else PromptReader(_keys_of_few_shot(few_shot, config), tokenizer, now)
@@ -247,17 +251,23 @@ def _instructions(
         said = _conversation(where, record, config)
         pictures = find_pictures(where, where.folder, record)
         read = reader.read(said, pictures, where=where, limited=True)
+        if read is None:
+            yield None
+            continue
         made, maker, asked = {}, None, None
         fields = _fields(record, said.references, config)
-        of_teacher = teacher_reader.read(said, fields, pictures, where)
-        if tasks and read is not None:
+        if tasks:
             maker = RecordTasks(tasks, reader, said, pictures, fields, index=index, where=where)
             made = maker.make(dict.fromkeys(written))
-        if asker is not None and read is not None:
+        if asker is not None and made is not None:
             question = fill_question(few_shot.prompt, record, where, "method.few_shot.prompt")
             asking = Conversation([{"role": "user", "content": question}])
             asked = asker.read(asking, pictures, where=where, limited=True)
-        if read is None or made is None or of_teacher is None or asker is not None and asked is None:
+        if made is None or asker is not None and asked is None:
+            yield None
+            continue
+        of_teacher = teacher_reader.read(said, fields, pictures, where)
+        if of_teacher is None:
             yield None
             continue
         references = tuple(reference[: config.max_characters] for reference in said.references)

@@ -103,6 +103,15 @@ def test_a_prompt_that_is_too_long_with_it_is_dropped_and_counted(byte, jsonl):
         load(byte, path, teacher_context="{hint}{hint}xxxxxxxx", max_prompt_length=10)
 
 
+def test_nothing_is_told_beside_a_prompt_that_the_student_does_not_read(byte, jsonl):
+    long = {"instruction": "x" * 20, "output": "2"}
+    keys = {"teacher_context": "hint", "max_prompt_length": 19, "max_teacher_prompt_length": 90}
+    read = load(byte, jsonl(long, RECORD, long | {"hint": None}), **keys)
+    assert [one.index for one in read] == [1] and read.dropped_long == 2
+    with pytest.raises(DataError, match=r":1: data.prompts.teacher_context names the field hint, and the record has"):
+        load(byte, jsonl(long, RECORD), **keys | {"max_prompt_length": 20})
+
+
 def test_pictures_beside_it_are_refused(byte):
     config = JsonlPrompts(path="unused", template="none", teacher_context="hint")
     reader, said = TeacherReader(config, byte, None, None, "data.prompts"), parse("here", RECORD)
