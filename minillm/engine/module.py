@@ -50,7 +50,7 @@ class TermLoss(nn.Module):
         found = [self._objective(term, share, model, hidden) for share in shares_of(term.teacher)]
         loss, metrics = _summed([one for one in found if one is not None])
         if term.heads is not None:
-            of_heads, measured = self._head_loss(term.heads, rows_of(output.last_hidden_state, batch), lm_head(model))
+            of_heads, measured = self._head_loss(term.heads, hidden, lm_head(model))
             loss, metrics = loss + of_heads, {**metrics, **measured}
         if term.hidden is not None:
             of_hidden, measured = self._hidden_loss(term.hidden, states, batch)
