@@ -34,7 +34,11 @@ if _exists("rows_triton") and importlib.util.find_spec("triton") is not None:
 def interpreted():
     """Launches under Triton's interpreter are faster; see tests.interpreted."""
     if "triton" in BACKENDS and DEVICE == "cpu":
-        import tests.interpreted  # noqa: F401
+        from triton.runtime import interpreter
+
+        from tests.interpreted import quicken
+
+        quicken(interpreter)
 
 
 @pytest.fixture(params=BACKENDS)
