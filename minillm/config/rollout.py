@@ -15,8 +15,9 @@ class RolloutConfig(Strict):
     )
     answers_per_prompt: Annotated[int, Field(ge=1)] = Field(
         1,
-        description="Answers to each prompt, with noise of their own: a buffer or a step is of as many fewer prompts. Those that "
-        "one device decodes side by side read their prompt once. For methods minillm, opd, seqkd, and gkd with on_policy 1",
+        description="Answers that are sampled to each prompt. They are separate draws: each has random numbers of its own, and "
+        "none depends on another. The prompt is read once for those that a device decodes side by side. A buffer or a step keeps "
+        "its number of answers, and has as many fewer prompts. For methods minillm, opd, seqkd, and gkd with on_policy 1",
     )
     batch_size: Annotated[int, Field(ge=1)] = Field(
         32,
