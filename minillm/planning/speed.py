@@ -89,8 +89,9 @@ def _decoding_flops(
     decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float, pictures: int
 ) -> dict[str, float]:
     width = decoding.prompt + decoding.answer - 1
-    read = decoding.prompt / decoding.per_prompt + decoding.answer - 1
-    tokens, predictions = decoding.total * read, decoding.total * decoding.answer
+    prompts = decoding.total / decoding.per_prompt  # that are read, with their pictures
+    tokens = prompts * decoding.prompt + decoding.total * (decoding.answer - 1)
+    predictions = decoding.total * decoding.answer
     # by coins: of the asked model for a token, and of both for what is known of the answers afterwards
     known = 0.0 if decoding.teacher_share is None else 1.0
     heads = {name: decoding.asked_share(name) + known for name in decoding.models}
@@ -99,7 +100,7 @@ def _decoding_flops(
         * (
             forward_flops(sizes[name], tokens, width / 2)
             + heads[name] * predictions * 2 * sizes[name].head
-            + decoding.total * pictures * sizes[name].picture
+            + prompts * pictures * sizes[name].picture
         )
         for name in decoding.models
     }

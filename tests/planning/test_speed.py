@@ -13,18 +13,28 @@ from minillm.planning.work import Decoding, Forward, TermShape, Work
 
 # 1,000 weights: 100 in the head, 100 in a token table, 800 in two layers of 400
 STUDENT = ModelSize(
-    1000, 2, 2000, 100, 100, layers=2, largest_layer=400, hidden_size=10, kv_bytes_per_token=80, trained=1000
+    1000,
+    2,
+    2000,
+    100,
+    100,
+    layers=2,
+    largest_layer=400,
+    hidden_size=10,
+    kv_bytes_per_token=80,
+    trained=1000,
+    picture=30,
 )
 TEACHER = ModelSize(
-    5000, 2, 10000, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320, trained=0
+    5000, 2, 10000, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320, trained=0, picture=70
 )
 GPU = Gpu("test", 1.0, bf16_tflops=1e-6, fp32_tflops=5e-7, memory_gb_per_s=1e-3, link_gb_per_s=1e-4)
 PROMPT, ANSWER, MICRO = 5, 4, 2
 LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
 
 
-def speed(work, *, sharding=None, checkpointing=False, bf16=True, student=STUDENT):
-    simulation = Simulation({}, student, TEACHER, vocab_size=10, losses={})
+def speed(work, *, sharding=None, checkpointing=False, bf16=True, student=STUDENT, pictures=0):
+    simulation = Simulation({}, student, TEACHER, vocab_size=10, losses={}, pictures=pictures)
     return speed_of(simulation, work, sharding or Sharding(), GPU, bf16=bf16, checkpointing=checkpointing)
 
 
@@ -71,6 +81,17 @@ def test_a_prompt_is_read_once_for_several_answers():
     one = Decoding(("student",), 4, PROMPT, ANSWER, total=8)
     alone, four = (speed(work(decodings=(each,), buffered=8)) for each in (one, replace(one, per_prompt=4)))
     assert alone.rollout_flops - four.rollout_flops == 8 * PROMPT * (1 - 1 / 4) * (2 * 800 + 4 * LENGTH / 2 * 10 * 2)
+
+
+def test_a_picture_is_looked_at_where_its_prompt_is_read():
+    """Once for several answers while they are sampled, and again for each of them where it is scored or learned from."""
+    decoding = Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8, per_prompt=4)
+    scoring = Forward(("teacher",), 4, LENGTH, 4 * ANSWER, True, total=8)
+    both = work(decodings=(decoding,), scorings=(scoring,), buffered=8)
+    none, two = (speed(both, pictures=pictures) for pictures in (0, 2))
+    assert two.rollout_flops - none.rollout_flops == 8 / 4 * 2 * (30 + 70)
+    assert two.scoring_flops - none.scoring_flops == 8 * 2 * 70
+    assert two.update_flops - none.update_flops == 3 * MICRO * 2 * 3 * 30  # micro-batches, sequences, pictures, passes
 
 
 def test_coins_read_a_model_where_it_is_asked_and_both_heads_once_more():
