@@ -12,6 +12,7 @@ from minillm.rollout.rollouts import Sampling
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from tests.pictures import KINDS, build_processor, build_seeing, picture
+from tests.rollout.local.test_shared_prompts import answers_in_a_running_batch
 
 CPU = torch.device("cpu")
 
@@ -95,6 +96,20 @@ def test_the_cached_loop_is_a_full_pass(seeing, who):
         else:
             expected = said[who]
         expected = expected.gather(1, torch.tensor(answer.response)[:, None])[:, 0]
+        torch.testing.assert_close(answer.logprobs.double(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_answers_to_the_same_pictures_begin_in_rows_of_a_running_batch(seeing):
+    """Of two prompts at a time, each with its own shift of positions, beside a row that goes on with another one."""
+    models, prompts = seeing
+    if not hasattr(decoder(models.student), "get_rope_index"):
+        pytest.skip("no picture shifts the positions after it")
+    running = prompts[2]  # the longest one
+    asked = [prompt for prompt in (prompts[0], prompts[3]) for _ in range(2)]
+    answers = answers_in_a_running_batch(models, running, asked)
+    for answer, (ids, extras) in zip(answers, [*asked, running], strict=True):
+        said = full_logprobs(models, "student", ids, extras, answer.response)
+        expected = said.gather(1, torch.tensor(answer.response)[:, None])[:, 0]
         torch.testing.assert_close(answer.logprobs.double(), expected, atol=2e-4, rtol=1e-4)
 
 

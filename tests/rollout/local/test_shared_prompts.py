@@ -1,5 +1,6 @@
 """Answers to one prompt read it once, and are those of separate readings."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from minillm import UserError
 from minillm.rollout.local import decoding_check
 from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.decoding_check import copying_error, refilling_error, require_copied_rows
+from minillm.rollout.local.growing_batch import GrowingBatch
 from minillm.rollout.local.kv_cache import RoomyLayer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.local.shared_prompts import copies_of, in_batches, prompt_numbers, whole_groups
@@ -71,6 +73,38 @@ def test_rows_that_ended_are_filled_with_all_answers_to_a_prompt(pair_of, asked,
     read.clear()
     assert_same(sample(models, asked, sampling), expected)
     assert sum(read) == len(LENGTHS) and read[0] == 2 and len(read) > 2  # two prompts side by side; others follow
+
+
+def answers_in_a_running_batch(models: Models, running: tuple, asked: Sequence[tuple]) -> list[Answer]:
+    """Answers of the student to prompts, (ids, extras) each, which are read at once into all rows of a batch but its last.
+    After them that of the last row, which has gone on."""
+    models, size = replace(models, eos_ids=()), len(asked)
+    noise = torch.rand(2 * size + 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    ids, extras = zip(*[running] * (size + 1), strict=True)
+    options = {"refills": True, "share_prompts": True}
+    with models.reading("student"):
+        batch = GrowingBatch(
+            models, Sampling(6), {"student": 1.0}, range(size + 1), ids, noise[size:], extras, **options
+        )
+        batch.step()
+        batch.live[:size] = [False] * size
+        ids, extras = zip(*asked, strict=True)
+        batch.refill(range(size + 1, 2 * size + 1), ids, noise[:size], extras)
+        while any(batch.live):
+            batch.step()
+    answers = batch.answers()
+    return [answers[number] for number in (*range(size + 1, 2 * size + 1), size)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "bamba"])
+def test_several_prompts_that_are_read_at_once_are_copied_to_their_own_rows(pair_of, asked, kind):  # noqa: F811
+    models = pair_of(kind)
+    prompts = [asked[place] for place in (0, 0, 2, 2, 2, 4)]
+    answers = answers_in_a_running_batch(models, (asked[1], {}), [(prompt, {}) for prompt in prompts])
+    for answer, prompt in zip(answers, [*prompts, asked[1]], strict=True):
+        logits = models.student(torch.tensor([prompt + answer.response])).logits[0, len(prompt) - 1 : -1]
+        said = logits[:, : models.vocab_size].log_softmax(-1).gather(1, torch.tensor(answer.response)[:, None])[:, 0]
+        torch.testing.assert_close(answer.logprobs.double(), said, atol=1e-5, rtol=0)
 
 
 def test_ranks_sample_the_same_answers(pair_of, asked, in_ranks):  # noqa: F811
