@@ -4,12 +4,14 @@ import json
 
 import pytest
 import yaml
+from transformers import LlamaConfig, LlavaConfig
 
 from minillm import UserError
 from minillm.config.loader.run_plan import load_run
-from minillm.planning.picture_passes import OF_ONE_SIZE
+from minillm.planning.picture_passes import OF_ONE_SIZE, pictures_shown
 from minillm.planning.planner import plan_run
 from tests.pictures import KINDS, save_seeing
+from tests.planning.small import SHAPE
 
 SEEN = {"prompt": "what?", "completion": "this", "image": "nowhere.png"}  # which no plan opens
 PAIR = {"prompt": "what?", "chosen": "this", "rejected": "that", "image": "nowhere.png"}
@@ -100,6 +102,23 @@ def test_pictures_that_do_not_fit_into_the_texts_are_named(planned):
 def test_a_set_that_is_not_here_shows_a_picture(planned):
     data = {"prompts": {"type": "hf", "path": "some/where", "max_prompt_length": 40, "max_response_length": 8}}
     assert planned(data=data).simulation.pictures == 1
+
+
+def test_questions_about_shapes_show_a_picture_each(tmp_path):
+    shapes = {"type": "easy_vqa", "max_prompt_length": 40, "max_response_length": 8}
+    sums = {"type": "arithmetic", "max_prompt_length": 40, "max_response_length": 8}
+    document = {
+        "output_dir": str(tmp_path / "run"),
+        "student": {"init": "random", "tokenizer": "byte", "config": SHAPE},
+        "data": {"prompts": shapes},
+        "method": {"name": "sft"},
+        "train": {"max_steps": 1},
+    }
+    for prompts, shown in ((shapes, 1), (sums, 0)):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**document, "data": {"prompts": prompts}}))
+        (stage,) = load_run([tmp_path / "run.yaml"]).stages
+        assert pictures_shown(stage.config, LlavaConfig()) == shown
+        assert pictures_shown(stage.config, LlamaConfig()) == 0  # which reads text alone
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - OF_ONE_SIZE))

@@ -8,7 +8,7 @@ from minillm.planning.gpus import BANDWIDTH_USE, LINK_USE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import Simulation
 from minillm.planning.sizes import ModelSize
-from minillm.planning.speed import _reading_seconds, forward_flops, speed_of
+from minillm.planning.speed import _reading_seconds, flops_per_token, forward_flops, speed_of
 from minillm.planning.work import Decoding, Forward, TermShape, Work
 
 # 1,000 weights: 100 in the head, 100 in a token table, 800 in two layers of 400
@@ -33,9 +33,13 @@ PROMPT, ANSWER, MICRO = 5, 4, 2
 LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
 
 
-def speed(work, *, sharding=None, checkpointing=False, bf16=True, student=STUDENT, pictures=0):
-    simulation = Simulation({}, student, TEACHER, vocab_size=10, losses={}, pictures=pictures)
-    return speed_of(simulation, work, sharding or Sharding(), GPU, bf16=bf16, checkpointing=checkpointing)
+def simulated(student=STUDENT, **counts):
+    return Simulation({}, student, TEACHER, vocab_size=10, losses={}, **counts)
+
+
+def speed(work, *, sharding=None, checkpointing=False, bf16=True, **counts):
+    options = {"bf16": bf16, "checkpointing": checkpointing}
+    return speed_of(simulated(**counts), work, sharding or Sharding(), GPU, **options)
 
 
 def work(**parts):
@@ -92,6 +96,44 @@ def test_a_picture_is_looked_at_where_its_prompt_is_read():
     assert two.rollout_flops - none.rollout_flops == 8 / 4 * 2 * (30 + 70)
     assert two.scoring_flops - none.scoring_flops == 8 * 2 * 70
     assert two.update_flops - none.update_flops == 3 * MICRO * 2 * 3 * 30  # micro-batches, sequences, pictures, passes
+    again = speed(both, pictures=2, checkpointing=True).update_flops - speed(both, checkpointing=True).update_flops
+    assert again == 3 * MICRO * 2 * 4 * 30
+    frozen = replace(STUDENT, picture_frozen=True)
+    once = speed(both, pictures=2, student=frozen).update_flops - speed(both, student=frozen).update_flops
+    assert once == 3 * MICRO * 2 * 30
+    judged = replace(both, terms=(replace(both.terms[0], from_buffer=False),))
+    more = speed(judged, pictures=2).scoring_flops - speed(judged).scoring_flops
+    assert more == 8 * 2 * 70 + 3 * MICRO * 2 * 70
+    assert flops_per_token(simulated(pictures=2), scoring) - flops_per_token(simulated(), scoring) == 2 * 70 / LENGTH
+
+
+def test_texts_without_prompts_show_no_pictures():
+    scoring = Forward(("teacher",), 4, LENGTH, 4 * ANSWER, True, total=8, prompted=False)
+    plain = work(scorings=(scoring,), buffered=8)
+    plain = replace(plain, terms=tuple(replace(one, prompted=False, from_buffer=False) for one in plain.terms))
+    none, two = (speed(plain, pictures=pictures) for pictures in (0, 2))
+    assert two == none and flops_per_token(simulated(pictures=2), scoring) == flops_per_token(simulated(), scoring)
+
+
+def test_one_of_several_teachers_judges_its_part_of_the_records():
+    both = work(scorings=(Forward(("teacher",), 4, LENGTH, 4 * ANSWER, True, total=8),), buffered=8)
+    all_of_them, third = (speed(both, asked=asked) for asked in (1.0, 1 / 3))
+    assert third.scoring_flops == pytest.approx(all_of_them.scoring_flops / 3)
+    assert all_of_them.update_flops - third.update_flops == pytest.approx(2 / 3 * 3 * ROWS * 2 * 200)
+
+
+def test_a_term_that_trains_the_teacher_has_its_size():
+    adapted = work()
+    adapted = replace(adapted, terms=(replace(adapted.terms[0], trains="teacher", teacher=False),))
+    body = MICRO * LENGTH * (2 * 4800 + 4 * LENGTH * 20 * 4)
+    assert speed(adapted).update_flops == 3 * 3 * (body + ROWS * 2 * 200)
+
+
+def test_a_token_of_a_stage_without_steps_has_its_part_of_the_heads():
+    scoring = Forward(("student", "teacher"), 4, LENGTH, 4 * ANSWER, True, total=8)
+    bodies = 2 * 800 + 4 * LENGTH * 10 * 2 + 2 * 4800 + 4 * LENGTH * 20 * 4
+    assert flops_per_token(simulated(), scoring) == pytest.approx(bodies + 2 * (100 + 200) * ANSWER / LENGTH)
+    assert flops_per_token(simulated(), replace(scoring, statistics=False)) == bodies
 
 
 def test_coins_read_a_model_where_it_is_asked_and_both_heads_once_more():
