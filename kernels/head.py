@@ -4,13 +4,14 @@ Logits are fp32 whatever the inputs (float64 for float64): on CUDA the tensor co
 inputs; on a CPU the weight is converted a tile at a time, so that no full converted copy exists.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-WEIGHT_TILE_BYTES = 4 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
+from minillm.kernels.workers import Turn, even_pieces, pieces, share
+
+WEIGHT_TILE_BYTES = 2 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
 WEIGHT_TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
 
 
@@ -74,18 +75,16 @@ def _on_tensor_cores(dtype: torch.dtype, logits: torch.dtype, device: torch.devi
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and logits == torch.float32
 
 
-def _tile_rows(weight: Tensor, logits: torch.dtype) -> int:
-    if weight.device.type != "cpu":
-        return weight.shape[0]
-    return min(WEIGHT_TILE_ROWS, max(1, WEIGHT_TILE_BYTES // (weight.shape[1] * logits.itemsize)))
+def _tiles(ids: int, hidden_size: int, logits: torch.dtype, device: torch.device) -> list[slice]:
+    """Parts of the ids that are taken one at a time."""
+    if device.type != "cpu":
+        return pieces(ids, ids)
+    return pieces(ids, max(1, min(WEIGHT_TILE_ROWS, WEIGHT_TILE_BYTES // (hidden_size * logits.itemsize))))
 
 
-def _tiles(weight: Tensor, compute: torch.dtype, logits: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _tile(weight: Tensor, ids: slice, compute: torch.dtype, logits: torch.dtype) -> Tensor:
     """Rows of the weight in the dtype of the logits, rounded to `compute` on the way."""
-    rows = _tile_rows(weight, logits)
-    for start in range(0, weight.shape[0], rows):
-        tile = weight[start : start + rows]
-        yield slice(start, start + rows), tile.to(compute).to(logits)
+    return weight[ids].to(compute).to(logits)
 
 
 def ready(weight: Tensor, compute: torch.dtype, logits: torch.dtype) -> Tensor:  # (V, H) -> (V, H)
@@ -105,8 +104,11 @@ def project(
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
-        for columns, tile in _tiles(weight, compute, out.dtype):
-            torch.mm(hidden, tile.t(), out=out[:, columns])
+
+        def project_on(ids: slice, turn: Turn) -> None:
+            torch.mm(hidden, _tile(weight, ids, compute, out.dtype).t(), out=out[:, ids])
+
+        share(project_on, _tiles(*weight.shape, out.dtype, out.device), out)
     if bias is not None:
         out.add_(bias.to(out.dtype))
     return out
@@ -125,8 +127,11 @@ def add_projection(
         torch.addmm(out, hidden, weight.t(), alpha=scale, out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
-        for columns, tile in _tiles(weight, compute, out.dtype):
-            out[:, columns].addmm_(hidden, tile.t(), alpha=scale)
+
+        def add_on(ids: slice, turn: Turn) -> None:
+            out[:, ids].addmm_(hidden, _tile(weight, ids, compute, out.dtype).t(), alpha=scale)
+
+        share(add_on, _tiles(*weight.shape, out.dtype, out.device), out)
     if bias is not None:
         out.add_(bias.to(out.dtype), alpha=scale)
 
@@ -209,30 +214,38 @@ class HeadGradients:
         hidden: Tensor,  # (C, H) the chunk, in `compute`
         rows: Tensor | slice,  # where the chunk's rows are in (N,)
     ) -> None:
-        if self.bias is not None:
-            self.bias[: self.vocab_size] += dz.sum(0, dtype=self.logits)
-        if _on_tensor_cores(self.compute, self.logits, dz.device):
-            hidden_gradient = self._hidden_on_tensor_cores
-        else:
-            hidden, hidden_gradient = hidden.to(self.logits), self._hidden_in_tiles
-        if self.hidden is not None:
-            self.hidden[rows] = hidden_gradient(dz).to(self.hidden.dtype)
-        if self._weight is not None:
-            used = self._weight[: self.vocab_size]
-            tile = _tile_rows(used, self.logits)
-            for start in range(0, self.vocab_size, tile):
-                part = dz[:, start : start + tile].t()
-                add_product(used[start : start + tile], part, hidden, first=self._unwritten)
-            self._unwritten = False
+        on_tensor_cores = _on_tensor_cores(self.compute, self.logits, dz.device)
+        if self.hidden is not None and on_tensor_cores:
+            # summed in fp32 to the end: parts of a long sum would be added up in bf16
+            self.hidden[rows] = torch.mm(dz, self.weight_value, out_dtype=torch.float32).to(self.hidden.dtype)
+        elif self.hidden is not None:
+            self._add_hidden(dz, rows)
+        if self._weight is None and self.bias is None:
+            return
+        hidden = hidden if on_tensor_cores else hidden.to(self.logits)
 
-    def _hidden_on_tensor_cores(self, dz: Tensor) -> Tensor:
-        # summed in fp32 to the end: parts of a long sum would be added up in bf16
-        return torch.mm(dz, self.weight_value, out_dtype=torch.float32)
+        def add_on(ids: slice, turn: Turn) -> None:
+            if self._weight is not None:
+                add_product(self._weight[ids], dz[:, ids].t(), hidden, first=self._unwritten)
+            if self.bias is not None:
+                self.bias[ids] += dz[:, ids].sum(0, dtype=self.logits)
 
-    def _hidden_in_tiles(self, dz: Tensor) -> Tensor:
-        # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
-        tiles = _tiles(self.weight_value, self.compute, self.logits)
-        return sum(torch.mm(dz[:, columns], tile) for columns, tile in tiles)
+        share(add_on, _tiles(dz.shape[1], hidden.shape[1], self.logits, dz.device), dz)
+        self._unwritten = False
+
+    def _add_hidden(self, dz: Tensor, rows: Tensor | slice) -> None:
+        """All of it in the workers: torch's own threads go on spinning for a while after a share of work, and hold cores."""
+        tiles = _tiles(*self.weight_value.shape, self.logits, dz.device)
+
+        def add_on(part: slice, turn: Turn) -> None:
+            # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
+            products = (
+                torch.mm(dz[part, ids], _tile(self.weight_value, ids, self.compute, self.logits)) for ids in tiles
+            )
+            theirs = rows[part] if isinstance(rows, Tensor) else slice(rows.start + part.start, rows.start + part.stop)
+            self.hidden[theirs] = sum(products).to(self.hidden.dtype)
+
+        share(add_on, even_pieces(len(dz), dz), dz)
 
 
 def fp16_headroom(dtype: torch.dtype) -> float:

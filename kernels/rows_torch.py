@@ -4,7 +4,9 @@ Rows go through in blocks that fit a core's cache, so that the many elementwise 
 `minillm.kernels.rows_triton` has the same functions. All are called without autograd.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +14,11 @@ from torch import Tensor
 from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
 from minillm.kernels.softmax_torch import ALL, Ids, Softmax
+from minillm.kernels.workers import Turn, pieces, share
 
 BLOCK_BYTES = 2 * 2**20  # of one (B, V) temporary on a CPU: they stay in its caches, and calls cost little beside them
 DEVICE_BLOCK_BYTES = 64 * 2**20  # elsewhere
+T = TypeVar("T")
 
 
 def row_statistics(
@@ -29,8 +33,9 @@ def row_statistics(
     Besides: `student_max` and `student_log_sum`, which add up to the log-sum-exp; the same of the teacher where one is
     given.
     """
-    blocks = [
-        _block_statistics(
+
+    def of_block(block: slice, turn: Turn) -> dict[str, Tensor]:
+        return _block_statistics(
             student[block],
             None if teacher is None else teacher[block],
             None if labels is None else labels[block, None],
@@ -38,9 +43,9 @@ def row_statistics(
             ids or ALL,
             graded=False,
         )[0]
-        for block in row_blocks(student, ids)
-    ]
-    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+    parts = map_blocks(of_block, student, ids)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def row_gradients(
@@ -61,7 +66,8 @@ def row_gradients(
     if not any(FIELDS[name].teacher for name in coefficients):
         teacher = None
     softmax = (ids or ALL).softmax
-    for block in row_blocks(student, ids):
+
+    def of_block(block: slice, turn: Turn) -> None:
         here = {name: value[block, None] for name, value in statistics.items()}
         chosen = {name: value[block, None] for name, value in coefficients.items()}
         models = {"student": softmax(logits_from_raw(student[block], *_scaling(spec, "student")))}
@@ -72,6 +78,8 @@ def row_gradients(
         )
         label = labels[block, None] if "student_logprob" in coefficients else None
         _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec, ids or ALL)
+
+    map_blocks(of_block, student, ids)
     return gradient
 
 
@@ -87,24 +95,26 @@ def row_loss_gradients(
     """row_statistics and row_gradients in one pass: a block's probabilities are used while a cache still has them.
 
     differentiate(rows, statistics) is called with a block of rows of this chunk and their statistics, (B,) each, and
-    returns their coefficients, (B,) each. None where it never returned any.
+    returns their coefficients, (B,) each: one block after the other, in their order. None where it never returned any.
     """
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
-    found = False
-    for block in row_blocks(student, ids):
+
+    def of_block(block: slice, turn: Turn) -> bool:
         label = None if labels is None else labels[block, None]
         statistics, rows = _block_statistics(
             student[block], None if teacher is None else teacher[block], label, spec, ids or ALL, graded=True
         )
-        coefficients = differentiate(block, {name: statistics[name] for name in spec.fields})
-        if coefficients:
-            here = {name: value[:, None] for name, value in statistics.items()}
-            chosen = {name: value[:, None] for name, value in coefficients.items()}
-            _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec, ids or ALL)
-            found = True
-        else:
+        with turn:
+            coefficients = differentiate(block, {name: statistics[name] for name in spec.fields})
+        if not coefficients:
             gradient[block] = 0.0
-    return gradient if found else None
+            return False
+        here = {name: value[:, None] for name, value in statistics.items()}
+        chosen = {name: value[:, None] for name, value in coefficients.items()}
+        _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec, ids or ALL)
+        return True
+
+    return gradient if any(map_blocks(of_block, student, ids)) else None
 
 
 def logits_from_raw(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
@@ -124,9 +134,12 @@ def add_softcapped(
     first: bool,
 ) -> None:
     """total += softcap(scale * raw), or with `first` total = it."""
-    for block in row_blocks(raw):
+
+    def of_block(block: slice, turn: Turn) -> None:
         z = logits_from_raw(raw[block], scale, softcap, 1.0)
         total[block] = z if first else z.add_(total[block])
+
+    map_blocks(of_block, raw)
 
 
 def softcap_gradient(
@@ -136,9 +149,12 @@ def softcap_gradient(
     softcap: float,
 ) -> Tensor:
     """d loss / d raw, (C, V), in the memory of `raw`; 0 where that is -inf."""
-    for block in row_blocks(raw):
+
+    def of_block(block: slice, turn: Turn) -> None:
         slope = softcap_slope(raw[block], scale / softcap).mul_(scale)
         torch.mul(slope, dz[block], out=raw[block])
+
+    map_blocks(of_block, raw)
     return raw
 
 
@@ -148,12 +164,13 @@ def softcap_slope(raw: Tensor, inner: float) -> Tensor:
     return e.mul(4.0).div_(e.add_(1.0).square_())
 
 
-def row_blocks(logits: Tensor, ids: Ids | None = None) -> Iterator[slice]:
+def map_blocks(work: Callable[[slice, Turn], T], logits: Tensor, ids: Ids | None = None) -> list[T]:  # (C, V)
+    """work(block, turn) of blocks of rows, in their order; ranks that share the ids meet in theirs one after the other."""
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     width = logits.shape[1] if ids is None else ids.widest(logits)
     rows = max(1, budget // (width * logits.element_size()))
-    for start in range(0, logits.shape[0], rows):
-        yield slice(start, start + rows)
+    blocks = pieces(len(logits), rows)
+    return share(work, blocks, logits) if ids is None else [work(block, nullcontext()) for block in blocks]
 
 
 def _block_statistics(

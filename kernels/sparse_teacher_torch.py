@@ -8,9 +8,10 @@ from torch import Tensor
 from minillm.kernels import rows_torch
 from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import RowSpec, expectation
-from minillm.kernels.rows_torch import logits_from_raw, row_blocks, softcap_slope
+from minillm.kernels.rows_torch import logits_from_raw, map_blocks, softcap_slope
 from minillm.kernels.softmax_torch import Softmax
 from minillm.kernels.sparse_teacher_rows import OutcomeRows
+from minillm.kernels.workers import Turn
 
 
 def tail_statistics(
@@ -21,8 +22,8 @@ def tail_statistics(
     argmax: bool,
 ) -> dict[str, Tensor]:
     """As `sparse_teacher_rows.Tail` says."""
-    parts = []
-    for block in row_blocks(student):
+
+    def of_block(block: slice, turn: Turn) -> dict[str, Tensor]:
         tail = Softmax.of(_logits(student[block], spec))
         empty = tail.largest == -torch.inf
         part = {"tail_max": tail.largest, "tail_log_sum": torch.where(empty, -torch.inf, -tail.top.log())}
@@ -31,7 +32,9 @@ def tail_statistics(
             part["tail_entropy"] = expectation(tail.probabilities(), log_t).neg_().masked_fill_(empty[:, 0], 0.0)
         if argmax:
             part["tail_argmax"] = tail.z.argmax(1)
-        parts.append({name: value.reshape(-1) for name, value in part.items()})
+        return {name: value.reshape(-1) for name, value in part.items()}
+
+    parts = map_blocks(of_block, student)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -49,7 +52,8 @@ def tail_gradients(
     empty = (statistics["tail_log_sum"] == -torch.inf)[:, None]
     some_empty = student.device.type != "cpu" or bool(empty.any())
     whole, entropy = chain * whole[:, None], None if entropy is None else chain * entropy[:, None]
-    for block in row_blocks(student):
+
+    def of_block(block: slice, turn: Turn) -> None:
         z = _logits(student[block], spec)
         t = torch.softmax(z, 1)
         if some_empty:  # a softmax of nothing is NaN
@@ -69,6 +73,8 @@ def tail_gradients(
             dz.mul_(slope)
         if dz is t:
             gradient[block] = dz
+
+    map_blocks(of_block, student)
     return gradient
 
 

@@ -1,0 +1,195 @@
+"""Workers of one thread each: the results of one thread, in order, whatever happens in a piece."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from minillm.kernels import rows_torch, workers
+from minillm.kernels.workers import even_pieces, pieces, share
+from minillm.losses import LMHead, TopK, linear_divergence, linear_objective
+
+ROWS, VOCABULARY, HIDDEN = 48, 211, 16
+PART = slice(0, 1)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Five rows a block, seven ids a tile."""
+    monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 5 * VOCABULARY * 4)
+    monkeypatch.setattr("minillm.kernels.head.WEIGHT_TILE_ROWS", 7)
+
+
+def used_threads(monkeypatch) -> set[str]:
+    """The names of the threads in which softmaxes are taken from now on."""
+    found, softmax = set(), torch.softmax
+
+    def seen(*args, **kwargs):
+        found.add(threading.current_thread().name)
+        return softmax(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "softmax", seen)
+    return found
+
+
+def models(*, grad: bool = True) -> tuple:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(ROWS, HIDDEN) * 2, torch.randn(VOCABULARY, HIDDEN) * 0.4
+    other, bias = torch.randn(ROWS, HIDDEN), torch.randn(VOCABULARY)
+    for tensor in (hidden, weight, bias):
+        tensor.requires_grad_(grad)
+    return hidden, weight, bias, other
+
+
+def by_divergence(heads, weight, bias):
+    hidden, *_, other = heads
+    return linear_divergence(
+        hidden, LMHead(weight, bias, softcap=9.0), other, LMHead(weight.detach().flip(0)), divergence="jsd"
+    )
+
+
+def by_sum(heads, weight, bias):
+    hidden, *_, other = heads
+    both = LMHead.sum_of(LMHead(weight, bias), LMHead(weight.detach().flip(0), softcap=3.0))
+    return linear_divergence((hidden, other), both, other, LMHead(weight.detach()), divergence="forward_kl")
+
+
+def by_top_k(heads, weight, bias):
+    hidden, *_, other = heads
+    logprobs, ids = (other @ weight.detach().t()).log_softmax(1).topk(9)
+    return linear_divergence(
+        hidden, LMHead(weight, bias, softcap=9.0), TopK(ids, logprobs), None, divergence="skew_forward_kl"
+    )
+
+
+def by_objective(heads, weight, bias):
+    hidden, *_, other = heads
+    total, _ = linear_objective(
+        hidden, LMHead(weight, bias), other, LMHead(weight.detach()), labels=torch.arange(ROWS),
+        fields=("reverse_kl", "student_logprob"),
+        objective=lambda stats: stats.reverse_kl.square() - 0.1 * stats.student_logprob,
+    )  # fmt: skip
+    return total
+
+
+@pytest.mark.parametrize("loss_of", [by_divergence, by_sum, by_top_k, by_objective])
+def test_losses_and_gradients_are_those_of_one_thread(loss_of, three_threads, small_blocks, monkeypatch):
+    found = []
+    for threads in (3, 1):
+        torch.set_num_threads(threads)
+        names = used_threads(monkeypatch)
+        hidden, weight, bias, other = models()
+        loss = loss_of((hidden, weight, bias, other), weight, bias)
+        loss.backward()
+        found.append([loss.detach(), hidden.grad, weight.grad, bias.grad])
+        here = {threading.current_thread().name}
+        assert names == here if threads == 1 else names - here
+        monkeypatch.undo()
+        monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 5 * VOCABULARY * 4)
+        monkeypatch.setattr("minillm.kernels.head.WEIGHT_TILE_ROWS", 7)
+    for several, one in zip(*found, strict=True):
+        assert torch.allclose(several, one, rtol=1e-5, atol=1e-7) and one.any()
+
+
+def test_an_objective_is_called_by_one_at_a_time_in_the_order_of_the_rows(three_threads, small_blocks):
+    hidden, weight, bias, other = models()
+    calls, inside = [], []
+
+    def objective(stats, number):
+        inside.append(1)
+        time.sleep(0.002)
+        assert len(inside) == 1
+        calls.extend(number.tolist())
+        inside.clear()
+        return stats.reverse_kl
+
+    given = (hidden, LMHead(weight), other, LMHead(weight.detach()), None)
+    linear_objective(*given, objective=objective, fields=("reverse_kl",), inputs={"number": torch.arange(ROWS)})
+    assert calls == list(range(ROWS))
+
+
+def test_what_a_piece_raises_is_raised_and_ends_the_others(three_threads, small_blocks):
+    hidden, weight, _, other = models()
+    calls = []
+
+    def objective(stats):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("the third")
+        return stats.reverse_kl
+
+    given = (hidden, LMHead(weight), other, LMHead(weight.detach()), None)
+    with pytest.raises(KeyError, match="the third"):
+        linear_objective(*given, objective=objective, fields=("reverse_kl",))
+    assert len(calls) == 3
+    assert share(lambda part, turn: part.start, pieces(10, 2), hidden) == [0, 2, 4, 6, 8]  # the workers live on
+
+
+def test_threads_that_others_start_have_what_they_had(three_threads):
+    share(lambda part, turn: time.sleep(0.001), pieces(6, 1), torch.zeros(1))
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [3] and torch.get_num_threads() == 3
+    alone = share(lambda part, turn: torch.get_num_threads(), pieces(6, 1), torch.zeros(1))
+    assert alone == [1] * 6
+
+
+def test_inference_mode_and_autograd_are_those_of_the_caller(three_threads):
+    def modes(part, turn):
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    with torch.inference_mode():
+        assert set(share(modes, pieces(6, 1), torch.zeros(1))) == {(True, False)}
+    assert set(share(modes, pieces(6, 1), torch.zeros(1))) == {(False, False)}
+    hidden, weight, _, other = models(grad=False)
+    with torch.inference_mode():
+        inside = linear_divergence(hidden, LMHead(weight), other, LMHead(weight.flip(0)))
+    assert inside.item() == pytest.approx(
+        linear_divergence(hidden, LMHead(weight), other, LMHead(weight.flip(0))).item()
+    )
+
+
+def test_a_forked_process_has_workers_of_its_own(three_threads):
+    share(lambda part, turn: None, pieces(6, 1), torch.zeros(1))
+    child = os.fork()
+    if child == 0:
+        done = share(lambda part, turn: part.start, pieces(6, 1), torch.zeros(1)) == list(range(6))
+        os._exit(0 if done else 1)
+    deadline = time.monotonic() + 30
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if status[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert status == (child, 0)
+
+
+def test_who_shares(three_threads, monkeypatch):
+    here = threading.current_thread().name
+
+    def name(part, turn):
+        return threading.current_thread().name
+
+    assert here not in share(name, pieces(6, 1), torch.zeros(1))
+    assert share(name, [PART], torch.zeros(1)) == [here]
+    assert set(share(name, pieces(6, 1), torch.zeros(1, device="meta"))) == {here}
+    with torch._subclasses.FakeTensorMode():
+        assert set(share(name, pieces(6, 1), torch.zeros(1))) == {here}
+    assert [(part.start, part.stop) for part in even_pieces(13, torch.zeros(1))] == [
+        (0, 3), (3, 6), (6, 9), (9, 12), (12, 13)]  # fmt: skip
+    torch.set_num_threads(1)
+    assert set(share(name, pieces(6, 1), torch.zeros(1))) == {here}
+    assert even_pieces(13, torch.zeros(1)) == [slice(0, 13)]
+    assert workers._pool.threads == 3
