@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         "seed": arguments.seed,
     }
     rows, skipped, verdicts = [], {}, ""
-    with tempfile.TemporaryDirectory(prefix="minillm-bench-") as scratch:
+    if arguments.busy:
+        settings["busy processes beside"] = arguments.busy
+    with tempfile.TemporaryDirectory(prefix="minillm-bench-") as scratch, _busy(arguments.busy):
         for results in _run(arguments, device, cases, providers, Path(scratch)):
             rows, skipped = summarise(cases, results, YARDSTICK)
             write_csv(folder / "results.csv", rows, machine)
@@ -109,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--warmup-ms", type=int, default=200, help="on a GPU (default: %(default)s)")
     timing.add_argument("--rep-ms", type=int, default=1000, help="on a GPU (default: %(default)s)")
     timing.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
+    timing.add_argument(
+        "--busy", type=int, default=0, metavar="PROCESSES", help="that hold a core each meanwhile, as other work would"
+    )
     timing.add_argument("--timeout", type=int, default=1800, help="seconds a process may take (default: %(default)s)")
     timing.add_argument("--seed", type=int, default=0, help="of the inputs and the order (default: %(default)s)")
     return parser
@@ -188,6 +194,19 @@ def _run(
             if all("skipped" in result for result in found):
                 unavailable.add(provider)
             yield results
+
+
+@contextmanager
+def _busy(count: int) -> Iterator[None]:
+    """Processes that compute, and do nothing else, until the measurement is over or this process is."""
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}:\n    sum(range(100_000))"
+    processes = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _process(job: dict, arguments: argparse.Namespace, scratch: Path) -> list[dict]:

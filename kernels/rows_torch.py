@@ -14,9 +14,9 @@ from torch import Tensor
 from minillm.kernels.chunks import logits_buffer
 from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
 from minillm.kernels.softmax_torch import ALL, Ids, Softmax
-from minillm.kernels.workers import Turn, pieces, share
+from minillm.kernels.workers import Turn, pieces, share, workers_on
 
-BLOCK_BYTES = 2 * 2**20  # of one (B, V) temporary on a CPU: they stay in its caches, and calls cost little beside them
+BLOCK_BYTES = 2**20  # of one (B, V) temporary of all workers on a CPU: they stay in its caches, and malloc keeps little
 DEVICE_BLOCK_BYTES = 64 * 2**20  # elsewhere
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ def softcap_slope(raw: Tensor, inner: float) -> Tensor:
 
 def map_blocks(work: Callable[[slice, Turn], T], logits: Tensor, ids: Ids | None = None) -> list[T]:  # (C, V)
     """work(block, turn) of blocks of rows, in their order; ranks that share the ids meet in theirs one after the other."""
-    budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    budget = BLOCK_BYTES // workers_on(logits) if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     width = logits.shape[1] if ids is None else ids.widest(logits)
     rows = max(1, budget // (width * logits.element_size()))
     blocks = pieces(len(logits), rows)

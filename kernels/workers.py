@@ -26,7 +26,7 @@ def pieces(size: int, most: int) -> list[slice]:
 
 def even_pieces(size: int, tensor: Tensor) -> list[slice]:
     """All of `size` rows in two pieces for every worker that `tensor` has, so that a slow one holds up little."""
-    workers = _workers(tensor)
+    workers = workers_on(tensor)
     return pieces(size, max(1, size if workers < 2 else -(-size // (2 * workers))))
 
 
@@ -36,14 +36,14 @@ def share(work: Callable[[slice, Turn], T], parts: Sequence[slice], tensor: Tens
     Pieces are independent of each other, and so is what they write. What is not, a caller's function with a state,
     belongs into `with turn:`. Raises what `work` raises.
     """
-    workers = min(_workers(tensor), len(parts))
+    workers = min(workers_on(tensor), len(parts))
     if workers < 2:
         return [work(part, nullcontext()) for part in parts]
     return _Call(work, parts).run(_pool.of(torch.get_num_threads()), workers)
 
 
-def _workers(tensor: Tensor) -> int:
-    """1 where the calling thread does everything: of a fake tensor nobody else knows the mode."""
+def workers_on(tensor: Tensor) -> int:
+    """The workers that `share` takes; 1 where the calling thread does it all: of a fake tensor nobody else knows the mode."""
     return torch.get_num_threads() if tensor.device.type == "cpu" and type(tensor) is Tensor else 1
 
 

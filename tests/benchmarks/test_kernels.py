@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +192,20 @@ def test_needs_neither_pydantic_nor_transformers():
 def test_an_unknown_case_is_an_error(capsys):
     assert kernels.main(["--device", "cpu", "--match", "no such case"]) == 2
     assert "--list" in capsys.readouterr().err
+
+
+def test_busy_processes_hold_their_cores_for_as_long_as_it_takes(monkeypatch):
+    started, popen = [], kernels.subprocess.Popen
+    monkeypatch.setattr(kernels.subprocess, "Popen", lambda command: started.append(popen(command)) or started[-1])
+    with pytest.raises(RuntimeError), kernels._busy(2):
+        ran_before = [_cpu_ticks(process.pid) for process in started]
+        deadline = time.monotonic() + 30
+        while not all(_cpu_ticks(p.pid) > ran + 5 for p, ran in zip(started, ran_before, strict=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        raise RuntimeError
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def _cpu_ticks(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11])
