@@ -9,6 +9,7 @@ from minillm.config.keys import FilesPath, Strict, default_type
 from minillm.config.models import TeacherConfig, TeacherSide, teachers_of
 
 Positive = Annotated[int, Field(ge=1)]
+Packing = Literal["auto", "on", "off"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -61,6 +62,13 @@ class TrainConfig(Strict):
     )
     per_device_train_batch_size: Positive = Field(8, description="Answers in a micro-batch on each rank")
     gradient_accumulation_steps: Positive = Field(1, description="Micro-batches in a step on each rank")
+    packing: Packing = Field(
+        "auto",
+        description="Put the sequences of a micro-batch end to end, each seeing itself alone, so that nothing is computed for "
+        "padding: in updates, scoring, teacher passes and evaluations. auto: with attn_implementation flash_attention_* and "
+        "flex_attention; on: with sdpa and eager too, under a mask of all pairs of a micro-batch's tokens; off: never. "
+        "Batches that show pictures stay as they are",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="The highest learning rate of the schedule")
     lr_scheduler_type: Scheduler = Field(
         "constant_with_warmup", description="The name of a schedule of transformers.get_scheduler"

@@ -13,6 +13,7 @@ from minillm.losses import LMHead, linear_objective
 from minillm.methods.protocol import HeadLoss, HiddenLoss, Term
 from minillm.models.access import forward_layers, lm_head, rows_of
 from minillm.models.batch import TokenBatch
+from minillm.models.packing import fed_mask
 from minillm.models.routers import balance_loss, expert_tokens, experts_of, recorded_routing
 from minillm.teachers.several import Share, shares_of
 from minillm.teachers.teacher import HiddenRows
@@ -44,7 +45,7 @@ class TermLoss(nn.Module):
         with recorded_routing(model) as routing:
             output, states = forward_layers(model, batch, () if term.hidden is None else term.hidden.layers)
         if model is self.student and self.expert_tokens is not None:
-            found = expert_tokens(routing, self.expert_tokens.shape[1], batch.attention_mask)
+            found = expert_tokens(routing, self.expert_tokens.shape[1], fed_mask(model, batch))
             self.expert_tokens = self.expert_tokens.to(found.device) + found
         hidden = rows_of(output.last_hidden_state, batch)  # (N, H_s)
         found = [self._objective(term, share, model, hidden) for share in shares_of(term.teacher)]
@@ -56,7 +57,7 @@ class TermLoss(nn.Module):
             of_hidden, measured = self._hidden_loss(term.hidden, states, batch)
             loss, metrics = loss + of_hidden, {**metrics, **measured}
         if term.auxiliary:
-            balance = balance_loss(model, routing, batch.attention_mask)
+            balance = balance_loss(model, routing, fed_mask(model, batch))
             loss = loss + term.auxiliary * term.count * balance
             # a mean over tokens, and metrics are sums over rows
             metrics = {**metrics, "auxiliary_loss": balance.detach() * batch.tokens}

@@ -21,6 +21,7 @@ from minillm.models.families import (
     sees_pictures,
     token_kinds,
 )
+from minillm.models.packing import pack, reads_packed, sequence_bounds
 
 # What the code of an architecture raises where its configuration does not go together or its inputs are not what it takes.
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
@@ -75,7 +76,13 @@ def forward_layers(model: PreTrainedModel, batch: TokenBatch, layers: Collection
 
 
 def forward_batch(model: PreTrainedModel, batch: TokenBatch, **options):
-    """One forward pass below the head over prompts with their answers and what the prompts show, without a cache."""
+    """One forward pass below the head over prompts with their answers and what the prompts show, without a cache.
+
+    A model that minillm.models.packing has packed computes nothing for padding; hidden states are (B, L, H) all the same,
+    and 0 there.
+    """
+    if reads_packed(model, batch):
+        return forward_packed(model, batch, **options)
     output, _ = forward_shown(
         model,
         batch.input_ids,
@@ -89,10 +96,30 @@ def forward_batch(model: PreTrainedModel, batch: TokenBatch, **options):
     return output
 
 
+def forward_packed(model: PreTrainedModel, batch: TokenBatch, **options):
+    """`forward_batch` of the sequences put end to end in one row, be the model packed or not. It takes no pictures."""
+    packed = pack(batch)
+    output, _ = forward_shown(
+        model,
+        packed.input_ids,
+        None,  # a mask of the row's tokens would hide from transformers that there are several sequences
+        packed.position_ids,
+        NOTHING,
+        prompt=packed.pack(batch.prompt_mask()) if sees_pictures(model) else None,
+        use_cache=False,
+        **sequence_bounds(model, packed),
+        **options,
+    )
+    output.last_hidden_state = packed.unpack(output.last_hidden_state)
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(map(packed.unpack, output.hidden_states))
+    return output
+
+
 def forward_shown(
     model: PreTrainedModel,
     input_ids: Tensor,  # (B, L) int64
-    attention_mask: Tensor,  # (B, L)
+    attention_mask: Tensor | None,  # (B, L); None: all are tokens, of a text wherever positions begin anew
     position_ids: Tensor,  # (B, L)
     extras: Mapping[str, Tensor],  # of the whole batch, as TokenBatch has them
     *,
@@ -117,7 +144,7 @@ def forward_shown(
         raise UserError(f"{type(model).__name__} cannot read the pictures of a batch: {error}") from error
 
 
-def forward_decoder(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, position_ids, **options):
+def forward_decoder(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids, **options):
     """One forward pass below the head; without positions the model numbers them by itself."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return decoder(model)(input_ids=input_ids, attention_mask=attention_mask, **positions, **options)

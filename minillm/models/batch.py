@@ -54,6 +54,7 @@ class TokenBatch:
     rows: Tensor  # (N,) int64 indices into the flattened (B * L) positions
     labels: Tensor  # (N,) int64, the id that each row predicts
     lengths: tuple[int, ...]  # response tokens of each sequence
+    widths: tuple[int, ...]  # tokens fed of each sequence
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # of all sequences, for the forward pass
     sequences: tuple[TokenSequence, ...] = ()  # that it was made of, for a teacher that knows them by their texts
     pad_id: int = 0  # stands beside the shorter sequences
@@ -125,6 +126,7 @@ def collate(sequences: Iterable[TokenSequence], pad_id: int) -> TokenBatch:
         rows=torch.tensor(rows, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
         lengths=tuple(len(sequence.response) for sequence in sequences),
+        widths=tuple(map(len, fed)),
         extras=join_extras([sequence.extras for sequence in sequences]),
         sequences=tuple(sequences),
         pad_id=pad_id,

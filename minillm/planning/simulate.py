@@ -272,6 +272,7 @@ class _Simulator:
             rows=torch.zeros(one.rows, dtype=torch.int64),
             labels=torch.zeros(one.rows, dtype=torch.int64),
             lengths=(one.rows // one.batch,) * one.batch,
+            widths=(length,) * one.batch,
             extras=self._shown(one.batch) if one.prompted else {},
         )
 

@@ -20,6 +20,7 @@ from minillm.config.models import (
     TeacherSide,
     teachers_of,
 )
+from minillm.config.training import Packing
 from minillm.distributed import collectives
 from minillm.models.delta import Delta, Translation
 from minillm.models.device import pick_device
@@ -32,6 +33,7 @@ from minillm.models.vocabulary_map import kept_map
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.openai_teacher import OpenAITeacher
+from minillm.teachers.packed_pair import settle_packing
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row, preflight
 from minillm.teachers.row_cache import TOKENIZER, find_cache
@@ -111,6 +113,7 @@ def open_models(
     hollow: bool = False,
     by_layers: bool = False,
     tokenizers: TokenizerPair | None = None,
+    packing: Packing = "auto",
 ) -> tuple[Models, list[Row]]:
     """A pair, looked over before anything is done with it, and the rows of its preflight table.
 
@@ -129,13 +132,15 @@ def open_models(
         hollow: the student's weights come from rank 0 later (minillm.models.loading.is_hollow).
         by_layers: sharded weights are gathered a layer at a time.
         tokenizers: of both, where each is to read its own ids.
+        packing: as train.packing.
 
-    Raises PreflightError where the two do not go together, UserError where one cannot be read.
+    Raises PreflightError where the two do not go together, or one cannot read batches packed, UserError where one cannot be read.
     """
     judge, judges_tokenizer = (None, None) if teacher is None else teacher
     if student is None:
         require_ability(judge, "evaluate", "a teacher in the student's place")
-        return preflight(judge.model, judge, judges_tokenizer, judges_tokenizer, device)
+        models, rows = preflight(judge.model, judge, judges_tokenizer, judges_tokenizer, device)
+        return models, [*rows, settle_packing(models, packing)]
     options = {"output_dir": output_dir, "device": loading_device or device, "seed": seed, "hollow": hollow}
     source = judge.model if copy_teacher else None
     model = collectives.together(lambda: load_student(student, source=source, saved=saved, **options))
@@ -143,11 +148,12 @@ def open_models(
         model = model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(student if saved is None else student.saved_in(saved), output_dir)
     with gathered(*weights_here(judge), by_layers=by_layers):  # an earlier stage may have sharded it
-        return collectives.together(
+        models, rows = collectives.together(
             lambda: preflight(
                 model, judge, tokenizer, judges_tokenizer, device, by_layers=by_layers, tokenizers=tokenizers
             )
         )
+        return models, [*rows, settle_packing(models, packing)]
 
 
 def open_named(

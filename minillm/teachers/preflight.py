@@ -180,7 +180,7 @@ def _check_model(who: str, model: PreTrainedModel) -> None:
         )
 
 
-def _of_all(whose: Sequence[str], cells: Sequence[str]) -> str:
+def of_all(whose: Sequence[str], cells: Sequence[str]) -> str:
     """The cells of all teachers in one: what is the same for all is said once."""
     if len(set(cells)) == 1:
         return cells[0]
@@ -248,7 +248,7 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
     whose = list(models.teacher.teachers) if isinstance(models.teacher, SeveralTeachers) else [""]
     columns = (
         column(models.student, models.tokenizer, rows_s),
-        [_of_all(whose, cells) for cells in zip(*beside, strict=True)] or ["-"] * len(names),
+        [of_all(whose, cells) for cells in zip(*beside, strict=True)] or ["-"] * len(names),
     )
     table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
     pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)

@@ -259,7 +259,7 @@ class StageBuilder:
             require_ability(teacher and teacher.teacher, ability, f"stage {stage.name!r}")
         device = engine_device(engine)
         if "student" not in needs.trains and needs.reference is None:
-            return open_models(None, teacher, output_dir=self.output_dir, device=device)
+            return open_models(None, teacher, output_dir=self.output_dir, device=device, packing=config.train.packing)
         hollow = sharded and collectives.rank() > 0
         copied = checkpoint is None and not hollow and teacher is not None and not is_sharded(teacher.teacher.model)
         models, rows = open_models(
@@ -275,6 +275,7 @@ class StageBuilder:
             hollow=hollow,
             by_layers=sharded and engine.gather == "layers",
             tokenizers=tokenizers,
+            packing=config.train.packing,
         )
         if adapted and checkpoint is not None:
             collectives.together(lambda: load_adapter(models.student, checkpoint / FOLDER))
