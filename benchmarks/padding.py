@@ -1,7 +1,7 @@
-"""`minillm bench padding`: what it saves to cut a step into micro-batches of like lengths, on the lengths of given records.
+"""`minillm bench padding`: what it saves to cut a step into micro-batches of like lengths, and to pack them, on given records.
 
-Steps of word-level distillation of random Llama models, each taken twice on the same references, cut by length and as
-they come, in a random order and without moving a weight. Seconds are those of this process on the CPU, not the clock's,
+Steps of word-level distillation of random Llama models, each taken four times on the same references, cut by length and as
+they come, with padding and packed, in a random order and without moving a weight. Seconds are those of this process on the CPU, not the clock's,
 so that a machine that others use gives the same ratio; on a GPU they are the clock's.
 """
 
@@ -27,11 +27,16 @@ from minillm.methods.protocol import Term
 from minillm.methods.supervised import mixed_term
 from minillm.models.batch import TokenSequence
 from minillm.models.device import pick_device
+from minillm.models.packing import pack_batches, reads_packed
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from minillm.train.micro_batches import cut_step
 
-CUTS = {False: "as they come", True: "by length"}
+WAYS = {
+    (by_length, packed): name + ", packed" * packed
+    for packed in (False, True)
+    for by_length, name in ((False, "as they come"), (True, "by length"))
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "student, teacher": f"{arguments.student}, {arguments.teacher} (hidden x layers), with the tokenizer's vocabulary",
         "records": f"{Path(arguments.data).name}, template {arguments.template}, prompts of at most "
         f"{arguments.prompt_tokens} tokens and answers of at most {arguments.tokens}",
+        "attention": arguments.attention,
         "step": f"{arguments.micro_batches} micro-batches of {arguments.batch_size}",
         "steps": f"{arguments.steps}, and one that is not counted",
     }
@@ -64,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--template", default="alpaca", help="of the prompts (default: %(default)s)")
     parser.add_argument("--student", default="256x4", metavar="HIDDENxLAYERS", help="default: %(default)s")
     parser.add_argument("--teacher", default="512x8", metavar="HIDDENxLAYERS", help="default: %(default)s")
+    parser.add_argument("--attention", default="sdpa", help="an attn_implementation (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="of a micro-batch (default: %(default)s)")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a step (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="of the longest prompt (default: %(default)s)")
@@ -79,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(arguments: argparse.Namespace, device: torch.device) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     shapes = [tuple(map(int, one.split("x"))) for one in (arguments.student, arguments.teacher)]
-    student, teacher = (make_model(*shape, len(tokenizer), seed).to(device) for seed, shape in enumerate(shapes))
+    pair = [make_model(*shape, len(tokenizer), seed).to(device) for seed, shape in enumerate(shapes)]
+    for model in pair:
+        model.set_attn_implementation(arguments.attention)
+    student, teacher = pair
     eos = tokenizer.eos_token_id
     teacher = LocalTeacher(teacher.requires_grad_(False))
     models = Models(student, teacher, tokenizer, len(tokenizer), (eos,), eos, device)
@@ -92,25 +102,28 @@ def _measure(arguments: argparse.Namespace, device: torch.device) -> list[str]:
     references = Stream([one for one in load_prompts(keys, tokenizer) if one.response_ids], seed=arguments.seed)
     engine = TorchEngine(models, TrainConfig(max_steps=1, learning_rate=1e-30), TorchEngineConfig(), total_steps=1)
     order, size = random.Random(arguments.seed), arguments.batch_size
-    seconds: dict[bool, list[float]] = {by_length: [] for by_length in CUTS}
-    fed: dict[bool, list[int]] = {by_length: [] for by_length in CUTS}
-    real, predicted = [], []
+    seconds: dict[tuple[bool, bool], list[float]] = {way: [] for way in WAYS}
+    fed: dict[tuple[bool, bool], int] = dict.fromkeys(WAYS, 0)
+    real, predicted = 0, []
     for _ in range(arguments.steps + 1):
         items = [one.sequence for one in references.take(size * arguments.micro_batches)]
-        real.append(sum(item.width - 1 for item in items))  # the last token is predicted, never fed
+        real += sum(item.width - 1 for item in items)  # the last token is predicted, never fed
         predicted.append(sum(len(item.response) for item in items))
-        for by_length in order.sample(sorted(CUTS), len(CUTS)):
+        for way in order.sample(sorted(WAYS), len(WAYS)):
+            by_length, packed = way
+            for model in pair:
+                pack_batches(model, packed)
             start = now(device)
             terms = [_term(part, models) for part in cut_step(items, size, by_length=by_length)]
             engine.step([[term] for term in terms])
-            seconds[by_length].append(now(device) - start)
-            fed[by_length].append(sum(term.batch.input_ids.numel() for term in terms))
-    lines = []
-    for by_length, name in CUTS.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds[False][1:], seconds[by_length][1:], strict=True))
-        padding = 100 * (1 - sum(real) / sum(fed[by_length]))
-        taken = seconds[by_length][1:]
-        rate = sum(predicted[1:]) / sum(taken)
+            seconds[way].append(now(device) - start)
+            batches = [term.batch for term in terms]
+            fed[way] += sum(sum(one.widths) if reads_packed(student, one) else one.input_ids.numel() for one in batches)
+    lines, plain = [], seconds[(False, False)][1:]
+    for way, name in WAYS.items():
+        taken = seconds[way][1:]
+        ratio = statistics.median(a / b for a, b in zip(plain, taken, strict=True))
+        padding, rate = 100 * (1 - real / fed[way]), sum(predicted[1:]) / sum(taken)
         lines.append(f"| {name} | {padding:.0f} | {statistics.median(taken):.2f} | {rate:.0f} | {ratio:.2f} |")
     return lines
 

@@ -37,7 +37,7 @@ class PackedBatch:
         return padded.index_copy(0, self.places, states[0]).view(rows, width, -1)
 
     def pack(self, of_tokens: Tensor) -> Tensor:  # (B, L) -> (1, T)
-        """What is said of every token of the padded batch."""
+        """The values of a padded batch at its tokens."""
         return of_tokens.flatten()[self.places][None]
 
 
