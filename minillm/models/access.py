@@ -17,6 +17,7 @@ from minillm.models.families import (
     banned_id,
     decoder,
     own_positions,
+    packed_positions,
     require_sight,
     sees_pictures,
     token_kinds,
@@ -103,7 +104,7 @@ def forward_packed(model: PreTrainedModel, batch: TokenBatch, **options):
         model,
         packed.input_ids,
         None,  # a mask of the row's tokens would hide from transformers that there are several sequences
-        packed.position_ids,
+        packed_positions(model, packed.position_ids),
         NOTHING,
         prompt=packed.pack(batch.prompt_mask()) if sees_pictures(model) else None,
         use_cache=False,
@@ -120,7 +121,7 @@ def forward_shown(
     model: PreTrainedModel,
     input_ids: Tensor,  # (B, L) int64
     attention_mask: Tensor | None,  # (B, L); None: all are tokens, of a text wherever positions begin anew
-    position_ids: Tensor,  # (B, L)
+    position_ids: Tensor,  # (B, L), or as an architecture takes them
     extras: Mapping[str, Tensor],  # of the whole batch, as TokenBatch has them
     *,
     prompt: Tensor | None = None,  # (B, L) bool, which tokens are the prompt's; None where that is not known

@@ -136,6 +136,15 @@ def own_positions(
     return positions, shift.view(-1, 1)
 
 
+def packed_positions(model: PreTrainedModel, position_ids: Tensor) -> Tensor:  # (1, T) -> (1, T) or (4, 1, T), int64
+    """Positions of texts put end to end, as an architecture takes them that finds by them where a text begins.
+
+    One that counts a picture's tokens along its sides takes those of the text before those of the sides.
+    """
+    counts_sides = getattr(decoder(model), "get_rope_index", None) is not None
+    return position_ids.expand(4, *position_ids.shape) if counts_sides else position_ids
+
+
 def cache_argument(model: PreTrainedModel) -> str:
     """The name under which a model takes a cache. Models swallow other names silently, and begin anew with every token."""
     return "cache_params" if _recurrent(model) else "past_key_values"
