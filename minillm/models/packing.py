@@ -55,8 +55,9 @@ def pack(batch: TokenBatch) -> PackedBatch:
     """The tokens of a batch, sequence after sequence."""
     device, width = batch.input_ids.device, batch.input_ids.shape[1]
     positions = torch.cat([torch.arange(one) for one in batch.widths])
-    first = torch.arange(len(batch.widths)).repeat_interleave(torch.tensor(batch.widths)) * width
-    places = (first + positions).to(device, non_blocking=True)
+    starts = [row * width for row in range(len(batch.widths))]
+    places = torch.cat([torch.arange(start, start + one) for start, one in zip(starts, batch.widths, strict=True)])
+    places = places.to(device, non_blocking=True)
     return PackedBatch(
         input_ids=batch.input_ids.flatten()[places][None],
         position_ids=positions.to(device, non_blocking=True)[None],

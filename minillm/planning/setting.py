@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from minillm.config.lora import LoraConfig
 from minillm.config.models import Part, Quantization, TeacherConfig, teachers_of
 from minillm.config.root import StageConfig
+from minillm.models.packing import attention_by_sequence
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,18 @@ class Setting:
     trained_parts: tuple[Part, ...] | None = None  # of the student; None: all of it
     vision_from_layer: int | None = None
     pictures: int = 0  # that every prompt shows
+    packed: bool = False  # train.packing: on, which takes a mask of all pairs where attention has no other way
+
+    def masks_pairs(self, attention: str) -> bool:
+        """True where a model with an attention implementation reads its batches packed, under a mask of all pairs of their
+        tokens. Packed without one, the longest batch is what it is padded: it has no padding."""
+        return self.packed and not attention_by_sequence(attention)
+
+    @property
+    def masked(self) -> frozenset[str]:
+        """Of student and teacher those that `masks_pairs`."""
+        of_role = {"student": self.student_attention, "teacher": self.teacher_attention}
+        return frozenset(role for role, attention in of_role.items() if self.masks_pairs(attention))
 
     @classmethod
     def of(cls, config: StageConfig, *, checkpointing: bool, pictures: int = 0) -> "Setting":
@@ -56,4 +69,5 @@ class Setting:
             trained_parts=None if needs.alone else student.trained_parts,
             vision_from_layer=None if needs.alone else student.vision_from_layer,
             pictures=pictures,
+            packed=config.train.packing == "on",
         )

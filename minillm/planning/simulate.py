@@ -61,6 +61,7 @@ class Simulation:
     teachers: dict[str, ModelSize] = field(default_factory=dict)  # each of several, which `teacher` has together
     row_bytes: int = 0  # of what is kept of the teacher's word on a row
     asked: float = 1.0  # the part of `teacher` that judges a record
+    masked: frozenset[str] = frozenset()  # of student and teacher those that compare all tokens of a batch
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -168,6 +169,7 @@ class _Simulator:
             if several
             else sum(one.hidden_size * one.itemsize for one in sizes.values()),
             several.asked if several else 1.0,
+            self.setting.masked,
         )
 
     @contextmanager
@@ -272,7 +274,8 @@ class _Simulator:
             rows=torch.zeros(one.rows, dtype=torch.int64),
             labels=torch.zeros(one.rows, dtype=torch.int64),
             lengths=(one.rows // one.batch,) * one.batch,
-            widths=(length,) * one.batch,
+            # what is packed has some padding: a token of it at the least, and in the worst batch no more
+            widths=(length,) * (one.batch - 1) + (max(1, length - self.setting.packed),),
             extras=self._shown(one.batch) if one.prompted else {},
         )
 

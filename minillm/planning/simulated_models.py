@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from minillm.models.access import checkpoint_activations, lm_head
 from minillm.models.adapters import add_adapters
 from minillm.models.loading import without_dropout
+from minillm.models.packing import pack_batches
 from minillm.models.parts import train_parts, weights_of
 from minillm.models.projectors import make_projectors
 from minillm.planning.cached_teacher import TeacherHead
@@ -51,6 +52,10 @@ class SimulatedModels:
         for one in () if several is None else several.beside:
             with ledger.part("teacher weights"):
                 self._add_beside(one)
+        attentions = {"student": setting.student_attention, "teacher": setting.teacher_attention}
+        attentions |= {f"teacher {one.name}": one.attention for one in (() if several is None else several.beside)}
+        for name, model in self.by_name.items():
+            pack_batches(model, setting.masks_pairs(attentions[name]))
         if setting.pictures:
             for model in self.by_name.values():
                 prepare_for_pictures(model)

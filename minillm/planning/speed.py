@@ -52,14 +52,15 @@ def speed_of(
         for name in scoring.models:
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
             length = scoring.length_of(name)
-            body = forward_flops(sizes[name], scoring.total * length, length)
+            body = forward_flops(sizes[name], scoring.total * length, _context(simulation, name, scoring.batch, length))
             seen = scoring.total * simulation.pictures * scoring.prompted * sizes[name].picture
             scored[name] += used * (body + rows * 2 * sizes[name].head + seen)
         for name in scoring.kept:
             scored[name] += used * scoring.total * (scoring.rows // scoring.batch) * 2 * sizes[name].head
     for term in work.judged_in_the_step:
         tokens = work.micro_batches * term.batch * term.length
-        scored["teacher"] += forward_flops(sizes["teacher"], tokens, term.length)
+        context = _context(simulation, "teacher", term.batch, term.length)
+        scored["teacher"] += forward_flops(sizes["teacher"], tokens, context)
         pictures = work.micro_batches * term.batch * simulation.pictures * term.prompted
         scored["teacher"] += pictures * sizes["teacher"].picture
     scored["teacher"] *= simulation.asked  # of several teachers
@@ -106,12 +107,17 @@ def _decoding_flops(
     }
 
 
+def _context(simulation: Simulation, model: str, batch: int, length: int) -> int:
+    """Return the tokens with which the attention of a model compares each one of a batch."""
+    return batch * length if model in simulation.masked else length
+
+
 def flops_per_token(simulation: Simulation, forward: Forward) -> float:
     """Return the FLOPs that forward passes over texts of that length take for each token that is fed, heads included."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
     total = 0.0
     for name in forward.models:
-        total += forward_flops(sizes[name], 1, forward.length)
+        total += forward_flops(sizes[name], 1, _context(simulation, name, forward.batch, forward.length))
         if forward.statistics:
             total += 2.0 * sizes[name].head * forward.rows / (forward.batch * forward.length)
         total += simulation.pictures * forward.prompted * sizes[name].picture / forward.length
@@ -135,7 +141,8 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
         frozen = size.frozen
         # forward, backward once for the inputs and once for the weights, and forward again
         passes = 3 - frozen + checkpointing
-        total += passes * forward_flops(size, term.batch * term.length, term.length)
+        context = _context(simulation, term.trains, term.batch, term.length)
+        total += passes * forward_flops(size, term.batch * term.length, context)
         total += term.rows * (3 - frozen) * 2.0 * size.head
         looks = 1 if size.picture_frozen else 3 + checkpointing
         total += looks * term.batch * simulation.pictures * term.prompted * size.picture

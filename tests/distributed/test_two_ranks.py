@@ -15,9 +15,10 @@ from tests.runs import TRAIN, TWO_RANKS, every_record
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-HOW = {  # all stages once, and in the other ways some; the first with the teacher always, which evaluates it
-    "stage-3": (),
-    "stage-3-by-layers": ("engine.gather=layers", "stages.seqkd=null"),
+# all stages once, and in the other ways some; the first with the teacher always, which evaluates it. One process never packs
+HOW = {
+    "stage-3": ("train.packing=on",),
+    "stage-3-by-layers": ("engine.gather=layers", "stages.seqkd=null", "train.packing=on"),
     "stage-3-replicated-teacher": ("engine.replicate_teacher=true", "stages.gkd=null", "stages.seqkd=null"),
     "stage-2-offloaded": ("engine.stage=2", "engine.offload_optimizer=true", "stages.gkd=null", "stages.seqkd=null"),
 }

@@ -90,3 +90,19 @@ def test_an_architecture_that_swallows_the_cache_is_refused_in_a_sentence(recipe
     own = ["model_type: openai-gpt", "n_embd: 32", "n_layer: 2", "n_head: 2", "n_positions: 256"]
     with pytest.raises(UserError, match="no plan for .*openai-gpt.*: the architecture's code refuses what a plan does"):
         planned(recipe(method={"name": "gkd"}), f"student.config={{{', '.join(own)}}}")
+
+
+def test_what_is_packed_takes_a_mask_of_all_pairs_where_attention_has_no_other_way(recipe):
+    path, keys = recipe(method={"name": "kd"}), ["train.per_device_train_batch_size=64"]
+    padded, packed = (planned(path, *keys, f"train.packing={asked}") for asked in ("auto", "on"))
+    tokens = 64 * (PROMPT + ANSWER - 1) - 1  # of the longest batch that has padding
+    more = [stage.simulation.phases["update"].most("activations") for stage in (padded, packed)]
+    assert more[1] - more[0] > tokens**2  # a byte each, and what attention makes of them
+    rows = 4 * PROMPT * 64 * 64 * 4  # what the layers keep of a row differs by a token of 64
+    masked = [stage.simulation.phases["scoring"].most("activations") for stage in (padded, packed)]
+    assert masked[1] - masked[0] > tokens**2 - rows
+    assert packed.speed.update_flops > padded.speed.update_flops
+    by_sequence = [f"{who}.attn_implementation=flex_attention" for who in ("student", "teacher")]
+    by_sequence = planned(path, *keys, *by_sequence, "train.packing=on")
+    assert by_sequence.simulation.phases["update"].most("activations") <= more[0]
+    assert by_sequence.speed.update_flops == padded.speed.update_flops

@@ -7,6 +7,7 @@ import torch
 
 from minillm import UserError
 from minillm.models.batch import collate
+from minillm.models.packing import pack_batches
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Sampling
 from minillm.rollout.scoring import score
@@ -71,6 +72,23 @@ def test_teacher_hidden_is_what_its_head_reads(scored):
     torch.testing.assert_close(
         chosen, torch.cat([rollout.vectors["teacher_logprob"] for rollout in buffer]), atol=1e-4, rtol=0
     )
+
+
+def test_packed_models_sample_the_very_same_answers_and_score_them_alike(make_models, prompts):
+    """Caches are of rows, and nothing is packed beside them."""
+    options, found = {"keys": range(7), "seed": 1, "batch_size": 4}, {}
+    for packed in (False, True):
+        models = make_models(eos_ids=tuple(range(0, 61, 8)))
+        for model in (models.student, models.teacher.model):
+            pack_batches(model, packed)
+        answers = LocalRollouts(models).sample(prompts, Sampling(12, alpha=0.2), who="mixture", **options)
+        bare = [replace(answer, scores=None) for answer in answers]
+        found[packed] = answers, score(models, bare, keys=range(7), batch_size=4)
+    for answer, other in zip(found[True][0], found[False][0], strict=True):
+        assert answer.response == other.response and torch.equal(answer.logprobs, other.logprobs)
+    for rollout, other in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(rollout.vectors, other.vectors, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rollout.teacher, other.teacher, atol=1e-5, rtol=1e-5)
 
 
 def test_half_precision_teacher_stays_half(make_models, prompts):
