@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "student, teacher": f"{arguments.student}, {arguments.teacher} (hidden x layers), with the tokenizer's vocabulary",
         "records": f"{Path(arguments.data).name}, template {arguments.template}, prompts of at most "
         f"{arguments.prompt_tokens} tokens and answers of at most {arguments.tokens}",
-        "attention": arguments.attention,
+        "dtype, attention": f"{arguments.dtype}, {arguments.attention}",
         "step": f"{arguments.micro_batches} micro-batches of {arguments.batch_size}",
         "steps": f"{arguments.steps}, and one that is not counted",
     }
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--student", default="256x4", metavar="HIDDENxLAYERS", help="default: %(default)s")
     parser.add_argument("--teacher", default="512x8", metavar="HIDDENxLAYERS", help="default: %(default)s")
     parser.add_argument("--attention", default="sdpa", help="an attn_implementation (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of both models (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="of a micro-batch (default: %(default)s)")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a step (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="of the longest prompt (default: %(default)s)")
@@ -86,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(arguments: argparse.Namespace, device: torch.device) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     shapes = [tuple(map(int, one.split("x"))) for one in (arguments.student, arguments.teacher)]
-    pair = [make_model(*shape, len(tokenizer), seed).to(device) for seed, shape in enumerate(shapes)]
+    dtype = getattr(torch, arguments.dtype)
+    pair = [make_model(*shape, len(tokenizer), seed).to(device, dtype) for seed, shape in enumerate(shapes)]
     for model in pair:
         model.set_attn_implementation(arguments.attention)
     student, teacher = pair

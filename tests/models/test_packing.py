@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attention_utils
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils, modeling_flash_attention_utils
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 from minillm.config.lora import LoraConfig
 from minillm.engine.module import TermLoss
@@ -223,3 +225,16 @@ def test_the_flash_packages_are_called_with_the_bounds_of_the_sequences(name, mo
     CALLS.clear()
     assert_same(step(model, packed=True)[1], expected)
     assert CALLS == [[0, 8, 9, 16, 19]] * model.config.num_hidden_layers
+
+
+@torch.no_grad()
+def test_flex_attention_keeps_sequences_apart(monkeypatch):
+    """By torch's own code for it that is not compiled."""
+    made = masking_utils.create_block_mask
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda **keys: made(**keys | {"_compile": False}))
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
+    model, batch = build("mistral").float(), collate(SEQUENCES, 0)
+    expected = row_hidden(model, batch)
+    model.set_attn_implementation("flex_attention")
+    pack_batches(model, True)
+    torch.testing.assert_close(row_hidden(model, batch), expected, rtol=1e-4, atol=1e-5)
