@@ -51,7 +51,7 @@ def _settle(who: str, model: PreTrainedModel | None, asked: Packing) -> str:
 
 
 def _problem(model: PreTrainedModel) -> str | None:
-    """What the check says of a model, found once for each: the same on every rank."""
+    """The result of the check of a model, found once for each: the same on every rank."""
     if model not in _problems:
         found = collectives.together(lambda: None if is_hollow(model) else packing_problem(model))
         _problems[model] = collectives.gather(found)[0]  # rank 0 always has the weights
