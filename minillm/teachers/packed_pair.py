@@ -1,4 +1,4 @@
-"""Which models of a pair read their batches packed: as `train.packing` asks, and as each of them can."""
+"""The models of a pair that read their batches packed: as `train.packing` asks, and as each of them can."""
 
 from weakref import WeakKeyDictionary
 
