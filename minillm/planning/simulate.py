@@ -275,7 +275,7 @@ class _Simulator:
             labels=torch.zeros(one.rows, dtype=torch.int64),
             lengths=(one.rows // one.batch,) * one.batch,
             # what is packed has some padding: a token of it at the least, and in the worst batch no more
-            widths=(length,) * (one.batch - 1) + (max(1, length - self.setting.packed),),
+            widths=(length,) * (one.batch - 1) + (max(1, length - (self.setting.packed and one.batch > 1)),),
             extras=self._shown(one.batch) if one.prompted else {},
         )
 
