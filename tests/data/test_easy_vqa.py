@@ -45,8 +45,18 @@ def test_questions_of_one_kind(kind):
     assert {record["rejected"] for record in records} == set(ANSWERS[kind])
 
 
+def test_kinds_can_be_balanced():
+    """1,257 questions of the 9,673 ask for a shape, the fewest; those that stay are the first of their kind."""
+    balanced = [record for _, record in easy_vqa_records("test", balanced=True)]
+    for kind, words in ANSWERS.items():
+        of_kind = [record for record in balanced if record["answer"] in words]
+        first = islice((record for _, record in easy_vqa_records("test", [kind])), 1257)
+        assert of_kind == list(first) and len(of_kind) == 1257
+        assert sum(record["answer"] in words for record in balanced[:30]) == 10, "a limit keeps the balance"
+
+
 def test_prompts_show_the_picture_and_pairs_have_it_too(tokenizer):
-    prompts = load_prompts(EasyVqaPrompts(**KEYS, limit=5, answers=["color"]), tokenizer)
+    prompts = load_prompts(EasyVqaPrompts(**KEYS, limit=5, answers=["color"], balanced=True), tokenizer)
     pairs = load_pairs(EasyVqaPairs(**KEYS, limit=5, answers=["color"]), tokenizer)
     assert prompts.pictured == pairs.pictured == 5 and prompts.source == pairs.source == "easy_vqa"
     for example, pair in zip(prompts, pairs, strict=True):
