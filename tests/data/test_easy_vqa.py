@@ -55,6 +55,16 @@ def test_kinds_can_be_balanced():
         assert sum(record["answer"] in words for record in balanced[:30]) == 10, "a limit keeps the balance"
 
 
+def test_every_word_is_a_token_of_the_processor_of_the_recipes():
+    """Answers are one token and their end, as max_response_length of configs/image_text/quickstart.yaml has it."""
+    where = "configs/image_text/processor"
+    tokenizer = load_tokenizer(StudentConfig(path=where, tokenizer=where), Path("."))
+    for words in ANSWERS.values():
+        assert all(len(tokenizer.encode(word)) == 1 for word in words)
+    questions = {record["question"] for _, record in islice(easy_vqa_records("test"), 500)}
+    assert all(len(tokenizer.encode(question)) == len(question.split()) + 1 for question in questions)  # and a ?
+
+
 def test_prompts_show_the_picture_and_pairs_have_it_too(tokenizer):
     prompts = load_prompts(EasyVqaPrompts(**KEYS, limit=5, answers=["color"], balanced=True), tokenizer)
     pairs = load_pairs(EasyVqaPairs(**KEYS, limit=5, answers=["color"]), tokenizer)
