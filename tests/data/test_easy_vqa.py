@@ -1,6 +1,7 @@
 """The package's questions as records: the splits apart, kinds of answers, pictures that are there, and pairs of one kind."""
 
 import importlib.util
+from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def test_kinds_can_be_balanced():
         first = islice((record for _, record in easy_vqa_records("test", [kind])), 1257)
         assert of_kind == list(first) and len(of_kind) == 1257
         assert sum(record["answer"] in words for record in balanced[:30]) == 10, "a limit keeps the balance"
+
+
+@pytest.mark.parametrize(("kind", "percentage"), [("yes_no", 82.5), ("color", 12.0), ("shape", 34.8)])
+def test_what_can_be_answered_without_looking(kind, percentage):
+    """The commonest answer to a question's words in the training data: an accuracy that is no sign of seeing."""
+    answers = defaultdict(Counter)
+    for _, record in easy_vqa_records("train", [kind]):
+        answers[record["question"]][record["answer"]] += 1
+    held_out = [record for _, record in easy_vqa_records("test", [kind])]
+    right = sum(answers[one["question"]].most_common(1)[0][0] == one["answer"] for one in held_out)
+    assert 100 * right / len(held_out) == pytest.approx(percentage, abs=0.05)
 
 
 def test_every_word_is_a_token_of_the_processor_of_the_recipes():
