@@ -204,6 +204,10 @@ class EasyVqaSource(Strict):
     answers: Annotated[list[Literal["yes_no", "color", "shape"]], Field(min_length=1)] = Field(
         ["yes_no", "color", "shape"], description="The kinds of answers that are wanted"
     )
+    balanced: bool = Field(
+        False,
+        description="Equally many questions of each of these kinds; else three of four are answered by yes or no",
+    )
 
 
 class EasyVqaPrompts(EasyVqaSource, RecordKeys):

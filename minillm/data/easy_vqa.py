@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Collection, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,9 @@ class _Asked(NamedTuple):
     picture: int
 
 
-def easy_vqa_records(split: str, answers: Collection[str] = tuple(ANSWERS)) -> Iterator[Record]:
+def easy_vqa_records(
+    split: str, answers: Collection[str] = tuple(ANSWERS), *, balanced: bool = False
+) -> Iterator[Record]:
     """Records with question, answer, image, and for pairs chosen (the answer) and rejected, another of its kind.
 
     Their order is a fixed one at random, so that the first of them are of many pictures.
@@ -37,15 +40,17 @@ def easy_vqa_records(split: str, answers: Collection[str] = tuple(ANSWERS)) -> I
     Args:
         split: train or test, whose pictures are others.
         answers: the kinds of answers that are wanted, names of ANSWERS.
+        balanced: take questions of these kinds in turn, as many of each as there are of the rarest one.
 
     Raises DataError where the package is not there, or not whole.
     """
     folder = _folder() / split
-    for one in _questions(folder):
-        kind = KINDS[one.answer]
-        if kind not in answers:
-            continue
-        others = [word for word in ANSWERS[kind] if word != one.answer]
+    wanted = [one for one in _questions(folder) if KINDS[one.answer] in answers]
+    if balanced:
+        by_kind = [[one for one in wanted if KINDS[one.answer] == kind] for kind in ANSWERS if kind in answers]
+        wanted = list(chain.from_iterable(zip(*by_kind, strict=False)))  # as many as there are of the rarest kind
+    for one in wanted:
+        others = [word for word in ANSWERS[KINDS[one.answer]] if word != one.answer]
         record = {
             "question": one.question,
             "answer": one.answer,

@@ -353,5 +353,5 @@ def records_of(config: Prompts | Pairs | Labels) -> Iterator[Record]:
     if config.type == "arithmetic":
         return arithmetic_records(config.steps, config.largest, config.split)
     if config.type == "easy_vqa":
-        return easy_vqa_records(config.split, config.answers)
+        return easy_vqa_records(config.split, config.answers, balanced=config.balanced)
     return pydoc_records(config.split)

@@ -1,6 +1,7 @@
 """The package's questions as records: the splits apart, kinds of answers, pictures that are there, and pairs of one kind."""
 
 import importlib.util
+from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
 
@@ -45,8 +46,39 @@ def test_questions_of_one_kind(kind):
     assert {record["rejected"] for record in records} == set(ANSWERS[kind])
 
 
+def test_kinds_can_be_balanced():
+    """1,257 questions of the 9,673 ask for a shape, the fewest; those that stay are the first of their kind."""
+    balanced = [record for _, record in easy_vqa_records("test", balanced=True)]
+    for kind, words in ANSWERS.items():
+        of_kind = [record for record in balanced if record["answer"] in words]
+        first = islice((record for _, record in easy_vqa_records("test", [kind])), 1257)
+        assert of_kind == list(first) and len(of_kind) == 1257
+        assert sum(record["answer"] in words for record in balanced[:30]) == 10, "a limit keeps the balance"
+
+
+@pytest.mark.parametrize(("kind", "percentage"), [("yes_no", 82.5), ("color", 12.0), ("shape", 34.8)])
+def test_what_can_be_answered_without_looking(kind, percentage):
+    """The commonest answer to a question's words in the training data: an accuracy that is no sign of seeing."""
+    answers = defaultdict(Counter)
+    for _, record in easy_vqa_records("train", [kind]):
+        answers[record["question"]][record["answer"]] += 1
+    held_out = [record for _, record in easy_vqa_records("test", [kind])]
+    right = sum(answers[one["question"]].most_common(1)[0][0] == one["answer"] for one in held_out)
+    assert 100 * right / len(held_out) == pytest.approx(percentage, abs=0.05)
+
+
+def test_every_word_is_a_token_of_the_processor_of_the_recipes():
+    """Answers are one token and their end, as max_response_length of configs/image_text/quickstart.yaml has it."""
+    where = "configs/image_text/processor"
+    tokenizer = load_tokenizer(StudentConfig(path=where, tokenizer=where), Path("."))
+    for words in ANSWERS.values():
+        assert all(len(tokenizer.encode(word)) == 1 for word in words)
+    questions = {record["question"] for _, record in islice(easy_vqa_records("test"), 500)}
+    assert all(len(tokenizer.encode(question)) == len(question.split()) + 1 for question in questions)  # and a ?
+
+
 def test_prompts_show_the_picture_and_pairs_have_it_too(tokenizer):
-    prompts = load_prompts(EasyVqaPrompts(**KEYS, limit=5, answers=["color"]), tokenizer)
+    prompts = load_prompts(EasyVqaPrompts(**KEYS, limit=5, answers=["color"], balanced=True), tokenizer)
     pairs = load_pairs(EasyVqaPairs(**KEYS, limit=5, answers=["color"]), tokenizer)
     assert prompts.pictured == pairs.pictured == 5 and prompts.source == pairs.source == "easy_vqa"
     for example, pair in zip(prompts, pairs, strict=True):

