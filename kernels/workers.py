@@ -48,7 +48,7 @@ def workers_on(tensor: Tensor) -> int:
 
 
 class _Call:
-    """What the workers of one call share."""
+    """The state that the workers of one call share."""
 
     def __init__(self, work: Callable[[slice, Turn], T], parts: Sequence[slice]):
         self.work, self.parts = work, parts
