@@ -61,6 +61,7 @@ class Simulation:
     teachers: dict[str, ModelSize] = field(default_factory=dict)  # each of several, which `teacher` has together
     row_bytes: int = 0  # of what is kept of the teacher's word on a row
     asked: float = 1.0  # the part of `teacher` that judges a record
+    steps_kept: int = 1  # steps of which the teacher's word is there at a time
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -168,6 +169,7 @@ class _Simulator:
             if several
             else sum(one.hidden_size * one.itemsize for one in sizes.values()),
             several.asked if several else 1.0,
+            several.turn_steps or 1 if several else 1,
         )
 
     @contextmanager

@@ -51,6 +51,8 @@ class SimulatedModels:
         for one in () if several is None else several.beside:
             with ledger.part("teacher weights"):
                 self._add_beside(one)
+        if several is not None and several.turn_steps is not None:
+            self._leave_the_largest(ledger)
         if setting.pictures:
             for model in self.by_name.values():
                 prepare_for_pictures(model)
@@ -145,6 +147,14 @@ class SimulatedModels:
         if one.quantization is not None:
             quantize(model, one.quantization)
         self.by_name[f"teacher {one.name}"] = model.eval().requires_grad_(False)
+
+    def _leave_the_largest(self, ledger: Ledger) -> None:
+        """Of teachers that are in memory one at a time count the weights of the largest, and the heads of the others."""
+        local = [self.by_name[name] for name in self.of_role("teacher")]
+        local.sort(key=lambda model: sum(one.numel() * one.itemsize for one in model.parameters()))
+        for model in local[:-1]:
+            head = model.get_output_embeddings().weight
+            ledger.forget(one for one in model.parameters() if one is not head)
 
     def _projectors(self, term: TermShape) -> Iterable[nn.Module]:
         """The projectors that a method trains beside the student for the features of a term."""

@@ -99,7 +99,7 @@ def ask_ahead(
         return
     if method.needs.buffered or not method.foreseeable(draw):
         return
-    with _unmoved(streams):
+    with unmoved(streams):
         items = method.collect(data, models, draw)
     mine = rank_items(items, order(len(items), draw + 1))
     models.teacher.expect(collate(sequences_of(micro_batch), models.pad_id) for micro_batch in cut(mine))
@@ -111,7 +111,7 @@ def is_served(teacher: Teacher | None) -> bool:
 
 
 @contextmanager
-def _unmoved(streams: Streams) -> Iterator[None]:
+def unmoved(streams: Streams) -> Iterator[None]:
     """Streams that are taken from meanwhile stand where they stood afterwards."""
     before = {name: stream.state_dict() for name, stream in streams.items()}
     try:
