@@ -69,9 +69,10 @@ class SimulatedModels:
                 checkpoint_activations(model, preserve_rng_state=False)
         parameters = [one for module in (*training, self.projectors) for one in module.parameters()]
         self.trained = [one for one in parameters if one.requires_grad]
-        self.vocab_sizes = tuple(lm_head(model).weight.shape[0] for model in self.by_name.values())
+        of_models = [lm_head(model).weight.shape[0] for model in self.by_name.values()]
         of_heads = [one.vocab_size for one in self.heads if one.vocab_size is not None]
-        self.vocab_size = min([*self.vocab_sizes, *of_heads])
+        self.vocab_sizes = *of_models, *of_heads
+        self.vocab_size = min(self.vocab_sizes)
         if any(term.sorts for term in work.terms):  # each model has ids of its own
             self.vocab_size = self.vocab_sizes[0]
         self.kv_bytes = dict.fromkeys(self.by_name, 0)  # of a token, once a decoding has said it

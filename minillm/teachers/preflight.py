@@ -102,7 +102,7 @@ def preflight(
     )
     for judge in judges:
         if isinstance(judge.teacher, RemoteTeacher):
-            judge.teacher.shared_ids = vocab_size
+            judge.teacher.shared_ids = vocab_size if tokenizers is None else judge.teacher.vocab_size
     return models, _table(models, judges, rows_s)
 
 
@@ -217,8 +217,9 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
         return type(processor.image_processor).__name__ if seen else "none"
 
     def column(model, tokenizer, rows, teacher=None):
+        cut = "" if models.tokenizers or rows == models.vocab_size else f", cut to {models.vocab_size:,}"
         if model is None:
-            heads = f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}")
+            heads = f"{rows:,}" + cut
             ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in teacher.end_ids)
             name, size, form = teacher.summary
             return [name, size, form, heads, f"{len(tokenizer):,} tokens", ends, template_of(tokenizer), "none"]
@@ -228,7 +229,7 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
             _counts(model),
             f"{_precision(model)}, {config._attn_implementation}"
             + ("" if model._supports_sdpa else " (it has no sdpa)"),
-            f"{rows:,}" + ("" if models.tokenizers or rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
+            f"{rows:,}" + cut,
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",
             ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer))
             if tokenizer

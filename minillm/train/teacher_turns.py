@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from minillm.methods.protocol import Item, Method, TrainingData, sequences_of
-from minillm.models.batch import collate
+from minillm.methods.protocol import Item, Method, TrainingData
 from minillm.rollout.rank_items import rank_items
 from minillm.teachers.pair import Models
 from minillm.teachers.several import takes_turns
@@ -57,4 +56,4 @@ class TeacherTurns:
                 items = self.method.collect(self.data, self.models, draw)
                 group += self.cut(rank_items(items, self.order(len(items), draw + 1)))
                 self._read, draw = self._read + 1, draw + 1
-        self.models.teacher.take_turns(collate(sequences_of(one), self.models.pad_id) for one in group)
+        self.models.teacher.take_turns(self.method.teacher_batch(one, self.models) for one in group)
