@@ -42,7 +42,7 @@ class TeacherTurns:
         Args:
             micro_batches: of the step.
             draw: of the next collection.
-            left: steps of the stage after this one, where that is known.
+            left: steps after this one until the stage ends or is evaluated, where that is known.
         """
         if not self.applies:
             return

@@ -205,7 +205,7 @@ class StageTrainer:
         with timing.of("scoring"):
             micro_batches = self._cut(rank_items(self.items, chosen))
             left = None if self.total_steps is None else self.total_steps - progress.stage_step - 1
-            self._turns.before(micro_batches, self._streams(), draw=progress.draw, left=left)
+            self._turns.before(micro_batches, self._streams(), draw=progress.draw, left=self._left_of_turn(left))
             terms = made_together(
                 lambda: [
                     add_balance(method.terms(micro_batch, self.data, self.models), balance, method.needs)
@@ -281,6 +281,14 @@ class StageTrainer:
     def _order(self, count: int, draw: int, epoch: int) -> np.ndarray:  # (count,)
         """The order in which an epoch goes through what was collected; `draw` counts the collections up to that one."""
         return np.random.default_rng([self.config.seed, draw, epoch]).permutation(count)
+
+    def _left_of_turn(self, left: int | None) -> int | None:
+        """Steps after this one, of which `left` are known to be taken, until teachers in turn read for an evaluation."""
+        steps = self.config.eval.steps
+        if self.evaluator is None or steps is None:
+            return left
+        until = steps - 1 - self.progress.stage_step % steps
+        return until if left is None else min(left, until)
 
     def _order_of_step(self, count: int, draw: int) -> np.ndarray:  # (step_size,)
         """The items of a step that takes all that was collected for it."""

@@ -35,11 +35,11 @@ def opened(monkeypatch) -> list[int]:
     return counts
 
 
-# Of weights: two to look at them, then one for all but the first to read a group or a set. gkd: four steps, of which those on
-# answers end a group.
+# Of weights: two to look at them, then one for every group or set, for which the one that is there reads first. gkd: four
+# steps, of which those on answers end a group.
 @pytest.mark.parametrize(
     ("method", "by", "most"),
-    [("kd", MIXED, 11), ("minillm", BY_FIELD, 4), ("gkd", MIXED, 4), ("distillm", BY_FIELD, 5)],
+    [("kd", MIXED, 7), ("minillm", BY_FIELD, 4), ("gkd", MIXED, 4), ("distillm", BY_FIELD, 5)],
 )
 def test_one_at_a_time_takes_the_steps_of_all_in_memory(method, by, most, recipe, folder, tmp_path, opened):  # noqa: F811
     path = recipe(method, teachers=local(folder, "math", "chat"), teachers_by=by)
@@ -50,7 +50,7 @@ def test_one_at_a_time_takes_the_steps_of_all_in_memory(method, by, most, recipe
     train(path, f"output_dir={tmp_path / 'one'}", *ONE[: 1 if method == "minillm" else 2])
     assert students(tmp_path / "one") == students(tmp_path / "all")
     assert set(opened) == {1}
-    assert 2 < len(opened) <= most
+    assert 2 < len(opened) <= most, len(opened)
 
 
 def test_a_run_killed_amid_a_group_goes_on_bit_for_bit(recipe, folder, tmp_path):  # noqa: F811
