@@ -68,6 +68,11 @@ class EvalConfig(Strict):
         [],
         description="Lengths of n-grams, for the percentage of all answers' n-grams that are distinct (the paper: 4)",
     )
+    bits_per_byte: bool = Field(
+        False,
+        description="Give the loss on references in bits for a byte of their text too, in which models with different "
+        "tokenizers can be compared",
+    )
     length_buckets: list[Annotated[int, Field(ge=1)]] = Field(
         [],
         description="Limits, in tokens of the reference, between which Rouge-L is also given separately (the paper: 5, 10)",

@@ -173,6 +173,18 @@ class TeachersByConfig(Strict):
         None,
         description="Teacher -> its weight in the loss on every record, divided by the sum of all",
     )
+    in_memory: Literal["all", "one"] = Field(
+        "all",
+        description="The local teachers whose weights are in memory at the same time. one: each reads its part of a buffer, of "
+        "a set that is measured, or of `turn_steps` steps, and gives way to the next; heads stay",
+    )
+    turn_steps: Annotated[int, Field(ge=1)] = Field(
+        16,
+        description="in_memory: one: the steps whose texts each teacher reads in its turn, as far as they are known beforehand; "
+        "what it says of them is kept in the host's memory",
+    )
+    # What says where weights are and nothing of what they say: a resumed run may have others.
+    of_the_place: ClassVar[frozenset[str]] = frozenset({"in_memory", "turn_steps"})
 
 
 class SeveralTeachersConfig(Strict):

@@ -38,7 +38,7 @@ def read_otherwise(
 
     Raises DataError for a prompt that shows pictures, and whatever reading raises.
     """
-    require_no_pictures(said, pictures, where, "by a teacher with another tokenizer")
+    require_no_pictures(said, pictures, where)
     read = reader.read(said, where=f"{where}, as the teacher reads it", limited=True)
     if read is None:
         return None
@@ -48,11 +48,13 @@ def read_otherwise(
     return OtherReading(read.ids, read.answer_ids, read.text, not chat, end, read.misplaced)
 
 
-def require_no_pictures(said: Conversation, pictures: Sequence[Picture], where: str, which: str) -> None:
-    """Raises DataError for a prompt that shows pictures. `which` says by whom they are not read."""
+def require_no_pictures(said: Conversation, pictures: Sequence[Picture], where: str) -> None:
+    """Raises DataError for a prompt that shows pictures."""
     parts = [part for message in said.messages if isinstance(message["content"], list) for part in message["content"]]
     if pictures or any(part["type"] != "text" for part in parts):
-        raise DataError(f"{where}: it shows pictures, which are not read {which}; take them out of the data")
+        raise DataError(
+            f"{where}: it shows pictures, which are not read by a teacher with another tokenizer; take them out of the data"
+        )
 
 
 def read_plain_otherwise(

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.config.data import FIELD_PART, RecordKeys
 from minillm.data.fields import fill_question
-from minillm.data.images import Picture, as_texts
-from minillm.data.other_reading import OtherReading, read_otherwise, require_no_pictures
+from minillm.data.images import Picture, as_texts, shown_in
+from minillm.data.other_reading import OtherReading, read_otherwise
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.records import Conversation
-from minillm.data.sources import DataError
+from minillm.data.sources import DataError, Place
 from minillm.storage.atomic import write_text
 
 SUMMARY = "teacher_context.json"
@@ -68,19 +68,19 @@ class TeacherReader:
         Args: fields: of the record, that the context may name.
 
         Raises DataError for a field that the record has not, that is null, or that is neither text nor a number; for pictures
-        in what the teacher reads otherwise; and whatever reading raises.
+        that the teacher would be shown otherwise than the student; and whatever reading raises.
         """
-        context = self._context(said, fields, where)
+        context, untold = self._context(said, fields, where), said
         if context:
-            require_no_pictures(said, pictures, where, "beside what the teacher alone is told (teacher_context)")
             said = told(said, context, self._config.teacher_prompt, where)
         if self._other is not None:
             other = read_otherwise(self._reader, said, pictures, where)
             return None if other is None else TeachersPrompt(other.text if context else None, other=other)
         if not context:
             return TeachersPrompt()
-        of_prompt = said.with_answer(None)
-        read = self._reader.read(of_prompt, where=f"{where}, as the teacher reads it", limited=True)
+        of_prompt, place = said.with_answer(None), _as_read_by_teacher(where)
+        _require_same_pictures(untold, of_prompt, pictures, place)
+        read = self._reader.read(of_prompt, pictures, where=place, limited=True)
         return None if read is None else TeachersPrompt(read.text, read.ids)
 
     def _context(self, said: Conversation, fields: Mapping[str, Any], where: str) -> str:
@@ -92,7 +92,7 @@ class TeacherReader:
 
 
 def told(said: Conversation, context: str, form: str, where: str) -> Conversation:
-    """The conversation with the context in its last message of the user.
+    """The conversation with the context in its last message of the user, whose pictures stay where they are in the prompt.
 
     Args: form: that message, with {prompt} and {context} in it.
 
@@ -106,10 +106,41 @@ def told(said: Conversation, context: str, form: str, where: str) -> Conversatio
             f"{where}: the teacher's context stands in a message of the user, and there are those of {roles}"
         )
     last = messages[places[-1]]
-    values = {"prompt": as_texts([last], "")[0]["content"], "context": context}
-    content = FIELD_PART.sub(lambda found: values[found[1]] if found[1] else found[0][0], form)
-    messages[places[-1]] = {**last, "content": content}
+    parts = last["content"] if isinstance(last["content"], list) else [_text(last["content"])]
+    values, content, end = {"prompt": parts, "context": [_text(context)]}, [], 0
+    for found in FIELD_PART.finditer(form):
+        content += [_text(form[end : found.start()]), *(values[found[1]] if found[1] else [_text(found[0][0])])]
+        end = found.end()
+    content.append(_text(form[end:]))
+    message = {**last, "content": content}
+    if all(part["type"] == "text" for part in content):
+        message = as_texts([message], "")[0]
+    messages[places[-1]] = message
     return replace(said, messages=messages)
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _as_read_by_teacher(where: str) -> str:
+    said = f"{where}, as the teacher reads it"
+    return Place(said, where.folder, where.source) if isinstance(where, Place) else said
+
+
+def _require_same_pictures(
+    student: Conversation, teacher: Conversation, pictures: Sequence[Picture], where: str
+) -> None:
+    """Raises DataError where the two would not be shown the same pictures in the same order: they are read once for both."""
+    folder = where.folder if isinstance(where, Place) else Path(".")
+    ours, theirs = (
+        [one.name for one in shown_in(where, folder, said.messages, pictures)[1]] for said in (student, teacher)
+    )
+    if ours != theirs:
+        raise DataError(
+            f"{where}: it is shown {len(theirs)} pictures, and the student {len(ours)}; teacher_prompt must have {{prompt}} "
+            "once, where the pictures stand"
+        )
 
 
 def write_summary(folder: Path, prompts: Sequence[tuple[str, str | None]]) -> None:

@@ -14,6 +14,7 @@ KL rises is a student that collapsed onto a few answers.
     sequence_reverse_kl_nats   its sum over an answer, their mean ) else others, drawn for this alone
     forward_kl_nats            token mean of KL(p || q) on the teacher's samples at temperature 1, always the same ones
     loss_nats                  token mean of -log q(reference)
+    loss_bits_per_byte         its sum in bits over the bytes of the references' text, for eval.bits_per_byte
 
 In a set with a `teacher_context` p is the teacher that reads it, beside a student that does not; in others both read the
 same prompt, whatever the teacher is told in training. What is measured of the teacher itself is of its own prompts likewise.
@@ -21,6 +22,7 @@ What cannot be measured (no teacher or a cached one, no references) is absent. W
 and NAME_std their standard deviation where it was measured more than once.
 """
 
+import math
 import statistics
 import zlib
 from collections.abc import Sequence
@@ -215,6 +217,11 @@ class Evaluator:
         if sequences:
             stats = token_statistics(subject, sequences, ("student_logprob",), batch_size=self.config.batch_size)
             _add(measured, "loss_nats", -_token_mean(stats["student_logprob"]))
+            if self.config.bits_per_byte:
+                nats = -torch.cat(stats["student_logprob"]).double().sum().item()
+                texts = (subject.tokenizer.decode(one.response, skip_special_tokens=True) for one in sequences)
+                length = sum(len(text.encode()) for text in texts)
+                _add(measured, "loss_bits_per_byte", nats / math.log(2) / length if length else math.nan)
 
     def _samples(
         self,

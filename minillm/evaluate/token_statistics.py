@@ -10,6 +10,7 @@ from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.local.delta_stream import delta_rows
 from minillm.rollout.scoring import batch_statistics
 from minillm.teachers.pair import Models
+from minillm.teachers.several import takes_turns
 
 Parts = dict[str, Tensor]  # (T, ...) each: of the teacher's rows of a sequence
 NEEDS_TEACHER = frozenset({"teacher_logprob", "reverse_kl", "forward_kl", "teacher_entropy", "teacher_argmax"})
@@ -31,9 +32,12 @@ def token_statistics(
     """
     results: dict[str, list[Tensor]] = {field: [torch.empty(0)] * len(sequences) for field in fields}
     needs_teacher = bool(NEEDS_TEACHER & set(fields))
+    micro_batches = _micro_batches(models, sequences, batch_size)
+    if needs_teacher and teacher_parts is None:
+        _take_turns(models, sequences, micro_batches)
     with models.reading("student", *(("teacher",) if needs_teacher else ())):
-        for chosen in _micro_batches(models, sequences, batch_size):
-            batch = collate([sequences[index] for index in chosen], models.pad_id).to(models.device)
+        for chosen in micro_batches:
+            batch = _batch(models, sequences, chosen)
             rows = None
             if needs_teacher and teacher_parts is None:
                 rows = models.teacher.rows(batch)
@@ -70,9 +74,11 @@ def kept_teacher_rows(models: Models, sequences: Sequence[TokenSequence], *, bat
     Of several ranks each has those of its own slice, which are the ones that `token_statistics` asks it for.
     """
     kept: list[Parts] = [{} for _ in sequences]
+    micro_batches = _micro_batches(models, sequences, batch_size)
+    _take_turns(models, sequences, micro_batches)
     with models.reading("teacher"):
-        for chosen in _micro_batches(models, sequences, batch_size):
-            batch = collate([sequences[index] for index in chosen], models.pad_id).to(models.device)
+        for chosen in micro_batches:
+            batch = _batch(models, sequences, chosen)
             for name, tensor in models.teacher.rows(batch).parts().items():
                 of_sequences: list[Tensor] = [torch.empty(0)] * len(sequences)
                 _put(of_sequences, chosen, batch, tensor)
@@ -87,6 +93,16 @@ def _micro_batches(models: Models, sequences: Sequence[TokenSequence], batch_siz
     todo = collectives.even_rank_slice(count) if models.by_layers else collectives.rank_slice(count)
     by_length = sorted(todo, key=lambda index: sequences[index].width)
     return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+
+
+def _batch(models: Models, sequences: Sequence[TokenSequence], chosen: Sequence[int]) -> TokenBatch:
+    return collate([sequences[index] for index in chosen], models.pad_id).to(models.device)
+
+
+def _take_turns(models: Models, sequences: Sequence[TokenSequence], micro_batches: Sequence[Sequence[int]]) -> None:
+    """Have teachers of which one is in memory at a time read all of them beforehand."""
+    if takes_turns(models.teacher):
+        models.teacher.take_turns(_batch(models, sequences, chosen) for chosen in micro_batches)
 
 
 def _put(target: list[Tensor], chosen: list[int], batch: TokenBatch, values: Tensor) -> None:  # (N, ...)

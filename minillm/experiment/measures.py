@@ -16,6 +16,7 @@ def known_measures(evaluation: EvalConfig) -> dict[str, list[str]]:
     """List every measure that an evaluation of this configuration gives, with the sets that have it."""
     usual = [metric.key for metric in METRICS]
     usual += [f"distinct_{size}" for size in evaluation.distinct]
+    usual += ["loss_bits_per_byte"] * evaluation.bits_per_byte
     if evaluation.label_accuracy is not None:
         usual += ["label_accuracy", "unlabelled_share"]
     if evaluation.length_buckets:

@@ -103,12 +103,15 @@ class Measuring:
     def _configs(self, job: Job) -> tuple[StudentConfig, AnyTeacherConfig | None]:
         """The finished student of a job and its teacher, with folders for stage:NAME.
 
-        A teacher that cannot read the student's answers leaves its place to that of base.
+        A teacher that cannot read the student's answers leaves its place to that of base; so does one that may have
+        another tokenizer, with which nothing is compared token by token.
         """
         base = self.experiment.stage(job.name).config
-        teacher = base.teacher
-        if teacher is not None and "read" not in teacher.abilities:
-            teacher = self.experiment.base.config.teacher or teacher
+        teacher, of_base = base.teacher, self.experiment.base.config.teacher
+        if teacher is not None and base.method.needs().other_tokenizer:
+            teacher = None if of_base == teacher else of_base
+        elif teacher is not None and "read" not in teacher.abilities:
+            teacher = of_base or teacher
         teacher = teacher and self._found(teacher, job)
         common = {key: getattr(base.student, key) for key in ("dtype", "attn_implementation", "trust_remote_code")}
         if job.trained:

@@ -24,6 +24,7 @@ from minillm.losses import LMHead, TokenStats
 from minillm.methods.on_policy import sample_answers
 from minillm.methods.protocol import HeadLoss, Method, Term, TrainingData
 from minillm.methods.text_pairs import PairedText, collate_pairs, paired, take_paired_references
+from minillm.models.batch import TokenBatch
 from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.rollout.local.decoder import check_positions
 from minillm.rollout.rollouts import Answer
@@ -37,12 +38,18 @@ class GeneralOnlineLogitDistillation(Method):
     """See the module."""
 
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[PairedText]:
-        coin = np.random.default_rng([self.config.seed, draw]).random()  # one a step, keyed like everything random
-        if coin >= self.config.method.on_policy:
+        if self.foreseeable(draw):
             return take_paired_references(data, self.step_size)
         examples = data.prompts.take(self.step_size)
         answers = sample_answers([one.sequence for one in examples], data, self.config, draw=draw)
         return [read_again(one, answer, models.tokenizers) for one, answer in zip(examples, answers, strict=True)]
+
+    def foreseeable(self, draw: int) -> bool:
+        """True where the step is on references. One coin a step, keyed like everything random."""
+        return np.random.default_rng([self.config.seed, draw]).random() >= self.config.method.on_policy
+
+    def teacher_batch(self, items: Sequence[PairedText], models: Models) -> TokenBatch:
+        return collate_pairs(items, models)[1]
 
     def terms(self, items: Sequence[PairedText], data: TrainingData, models: Models) -> list[Term]:
         require_ability(models.teacher, "logprobs", "the term 'distillation'")

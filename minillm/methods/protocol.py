@@ -17,7 +17,7 @@ from minillm.config.root import StageConfig
 from minillm.data.documents import Documents
 from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
-from minillm.models.batch import TokenBatch, TokenSequence
+from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rollouts import ProgressCallback, Rollouts
 from minillm.storage.timing import Timing
@@ -170,6 +170,10 @@ class Method(ABC):
         """True where `collect` of that draw runs no model and changes nothing but the positions of the streams, so that
         what it will return may be asked for, and put back, a step before."""
         return False
+
+    def teacher_batch(self, items: Sequence[Item], models: Models) -> TokenBatch:
+        """The batch whose rows the terms of a micro-batch ask the teacher for, so that it may be told of them beforehand."""
+        return collate(sequences_of(items), models.pad_id)
 
     @abstractmethod
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:

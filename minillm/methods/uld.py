@@ -18,6 +18,7 @@ from minillm.losses import LMHead
 from minillm.methods.protocol import HeadLoss, Method, Term, TrainingData
 from minillm.methods.supervised import cross_entropy
 from minillm.methods.text_pairs import PairedText, collate_pairs, take_paired_references
+from minillm.models.batch import TokenBatch
 from minillm.teachers.pair import Models
 from minillm.teachers.teacher import require_ability
 
@@ -28,13 +29,19 @@ class UniversalLogitDistillation(Method):
     def collect(self, data: TrainingData, models: Models, draw: int) -> list[PairedText]:
         return take_paired_references(data, self.step_size)
 
+    def foreseeable(self, draw: int) -> bool:
+        return True
+
+    def teacher_batch(self, items: Sequence[PairedText], models: Models) -> TokenBatch:
+        return collate_pairs(items, models)[1]
+
     def terms(self, items: Sequence[PairedText], data: TrainingData, models: Models) -> list[Term]:
         require_ability(models.teacher, "logprobs", "the term 'distillation'")
         batch, theirs = collate_pairs(items, models)
         rows, their_rows = common_positions(batch.lengths, theirs.lengths)
         keys = self.config.method
         objective = partial(weighted_distance, weight=keys.distance_coef, top_k=keys.top_k)
-        heads = HeadLoss(objective, models.teacher.rows(theirs).at(their_rows), {"rows": rows})
+        heads = HeadLoss(objective, models.teacher.rows(theirs), {"rows": rows, "their_rows": their_rows})
         count = float(len(batch.labels))
         return [Term("distillation", batch, cross_entropy, ("student_logprob",), count, heads=heads)]
 
@@ -57,12 +64,15 @@ def weighted_distance(
     teacher_hidden: Tensor,  # (M, H_t)
     teacher_head: LMHead,
     *,
-    rows: Tensor,  # (M,) int64
+    rows: Tensor,  # (C,) int64
+    their_rows: Tensor,  # (C,) int64
     weight: float,
     top_k: int | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`weight` times the sum of the rows' distances, and what is reported of them."""
-    distance, left_out = linear_sorted_distance(hidden[rows], head, teacher_hidden, teacher_head, top_k=top_k)
+    """`weight` times the sum of the distances of rows that stand at one position, and what is reported of them."""
+    distance, left_out = linear_sorted_distance(
+        hidden[rows], head, teacher_hidden[their_rows], teacher_head, top_k=top_k
+    )
     metrics = {"sorted_distance": distance.detach()}
     return weight * distance, metrics if top_k is None else {**metrics, "sorted_distance_left_out": left_out}
 

@@ -96,6 +96,11 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
         yield ["engine.offload_optimizer=true"], "moments and master weights in the host's memory; slower steps"
     if engine.type == "deepspeed" and engine.stage == 3 and not engine.offload_param:
         yield ["engine.offload_param=true"], "weights in the host's memory; much slower"
+    if len(local) > 1 and config.teachers_by.in_memory == "all":
+        yield (
+            ["teachers_by.in_memory=one"],
+            "the largest teacher and the heads of the others; each is opened for a buffer, or for teachers_by.turn_steps steps",
+        )
     if local and all(one.quantization is None for one in local.values()):
         yield (
             [f"{key}.quantization=nf4" for key in local],

@@ -95,6 +95,11 @@ class Ledger(TorchDispatchMode):
                 self._add(address, 1)
         self._moments.append(self._bytes.copy())
 
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of these tensors no longer: they are there when others of this ledger are not."""
+        for tensor in tensors:
+            self._free(tensor.untyped_storage()._cdata)
+
     def begin_repeated(self, *tensors: Tensor) -> None:
         """Remember these tensors and what is allocated from now on, for `repeat`."""
         self._since = {one.untyped_storage()._cdata for one in tensors} & self._live.keys()
@@ -150,6 +155,8 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self._free, address).atexit = False
 
     def _free(self, address: int) -> None:
+        if address not in self._live:  # forgotten before
+            return
         self._add(address, -1)
         del self._live[address]
         if self._since is not None:

@@ -46,6 +46,7 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
         here["rollout buffer"] += buffer * (2 if work.buffered and phase in filling else 1)
         if phase == "update" or phase == "scoring" and not work.buffered:
             added["teacher hidden states"] += waiting[False]
+            here["teacher hidden states"] += waiting[False] * (simulation.steps_kept - one_memory)
         if phase == "update":
             here["teacher hidden states"] += waiting[True]
             added["communication buckets"] += sharding.buckets(

@@ -128,8 +128,9 @@ def _models_of(
     named = sorted(config.teachers.items(), key=lambda one: not isinstance(one[1], TeacherConfig))
     found = [_beside(name, one, architectures, output_dir) for name, one in named]
     first, *beside = found
-    divided = config.teacher_side.weights is None
-    return student, first.architecture, first.head, Several(first.name, tuple(beside), divided)
+    by, divided = config.teachers_by, config.teacher_side.weights is None
+    turn_steps = by.turn_steps if by.in_memory == "one" else None
+    return student, first.architecture, first.head, Several(first.name, tuple(beside), divided, turn_steps)
 
 
 def _beside(name: str, config: AnyTeacherConfig, architectures: Architectures, output_dir: Path) -> BesideTeacher:
@@ -207,6 +208,9 @@ def _not_counted(config: StageConfig, student: PreTrainedConfig) -> Iterator[str
         yield f"what the method trains beside the student: {', '.join(beside)}"
     if not can_be_shown(student) and pictures_shown(config, student):
         yield f"the passes over the prompts' pictures, whose size a {student.model_type} takes from each one"
+    if config.teachers_by is not None and config.teachers_by.in_memory == "one":
+        every = "collection" if needs.buffered else f"{config.teachers_by.turn_steps} steps"
+        yield f"opening the teachers' weights one after the other, for every {every} and every evaluation: how long a disk takes"
     if needs.whole_documents:
         yield (
             "in the host's memory about 100 bytes for each document of the corpus, and the texts of some hundreds at a time"

@@ -30,6 +30,8 @@ class Several:
     first: str  # its name
     beside: tuple[BesideTeacher, ...]
     divided: bool  # each record has one of them; otherwise all judge every record
+    # steps that each reads in its turn, where the weights of one are in memory at a time, and the heads of all; None: all are
+    turn_steps: int | None = None
 
     @property
     def asked(self) -> float:

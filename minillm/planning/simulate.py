@@ -62,6 +62,7 @@ class Simulation:
     row_bytes: int = 0  # of what is kept of the teacher's word on a row
     asked: float = 1.0  # the part of `teacher` that judges a record
     masked: frozenset[str] = frozenset()  # of student and teacher those that compare all tokens of a batch
+    steps_kept: int = 1  # steps of which the teacher's word is there at a time
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -170,6 +171,7 @@ class _Simulator:
             else sum(one.hidden_size * one.itemsize for one in sizes.values()),
             several.asked if several else 1.0,
             self.setting.masked,
+            several.turn_steps or 1 if several else 1,
         )
 
     @contextmanager

@@ -52,6 +52,8 @@ class SimulatedModels:
         for one in () if several is None else several.beside:
             with ledger.part("teacher weights"):
                 self._add_beside(one)
+        if several is not None and several.turn_steps is not None:
+            self._leave_the_largest(ledger)
         attentions = {"student": setting.student_attention, "teacher": setting.teacher_attention}
         attentions |= {f"teacher {one.name}": one.attention for one in (() if several is None else several.beside)}
         for name, model in self.by_name.items():
@@ -72,9 +74,10 @@ class SimulatedModels:
                 checkpoint_activations(model, preserve_rng_state=False)
         parameters = [one for module in (*training, self.projectors) for one in module.parameters()]
         self.trained = [one for one in parameters if one.requires_grad]
-        self.vocab_sizes = tuple(lm_head(model).weight.shape[0] for model in self.by_name.values())
+        of_models = [lm_head(model).weight.shape[0] for model in self.by_name.values()]
         of_heads = [one.vocab_size for one in self.heads if one.vocab_size is not None]
-        self.vocab_size = min([*self.vocab_sizes, *of_heads])
+        self.vocab_sizes = *of_models, *of_heads
+        self.vocab_size = min(self.vocab_sizes)
         if any(term.sorts for term in work.terms):  # each model has ids of its own
             self.vocab_size = self.vocab_sizes[0]
         self.kv_bytes = dict.fromkeys(self.by_name, 0)  # of a token, once a decoding has said it
@@ -150,6 +153,14 @@ class SimulatedModels:
         if one.quantization is not None:
             quantize(model, one.quantization)
         self.by_name[f"teacher {one.name}"] = model.eval().requires_grad_(False)
+
+    def _leave_the_largest(self, ledger: Ledger) -> None:
+        """Of teachers that are in memory one at a time count the weights of the largest, and the heads of the others."""
+        local = [self.by_name[name] for name in self.of_role("teacher")]
+        local.sort(key=lambda model: sum(one.numel() * one.itemsize for one in model.parameters()))
+        for model in local[:-1]:
+            head = model.get_output_embeddings().weight
+            ledger.forget(one for one in model.parameters() if one is not head)
 
     def _projectors(self, term: TermShape) -> Iterable[nn.Module]:
         """The projectors that a method trains beside the student for the features of a term."""

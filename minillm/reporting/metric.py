@@ -48,6 +48,7 @@ _ASKED_FOR = (
     (r"rouge_l_(\d+)_up", "Rouge-L, references from {} tokens", "F1 × 100", +1),
     (r"rouge_l_(\d+)_(\d+)", "Rouge-L, references of {} to {} tokens", "F1 × 100", +1),
     (r"distinct_(\d+)", "Distinct {}-grams", "%", 0),
+    (r"loss_bits_per_byte", "Loss on references", "bits/byte", -1),
     (r"excess_error_(\d+)", "Excess error at {} tokens", "%", -1),
     (r"label_accuracy", "Label accuracy", "%", +1),
     (r"unlabelled_share", "Answers without a label", "%", -1),

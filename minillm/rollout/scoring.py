@@ -14,7 +14,7 @@ from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.rollouts import Answer, Scores
 from minillm.teachers.pair import Models
-from minillm.teachers.several import SeveralRows, Share, shares_of
+from minillm.teachers.several import SeveralRows, Share, shares_of, takes_turns
 from minillm.teachers.teacher import TeacherRows, require_teacher
 
 FIELDS = ("student_logprob", "teacher_logprob", "reverse_kl")
@@ -155,9 +155,15 @@ def _measure_all(
     todo = (collectives.even_rank_slice if models.by_layers else collectives.rank_slice)(len(answers))
     order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
     found: dict[int, Scores] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = _collated(models, [answers[index] for index in chosen], [judges[index] for index in chosen])
+    micro_batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def batch_of(chosen: Sequence[int]) -> TokenBatch:
+        return _collated(models, [answers[index] for index in chosen], [judges[index] for index in chosen])
+
+    if not known and takes_turns(models.teacher):
+        models.teacher.take_turns(map(batch_of, micro_batches))
+    for chosen in micro_batches:
+        batch = batch_of(chosen)
         if known:
             parts = [answers[index].scores.teacher for index in chosen]
             rows = models.teacher.rows_of({name: torch.cat([part[name] for part in parts]) for name in parts[0]})

@@ -31,11 +31,12 @@ from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import load_tokenizer
 from minillm.models.vocabulary_map import kept_map
 from minillm.teachers.cached import CachedTeacher
+from minillm.teachers.in_turn import TeacherInTurn, Turn
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.openai_teacher import OpenAITeacher
 from minillm.teachers.packed_pair import settle_packing
 from minillm.teachers.pair import Models
-from minillm.teachers.preflight import Row, preflight
+from minillm.teachers.preflight import Row, check_model, preflight
 from minillm.teachers.row_cache import TOKENIZER, find_cache
 from minillm.teachers.served import ServedTeacher, fetch_tokenizer
 from minillm.teachers.several import SeveralTeachers, weights_here
@@ -79,8 +80,11 @@ def open_teacher(config: TeacherSide, *, output_dir: Path, device: torch.device,
     Of a cached or a served one no weights are read before its head is asked for. Raises UserError where it cannot be read.
     """
     if isinstance(config, SeveralTeachersConfig):
+        turn = Turn() if config.by.in_memory == "one" else None
         opened = {
-            name: open_teacher(one, output_dir=output_dir, device=device, sharded=sharded)
+            name: _open_in_turn(name, one, turn, output_dir, device)
+            if turn is not None and isinstance(one, TeacherConfig)
+            else open_teacher(one, output_dir=output_dir, device=device, sharded=sharded)
             for name, one in config.teachers.items()
         }
         several = SeveralTeachers({name: one.teacher for name, one in opened.items()}, config.weights, config.abilities)
@@ -97,6 +101,20 @@ def open_teacher(config: TeacherSide, *, output_dir: Path, device: torch.device,
     hollow = sharded and collectives.rank() > 0
     model = collectives.together(lambda: load_teacher(config, output_dir=output_dir, device=device, hollow=hollow))
     return OpenTeacher(LocalTeacher(model), load_tokenizer(config, output_dir))
+
+
+def _open_in_turn(name: str, config: TeacherConfig, turn: Turn, output_dir: Path, device: torch.device) -> OpenTeacher:
+    """One of several teachers that are in memory one at a time, whole on every rank."""
+    tokenizer = load_tokenizer(config, output_dir)
+    teacher = collectives.together(
+        lambda: TeacherInTurn(
+            lambda: load_teacher(config, output_dir=output_dir, device=device),
+            tokenizer,
+            turn,
+            look=lambda model: check_model(f"teacher {name!r}", model),
+        )
+    )
+    return OpenTeacher(teacher, tokenizer)
 
 
 def open_models(

@@ -16,6 +16,7 @@ from minillm.models.sharded import is_sharded
 from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.cached import CachedTeacher
+from minillm.teachers.in_turn import TeacherInTurn
 from minillm.teachers.pair import Models
 from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.several import SeveralTeachers
@@ -75,7 +76,7 @@ def preflight(
     for who, model in (("student", student), *((judge.who, judge.teacher.model) for judge in judges)):
         # one that is sharded over the ranks was looked at when it was loaded; one without weights is rank 0's to look at
         if model is not None and not is_sharded(model) and not is_hollow(model):
-            _check_model(who, model)
+            check_model(who, model)
     ends = [*end_ids(student, student_tokenizer)]
     for _, one, tokenizer in judges if tokenizers is None else ():
         ends += one.end_ids if one.model is None else end_ids(one.model, tokenizer or student_tokenizer)
@@ -101,7 +102,7 @@ def preflight(
     )
     for judge in judges:
         if isinstance(judge.teacher, RemoteTeacher):
-            judge.teacher.shared_ids = vocab_size
+            judge.teacher.shared_ids = vocab_size if tokenizers is None else judge.teacher.vocab_size
     return models, _table(models, judges, rows_s)
 
 
@@ -153,11 +154,13 @@ def _look_at_pictures(
         if model is not None:
             answer_beside_pictures(model, beside)
     for _, teacher, _ in judges:
-        if isinstance(teacher, CachedTeacher):
+        if isinstance(teacher, CachedTeacher | TeacherInTurn):
             teacher.answers_beside_pictures = beside
 
 
-def _check_model(who: str, model: PreTrainedModel) -> None:
+def check_model(who: str, model: PreTrainedModel) -> None:
+    """Raises PreflightError for a model whose logits its head and its last hidden states do not say, and for one that reads
+    the padding of a batch. `who` says whose it is."""
     name = type(model).__name__
     try:
         head, padding = head_error(model), padding_error(model)
@@ -214,8 +217,9 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
         return type(processor.image_processor).__name__ if seen else "none"
 
     def column(model, tokenizer, rows, teacher=None):
+        cut = "" if models.tokenizers or rows == models.vocab_size else f", cut to {models.vocab_size:,}"
         if model is None:
-            heads = f"{rows:,}" + ("" if rows == models.vocab_size else f", cut to {models.vocab_size:,}")
+            heads = f"{rows:,}" + cut
             ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in teacher.end_ids)
             name, size, form = teacher.summary
             return [name, size, form, heads, f"{len(tokenizer):,} tokens", ends, template_of(tokenizer), "none"]
@@ -225,7 +229,7 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
             _counts(model),
             f"{_precision(model)}, {config._attn_implementation}"
             + ("" if model._supports_sdpa else " (it has no sdpa)"),
-            f"{rows:,}" + ("" if models.tokenizers or rows == models.vocab_size else f", cut to {models.vocab_size:,}"),
+            f"{rows:,}" + cut,
             f"{len(tokenizer):,} tokens" if tokenizer is not None else "-",
             ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in end_ids(model, tokenizer))
             if tokenizer

@@ -24,6 +24,7 @@ from minillm.config.needs import Ability
 from minillm.losses import LMHead
 from minillm.models.batch import TokenBatch, collate
 from minillm.models.sharded import is_sharded
+from minillm.teachers.in_turn import TeacherInTurn
 from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.teacher import Teacher, TeacherRows
 
@@ -184,6 +185,19 @@ class SeveralTeachers:
             if isinstance(teacher, RemoteTeacher):
                 teacher.expect(batches if self.weights is not None else self._own_parts(batches, name))
 
+    @property
+    def in_turn(self) -> dict[str, TeacherInTurn]:
+        """Those of which one is in memory at a time, by their names, the one that is there first."""
+        found = {name: one for name, one in self.teachers.items() if isinstance(one, TeacherInTurn)}
+        return dict(sorted(found.items(), key=lambda named: not named[1].is_here))
+
+    def take_turns(self, batches: Iterable[TokenBatch]) -> None:
+        """Have those of which one is in memory at a time read, one after the other, the batches that `rows` is about to be
+        called with."""
+        batches = list(batches)
+        for name, teacher in self.in_turn.items():
+            teacher.take_turn(batches if self.weights is not None else self._own_parts(batches, name))
+
     def head(self) -> AbstractContextManager[LMHead]:
         """Raises UserError: each has one of its own."""
         raise UserError("several teachers have several heads, and one was asked for")
@@ -232,6 +246,8 @@ def row_form(teacher: Teacher) -> dict[str, tuple[int, torch.dtype]]:
         if teacher.config.rows == "top_k":
             return {"ids": (teacher.config.k, torch.int64), "logprobs": (teacher.config.k, torch.float32)}
         return {"hidden": (teacher.described["hidden_size"], getattr(torch, teacher.described["dtype"]))}
+    if isinstance(teacher, TeacherInTurn):
+        return {"hidden": teacher.row_form}
     weight = teacher.model.get_output_embeddings().weight
     return {"hidden": (getattr(weight, "ds_shape", weight.shape)[1], weight.dtype)}
 
@@ -241,6 +257,11 @@ def members(teacher: Teacher | None) -> dict[str | None, Teacher]:
     if isinstance(teacher, SeveralTeachers):
         return dict(teacher.teachers)
     return {} if teacher is None else {None: teacher}
+
+
+def takes_turns(teacher: Teacher | None) -> bool:
+    """True for several teachers of which one is in memory at a time."""
+    return isinstance(teacher, SeveralTeachers) and bool(teacher.in_turn)
 
 
 def weights_here(teacher: Teacher | None) -> list[PreTrainedModel]:

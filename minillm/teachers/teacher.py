@@ -37,10 +37,6 @@ class HiddenRows:
     def to(self, device: torch.device | str) -> "HiddenRows":
         return replace(self, hidden=self.hidden.to(device, non_blocking=True))
 
-    def at(self, rows: Tensor) -> "HiddenRows":  # (M,) int64
-        """Some of the rows, in the order asked for."""
-        return replace(self, hidden=self.hidden[rows.to(self.hidden.device)])
-
     def parts(self) -> dict[str, Tensor]:  # (N, ...) each
         """The tensors that a buffer keeps; `Teacher.rows_of` makes rows of them again."""
         return {"hidden": self.hidden}

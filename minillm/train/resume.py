@@ -6,7 +6,7 @@ from typing import Any
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan
-from minillm.config.models import ServedTeacherConfig
+from minillm.config.models import ServedTeacherConfig, TeachersByConfig
 from minillm.config.training import SCHEDULES
 from minillm.train.progress import Progress
 
@@ -46,12 +46,16 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
 
 
 def _kept(config: dict) -> dict:
-    """The keys of a stage that must be as they were: a served teacher may have moved."""
+    """The keys of a stage that must be as they were: a served teacher may have moved, and weights be
+    elsewhere in memory."""
     kept = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
     if kept.get("teacher"):
         kept["teacher"] = _without_place(kept["teacher"])
     if kept.get("teachers"):
         kept["teachers"] = {name: _without_place(teacher) for name, teacher in kept["teachers"].items()}
+    if kept.get("teachers_by"):
+        by, place = kept["teachers_by"], TeachersByConfig.of_the_place
+        kept["teachers_by"] = {key: value for key, value in by.items() if key not in place}
     return kept
 
 

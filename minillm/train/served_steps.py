@@ -11,8 +11,7 @@ import numpy as np
 
 from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
-from minillm.methods.protocol import Item, Method, Term, TrainingData, sequences_of
-from minillm.models.batch import collate
+from minillm.methods.protocol import Item, Method, Term, TrainingData
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rank_items import rank_items
 from minillm.teachers.pair import Models
@@ -67,9 +66,10 @@ def made_together(make: Callable[[], list[list[Term]]], *, served: bool) -> list
     try:
         terms = make()
         for term in (one for of_micro_batch in terms for one in of_micro_batch):
-            for share in shares_of(term.teacher):
-                if isinstance(share.rows, PromisedRows):
-                    share.rows.wait()
+            asked = [share.rows for share in shares_of(term.teacher)]
+            for rows in (*asked, *([] if term.heads is None else [term.heads.teacher])):
+                if isinstance(rows, PromisedRows):
+                    rows.wait()
     except TeacherAway as error:
         away = str(error)
     others = [one for one in collectives.gather(away) if one is not None]
@@ -99,10 +99,10 @@ def ask_ahead(
         return
     if method.needs.buffered or not method.foreseeable(draw):
         return
-    with _unmoved(streams):
+    with unmoved(streams):
         items = method.collect(data, models, draw)
     mine = rank_items(items, order(len(items), draw + 1))
-    models.teacher.expect(collate(sequences_of(micro_batch), models.pad_id) for micro_batch in cut(mine))
+    models.teacher.expect(method.teacher_batch(micro_batch, models) for micro_batch in cut(mine))
 
 
 def is_served(teacher: Teacher | None) -> bool:
@@ -111,7 +111,7 @@ def is_served(teacher: Teacher | None) -> bool:
 
 
 @contextmanager
-def _unmoved(streams: Streams) -> Iterator[None]:
+def unmoved(streams: Streams) -> Iterator[None]:
     """Streams that are taken from meanwhile stand where they stood afterwards."""
     before = {name: stream.state_dict() for name, stream in streams.items()}
     try:

@@ -36,6 +36,7 @@ from minillm.train.best_model import BestModel
 from minillm.train.micro_batches import cut_step
 from minillm.train.progress import Progress
 from minillm.train.served_steps import Moment, ask_ahead, is_served, made_together
+from minillm.train.teacher_turns import TeacherTurns
 from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
 
 METHOD_STATE = "method.pt"  # in a checkpoint's state/: what the method keeps, alike on every rank
@@ -99,6 +100,15 @@ class StageTrainer:
         )
         self.items: Sequence[Item] | RolloutBuffer = []
         self._served = is_served(models.teacher)
+        by = stage.config.teachers_by
+        self._turns = TeacherTurns(
+            self.method,
+            data,
+            models,
+            steps=1 if by is None else by.turn_steps,
+            order=self._order_of_step,
+            cut=self._cut,
+        )
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
     def run(self, *, evaluate_first: bool) -> None:
@@ -194,6 +204,8 @@ class StageTrainer:
         balance = self.config.train.router_aux_loss_coef
         with timing.of("scoring"):
             micro_batches = self._cut(rank_items(self.items, chosen))
+            left = None if self.total_steps is None else self.total_steps - progress.stage_step - 1
+            self._turns.before(micro_batches, self._streams(), draw=progress.draw, left=self._left_of_turn(left))
             terms = made_together(
                 lambda: [
                     add_balance(method.terms(micro_batch, self.data, self.models), balance, method.needs)
@@ -201,14 +213,14 @@ class StageTrainer:
                 ],
                 served=self._served,
             )
-            if self.total_steps is None or progress.stage_step + 1 < self.total_steps:
+            if left is None or left > 0:
                 ask_ahead(
                     method,
                     self.data,
                     self.models,
                     self._streams(),
                     draw=progress.draw,
-                    order=lambda count, draw: self._order(count, draw, 0)[: method.step_size],
+                    order=self._order_of_step,
                     cut=self._cut,
                 )
         try:
@@ -269,6 +281,18 @@ class StageTrainer:
     def _order(self, count: int, draw: int, epoch: int) -> np.ndarray:  # (count,)
         """The order in which an epoch goes through what was collected; `draw` counts the collections up to that one."""
         return np.random.default_rng([self.config.seed, draw, epoch]).permutation(count)
+
+    def _left_of_turn(self, left: int | None) -> int | None:
+        """Steps after this one, of which `left` are known to be taken, until teachers in turn read for an evaluation."""
+        steps = self.config.eval.steps
+        if self.evaluator is None or steps is None:
+            return left
+        until = steps - 1 - self.progress.stage_step % steps
+        return until if left is None else min(left, until)
+
+    def _order_of_step(self, count: int, draw: int) -> np.ndarray:  # (step_size,)
+        """The items of a step that takes all that was collected for it."""
+        return self._order(count, draw, 0)[: self.method.step_size]
 
     def _total_steps(self) -> int | None:
         """Steps of the stage as far as they are known before it starts."""

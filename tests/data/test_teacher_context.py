@@ -1,18 +1,18 @@
 """What the teacher alone reads beside a prompt: where it comes from, where it stands, and what is refused."""
 
 import json
-from dataclasses import replace
 
 import pytest
+import torch
 
 from minillm.config.data import ArithmeticPrompts, JsonlPrompts
 from minillm.data.instructions import load_prompts
-from minillm.data.records import parse
 from minillm.data.sources import DataError
-from minillm.data.teacher_context import TeacherReader, TeachersPrompt, write_summary
+from minillm.data.teacher_context import write_summary
 from minillm.models.tokenizers import byte_tokenizer
 from tests.data.chat_templates import CHATML
 from tests.other_tokenizer import small_bpe
+from tests.pictures import build_processor, picture
 
 RECORD = {"instruction": "1 + 1?", "output": "2", "hint": "a sum", "tries": 3}
 
@@ -112,15 +112,57 @@ def test_nothing_is_told_beside_a_prompt_that_the_student_does_not_read(byte, js
         load(byte, jsonl(long, RECORD), **keys | {"max_prompt_length": 20})
 
 
-def test_pictures_beside_it_are_refused(byte):
-    config = JsonlPrompts(path="unused", template="none", teacher_context="hint")
-    reader, said = TeacherReader(config, byte, None, None, "data.prompts"), parse("here", RECORD)
-    shown = replace(said, messages=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
-    assert reader.read(shown, {"hint": ""}, [], "here") == TeachersPrompt()
-    with pytest.raises(DataError, match="it shows pictures, which are not read beside what the teacher alone is told"):
-        reader.read(shown, {"hint": "x"}, [], "here")
-    with pytest.raises(DataError, match="here: it shows pictures"):
-        reader.read(said, {"hint": "x"}, [b"a picture"], "here")
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor("llava")
+
+
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "told"),
+    [
+        ("what?", "{prompt} {context}", "<image>what? a cat"),  # before the question where nothing says where
+        ("is <image> one?", "{context}: {prompt}", "a cat: is <image> one?"),
+        ([{"type": "text", "text": "is "}, IMAGE, {"type": "text", "text": " one?"}], "{context}: {prompt}", "a cat: is <image> one?"),
+        ([IMAGE, {"type": "text", "text": "what?"}], "{{{context}}} {prompt}", "{a cat} <image>what?"),
+    ],
+)  # fmt: skip
+def test_pictures_stay_where_they_are_in_the_prompt(content, form, told, processor, jsonl, tmp_path):
+    """The teacher reads them in its own prompt, as the very tensors that the student is shown."""
+    picture(1).save(tmp_path / "1.png")
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
+    path = jsonl({"messages": messages, "image": "1.png", "hint": "a cat"})
+    keys = {"template": "chat", "teacher_context": "hint", "teacher_prompt": form}
+    (one,) = load(processor.tokenizer, path, **keys)
+    assert one.teacher_prompt == f"<user>{told}\n<assistant>"
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    ours, theirs = one.prompt_ids, one.teacher_prompt_ids
+    assert theirs.count(image) == ours.count(image) > 1
+    without = processor.tokenizer.decode([token for token in theirs if token != image])
+    assert without == one.teacher_prompt.replace("<image>", "")
+    read = one.sequence.read_by_teacher()
+    assert read.prompt == theirs and dict(read.extras).keys() == dict(one.extras).keys() == {"pixel_values"}
+    assert torch.equal(read.extras["pixel_values"], one.extras["pixel_values"])
+
+
+def test_pictures_that_the_teacher_would_be_shown_otherwise_are_refused(processor, jsonl, tmp_path):
+    picture(1).save(tmp_path / "1.png")
+    record = {"instruction": "is <image> one?", "output": "yes", "image": "1.png", "hint": "a cat"}
+    keys = {"template": "chat", "teacher_context": "hint"}
+    with pytest.raises(
+        DataError, match="as the teacher reads it: 1 pictures in image or images, but 2 places for them"
+    ):
+        load(processor.tokenizer, jsonl(record), **keys, teacher_prompt="{prompt} {prompt} {context}")
+    parts = [{**IMAGE, "path": "1.png"}, {"type": "text", "text": "what?"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}], "hint": "x"}
+    with pytest.raises(
+        DataError, match="it is shown 0 pictures, and the student 1; teacher_prompt must have {prompt} once"
+    ):
+        load(processor.tokenizer, jsonl(record), **keys, teacher_prompt="{context}")
+    with pytest.raises(DataError, match="which are not read by a teacher with another tokenizer"):
+        load(processor.tokenizer, jsonl(record), **keys, teacher=small_bpe())
 
 
 def test_a_teacher_with_another_tokenizer_is_told_by_its_own_template(byte, jsonl):

@@ -12,7 +12,13 @@ from tests.runs import every_record
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-HOW = {"stage-3-by-layers": ("engine.gather=layers",)}  # where ranks that run other passes wait for each other forever
+IN_TURN = ("kd", "mixed", "minillm")
+HOW = {
+    "stage-3-by-layers": ("engine.gather=layers",),  # where ranks that run other passes wait for each other forever
+    "stage-3": (),
+    # one in memory at a time, whole on each rank; the ranks open different ones where their records are
+    "stage-2-in-turn": ("engine.stage=2", *(f"stages.{name}.teachers_by.in_memory=one" for name in IN_TURN)),
+}
 BY_FIELD, MIXED = {"field": "domain"}, {"weights": {"math": 3, "chat": 1}}
 
 

@@ -67,7 +67,7 @@ def answered(prompts: PromptSet, answers) -> list[TokenSequence]:
 
 def test_every_metric_is_what_full_logits_say_of_the_sampled_answers(make_models, eager_logprobs, words, calls):
     models = make_models()
-    found = evaluate(make({"words": words}), models)
+    found = evaluate(make({"words": words}, bits_per_byte=True), models)
     by_whom = {call["who"]: answered(words, call["answers"]) for call in calls}
     assert sorted(by_whom) == ["student", "teacher"] and len(calls) == 2
 
@@ -79,6 +79,7 @@ def test_every_metric_is_what_full_logits_say_of_the_sampled_answers(make_models
     entropy = [-(q.exp() * q).sum(1) for q, _ in map(both, by_whom["student"])]
     references = [TokenSequence(one.prompt_ids, one.response_ids) for one in words.examples]
     losses = [-both(one)[0].gather(1, torch.tensor(one.response)[:, None]) for one in references]
+    written = "".join(" ".join(f"w{i}" for i in one.response if i) for one in references)
     responses = [sequence.response for sequence in by_whom["student"]]
     texts = [" ".join(f"w{i}" for i in response if i) for response in responses]
     scored = [(text, one.references) for text, one in zip(texts, words.examples, strict=True)]
@@ -88,6 +89,7 @@ def test_every_metric_is_what_full_logits_say_of_the_sampled_answers(make_models
         "forward_kl_nats": torch.cat(forward).mean().item(),
         "entropy_nats": torch.cat(entropy).mean().item(),
         "loss_nats": torch.cat(losses).mean().item(),
+        "loss_bits_per_byte": torch.cat(losses).sum().item() / math.log(2) / len(written.encode()),
         "length_tokens": statistics.fmean(len(response) for response in responses),
         "ended_share": statistics.fmean(response[-1] == 0 for response in responses),
         "rouge_l": statistics.fmean(rouge_l(text, references) for text, references in scored),

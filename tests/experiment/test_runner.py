@@ -13,8 +13,11 @@ from minillm.experiment import runner
 from minillm.experiment.experiment_file import load_experiment
 from minillm.experiment.experiment_report import write_experiment_report
 from minillm.experiment.jobs import commands
+from minillm.models.saving import save_model
 from minillm.storage.metrics_log import read_records
+from tests.conftest import tiny_llama
 from tests.experiment.conftest import START
+from tests.other_tokenizer import small_bpe
 from tests.runs import Silent, in_a_child
 
 
@@ -118,6 +121,30 @@ def test_an_arm_whose_teacher_cannot_read_answers_is_measured_beside_that_of_bas
     here, elsewhere = (json.loads(Path(f"out/seed-1/{arm}/evaluation.json").read_text()) for arm in ("kd", "cached"))
     assert elsewhere["teacher"] == here["teacher"] and elsewhere["mean"]["reverse_kl_nats"] > 0
     assert float(next(csv.DictReader(Path("out/table.csv").open()))["tokens_per_second"]) > 0
+
+
+def test_an_arm_whose_teacher_has_another_tokenizer_is_measured_without_it(write, folder):
+    """And that teacher, as an arm, on the same texts in its own tokens."""
+    tokenizer = small_bpe()
+    save_model(tiny_llama(vocab_size=len(tokenizer), layers=1), tokenizer, folder / "other")
+    file = write(
+        arms={
+            "sft": {**START, "train": {"max_steps": 1}},
+            "uld": {**START, "teacher": {"path": "other"}, "method": {"name": "uld"}},
+            "other": "other",
+        },
+        evaluation__bits_per_byte=True,
+        measures=["loss_bits_per_byte", "loss_nats"],
+        claims=[],
+    )
+    assert do(file, "--seeds", "1") == 0
+    found = {arm: json.loads(Path(f"out/seed-1/{arm}/evaluation.json").read_text()) for arm in ("sft", "uld", "other")}
+    for one in found.values():
+        assert one["teacher"] is None and "reverse_kl_nats" not in one["mean"]
+    bits, nats = ({arm: one["mean"][key] for arm, one in found.items()} for key in ("loss_bits_per_byte", "loss_nats"))
+    assert bits["uld"] / nats["uld"] == pytest.approx(bits["sft"] / nats["sft"])  # the same tokens of the same bytes
+    assert bits["other"] / nats["other"] != pytest.approx(bits["sft"] / nats["sft"])
+    assert not Path("out/teachers").exists()
 
 
 def _listed(file: str) -> list[str]:

@@ -50,6 +50,23 @@ def test_all_weights_and_a_gradient_of_the_head_for_each_are_counted(several, re
     assert held == row * both.work.waiting_rows(from_buffer=False)
 
 
+def test_one_at_a_time_the_largest_and_the_heads_are_counted(several, capsys):
+    """With the words of as many steps as are read in a turn, of which a step's are there anyway."""
+    path, both = several(MIXED)
+    _, one = several({**MIXED, "in_memory": "one", "turn_steps": 5})
+    math, chat = both.simulation.teachers["teacher math"], both.simulation.teachers["teacher chat"]
+    assert one.simulation.teachers == both.simulation.teachers  # of which the time is made
+    assert one.speed.scoring_flops == both.speed.scoring_flops
+    weights = [stage.simulation.phases["update"].most("teacher weights") for stage in (both, one)]
+    largest, other = sorted((math, chat), key=lambda size: size.stored_bytes)[::-1]
+    assert weights[0] - weights[1] == pytest.approx(other.stored_bytes - other.head * other.itemsize, abs=512)
+    assert weights[1] > largest.stored_bytes
+    held = [stage.memory[-1].device["teacher hidden states"] for stage in (both, one)]
+    assert held[1] == 5 * held[0]
+    assert main(["plan", str(path), "--gpu", "cpu"]) == 0
+    assert "one after the other, for every 5 steps" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_time_is_that_of_the_teachers_who_read_a_record(several):
     by_field, mixed = (several(by)[1].speed.scoring_flops for by in (BY_FIELD, MIXED))
     assert mixed == 2 * by_field > 0
@@ -134,4 +151,5 @@ def test_advice_names_the_keys_of_all(several):
 
     found = [keys for keys, _ in _candidates(load_run([path]).stages[0].config, "update", 1)]
     assert ["teachers.chat.dtype=bfloat16"] in found
+    assert ["teachers_by.in_memory=one"] in found
     assert {"teachers.math.quantization=nf4", "teachers.chat.quantization=nf4"} in map(set, found)

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterator
 
-from minillm.config.checks.facts import Facts, Found
+from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.data import DataConfig, PlainPrompts
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
-from minillm.config.models import AnyTeacherConfig, TeachersByConfig
+from minillm.config.models import AnyTeacherConfig, TeacherConfig, TeachersByConfig
+from minillm.config.training import Engine
 
 WAYS = "`field`, the field of every record that names its teacher, or `weights`, each teacher's part in the loss on every record"
 NAMELESS = "which could name their teacher; use records with fields, or teachers_by.weights"
@@ -53,6 +54,41 @@ def records_have_fields(
     if any(term.teacher and "corpus" in term.rows for term in method.needs().terms):
         message = f"in method {method.name} the teacher reads blocks of data.corpus, {NAMELESS}"
         yield Found("teachers_by.field", message, ("method.name",))
+
+
+def teachers_in_turn(
+    facts: Facts,
+    teachers: dict[str, AnyTeacherConfig],
+    teachers_by: TeachersByConfig | None,
+    method: Method,
+    engine: Engine,
+) -> Iterator[Found | Idle]:
+    """Teachers that are in memory one at a time are whole, and read texts that are known before they are learned from."""
+    if teachers_by is None:
+        return
+    if teachers_by.in_memory == "all":
+        yield Idle("teachers_by.turn_steps", "has no effect: all are in memory", ("teachers_by.in_memory",))
+        return
+    local = [name for name, one in teachers.items() if isinstance(one, TeacherConfig)]
+    if len(local) < 2:
+        message = f"has no effect: of the teachers {' and '.join(local) or 'none'} is local, and of others the head alone is here"
+        yield Found("teachers_by.in_memory", message, ("teachers",))
+    needs = method.needs()
+    if needs.buffered:
+        message = f"has no effect: in method {method.name} each reads a whole buffer in its turn"
+        yield Idle("teachers_by.turn_steps", message, ("method.name",))
+    if needs.prompts and any(term.teacher and "corpus" in term.rows for term in needs.terms):
+        message = (
+            f"method {method.name} has the teachers read blocks of data.corpus beside its prompts, step by step, for which "
+            "every one would be opened in every step; have all in memory, or leave these terms out"
+        )
+        yield Found("teachers_by.in_memory", message, ("method.name",))
+    if engine.type == "deepspeed" and engine.stage == 3 and not engine.replicate_teacher:
+        message = (
+            "stage 3 shards the teachers over the ranks, where all stay; one at a time is whole on every rank: set "
+            "engine.replicate_teacher"
+        )
+        yield Found("teachers_by.in_memory", message, ("engine.stage", "engine.replicate_teacher"))
 
 
 def held_out_records_have_fields(

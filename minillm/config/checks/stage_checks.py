@@ -66,6 +66,7 @@ from minillm.config.checks.several_teachers_checks import (
     held_out_records_have_fields,
     records_have_fields,
     several_teachers,
+    teachers_in_turn,
 )
 from minillm.config.checks.training_checks import (
     balance_added_once,
@@ -97,6 +98,7 @@ CHECKS = (
     several_teachers,
     records_have_fields,
     held_out_records_have_fields,
+    teachers_in_turn,
     deepspeed_installed,
     sharding_keys,
     deepspeed_file,

@@ -39,7 +39,7 @@ class GOLD(MethodConfig):
             references=self.on_policy < 1,
             samples=("student",) if self.on_policy > 0 else (),
             teacher=True,
-            teacher_abilities=frozenset({"read", "logprobs", "weights"}),
+            teacher_abilities=frozenset({"read", "logprobs"}),
             other_tokenizer=True,
             because={"references": "on_policy"},
         )

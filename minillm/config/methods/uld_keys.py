@@ -31,7 +31,7 @@ class ULD(MethodConfig):
             (term,),
             references=True,
             teacher=True,
-            teacher_abilities=frozenset({"read", "logprobs", "weights"}),
+            teacher_abilities=frozenset({"read", "logprobs"}),
             other_tokenizer=True,
         )
 

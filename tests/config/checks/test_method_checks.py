@@ -373,7 +373,8 @@ def test_a_served_teacher_reads_and_answers_what_is_made_while_the_stage_runs(re
         ({"name": "minillm", "alpha": 1.0}, OPENAI, "answer prompts"),
         ({"name": "seqkd"}, OPENAI, "give its answers to the prompts, written once"),
         ({"name": "distillm2"}, OPENAI, "answer prompts"),
-        ({"name": "uld"}, OPENAI, "give the log-probability of any id and be run in this process"),
+        ({"name": "uld"}, OPENAI, "give the log-probability of any id"),
+        ({"name": "gold"}, TOP_K, "give the log-probability of any id"),
     ],
 )
 def test_a_method_that_needs_the_teachers_weights_refuses_a_served_one(recipe, method, teacher, lacking):

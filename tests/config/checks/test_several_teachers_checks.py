@@ -128,3 +128,25 @@ def test_quantised_and_sharded_teachers_do_not_stand_side_by_side(recipe, monkey
     assert "quantise all of them or none" in found["teachers.chat.quantization"]
     engine = {"type": "deepspeed", "replicate_teacher": True}
     assert problems(recipe, teachers=teachers, teachers_by=WEIGHTS, engine=engine) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "said"),
+    [
+        ({"teachers": {**TWO, "chat": OPENAI}}, "teachers_by.in_memory", "of the teachers math is local"),
+        ({"engine": {"type": "deepspeed", "stage": 3}}, "teachers_by.in_memory", "set engine.replicate_teacher"),
+        (
+            {"method": {"name": "minillm", "alpha": 0.0, "lm_coef": 1.0, "pt_kd_ratio": 0.5},
+             "data": {"prompts": {"path": "data/train.jsonl"}, "corpus": {"path": "data/book.txt"}}},
+            "teachers_by.in_memory", "blocks of data.corpus beside its prompts",
+        ),
+    ],
+)  # fmt: skip
+def test_one_in_memory_at_a_time_needs_texts_that_are_known(changes, key, said, recipe):
+    assert said in problems(recipe, **{"teachers_by": {**WEIGHTS, "in_memory": "one"}, **changes})[key]
+    assert problems(recipe, teachers_by={**WEIGHTS, "in_memory": "one"}) == {}
+
+
+def test_steps_of_a_turn_need_turns(recipe):
+    said = problems(recipe, teachers_by={**WEIGHTS, "in_memory": "all", "turn_steps": 4})
+    assert "all are in memory" in said["teachers_by.turn_steps"]
