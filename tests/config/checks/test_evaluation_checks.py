@@ -78,3 +78,10 @@ def test_pairs_are_compared_with_a_teacher_that_can_be_asked(recipe):
     same = {"b": {"path": "data/train.jsonl", "chosen": "rejected"}}
     found = recipe.problems(eval={"sets": sets, "preference": {"pairs": same}})
     assert "eval.preference.pairs.b.chosen" in found["eval.preference.pairs.b.rejected"]
+
+
+def test_pairs_are_read_whole_by_both_models(recipe):
+    found = recipe.problems(
+        eval={"preference": {"pairs": {"b": {"path": "data/train.jsonl", "max_response_length": 100_000}}}}
+    )
+    assert "more than the" in found["eval.preference.pairs.b.max_response_length"]
