@@ -1,7 +1,8 @@
 """`minillm bench choice`: the corpus that the experiment `miniplm` chooses from, and what runs have kept of it.
 
-A third of the documents are stories as they are, a third are other stories with their words in random order, and a third
-are a few stories again and again. Each kind is a file in each of two random halves of the corpus.
+Half of the documents are stories as they are, a quarter are other stories with their words in random order, and a quarter
+are a few stories again and again: the best half to choose holds the first kind alone. Each kind is a file in each of two
+random halves of the corpus.
 """
 
 import argparse
@@ -50,20 +51,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def write_corpus(texts: Sequence[str], folder: Path, seed: int) -> None:
-    """Write DIR/half-{a,b}/{clean,shuffled,repeated}.jsonl: as many documents of each kind, of different stories.
+    """Write DIR/half-{a,b}/{clean,shuffled,repeated}.jsonl: twice as many clean documents as of either other kind, of
+    different stories.
 
     Raises UserError for too few texts.
     """
     generator = random.Random(seed)
     texts = generator.sample(texts, len(texts))
-    # n stories as they are, n to be shuffled, and as many as n documents need to be repeated
-    size = len(texts) * REPEATS // (2 * REPEATS + 1)
-    if size < 2:
-        raise UserError(f"--stories: {len(texts)} texts are too few for the three kinds; 5 is the least")
+    # 2n stories as they are, n to be shuffled, and as many as n documents need to be repeated
+    size = len(texts) * REPEATS // (3 * REPEATS + 1)
+    if size < 1:
+        raise UserError(f"--stories: {len(texts)} texts are too few for the three kinds; 4 is the least")
+    clean, shuffled, repeated = texts[: 2 * size], texts[2 * size : 3 * size], texts[3 * size :]
     documents = {
-        "clean": texts[:size],
-        "shuffled": [" ".join(generator.sample(words := text.split(), len(words))) for text in texts[size : 2 * size]],
-        "repeated": [texts[2 * size + place // REPEATS] for place in range(size)],
+        "clean": clean,
+        "shuffled": [" ".join(generator.sample(words := text.split(), len(words))) for text in shuffled],
+        "repeated": [repeated[place // REPEATS] for place in range(size)],
     }
     every = [(kind, text) for kind in KINDS for text in documents[kind]]
     generator.shuffle(every)

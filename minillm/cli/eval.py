@@ -19,6 +19,7 @@ from minillm.config.tree import COMMAND_LINE
 from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
 from minillm.data.judges import judges_of
 from minillm.data.labels import load_labels
+from minillm.data.pairs import load_pairs
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
@@ -191,15 +192,20 @@ def evaluate_model(
         name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}", now=now)
         for name, source in plan.eval.calibration.items()
     }
-    for group, read in (("sets", sets), ("calibration", labels)):
+    pairs = {
+        name: load_pairs(source, models.tokenizer, name=f"eval.preference.pairs.{name}", now=now)
+        for name, source in plan.eval.held_out_pairs.items()
+    }
+    for group, read in (("sets", sets), ("calibration", labels), ("preference.pairs", pairs)):
         for name, one in read.items():
             models.require_shared(f"eval.{group}.{name}", one.ids())
     rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]
     rows += [(name, f"{len(one)} questions, {one.dropped_long} too long", "") for name, one in labels.items()]
+    rows += [(name, f"{len(one)} pairs, {one.dropped_long} too long", "") for name, one in pairs.items()]
     console.preflight(rows)
     tell = console.working
     evaluation = Evaluator(sets, plan.eval, seed=plan.seed, report_progress=tell).evaluate(models, rollouts, who)
-    evaluation = Analyses(sets, labels, plan.eval, seed=plan.seed, report_progress=tell).add_to(
+    evaluation = Analyses(sets, labels, plan.eval, pairs, seed=plan.seed, report_progress=tell).add_to(
         evaluation, models, rollouts, who
     )
     title = f"Evaluation of {path if who == 'teacher' else model}"

@@ -1,10 +1,10 @@
-"""Keys of the analyses that an evaluation may make beside its scores: exposure bias, and calibration on label words."""
+"""Keys of the analyses that an evaluation may make beside its scores: exposure bias, calibration on label words, preference."""
 
 from typing import Annotated
 
 from pydantic import Field
 
-from minillm.config.data import FieldText, HfSource, JsonlSource, ParquetSource, TemplateKeys
+from minillm.config.data import FieldText, HfSource, JsonlSource, Pairs, ParquetSource, TemplateKeys
 from minillm.config.keys import Strict, default_type
 
 Positive = Annotated[int, Field(ge=1)]
@@ -17,6 +17,19 @@ class ExposureBias(Strict):
         [16, 32, 64, 128], min_length=1, description="Numbers of tokens at which it is reported"
     )
     samples: Positive = Field(1, description="Answers that each model gives to each prompt (the paper: 10)")
+
+
+class Preference(Strict):
+    """Held-out pairs of answers: how far the student prefers the first, with the teacher as the reference (minillm eval and
+    experiment). The score of an answer is its log q / p, over its tokens."""
+
+    pairs: dict[str, Pairs] = Field({}, description="Named pairs of a chosen and a rejected answer, as data.pairs")
+    sampled: bool = Field(
+        False,
+        description="Also, on the prompts of eval.sets, an answer of the teacher before one of the student, both sampled",
+    )
+    length_norm: bool = Field(True, description="Divide the score of an answer by its number of tokens")
+    reference_free: bool = Field(False, description="Compare the student's log q, without the teacher's log p")
 
 
 class LabelKeys(TemplateKeys):

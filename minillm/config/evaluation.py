@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from minillm.config.analysis_keys import ExposureBias, Labels
-from minillm.config.data import Parser, Prompts
+from minillm.config.analysis_keys import ExposureBias, Labels, Preference
+from minillm.config.data import Pairs, Parser, Prompts
 from minillm.config.keys import Seed, Strict
 
 Metric = Literal[
@@ -86,7 +86,21 @@ class EvalConfig(Strict):
     calibration: dict[str, Labels] = Field(
         {}, description="Named classification sets, for an analysis that `minillm eval` and `minillm experiment` make"
     )
+    preference: Preference | None = Field(
+        None,
+        description="Margins of held-out pairs of answers, an analysis that `minillm eval` and `minillm experiment` make",
+    )
     teacher: bool = Field(True, description="Measure the divergences to the teacher, where there is one")
     samples: Annotated[int, Field(ge=0)] = Field(
         4, description="Number of answers from each set that samples.jsonl and the report show"
     )
+
+    @property
+    def held_out_pairs(self) -> dict[str, Pairs]:
+        """The named pairs of `preference`."""
+        return {} if self.preference is None else self.preference.pairs
+
+    @property
+    def measures_without_sets(self) -> bool:
+        """True where an analysis has data of its own, so that there need not be prompts to answer."""
+        return bool(self.calibration or self.held_out_pairs)

@@ -23,10 +23,15 @@ def known_measures(evaluation: EvalConfig) -> dict[str, list[str]]:
         usual += [f"rouge_l_{bucket}" for bucket in bucket_names(evaluation.length_buckets)]
     if evaluation.exposure_bias is not None:
         usual += [f"excess_error_{length}" for length in evaluation.exposure_bias.lengths]
+    of_pairs = list(evaluation.held_out_pairs)
+    if evaluation.preference is not None and evaluation.preference.sampled:
+        of_pairs += evaluation.sets
+    compared = ["margin_nats", "preferred_share"] if of_pairs else []
     of_labels = ["accuracy", "ece"] if evaluation.calibration else []
     return {
         **{key: list(evaluation.sets) for key in usual},
         **{key: list(evaluation.calibration) for key in of_labels},
+        **{key: of_pairs for key in compared},
         **{metric.key: [] for metric in COSTS},
     }
 

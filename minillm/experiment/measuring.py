@@ -18,6 +18,7 @@ from minillm.config.models import (
 from minillm.config.paths import STAGE
 from minillm.data.instructions import load_prompts
 from minillm.data.labels import load_labels
+from minillm.data.pairs import load_pairs
 from minillm.engine.placement import engine_device
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
@@ -152,9 +153,12 @@ class Measuring:
                 name: load_labels(source, tokenizer, name=f"evaluation.calibration.{name}", now=now)
                 for name, source in config.calibration.items()
             }
-
+            pairs = {
+                name: load_pairs(source, tokenizer, name=f"evaluation.preference.pairs.{name}", now=now)
+                for name, source in config.held_out_pairs.items()
+            }
             evaluator = Evaluator(sets, config, seed=SEED)
-            self._evaluators = (teacher, (evaluator, Analyses(sets, labels, config, seed=SEED)))
+            self._evaluators = (teacher, (evaluator, Analyses(sets, labels, config, pairs, seed=SEED)))
         for one in self._evaluators[1]:
             one.report_progress = console.working  # an evaluator may outlive the run it was made for
         return self._evaluators[1]

@@ -53,6 +53,8 @@ _ASKED_FOR = (
     (r"label_accuracy", "Label accuracy", "%", +1),
     (r"unlabelled_share", "Answers without a label", "%", -1),
     (r"accuracy", "Accuracy on label words", "%", +1),
+    (r"margin_nats", "Margin of the preferred answer", "nats", +1),
+    (r"preferred_share", "Pairs in their order", "%", +1),
     (r"ece", "Expected calibration error", "0 to 1", -1),
 )
 

@@ -14,23 +14,23 @@ def read(folder, kind):
     return [[json.loads(line)["text"] for line in file.read_text().splitlines()] for file in files]
 
 
-def test_the_corpus_has_as_many_documents_of_each_kind_in_two_halves(tmp_path):
-    stories = [" ".join(f"word{one}-{place}" for place in range(30)) for one in range(2 * REPEATS + 1)]
+def test_half_of_the_corpus_is_clean_and_a_quarter_each_is_shuffled_and_repeated(tmp_path):
+    stories = [" ".join(f"word{one}-{place}" for place in range(30)) for one in range(3 * REPEATS + 1)]
     write_corpus(stories, tmp_path / "one", seed=3)
     write_corpus(stories, tmp_path / "again", seed=3)
     found = {kind: read(tmp_path / "one", kind) for kind in ("clean", "shuffled", "repeated")}
     assert all(found[kind] == read(tmp_path / "again", kind) for kind in found)
-    assert sum(len(half[0]) for half in found.values()) == 3 * REPEATS / 2  # a half of all
+    assert sum(len(half[0]) for half in found.values()) == 4 * REPEATS / 2  # a half of all
     clean, shuffled, repeated = (sorted(a + b) for a, b in found.values())
-    assert len(clean) == len(set(clean)) == len(shuffled) == len(repeated) == REPEATS
+    assert len(clean) == len(set(clean)) == 2 * REPEATS and len(shuffled) == len(repeated) == REPEATS
     assert set(clean) < set(stories) and not set(shuffled) & set(stories)
     words = {" ".join(sorted(one.split())) for one in shuffled}
     assert words <= {" ".join(sorted(one.split())) for one in set(stories) - set(clean)} and len(words) == REPEATS
     assert set(repeated) == set(stories) - set(clean) - {
         one for one in stories if " ".join(sorted(one.split())) in words
     }
-    with pytest.raises(UserError, match="4 texts are too few"):
-        write_corpus(stories[:4], tmp_path / "few", seed=3)
+    with pytest.raises(UserError, match="3 texts are too few"):
+        write_corpus(stories[:3], tmp_path / "few", seed=3)
 
 
 def test_the_table_has_the_part_of_each_kind_that_was_kept(tmp_path, capsys):

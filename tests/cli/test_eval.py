@@ -184,6 +184,19 @@ def test_calibration_needs_no_prompts(folder):
         evaluation_plan([folder / "calibration.yaml"], ["eval.exposure_bias.samples=1"])
 
 
+def test_pairs_need_no_prompts(folder):
+    document = {
+        "teacher": {"path": "teacher"},
+        "engine": {"device": "cpu"},
+        "eval": {"preference": {"pairs": {"answers": {"path": "pairs.jsonl", "template": "none"}}}},
+    }
+    (folder / "pairs.jsonl").write_text('{"prompt": "Is it?", "chosen": "yes", "rejected": "no"}\n')
+    (folder / "pairs.yaml").write_text(yaml.safe_dump(document))
+    result = evaluate_model("student", evaluation_plan([folder / "pairs.yaml"]), Console(rank=1))
+    assert result["mean"] == result["sets"]["answers"] and result["mean"]["margin_nats"] != 0
+    assert result["mean"]["preferred_share"] == (result["mean"]["margin_nats"] > 0)
+
+
 def test_what_is_not_finite_is_still_json(folder, monkeypatch):
     class Infinite:
         def __init__(self, *arguments, **options):

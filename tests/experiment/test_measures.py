@@ -22,6 +22,8 @@ def test_measures_follow_what_is_evaluated():
     )
     assert more["distinct_2"] == more["excess_error_8"] == ["a", "b"] and more["accuracy"] == ["sst2"]
     assert {key for key in more if key.startswith("rouge_l_")} == {"rouge_l_0_5", "rouge_l_6_up"}
+    pairs = known_measures(evaluation(preference={"pairs": {"held": {"path": "x"}}, "sampled": True}))
+    assert pairs["margin_nats"] == pairs["preferred_share"] == ["held", "a", "b"] and "margin_nats" not in plain
     assert all(metric_of(measure) is not None for measure in more)
 
 

@@ -13,6 +13,8 @@ from minillm.reporting.metric import find_metric, metrics_in
         ("rouge_l_11_up", "Rouge-L, references from 11 tokens (F1 × 100) ↑"),
         ("distinct_4", "Distinct 4-grams (%)"),
         ("excess_error_128", "Excess error at 128 tokens (%) ↓"),
+        ("margin_nats", "Margin of the preferred answer (nats) ↑"),
+        ("preferred_share", "Pairs in their order (%) ↑"),
         ("ece", "Expected calibration error (0 to 1) ↓"),
     ],
 )

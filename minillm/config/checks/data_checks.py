@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from minillm.config.checks.facts import Facts, Found, Idle
 from minillm.config.checks.packages import is_installed
-from minillm.config.data import DataConfig, RecordKeys, field_names
+from minillm.config.data import DataConfig, Pairs, RecordKeys, field_names
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
 from minillm.config.models import TeacherSide
@@ -32,10 +32,7 @@ def training_pairs(facts: Facts, data: DataConfig, method: Method) -> Iterator[F
     if not method.needs().pairs:
         message = f"has no effect: method {method.name} trains on no pairs of the data with these keys"
         yield Idle("data.pairs", message, ("method.name",))
-    if data.pairs.chosen == data.pairs.rejected:
-        message = f"is the field {data.pairs.rejected!r}, as data.pairs.chosen is; name that of the other answer"
-        yield Found("data.pairs.rejected", message, ("data.pairs.chosen",))
-    yield from _keys_of_chats(("data", "pairs"), data.pairs.template)
+    yield from _keys_of_pairs(("data", "pairs"), data.pairs)
 
 
 def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
@@ -43,6 +40,8 @@ def evaluation_prompts(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     for group in ("sets", "calibration"):
         for name, source in getattr(eval, group).items():
             yield from _keys_of_chats(("eval", group, name), source.template)
+    for name, source in eval.held_out_pairs.items():
+        yield from _keys_of_pairs(("eval", "preference", "pairs", name), source)
 
 
 def contexts_read(facts: Facts, data: DataConfig, method: Method) -> Iterator[Found]:
@@ -97,6 +96,7 @@ def packages_of_data(facts: Facts, data: DataConfig, eval: EvalConfig) -> Iterat
     """The packages whose data are asked for are installed."""
     sources = {("data", name): getattr(data, name) for name in ("prompts", "pairs", "forget")}
     sources |= {("eval", "sets", name): source for name, source in eval.sets.items()}
+    sources |= {("eval", "preference", "pairs", name): source for name, source in eval.held_out_pairs.items()}
     for place, source in sources.items():
         if source is not None and source.type == "easy_vqa" and not is_installed("easy-vqa"):
             message = "needs the package easy-vqa, which is not installed: pip install -e '.[vqa]' in minillm's folder"
@@ -131,6 +131,15 @@ def held_out_parsers_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
             yield Idle(
                 ("eval", "sets", name, "parser"), "has no effect without eval.label_accuracy", ("eval.label_accuracy",)
             )
+
+
+def _keys_of_pairs(path: tuple[str, ...], source: Pairs) -> Iterator[Found]:
+    if source.chosen == source.rejected:
+        message = (
+            f"is the field {source.rejected!r}, as {'.'.join((*path, 'chosen'))} is; name that of the other answer"
+        )
+        yield Found((*path, "rejected"), message, ((*path, "chosen"),))
+    yield from _keys_of_chats(path, source.template)
 
 
 def _keys_of_chats(path: tuple[str, ...], template: str) -> Iterator[Found]:

@@ -10,6 +10,8 @@ from minillm.config.methods import Method
 from minillm.config.models import TeacherSide
 from minillm.config.training import TrainConfig
 
+ANALYSES = ("exposure_bias", "calibration", "preference")  # that take too long for the evaluations of a run
+
 
 def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherSide | None) -> Iterator[Found]:
     """All that is asked for can be measured."""
@@ -28,11 +30,33 @@ def measurable(facts: Facts, eval: EvalConfig, teacher: TeacherSide | None) -> I
         why = f"{teacher.called} cannot answer prompts"
     if eval.exposure_bias is not None and why is not None:
         yield Found("eval.exposure_bias", f"is measured against the teacher, and {why}", ("eval.teacher",))
+    yield from _measurable_preference(eval, teacher)
     if any(low >= high for low, high in pairwise(eval.length_buckets)):
         yield Found("eval.length_buckets", f"must rise from one to the next, not {eval.length_buckets}")
     repeated = [str(seed) for seed, count in Counter(eval.seeds).items() if count > 1]
     if repeated:
         yield Found("eval.seeds", f"names {', '.join(repeated)} more than once, which would measure the same twice")
+
+
+def _measurable_preference(eval: EvalConfig, teacher: TeacherSide | None) -> Iterator[Found]:
+    asked = eval.preference
+    if asked is None:
+        return
+    if not asked.pairs and not asked.sampled:
+        message = "there is nothing to compare: name held-out pairs, or set eval.preference.sampled"
+        yield Found("eval.preference.pairs", message, ("eval.preference.sampled",))
+    if asked.sampled and not eval.sets:
+        yield Found("eval.preference.sampled", "needs prompts to answer: name some in eval.sets", ("eval.sets",))
+    why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
+    if why is None and "read" not in teacher.abilities:
+        why = f"{teacher.called} cannot read answers of the moment"
+    if not asked.reference_free and why is not None:
+        message = f"compares with the teacher, and {why}; set eval.preference.reference_free to do without"
+        yield Found("eval.preference", message, ("eval.teacher",))
+    if why is None and "sample" not in teacher.abilities:
+        why = f"{teacher.called} cannot answer prompts"
+    if asked.sampled and why is not None:
+        yield Found("eval.preference.sampled", f"is over the teacher's answers, and {why}", ("eval.teacher",))
 
 
 def comparable(facts: Facts, eval: EvalConfig, method: Method) -> Iterator[Found]:
@@ -46,9 +70,9 @@ def comparable(facts: Facts, eval: EvalConfig, method: Method) -> Iterator[Found
 
 def evaluation_keys_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
     """Keys of `eval` are for an evaluation that takes place, and those of sampling for one that samples."""
-    if not eval.sets and not eval.calibration:
+    if not eval.sets and not eval.measures_without_sets:
         for key in EvalConfig.model_fields:
-            if key not in ("sets", "calibration"):
+            if key not in ("sets", *ANALYSES):
                 yield Idle(f"eval.{key}", "has no effect without eval.sets: nothing is evaluated", ("eval.sets",))
     elif eval.temperature == 0:
         for key in ("top_k", "top_p"):
@@ -58,6 +82,6 @@ def evaluation_keys_used(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
 
 def measured_after_training(facts: Facts, eval: EvalConfig, train: TrainConfig) -> Iterator[Found]:
     """Analyses that take too long for the evaluations of a run are asked for where they are made."""
-    for key in ("exposure_bias", "calibration"):
+    for key in ANALYSES:
         message = "has no effect on training: it is measured by `minillm eval` and `minillm experiment`"
         yield Idle(f"eval.{key}", message, ("eval",))

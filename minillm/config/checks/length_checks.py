@@ -71,6 +71,12 @@ def evaluation_fits(facts: Facts, eval: EvalConfig) -> Iterator[Found]:
             yield from _prompt_and_answer(
                 prompts, where, max(eval.exposure_bias.lengths), ("eval", "exposure_bias", "lengths"), readers
             )
+    for name, pairs in eval.held_out_pairs.items():
+        where = ("eval", "preference", "pairs", name)
+        scored_by = students if eval.preference.reference_free else readers
+        yield from _prompt_and_answer(
+            pairs, where, pairs.max_response_length, (*where, "max_response_length"), scored_by
+        )
 
 
 def _prompt_and_answer(

@@ -101,3 +101,6 @@ def held_out_records_have_fields(
         if isinstance(prompts, PlainPrompts):
             message = f"text prompts have no fields, {NAMELESS}; or set eval.teacher to false"
             yield Found(("eval", "sets", name, "type"), message, ("teachers_by.field", "eval.teacher"))
+    for name in () if eval.preference is None or eval.preference.reference_free else eval.held_out_pairs:
+        message = "pairs name no teacher of theirs that they could be compared with; set eval.preference.reference_free"
+        yield Found(("eval", "preference", "pairs", name), message, ("teachers_by.field",))

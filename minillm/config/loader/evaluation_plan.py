@@ -87,7 +87,7 @@ def checked_evaluation(
         facts = Facts(name, draft.data, typed, findings, earlier, all_stages=(*earlier, name), tree=draft.tree)
         findings += check_stage(facts)
     asked = typed.get("eval")
-    if asked is not None and not asked.sets and (asked.exposure_bias is not None or not asked.calibration):
+    if asked is not None and not asked.sets and (asked.exposure_bias is not None or not asked.measures_without_sets):
         findings.append(Finding(("eval", "sets"), "missing: held-out prompts to evaluate on", "missing"))
     found = [draft.problem(finding) for finding in findings if whole or finding.kind != "missing"]
     problems += found

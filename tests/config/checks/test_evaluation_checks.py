@@ -58,3 +58,30 @@ def test_long_analyses_are_not_asked_of_training_on_the_command_line(recipe):
     assert (
         "minillm eval" in recipe.problems("eval.exposure_bias.samples=3", eval=evaluation)["eval.exposure_bias.samples"]
     )
+
+
+def test_pairs_are_compared_with_a_teacher_that_can_be_asked(recipe):
+    sets, pairs = {"a": {"path": "data/train.jsonl"}}, {"b": {"path": "data/train.jsonl"}}
+    given = {"pairs": pairs}
+    assert recipe.problems(eval={"sets": sets, "preference": given}) == {}
+    assert recipe.problems(eval={"sets": sets, "preference": {"sampled": True}}) == {}
+    assert "nothing to compare" in recipe.problems(eval={"sets": sets, "preference": {}})["eval.preference.pairs"]
+    found = recipe.problems(eval={"preference": {"sampled": True}})
+    assert "name some in eval.sets" in found["eval.preference.sampled"]
+    without = {"teacher": ..., "method": {"name": "sft"}}
+    found = recipe.problems(eval={"sets": sets, "preference": given}, **without)
+    assert "there is no teacher" in found["eval.preference"]
+    found = recipe.problems(eval={"sets": sets, "preference": {**given, "sampled": True}, "teacher": False})
+    assert set(found) == {"eval.preference", "eval.preference.sampled"}
+    free = {**given, "reference_free": True}
+    assert recipe.problems(eval={"sets": sets, "preference": free}, **without) == {}
+    same = {"b": {"path": "data/train.jsonl", "chosen": "rejected"}}
+    found = recipe.problems(eval={"sets": sets, "preference": {"pairs": same}})
+    assert "eval.preference.pairs.b.chosen" in found["eval.preference.pairs.b.rejected"]
+
+
+def test_pairs_are_read_whole_by_both_models(recipe):
+    found = recipe.problems(
+        eval={"preference": {"pairs": {"b": {"path": "data/train.jsonl", "max_response_length": 100_000}}}}
+    )
+    assert "more than the" in found["eval.preference.pairs.b.max_response_length"]

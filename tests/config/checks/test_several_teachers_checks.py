@@ -52,6 +52,11 @@ def test_weights_are_divided_by_their_sum(recipe):
         ({"teachers_by": {"weights": {"math": 1, "chat": 0}}}, "teachers_by.weights.chat", "greater than 0"),
         ({"data": {"prompts": {"type": "text", "path": "data/book.txt"}}}, "data.prompts.type", "text prompts have no fields"),
         ({"eval": {"sets": {"a": {"type": "text", "path": "data/book.txt"}}}}, "eval.sets.a.type", "no fields"),
+        (
+            {"eval": {"preference": {"pairs": {"a": {"path": "data/train.jsonl"}}}}},
+            "eval.preference.pairs.a",
+            "pairs name no teacher",
+        ),
         ({"method": {"name": "lm", "kd_ratio": 0.5}}, "teachers_by.field", "the teacher reads blocks of data.corpus"),
         ({"eval": {"metric": "forward_kl_nats", "sets": {"a": {"path": "data/train.jsonl"}}}}, "eval.metric", "cannot answer"),
         ({"teachers": {**TWO, "chat": {"path": "models/bug"}}}, "teachers.chat.path", "did you mean models/big"),
