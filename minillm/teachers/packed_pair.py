@@ -10,6 +10,7 @@ from minillm.distributed import collectives
 from minillm.models.loading import is_hollow
 from minillm.models.packing import attends_by_sequence, pack_batches
 from minillm.models.packing_check import packing_problem
+from minillm.teachers.in_turn import TeacherInTurn
 from minillm.teachers.pair import Models
 from minillm.teachers.preflight import Row, of_all
 from minillm.teachers.several import SeveralTeachers
@@ -27,7 +28,12 @@ def settle_packing(models: Models, asked: Packing) -> Row:
     """
     student, teacher = _settle("student", models.student, asked), models.teacher
     if isinstance(teacher, SeveralTeachers):
-        cells = [_settle(f"teacher {name!r}", one.model, asked) for name, one in teacher.teachers.items()]
+        cells = [
+            "off: in memory in turn"
+            if isinstance(one, TeacherInTurn)
+            else _settle(f"teacher {name!r}", one.model, asked)
+            for name, one in teacher.teachers.items()
+        ]
         return "packing", student, of_all([*teacher.teachers], cells)
     if teacher is None or teacher.model is None:
         return "packing", student, "-"

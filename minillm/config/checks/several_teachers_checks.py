@@ -8,7 +8,7 @@ from minillm.config.data import DataConfig, PlainPrompts
 from minillm.config.evaluation import EvalConfig
 from minillm.config.methods import Method
 from minillm.config.models import AnyTeacherConfig, TeacherConfig, TeachersByConfig
-from minillm.config.training import Engine
+from minillm.config.training import Engine, TrainConfig
 
 WAYS = "`field`, the field of every record that names its teacher, or `weights`, each teacher's part in the loss on every record"
 NAMELESS = "which could name their teacher; use records with fields, or teachers_by.weights"
@@ -62,6 +62,7 @@ def teachers_in_turn(
     teachers_by: TeachersByConfig | None,
     method: Method,
     engine: Engine,
+    train: TrainConfig,
 ) -> Iterator[Found | Idle]:
     """Teachers that are in memory one at a time are whole, and read texts that are known before they are learned from."""
     if teachers_by is None:
@@ -89,6 +90,11 @@ def teachers_in_turn(
             "engine.replicate_teacher"
         )
         yield Found("teachers_by.in_memory", message, ("engine.stage", "engine.replicate_teacher"))
+    if train.packing == "on":
+        message = (
+            "teachers that are opened in turn read padded batches: write auto, with which the student is packed alone"
+        )
+        yield Found("train.packing", message, ("teachers_by.in_memory",))
 
 
 def held_out_records_have_fields(

@@ -145,6 +145,7 @@ def test_quantised_and_sharded_teachers_do_not_stand_side_by_side(recipe, monkey
              "data": {"prompts": {"path": "data/train.jsonl"}, "corpus": {"path": "data/book.txt"}}},
             "teachers_by.in_memory", "blocks of data.corpus beside its prompts",
         ),
+        ({"train": {"packing": "on"}}, "train.packing", "opened in turn read padded batches"),
     ],
 )  # fmt: skip
 def test_one_in_memory_at_a_time_needs_texts_that_are_known(changes, key, said, recipe):
