@@ -214,7 +214,7 @@ def evaluate_model(
     result = {
         "model": model,
         "who": who,
-        **({} if delta is None else {"delta": delta, "alpha": models.delta.alpha}),
+        **({} if delta is None else _said_of(models.delta, delta)),
         "teacher": None if plan.teacher is None else named_teacher(plan.teacher),
         "seeds": list(plan.eval.seeds),
         "prompts": {name: len(prompts) for name, prompts in sets.items()},
@@ -230,6 +230,11 @@ def evaluate_model(
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(plain(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
+
+
+def _said_of(delta: Delta, name: str) -> dict[str, Any]:
+    said = {"delta": name, "alpha": delta.alpha}
+    return said if delta.translation is None else said | {"vocabulary_map": delta.translation.map.counts()}
 
 
 def _read_for_delta(plan: EvaluationPlan, sets: Mapping[str, PromptSet], delta: Delta, now: datetime) -> None:

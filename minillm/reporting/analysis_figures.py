@@ -1,4 +1,5 @@
-"""Pictures of the analyses, one line per model: exposure bias, calibration, diversity and loss, Rouge-L by length."""
+"""Pictures of the analyses, one line per model: exposure bias, calibration, diversity and loss, Rouge-L by length, and the
+map of a delta's vocabulary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -109,6 +110,26 @@ def draw_length_buckets(found: Found, path: Path) -> bool:
     return draw_panels(["rouge_l"] if keys else [], draw, path)
 
 
+def draw_vocabulary_map(found: Found, path: Path) -> bool:
+    """Draw the shares of the ids of a model, by what its counterparts in the delta's vocabulary are, in one panel."""
+    counts = {
+        model: seeds[0]["vocabulary_map"] for model, seeds in found.items() if seeds and "vocabulary_map" in seeds[0]
+    }
+    kinds = list(dict.fromkeys(kind for one in counts.values() for kind in one))
+
+    def draw(panel: Axes, _: str) -> None:
+        width = 0.8 / len(counts)
+        for place, (model, one) in enumerate(counts.items()):
+            left = [index - 0.4 + (place + 0.5) * width for index in range(len(kinds))]
+            shares = [100 * one.get(kind, 0) / max(sum(one.values()), 1) for kind in kinds]
+            bars = panel.bar(left, shares, width, color=pick(COLOURS, place), label=model)
+            panel.bar_label(bars, fmt="%.1f", fontsize=8)
+        dress(panel, "Ids with a counterpart of the delta", "% of ids", "counterpart")
+        panel.set_xticks(range(len(kinds)), kinds)
+
+    return draw_panels(["vocabulary_map"] if counts else [], draw, path)
+
+
 def _bucket(key: str) -> str:
     low, high = key.removeprefix("rouge_l_").split("_")
     return f"{low} and more" if high == "up" else f"{low} to {high}"
@@ -136,4 +157,5 @@ PICTURES: dict[str, Callable[[Found, Path], bool]] = {
     "calibration": draw_calibration,
     "diversity": draw_diversity,
     "length-buckets": draw_length_buckets,
+    "vocabulary-map": draw_vocabulary_map,
 }

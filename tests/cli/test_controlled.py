@@ -61,6 +61,8 @@ def test_a_pair_is_evaluated(folder):
         losses[delta, alpha] = result["mean"]["loss_nats"]
         kept = json.loads((folder / "result.json").read_text())
         assert (kept.get("delta"), kept.get("alpha")) == (delta, None if delta is None else alpha or 1.0)
+        assert ("vocabulary_map" in kept) == (delta == "other")
+    assert kept["vocabulary_map"] == {"unmapped": 0, "exact": 256, "shorter": 0, "longer": 0, "special": 1}
     assert losses["delta", 1e-9] == pytest.approx(losses[None, None], rel=1e-6)
     assert len({round(one, 4) for one in losses.values()}) == 3
     with Console(file=io.StringIO()) as console, pytest.raises(UserError, match="no `teacher`"):

@@ -1,5 +1,6 @@
 """The pictures of the analyses: drawn where there is something, and of nothing no file."""
 
+import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
 
@@ -11,12 +12,13 @@ ONE = {
         "exposure_bias": {"words": {"on_student": [1.0, 2.5, 4.0], "on_teacher": [1.0, 2.0, 3.0]}},
         "calibration": {"moods": {"counts": [0, 2], "confidence": [None, 0.9], "correct": [None, 0.5]}},
     },
+    "vocabulary_map": {"unmapped": 1, "exact": 6, "special": 1},
 }
 
 
 def test_each_analysis_has_its_picture(tmp_path):
     drawn = draw_analyses({"a": [ONE, ONE], "b": [ONE], "none": []}, tmp_path / "figures", prefix="x-")
-    names = ["calibration", "diversity", "exposure-bias", "length-buckets"]
+    names = ["calibration", "diversity", "exposure-bias", "length-buckets", "vocabulary-map"]
     assert sorted(path.name for path in drawn) == [f"x-{name}.png" for name in names]
     for path in drawn:
         with Image.open(path) as picture:
@@ -62,3 +64,16 @@ class Panel:
                 return self
 
         return Anything()
+
+
+def test_ids_of_a_kind_are_shares_of_all(tmp_path, monkeypatch):
+    from minillm.reporting import analysis_figures as analyses
+
+    panels = []
+    monkeypatch.setattr(analyses, "draw_panels", lambda keys, draw, path: panels.extend(keys) or draw(axes, keys[0]))
+    axes = plt.figure().subplots()
+    analyses.draw_vocabulary_map({"a": [ONE], "b": [{"mean": {}}]}, tmp_path / "x.png")
+    assert panels == ["vocabulary_map"]
+    assert [bar.get_height() for bar in axes.patches] == [12.5, 75.0, 12.5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["unmapped", "exact", "special"]
+    plt.close("all")
