@@ -291,3 +291,16 @@ def test_in_a_set_with_a_context_the_distance_is_from_the_teacher_that_reads_it(
         -eager_logprobs(models.teacher.model, one).gather(1, torch.tensor(one.response)[:, None]) for one in own
     ]
     assert judged["loss_nats"] == pytest.approx(torch.cat(surprise).mean().item(), rel=1e-4)
+
+
+def test_answers_are_sampled_as_the_keys_say(make_models, words, calls):
+    models, plain = make_models(), {"top_p": 1.0, "top_k": 0, "no_repeat_ngram_size": 0}
+    for keys in (
+        plain,
+        {"temperature": 0.7, "top_p": 0.5, "top_k": 3, "no_repeat_ngram_size": 2},
+        {"temperature": 0.0},
+    ):
+        calls.clear()
+        evaluate(make({"words": words}, **keys), models)
+        wanted = {**plain, "temperature": 1.0, "max_new_tokens": 6, **keys}
+        assert {name: getattr(calls[0]["sampling"], name) for name in wanted} == wanted
