@@ -1,8 +1,8 @@
 """`minillm bench padding`: what it saves to cut a step into micro-batches of like lengths, and to pack them, on given records.
 
 Steps of word-level distillation of random Llama models, each taken four times on the same references, cut by length and as
-they come, with padding and packed, in a random order and without moving a weight. Seconds are those of this process on the CPU, not the clock's,
-so that a machine that others use gives the same ratio; on a GPU they are the clock's.
+they come, with padding and packed, in a random order and without moving a weight. Seconds are those of this process on the
+CPU, not the clock's, so that a machine that others use gives the same ratio; on a GPU they are the clock's.
 """
 
 import argparse

@@ -219,7 +219,7 @@ class HeadGradients:
             # summed in fp32 to the end: parts of a long sum would be added up in bf16
             self.hidden[rows] = torch.mm(dz, self.weight_value, out_dtype=torch.float32).to(self.hidden.dtype)
         elif self.hidden is not None:
-            self._add_hidden(dz, rows)
+            self._write_hidden(dz, rows)
         if self._weight is None and self.bias is None:
             return
         hidden = hidden if on_tensor_cores else hidden.to(self.logits)
@@ -233,11 +233,11 @@ class HeadGradients:
         share(add_on, _tiles(dz.shape[1], hidden.shape[1], self.logits, dz.device), dz)
         self._unwritten = False
 
-    def _add_hidden(self, dz: Tensor, rows: Tensor | slice) -> None:
+    def _write_hidden(self, dz: Tensor, rows: Tensor | slice) -> None:
         """All of it in the workers: torch's own threads go on spinning for a while after a share of work, and hold cores."""
         tiles = _tiles(*self.weight_value.shape, self.logits, dz.device)
 
-        def add_on(part: slice, turn: Turn) -> None:
+        def write_on(part: slice, turn: Turn) -> None:
             # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
             products = (
                 torch.mm(dz[part, ids], _tile(self.weight_value, ids, self.compute, self.logits)) for ids in tiles
@@ -245,7 +245,7 @@ class HeadGradients:
             theirs = rows[part] if isinstance(rows, Tensor) else slice(rows.start + part.start, rows.start + part.stop)
             self.hidden[theirs] = sum(products).to(self.hidden.dtype)
 
-        share(add_on, even_pieces(len(dz), dz), dz)
+        share(write_on, even_pieces(len(dz), dz), dz)
 
 
 def fp16_headroom(dtype: torch.dtype) -> float:

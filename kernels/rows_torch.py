@@ -165,12 +165,16 @@ def softcap_slope(raw: Tensor, inner: float) -> Tensor:
 
 
 def map_blocks(work: Callable[[slice, Turn], T], logits: Tensor, ids: Ids | None = None) -> list[T]:  # (C, V)
-    """work(block, turn) of blocks of rows, in their order; ranks that share the ids meet in theirs one after the other."""
-    budget = BLOCK_BYTES // workers_on(logits) if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    width = logits.shape[1] if ids is None else ids.widest(logits)
-    rows = max(1, budget // (width * logits.element_size()))
-    blocks = pieces(len(logits), rows)
-    return share(work, blocks, logits) if ids is None else [work(block, nullcontext()) for block in blocks]
+    """work(block, turn) of blocks of rows, in their order.
+
+    Ranks that share the ids meet in every block: theirs are alike however many threads each has, and one after the other.
+    """
+    budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    if ids is not None:
+        rows = max(1, budget // (ids.widest(logits) * logits.element_size()))
+        return [work(block, nullcontext()) for block in pieces(len(logits), rows)]
+    rows = max(1, budget // (workers_on(logits) * logits.shape[1] * logits.element_size()))
+    return share(work, pieces(len(logits), rows), logits)
 
 
 def _block_statistics(

@@ -29,7 +29,8 @@ from minillm.teachers.teacher import require_ability
 
 
 class Analyses:
-    """Measures what eval.exposure_bias, eval.calibration and eval.preference ask for. It belongs to one teacher, whose answers it keeps."""
+    """Measures what eval.exposure_bias, eval.calibration and eval.preference ask for. It belongs to one teacher, whose
+    answers it keeps."""
 
     def __init__(
         self,

@@ -152,7 +152,8 @@ def open_models(
         tokenizers: of both, where each is to read its own ids.
         packing: as train.packing.
 
-    Raises PreflightError where the two do not go together, or one cannot read batches packed, UserError where one cannot be read.
+    Raises PreflightError where the two do not go together, or one cannot read batches packed, UserError where one cannot be
+    read.
     """
     judge, judges_tokenizer = (None, None) if teacher is None else teacher
     if student is None:

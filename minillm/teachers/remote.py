@@ -1,6 +1,7 @@
 """A teacher in other processes: its rows are asked for when `rows` is called and waited for when they are needed, so that
 servers read the micro-batches to come while the student trains on the one at hand."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ class Asked(Protocol):
     count: int  # of rows
 
 
-class RemoteTeacher:
+class RemoteTeacher(ABC):
     """The common part of all teachers that servers have; the protocol is minillm.teachers.teacher.Teacher.
 
     A subclass says how rows are asked for (`_asked`) and read (`_read`), which model it is (`identity`), and the rest of the
@@ -43,15 +44,15 @@ class RemoteTeacher:
         self.shared_ids: int | None = None  # of the pair, once it is known
 
     @property
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """The model that is served, in words that JSON knows, for `difference` and for people."""
-        raise NotImplementedError
 
+    @abstractmethod
     def difference(self, before: Mapping[str, Any]) -> str | None:
         """The way in which the model differs from the one that had this `identity`; None where it is the same."""
-        raise NotImplementedError
 
-    def require_length(self, name: str, longest: int) -> None:
+    def require_length(self, name: str, longest: int) -> None:  # noqa: B027: most know of no limit
         """Raises UserError for texts, which `name` names, that have more ids than any server reads, where that is known."""
 
     def rows(self, batch: TokenBatch) -> PromisedRows:
@@ -84,13 +85,13 @@ class RemoteTeacher:
         """Their number, for the preflight table."""
         return f"{len(self.config.urls)} server{'s' if len(self.config.urls) > 1 else ''}"
 
+    @abstractmethod
     def _asked(self, sequences: tuple[TokenSequence, ...], pad_id: int) -> Asked:
         """The request for the rows of some texts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, asked: Asked) -> dict[str, Tensor]:  # (N, ...) each, as rows_of takes them
         """The rows that servers answer with; called in a thread of its own."""
-        raise NotImplementedError
 
     def _asked_of(self, batch: TokenBatch) -> Asked:
         if batch.extras:

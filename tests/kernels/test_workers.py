@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minillm.kernels import rows_torch, workers
+from minillm.kernels.softmax_torch import Ids
 from minillm.kernels.workers import even_pieces, pieces, share
 from minillm.losses import LMHead, TopK, linear_divergence, linear_objective
 
@@ -193,3 +194,17 @@ def test_who_shares(three_threads, monkeypatch):
     assert set(share(name, pieces(6, 1), torch.zeros(1))) == {here}
     assert even_pieces(13, torch.zeros(1)) == [slice(0, 13)]
     assert workers._pool.threads == 3
+
+
+def test_ranks_that_share_the_ids_have_like_blocks_in_order_whatever_their_threads(three_threads, monkeypatch):
+    """A collective in every block: another number of them, or another order, would leave ranks waiting for each other."""
+    monkeypatch.setattr(rows_torch, "BLOCK_BYTES", 15 * VOCABULARY * 4)
+    logits, seen = torch.zeros(ROWS, VOCABULARY), []
+    for threads in (3, 1):
+        torch.set_num_threads(threads)
+        seen.append([])
+        rows_torch.map_blocks(
+            lambda block, turn: seen[-1].append((block.start, threading.current_thread().name)), logits, Ids()
+        )
+    here = threading.current_thread().name
+    assert seen[0] == seen[1] == [(start, here) for start in range(0, ROWS, 15)]
