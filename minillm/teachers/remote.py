@@ -52,7 +52,7 @@ class RemoteTeacher(ABC):
     def difference(self, before: Mapping[str, Any]) -> str | None:
         """The way in which the model differs from the one that had this `identity`; None where it is the same."""
 
-    def require_length(self, name: str, longest: int) -> None:  # noqa: B027: most know of no limit
+    def require_length(self, name: str, longest: int) -> None:  # noqa: B027 (most know of no limit)
         """Raises UserError for texts, which `name` names, that have more ids than any server reads, where that is known."""
 
     def rows(self, batch: TokenBatch) -> PromisedRows:
