@@ -21,4 +21,4 @@ def test_a_table_of_all_ways(tmp_path, capsys):
     assert [row[0] for row in rows] == list(WAYS.values())
     assert int(rows[0][1]) > 0 and rows[1][1] == "0"  # eight items of two lengths, in micro-batches of four
     assert rows[2][1] == rows[3][1] == "0"
-    assert rows[0][4] == "1.00" and all(float(cell) > 0 for row in rows for cell in row[2:])
+    assert rows[0][4] == "1.00" and all(float(row[3]) > 0 for row in rows)  # steps so small may take 0.00 s
