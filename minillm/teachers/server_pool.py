@@ -133,9 +133,12 @@ class ServerPool:
             server = self._next()
             if server is None:
                 now = time.monotonic()
-                alone_since = now if alone_since is None else alone_since
-                if now - alone_since > self.config.patience_seconds:
-                    raise TeacherAway(self._why_away())
+                if any(not one.failures for one in self.servers):
+                    alone_since = None  # one of them asked for time, of this thread or of another
+                else:
+                    alone_since = now if alone_since is None else alone_since
+                    if now - alone_since > self.config.patience_seconds:
+                        raise TeacherAway(self._why_away())
                 wait = max(0.01, min(one.resting_until for one in self.servers) - now)
                 if self._closed.wait(wait):
                     raise TeacherAway("the teacher was closed")
@@ -194,10 +197,7 @@ class ServerPool:
             raise _Unanswered(busy=False)
         if answer.status != 200:
             raise UserError(self._refused(server, answer))
-        with self._lock:
-            came_back, server.failures = server.failures > 0, 0
-        if came_back:
-            log.warning("%s is back", server.url)
+        self._answered(server)
         self._require_same(server, answer)
         return answer.data
 
@@ -215,8 +215,15 @@ class ServerPool:
     def _busy(self, server: Server, answer: urllib3.BaseHTTPResponse) -> None:
         said = answer.headers.get("retry-after", "")
         seconds = min(float(said), LONGEST_WAIT) if said.isdigit() else FIRST_WAIT
+        self._answered(server)
         with self._lock:
             server.resting_until = time.monotonic() + seconds * random.uniform(0.5, 1.0)
+
+    def _answered(self, server: Server) -> None:
+        with self._lock:
+            came_back, server.failures = server.failures > 0, 0
+        if came_back:
+            log.warning("%s is back", server.url)
 
     def _failed(self, server: Server, problem: str) -> None:
         with self._lock:
