@@ -84,7 +84,7 @@ def _take_steps(case: Case) -> dict[str, int]:
         for one in (student, *weights_here(judge)):
             if case.side:
                 answer_beside_pictures(one, True)
-        rollouts = LocalRollouts(models, shared_coins=config.rollout.shared_coins)
+        rollouts = LocalRollouts(models, shared_coins=config.rollout.by_coins)
         del student, judge, one
         method = build_method(config)
         modules = method.modules(models)

@@ -34,12 +34,12 @@ class RolloutConfig(Strict):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="Sample from the likeliest tokens that together have this probability; 1: from all"
     )
-    shared_coins: bool = Field(
-        False,
+    shared_coins: bool | None = Field(
+        None,
         description="Mixtures of teacher and student: a coin a position, the same for all answers of a draw, says which of "
         "the two writes the next token, and the other one catches up in blocks; scoring then runs no teacher. Every answer "
         "has the law of the mixture, but those of a draw depend on each other, and batches follow one another. false: both models "
-        "run for every token",
+        "run for every token. null: true, unless cuda_graphs or answers_per_prompt above 1 ask for loops that need both",
     )
     cuda_graphs: bool = Field(
         False,
@@ -48,3 +48,10 @@ class RolloutConfig(Strict):
         "and flash attention, are refused; answers under no_repeat_ngram_size are sampled without graphs. Not measured on a "
         "GPU yet",
     )
+
+    @property
+    def by_coins(self) -> bool:
+        """True where mixtures are drawn by shared coins."""
+        if self.shared_coins is None:
+            return not self.cuda_graphs and self.answers_per_prompt == 1
+        return self.shared_coins

@@ -197,7 +197,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
                 prompts,
                 rollout.answers_per_prompt if needs.several_answers else 1,
                 rollout.cuda_graphs,
-                needs.teacher_share if sampler == "mixture" and rollout.shared_coins else None,
+                needs.teacher_share if sampler == "mixture" and rollout.by_coins else None,
             )
             for sampler in needs.samples
             if sampler != "teacher" or _reads_here(config)  # else it has written its answers, or writes them elsewhere
@@ -245,7 +245,7 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
     step = micro * config.train.gradient_accumulation_steps
     if needs.buffered:
         answers = _text("answers", config)
-        if config.rollout.shared_coins and "mixture" in needs.samples:
+        if config.rollout.by_coins and "mixture" in needs.samples:
             return (_scored_by_coins(answers, config, side_by_side, prompts),)
         total = prompts * len(needs.samples)
         return (_as_it_is(config, answers.forward(judges, side_by_side, statistics=True, total=total)),)

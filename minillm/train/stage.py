@@ -315,7 +315,7 @@ def _rollouts(stage: Stage, models: Models) -> LocalRollouts:
     return LocalRollouts(
         models,
         cuda_graphs=keys.cuda_graphs,
-        shared_coins=keys.shared_coins,
+        shared_coins=keys.by_coins and "mixture" in stage.config.method.needs().samples,
         share_prompts=keys.answers_per_prompt > 1,
     )
 

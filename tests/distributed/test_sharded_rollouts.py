@@ -4,6 +4,7 @@ Run as a program it is one of the ranks: HOW FOLDER.
 """
 
 import importlib.util
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,12 @@ MANY = [[3 + place % 7] * (1 + place % 3) for place in range(200)]
 SAMPLING = Sampling(max_new_tokens=10, alpha=0.4)
 
 
-def collect(models: Models, prompts: list[list[int]], sampling: Sampling, size: int = 4) -> dict[str, torch.Tensor]:
+def collect(
+    models: Models, prompts: list[list[int]], sampling: Sampling, size: int = 4, *, coins: bool = False
+) -> dict[str, torch.Tensor]:
     """Samples and their scores, made in batches of `size`, as flat tensors."""
-    keys = list(range(len(prompts)))
-    answers = LocalRollouts(models).sample(prompts, sampling, keys=keys, seed=3, who="mixture", batch_size=size)
+    keys, rollouts = list(range(len(prompts))), LocalRollouts(models, shared_coins=coins)
+    answers = rollouts.sample(prompts, sampling, keys=keys, seed=3, who="mixture", batch_size=size)
     return score(models, answers, keys=keys, batch_size=size).state()
 
 
@@ -48,6 +51,10 @@ def tiny_models(tie: bool) -> Models:
     )
 
 
+def file_name(how: str, tie: bool, coins: bool, rank: int) -> str:
+    return f"{how}-tied-{tie}-coins-{coins}-{rank}.safetensors"
+
+
 def rank(how: str, folder: Path) -> None:
     from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
     from minillm.config.training import TrainConfig
@@ -58,25 +65,27 @@ def rank(how: str, folder: Path) -> None:
     for tie in (False, True):
         models = replace(tiny_models(tie), by_layers=how == "layers")
         DeepSpeedEngine(models, TrainConfig(max_steps=1), DeepSpeedConfig(type="deepspeed", gather=how), total_steps=1)
-        found = collect(models, PROMPTS, SAMPLING)
-        save_file(found, folder / f"{how}-tied-{tie}-{collectives.rank()}.safetensors")
+        for coins in (False, True):
+            found = collect(models, PROMPTS, SAMPLING, coins=coins)
+            save_file(found, folder / file_name(how, tie, coins, collectives.rank()))
     # one rank's answers end at once, the other's never
     models = replace(models, eos_ids=tuple(range(64)) if collectives.rank() == 0 else ())
-    lengths = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 50)["response_lengths"].tolist()
-    assert lengths == [1, 8] * 100
+    for coins in (False, True):
+        found = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 50, coins=coins)
+        assert found["response_lengths"].tolist() == [1, 8] * 100
     group.leave()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("how", ["whole", "layers"])
 def test_two_ranks_sample_and_score_as_one_process(how, tmp_path, start, finish):
-    finish(start(2, __file__, how, str(tmp_path)), timeout=120)
-    for tie in (False, True):
-        theirs = collect(tiny_models(tie), PROMPTS, SAMPLING)
+    finish(start(2, __file__, how, str(tmp_path)), timeout=300)
+    for tie, coins in itertools.product((False, True), repeat=2):
+        theirs = collect(tiny_models(tie), PROMPTS, SAMPLING, coins=coins)
         assert len(set(theirs["response_lengths"].tolist())) > 3  # they do end at different moments
         expected = RolloutBuffer.from_state(theirs)
         for rank in range(2):
-            ours = load_file(tmp_path / f"{how}-tied-{tie}-{rank}.safetensors")
+            ours = load_file(tmp_path / file_name(how, tie, coins, rank))
             assert ours.keys() == theirs.keys()
             for name in ours.keys() - {"teacher_hidden", "scored"}:
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)

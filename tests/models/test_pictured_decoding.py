@@ -69,11 +69,13 @@ def full_logprobs(models, role, prompt, extras, response):
     return logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("who", ["student", "teacher", "mixture"])
-def test_the_cached_loop_is_a_full_pass(seeing, who):
+@pytest.mark.parametrize(
+    ("who", "coins"), [("student", False), ("teacher", False), ("mixture", False), ("mixture", True)]
+)
+def test_the_cached_loop_is_a_full_pass(seeing, who, coins):
     models, prompts = seeing
     alpha = 0.4 if who == "mixture" else 0.0
-    answers = LocalRollouts(models).sample(
+    answers = LocalRollouts(models, shared_coins=coins).sample(
         [ids for ids, _ in prompts],
         Sampling(12, alpha=alpha),
         keys=range(4),

@@ -50,7 +50,7 @@ def pairs(tmp_path):
 @pytest.mark.parametrize(("alpha", "models"), [(0.0, ("student",)), (0.5, ("student", "teacher")), (1.0, ("teacher",))])
 def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, alpha, models):
     """Eight answers, four side by side, in steps of four, twice over."""
-    found = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha})
+    found = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha}, "rollout.shared_coins=false")
     assert found.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8),)
     assert found.scorings == (Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),)
     assert found.terms == (TermShape("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=True),)
@@ -71,7 +71,7 @@ def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, a
 )
 def test_answers_by_shared_coins_are_scored_without_the_teacher(work, keys, scoring):
     method = {"name": "minillm", "lm_coef": 0.0, "alpha": 0.25}
-    found = work(method, "rollout.shared_coins=true", *keys)
+    found = work(method, *keys)  # the default
     (decoding,) = found.decodings
     assert decoding == Decoding(("student", "teacher"), 4, PROMPT, ANSWER, total=8, teacher_share=0.25)
     assert (decoding.asked_share("teacher"), decoding.asked_share("student")) == (0.25, 0.75)
@@ -79,7 +79,7 @@ def test_answers_by_shared_coins_are_scored_without_the_teacher(work, keys, scor
 
 
 def test_a_rank_samples_and_scores_its_slice_of_the_buffer(work):
-    found = work({"name": "minillm", "lm_coef": 0.0}, "engine.type=deepspeed", ranks=2)
+    found = work({"name": "minillm", "lm_coef": 0.0}, "engine.type=deepspeed", "rollout.shared_coins=false", ranks=2)
     assert found.decodings[0].total == found.scorings[0].total == 4
     assert (found.buffered, found.steps_per_collection) == (8, 2)
 

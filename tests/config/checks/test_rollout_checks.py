@@ -55,7 +55,7 @@ def test_graphs_on_a_cpu(recipe):
 
 
 def test_coins_need_a_mixture(recipe):
-    assert recipe.load().stages[0].config.rollout.shared_coins is False
+    assert recipe.problems(method={"name": "gkd"}) == {}  # nothing is said of the default
     shared = {"rollout": {"shared_coins": True}}
     assert recipe.problems(**shared) == {}
     for method in ({"name": "gkd"}, {"name": "minillm", "alpha": 0.0}, {"name": "minillm", "alpha": 1.0}):
@@ -63,6 +63,15 @@ def test_coins_need_a_mixture(recipe):
         assert set(found) == {"rollout.shared_coins"} and "no mixture" in found["rollout.shared_coins"]
     found = recipe.problems(rollout={"shared_coins": True, "cuda_graphs": True}, engine={"device": "cuda"})
     assert set(found) == {"rollout.shared_coins"} and "no step of fixed shapes" in found["rollout.shared_coins"]
+
+
+def test_coins_are_shared_unless_a_loop_needs_both_models(recipe):
+    def by_coins(**rollout):
+        return recipe.load(rollout=rollout, engine={"device": "cuda"}).stages[0].config.rollout.by_coins
+
+    assert by_coins() and by_coins(shared_coins=True) and not by_coins(shared_coins=False)
+    assert not by_coins(cuda_graphs=True)
+    assert not by_coins(answers_per_prompt=4, buffer_size=64, batch_size=8)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
