@@ -17,6 +17,7 @@ from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.in_turn import TeacherInTurn
+from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.several import SeveralTeachers
@@ -103,6 +104,8 @@ def preflight(
     for judge in judges:
         if isinstance(judge.teacher, RemoteTeacher):
             judge.teacher.shared_ids = vocab_size if tokenizers is None else judge.teacher.vocab_size
+        elif isinstance(judge.teacher, LocalTeacher | TeacherInTurn):
+            judge.teacher.give_to(device)
     return models, _table(models, judges, rows_s)
 
 
