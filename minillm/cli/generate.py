@@ -136,6 +136,7 @@ def generate(
     tokenizer: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    teacher_device: str | None = None,
 ) -> None:
     """Load the models, and answer the prompts or a conversation.
 
@@ -147,7 +148,9 @@ def generate(
         max_new_tokens, temperature, top_k=top_k, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram_size
     )
     path = model_path(model)
-    beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype)
+    if teacher_device is not None and teacher is None:
+        raise UserError("--teacher-device: there is no --teacher that could be there")
+    beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype, device=teacher_device)
     models, _ = open_named(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
     if images and beside is not None:
         unshared = unshared_pictures(models.tokenizer, load_tokenizer(beside, Path(".")))

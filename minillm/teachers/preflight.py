@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm import UserError
 from minillm.models.access import OUT_OF_MEMORY, failed_run, head_error, lm_head, padding_error
+from minillm.models.elsewhere import elsewhere
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.loading import is_hollow
 from minillm.models.processors import placeholder_ids, processor_of
@@ -241,6 +242,9 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
             pictures_of(model, tokenizer),
         ]
 
+    def device_of(model) -> str:
+        return "-" if model is None else str(model.device)
+
     names = [
         "model",
         "parameters",
@@ -258,6 +262,9 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
         [of_all(whose, cells) for cells in zip(*beside, strict=True)] or ["-"] * len(names),
     )
     table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
+    if any(one.teacher.model is not None and elsewhere(one.teacher.model, models.device) for one in judges):
+        cells = [device_of(one.teacher.model) for one in judges]
+        table.append(("device", device_of(models.student), of_all(whose, cells)))
     pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)
     if (unshared := models.vocabulary.described()) is not None:
         table.append(("ids not shared", *unshared))

@@ -59,7 +59,7 @@ class Decoder:
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""
         prompts = bool(extras) or input_ids.shape[1] > 1
-        hidden = self._given(self._read(input_ids, attention_mask, position_ids, extras, prompts=prompts)[:, -1])
+        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts, last=True)[:, -1]
         return self.logits(hidden if rows is None else hidden[rows])
 
     def refill(
@@ -78,8 +78,8 @@ class Decoder:
         running, shift, batch = self.cache, self._shift, self._batch
         at, of = self._taken(rows), None if copies is None else self._taken(copies)
         self.cache, self._shift = cache_for_rows(self.model, running, at, of), None
-        hidden = self._read(input_ids, attention_mask, position_ids, extras, prompts=True)[:, -1]
-        logits = self.logits(self._given(hidden))
+        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True, last=True)[:, -1]
+        logits = self.logits(hidden)
         put_rows(running, self.cache, at, of)
         self.cache, self._batch, new = running, batch, self._shift
         if copies is not None:
@@ -103,20 +103,9 @@ class Decoder:
         extras: Mapping[str, Tensor] = NOTHING,  # with the prompts alone
         *,
         prompts: bool,  # they are the prompts; otherwise tokens of answers, any number of them at a time
-    ) -> Tensor:  # (B, new tokens, H)
+        last: bool = False,  # the states at the last of them alone
+    ) -> Tensor:  # (B, new tokens or 1, H)
         """Feed tokens and return the last hidden states at all of them."""
-        return self._given(self._read(input_ids, attention_mask, position_ids, extras, prompts=prompts))
-
-    def _read(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        extras: Mapping[str, Tensor],
-        *,
-        prompts: bool,
-    ) -> Tensor:  # (B, new tokens, H), where the model is
-        """As `hidden`."""
         if self.there is not None:
             input_ids, attention_mask, position_ids = map(self._taken, (input_ids, attention_mask, position_ids))
             extras = {name: self._taken(one) for name, one in extras.items()}
@@ -131,7 +120,8 @@ class Decoder:
             positions = position_ids if self._shift is None else position_ids + self._shift
             mask = cache_mask(self.model, attention_mask, input_ids.shape[1])
             output = forward_decoder(self.model, input_ids, mask, positions, **cached)
-        return output.last_hidden_state
+        states = output.last_hidden_state
+        return self._given(states[:, -1:] if last else states)
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
         """Drop the other rows of the batch. A row that is named several times is copied."""
