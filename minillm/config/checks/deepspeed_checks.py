@@ -29,7 +29,7 @@ def sharding_keys(facts: Facts, engine: Engine) -> Iterator[Found]:
     for key, one in teachers.items():
         if isinstance(one, TeacherConfig) and one.device is not None:
             message = (
-                f"is for engine.type torch: each rank of deepspeed has one GPU, with its part of the student and of the "
+                "is for engine.type torch: each rank of deepspeed has one GPU, with its part of the student and of the "
                 "teacher on it; stage 3 shards a teacher, with engine.offload_param its shards lie in the host's memory, and "
                 "`minillm serve` has one on other GPUs (teacher.type: served)"
             )

@@ -1,0 +1,93 @@
+"""Runs whose teacher is on another device than the student, pretended: nothing mixes the two, and the records are those of one
+device."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minillm import UserError
+from minillm.config.loader.run_plan import load_run
+from minillm.models.saving import save_model
+from minillm.models.tokenizers import byte_tokenizer
+from tests.conftest import tiny_llama
+from tests.pretended_devices import pretended_gpus
+from tests.runs import records, train
+
+# kd asks for rows in the step; minillm samples from the mixture token by token or by coins, keeps rows in its buffer, and has a
+# term on plain text; gkd reads answers of the student's; seqkd has the teacher answer alone; llavadi compares inner layers with
+# a trained projector; okd trains adapters in the teacher on what the student says; cmc adds the teacher's logits to those of
+# the student, in its answers too; uld and dskd-like methods sort probabilities; dpkd keeps log-probabilities of pairs
+METHODS = {
+    "kd": ({"name": "kd", "ce_ratio": 0.3}, {}),
+    "mixture": ({"name": "minillm", "ppo_epochs": 2}, {"shared_coins": False}),
+    "coins": ({"name": "minillm", "ppo_epochs": 2, "lm_coef": 0.0}, {"shared_coins": True}),
+    "gkd": ({"name": "gkd", "on_policy": 0.5}, {}),
+    "seqkd": ({"name": "seqkd"}, {}),
+    "llavadi": ({"name": "llavadi", "features_coef": 0.5, "layers": [[1, 2]]}, {}),
+    "okd": ({"name": "okd", "lora": {"r": 2, "alpha": 4}}, {}),
+    "anchored okd": ({"name": "okd", "lora": {"r": 2, "alpha": 4}, "anchor": 0.5, "teacher_kd_ratio": 0.5}, {}),
+    "cmc": ({"name": "cmc"}, {}),
+    "uld": ({"name": "uld"}, {}),
+}
+PLACES = {  # engine.device, teacher.device
+    "teacher on a GPU": ("cpu", "cuda:1"),
+    "two GPUs": ("cuda:0", "cuda:1"),
+    "teacher on the host": ("cuda:0", "cpu"),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    tokenizer, folder = byte_tokenizer(), tmp_path_factory.mktemp("teacher")
+    save_model(tiny_llama(vocab_size=len(tokenizer) + 7, hidden_size=48, layers=2), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(teacher, small_run, tmp_path):
+    """A function that writes a run of one of METHODS."""
+
+    def write(name: str, **groups) -> Path:
+        method, rollout = METHODS[name]
+        if method["name"] == "okd" and importlib.util.find_spec("peft") is None:
+            pytest.skip("adapters need peft")
+        document = small_run(tmp_path, layers=1)
+        document |= {"teacher": {"path": str(teacher)}, "method": method}
+        document["rollout"] |= rollout
+        document["train"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
+        document["engine"] = {"type": "torch", "device": "cpu", "backend": "torch"}
+        document["save"] = {"keep": 1, "best": False}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**document, **groups}, sort_keys=False))
+        return path
+
+    return write
+
+
+def placed(places: str) -> tuple[str, str]:
+    here, there = PLACES[places]
+    return f"engine.device={here}", f"teacher.device={there}"
+
+
+def assert_alike(one: Path, other: Path, **tolerance) -> None:
+    """The records are those of the other run, times and memory aside."""
+    ours, theirs = records(one), records(other)
+    assert len(ours) == len(theirs) > 2
+    for mine, its in zip(ours, theirs, strict=True):
+        for name, value in its.items():
+            if isinstance(value, float):
+                assert mine[name] == pytest.approx(value, **tolerance), name
+        if its["kind"] == "eval":
+            assert mine["mean"] == pytest.approx(its["mean"], **tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_teacher_on_another_device_changes_no_number(method, recipe, tmp_path, monkeypatch):
+    path = recipe(method)
+    train(path, f"output_dir={tmp_path / 'one'}")
+    with pretended_gpus(monkeypatch):
+        train(path, f"output_dir={tmp_path / 'two'}", *placed("teacher on a GPU"))
+    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-6, abs=1e-7)
