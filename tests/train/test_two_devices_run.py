@@ -91,3 +91,14 @@ def test_a_teacher_on_another_device_changes_no_number(method, recipe, tmp_path,
     with pretended_gpus(monkeypatch):
         train(path, f"output_dir={tmp_path / 'two'}", *placed("teacher on a GPU"))
     assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("places", ["two GPUs", "teacher on the host"])
+@pytest.mark.parametrize("method", ["kd", "mixture", "coins", "anchored okd", "llavadi"])
+def test_nor_does_the_students_device(method, places, recipe, tmp_path, monkeypatch):
+    """In blocks of other sizes, which round otherwise."""
+    path = recipe(method)
+    train(path, f"output_dir={tmp_path / 'one'}")
+    with pretended_gpus(monkeypatch):
+        train(path, f"output_dir={tmp_path / 'two'}", *placed(places))
+    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-4, abs=1e-5)
