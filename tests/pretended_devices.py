@@ -51,19 +51,28 @@ class Checked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-        found = {self.places.of(one) for one in given}
-        known = {place for place in found if place.type != "meta"}
-        there = {self.places.of(one) for one in given if one.dim() or self.places.of(one) != CPU} - {torch.device("meta")}
-        if len(there) > 1 and func not in CROSSING:
-            raise RuntimeError(f"{func} mixes tensors on {' and '.join(sorted(map(str, there)))}")
+        written = _written(func, args, kwargs or {})
+        places = {self.places.of(one) for one in given if one.dim() or any(one is other for other in written)}
+        places |= {self.places.of(one) for one in given} - {CPU}
+        if len(places) > 1 and func not in CROSSING:
+            raise RuntimeError(f"{func} mixes tensors on {' and '.join(sorted(map(str, places)))}")
         result = func(*args, **(kwargs or {}))
-        place = next(iter(there or known), CPU)
+        place = next(iter(places), CPU)
         mine = {one.untyped_storage()._cdata for one in given if one.device.type == "cpu"}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and place.type == TYPE:
                 if leaf.untyped_storage()._cdata not in mine:
                     self.places.put(leaf, place)
         return result
+
+
+def _written(func, args, kwargs) -> list[Tensor]:
+    """The tensors that an operation writes to, which must be where it computes."""
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += tree_leaves(args[place] if place < len(args) else kwargs.get(argument.name))
+    return [one for one in found if isinstance(one, Tensor)]
 
 
 class Moved(torch.autograd.Function):
@@ -138,7 +147,11 @@ def grouped(tensorlistlist: list[list[Tensor]], with_indices: bool = False) -> d
 def pretended_devices() -> Iterator[Places]:
     """Tensors can be on xpu:0, xpu:1, ... while the context is open."""
     places = Places()
-    with Pretended(places), Checked(places), mock.patch.object(clip_grad, "_group_tensors_by_device_and_dtype", grouped):
+    with (
+        Pretended(places),
+        Checked(places),
+        mock.patch.object(clip_grad, "_group_tensors_by_device_and_dtype", grouped),
+    ):
         yield places
 
 
