@@ -23,6 +23,7 @@ OF_INIT = {
     "config": "random",
     "upcycle": "upcycle",
 }  # key -> the only `init` with which it means something
+TEACHER_DEVICE = r"^(cpu|cuda(:\d+)?)$"
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
 Part = Literal["projector", "language", "feed_forward", "vision"]
@@ -58,8 +59,7 @@ class TeacherConfig(ModelConfig):
         description="Keep the linear layers below the head in 8 bits (LLM.int8) or in 4 (NormalFloat, its scales quantised "
         "too) through bitsandbytes; such a teacher is replicated on every rank",
     )
-
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = Field(
+    device: Annotated[str, Field(pattern=TEACHER_DEVICE)] | None = Field(
         None,
         description="The device of its weights, for engine.type: torch: cpu, cuda or cuda:N; default: the student's. On another "
         "one it runs there, and its hidden states are moved to the student, where a copy of its head is",

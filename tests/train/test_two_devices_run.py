@@ -2,14 +2,11 @@
 device."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from minillm import UserError
-from minillm.config.loader.run_plan import load_run
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer
 from tests.conftest import tiny_llama
