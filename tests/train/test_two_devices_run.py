@@ -2,13 +2,18 @@
 device."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from minillm import UserError
+from minillm.cli.eval import evaluate_model
+from minillm.config.loader.evaluation_plan import load_evaluation
 from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer
+from minillm.reporting.console import Console
 from tests.conftest import tiny_llama
 from tests.pretended_devices import pretended_gpus
 from tests.runs import records, train
@@ -99,3 +104,73 @@ def test_nor_does_the_students_device(method, places, recipe, tmp_path, monkeypa
     with pretended_gpus(monkeypatch):
         train(path, f"output_dir={tmp_path / 'two'}", *placed(places))
     assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-4, abs=1e-5)
+
+
+def test_a_student_that_begins_as_its_teacher_is_on_its_own_device(recipe, teacher, tmp_path, monkeypatch):
+    path = recipe("kd", student={"path": str(teacher)})
+    train(path, f"output_dir={tmp_path / 'one'}")
+    with pretended_gpus(monkeypatch):
+        train(path, f"output_dir={tmp_path / 'two'}", *placed("two GPUs"))
+    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("by", [{"weights": {"a": 1, "b": 2}}, {"field": "who"}], ids=["weights", "field"])
+@pytest.mark.parametrize("in_memory", ["all", "one"])
+def test_several_teachers_are_each_on_their_own(by, in_memory, recipe, teacher, tmp_path, monkeypatch):
+    named = {"a": {"path": str(teacher)}, "b": {"path": str(teacher)}}
+    groups = {"teacher": None, "teachers": named, "teachers_by": {**by, "in_memory": in_memory}}
+    path = recipe("kd", **groups)
+    lines = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    named = [{**line, "who": "ab"[place % 2]} for place, line in enumerate(lines)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
+    train(path, f"output_dir={tmp_path / 'one'}")
+    with pretended_gpus(monkeypatch, 3):
+        where = ("engine.device=cuda:0", "teachers.a.device=cuda:1", "teachers.b.device=cuda:2")
+        train(path, f"output_dir={tmp_path / 'two'}", *where)
+    assert_alike(tmp_path / "two", tmp_path / "one", rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mixture", "anchored okd"])
+def test_a_run_goes_on_with_the_teacher_on_another_device(method, recipe, tmp_path, monkeypatch):
+    path = recipe(method)
+    train(path, f"output_dir={tmp_path / 'one'}", "train.max_steps=1")
+    train(path, f"output_dir={tmp_path / 'one'}", resume=True)
+    with pretended_gpus(monkeypatch):
+        train(path, *placed("teacher on a GPU"), "train.max_steps=1")
+    train(path, resume=True)
+    assert_alike(tmp_path / "run", tmp_path / "one", rel=1e-6, abs=1e-7)
+    with pretended_gpus(monkeypatch):
+        train(path, *placed("teacher on a GPU"), "train.max_steps=3", resume=True)
+    assert len(records(tmp_path / "run")) > len(records(tmp_path / "one"))
+
+
+def test_a_cache_is_written_on_the_teachers_device(recipe, tmp_path, monkeypatch):
+    path = recipe("kd", method={"name": "cache"})
+    folders = tmp_path / "one", tmp_path / "two"
+    train(path, f"output_dir={folders[0]}")
+    with pretended_gpus(monkeypatch) as places:
+        train(path, f"output_dir={folders[1]}", "teacher.device=cuda:1")
+        assert {str(place) for place in places.of_storage.values()} <= {"cpu", "xpu:1"}
+    files = [file.relative_to(folders[0]) for file in folders[0].glob("stages/main/**/*.safetensors")]
+    assert files
+    for file in files:
+        assert (folders[1] / file).read_bytes() == (folders[0] / file).read_bytes()
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_an_evaluation_is_that_of_one_device(who, recipe, teacher, tmp_path, monkeypatch):
+    path, results = recipe("kd", teacher={"path": str(teacher)}), []
+    model = who if who == "teacher" else str(teacher)
+    for keys in ((), placed("teacher on a GPU")):
+        plan = load_evaluation([path], keys)
+        with pretended_gpus(monkeypatch):
+            results.append(evaluate_model(model, plan, Console(rank=1)))
+    assert results[1]["mean"] == pytest.approx(results[0]["mean"], rel=1e-6, abs=1e-7)
+    assert [one["answer"] for one in results[1]["samples"]] == [one["answer"] for one in results[0]["samples"]]
+
+
+def test_a_device_that_is_not_there_is_an_error_before_any_work(recipe, tmp_path):
+    path = recipe("kd", stages={"first": {"method": {"name": "sft"}}, "second": {"teacher": {"device": "cuda:7"}}})
+    with pytest.raises(UserError, match="teacher.device is 'cuda:7', but torch sees"):
+        train(path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
