@@ -107,8 +107,10 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
             "a quarter of what the teacher's layers take in bfloat16; its probabilities move a little",
         )
     if engine.type == "torch" and world_size == 1 and all(one.device is None for one in local.values()):
-        places = [f"{key}.device=cuda:{number}" for number, key in enumerate(local, 1)]
-        if places:
+        home = "cuda:0" if engine.device in ("auto", "cuda") else engine.device
+        others = [place for place in (f"cuda:{number}" for number in range(len(local) + 1)) if place != home]
+        if local:
+            places = [f"{key}.device={place}" for key, place in zip(local, others, strict=False)]
             yield places, "on a GPU of its own beside the student's, which keeps a copy of its head"
     if engine.type == "torch" and world_size == 1:
         yield (
