@@ -13,7 +13,7 @@ from minillm.losses import LMHead, linear_objective
 from minillm.methods.protocol import HeadLoss, HiddenLoss, Term
 from minillm.models.access import forward_layers, lm_head, rows_of
 from minillm.models.batch import TokenBatch
-from minillm.models.elsewhere import head_on
+from minillm.models.other_device import head_on
 from minillm.models.packing import fed_mask
 from minillm.models.routers import balance_loss, expert_tokens, experts_of, recorded_routing
 from minillm.teachers.several import Share, shares_of

@@ -19,9 +19,9 @@ from minillm.losses import LMHead
 from minillm.models.access import plain_head, row_hidden, without_id
 from minillm.models.batch import TokenBatch
 from minillm.models.device import moved, same_device
-from minillm.models.elsewhere import head_to
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.modes import sampling_mode
+from minillm.models.other_device import head_to
 from minillm.models.processors import processor_of
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.row_cache import digest_of

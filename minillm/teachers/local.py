@@ -11,8 +11,8 @@ from minillm.losses import LMHead
 from minillm.models.access import forward_layers, row_hidden, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.device import moved
-from minillm.models.elsewhere import elsewhere, forget_copies, head_on
 from minillm.models.modes import sampling_mode
+from minillm.models.other_device import elsewhere, forget_copies, head_on
 from minillm.models.sharded import fully_gathered, is_sharded, release
 from minillm.teachers.teacher import ABILITIES, Ability, HiddenRows
 

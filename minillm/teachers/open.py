@@ -24,8 +24,8 @@ from minillm.config.training import Packing
 from minillm.distributed import collectives
 from minillm.models.delta import Delta, Translation
 from minillm.models.device import pick_device
-from minillm.models.elsewhere import elsewhere
 from minillm.models.loading import load_student, load_teacher
+from minillm.models.other_device import elsewhere
 from minillm.models.sharded import gathered
 from minillm.models.spelling import spelling_of
 from minillm.models.tokenizer_pair import TokenizerPair

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minillm.losses import LMHead
 from minillm.models.batch import TokenBatch
 from minillm.models.delta import Delta
-from minillm.models.elsewhere import elsewhere, head_on, row_hidden_on
 from minillm.models.modes import sampling_mode
+from minillm.models.other_device import elsewhere, head_on, row_hidden_on
 from minillm.models.sharded import gathered
 from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.teachers.several import weights_here

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minillm import UserError
 from minillm.models.access import OUT_OF_MEMORY, failed_run, head_error, lm_head, padding_error
-from minillm.models.elsewhere import elsewhere
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.loading import is_hollow
+from minillm.models.other_device import elsewhere
 from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.quantization import element_count, is_quantized, quantization_name
 from minillm.models.sharded import is_sharded

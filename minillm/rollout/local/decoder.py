@@ -13,8 +13,8 @@ from minillm.kernels.rows_torch import logits_from_raw
 from minillm.losses import LMHead
 from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_head
 from minillm.models.device import moved
-from minillm.models.elsewhere import elsewhere
 from minillm.models.families import cache_argument, cache_mask, text_config
+from minillm.models.other_device import elsewhere
 from minillm.rollout.local.cache_rows import cache_for_rows, drop_columns, put_rows
 from minillm.rollout.local.distribution import padded_size
 from minillm.teachers.pair import Models, Role
@@ -135,7 +135,7 @@ class Decoder:
         return tensor if self.there is None else moved(tensor, self.there)
 
     def _given(self, hidden: Tensor) -> Tensor:
-        """What the model says, where it is asked."""
+        """Hidden states, where the model is asked."""
         return hidden if self.there is None else moved(hidden, self.here)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded) fp32

@@ -5,7 +5,7 @@ import torch
 
 from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenSequence, collate
-from minillm.models.elsewhere import elsewhere, forget_copies, head_on, row_hidden_on
+from minillm.models.other_device import elsewhere, forget_copies, head_on, row_hidden_on
 from tests.pretended_devices import pretended_devices
 
 CPU, THERE = torch.device("cpu"), torch.device("xpu:1")
