@@ -129,6 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokenizer", help="of another folder or hub name")
     generate.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    generate.add_argument("--teacher-device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: the student's)")
 
     _add_serve(verbs)
 

@@ -1,6 +1,7 @@
 """`minillm generate`: prompts from the command line or typed in, and the student's answers beside the teacher's."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from minillm.cli.controlled import add_delta
 from minillm.config.data import InstructionKeys, Prompts
 from minillm.config.loader.document import read_file
 from minillm.config.loader.stages import stage_trees
-from minillm.config.models import TeacherConfig
+from minillm.config.models import TEACHER_DEVICE, TeacherConfig
 from minillm.config.shape import walk
 from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
@@ -136,6 +137,7 @@ def generate(
     tokenizer: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    teacher_device: str | None = None,
 ) -> None:
     """Load the models, and answer the prompts or a conversation.
 
@@ -147,7 +149,11 @@ def generate(
         max_new_tokens, temperature, top_k=top_k, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram_size
     )
     path = model_path(model)
-    beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype)
+    if teacher_device is not None and teacher is None:
+        raise UserError("--teacher-device: there is no --teacher that could be there")
+    if teacher_device is not None and not re.fullmatch(TEACHER_DEVICE, teacher_device):
+        raise UserError(f"--teacher-device is {teacher_device!r}; it must be cpu, cuda or cuda:N")
+    beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype, device=teacher_device)
     models, _ = open_named(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
     if images and beside is not None:
         unshared = unshared_pictures(models.tokenizer, load_tokenizer(beside, Path(".")))

@@ -23,6 +23,7 @@ OF_INIT = {
     "config": "random",
     "upcycle": "upcycle",
 }  # key -> the only `init` with which it means something
+TEACHER_DEVICE = r"^(cpu|cuda(:\d+)?)$"
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
 Part = Literal["projector", "language", "feed_forward", "vision"]
@@ -48,6 +49,8 @@ class TeacherConfig(ModelConfig):
     """The model that judges, in this process or sharded over those of the run. Its weights are never trained."""
 
     called: ClassVar[str] = "this one"  # in messages
+    # Keys that say where the weights are, and nothing of what they say: a resumed run may have others.
+    of_the_place: ClassVar[frozenset[str]] = frozenset({"device"})
     # left out where keys are written down: files of before there was another source have none
     type: Literal["local"] = Field("local", exclude=True)
     path: ModelPath = Field(description=MODEL_PATH)
@@ -55,6 +58,11 @@ class TeacherConfig(ModelConfig):
         None,
         description="Keep the linear layers below the head in 8 bits (LLM.int8) or in 4 (NormalFloat, its scales quantised "
         "too) through bitsandbytes; such a teacher is replicated on every rank",
+    )
+    device: Annotated[str, Field(pattern=TEACHER_DEVICE)] | None = Field(
+        None,
+        description="The device of its weights, for engine.type: torch: cpu, cuda or cuda:N; default: the student's. On another "
+        "one it runs there, and its hidden states are moved to the student, where a copy of its head is",
     )
 
     @property

@@ -13,6 +13,7 @@ from minillm.losses import LMHead, linear_objective
 from minillm.methods.protocol import HeadLoss, HiddenLoss, Term
 from minillm.models.access import forward_layers, lm_head, rows_of
 from minillm.models.batch import TokenBatch
+from minillm.models.other_device import head_on
 from minillm.models.packing import fed_mask
 from minillm.models.routers import balance_loss, expert_tokens, experts_of, recorded_routing
 from minillm.teachers.several import Share, shares_of
@@ -105,10 +106,15 @@ class TermLoss(nn.Module):
         """The teacher's side of the losses. A head of this module is gathered by reading it, as the student's is."""
         rows = share.rows
         if isinstance(rows, HiddenRows) and any(rows.source.model is one for one in self.children_that_train()):
-            yield rows.hidden, lm_head(rows.source.model)
+            yield rows.hidden, head_on(rows.source.model, rows.hidden.device)
         else:
             with share.for_losses() as both:
                 yield both
+
+    def device_of(self, term: Term) -> torch.device:
+        """The device of the model that a term trains, where its tensors must be."""
+        model = self.student if term.trains == "student" else self.trained_beside[term.trains]
+        return next(model.parameters()).device
 
     def take_expert_tokens(self) -> Tensor | None:  # (layers, E) int64
         """The number of times that tokens were sent to each expert since the last call; None for a dense student."""

@@ -5,6 +5,8 @@ import os
 import torch
 
 from minillm import UserError
+from minillm.config.models import TeacherConfig, teachers_of
+from minillm.config.root import StageConfig
 from minillm.config.training import DeepSpeedEngine, TorchEngine
 from minillm.distributed.launcher import launched_local_rank
 from minillm.models.device import pick_device
@@ -15,6 +17,14 @@ def engine_device(engine: TorchEngine | DeepSpeedEngine) -> torch.device:
     if engine.type == "torch":
         return pick_device(engine.device)
     return pick_device(f"cuda:{launched_local_rank()}" if torch.cuda.is_available() else "cpu")
+
+
+def check_devices(config: StageConfig) -> None:
+    """Raises UserError, which names the key, for a device of a stage that is not there, the student's or a teacher's."""
+    engine_device(config.engine)
+    for key, teacher in teachers_of(config.teacher_side).items():
+        if isinstance(teacher, TeacherConfig) and teacher.device is not None:
+            pick_device(teacher.device, f"{key}.device")
 
 
 def check_backend(engine: TorchEngine | DeepSpeedEngine, device: torch.device) -> None:

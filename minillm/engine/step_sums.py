@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minillm.engine.engine import StepResult
 from minillm.methods.protocol import Term
+from minillm.models.device import moved
 
 
 def divisors(terms: Iterable[Term]) -> dict[str, float]:
@@ -22,17 +23,19 @@ class StepSums:
     """Sums over the terms and micro-batches of a step on one rank; sums of these over ranks are those of the step."""
 
     def __init__(self, device: torch.device):
+        self._device = device
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         self._rows: dict[str, int] = defaultdict(int)
 
     def add(self, term: Term, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:  # () each
-        """A term's weighted loss, already divided, and its metrics summed over rows."""
-        self._sums["loss"] += loss.detach()
-        self._sums[f"loss/{term.name}"] += loss.detach()
+        """A term's weighted loss, already divided, and its metrics summed over rows, from wherever its model is."""
+        loss = moved(loss.detach(), self._device)
+        self._sums["loss"] += loss
+        self._sums[f"loss/{term.name}"] += loss
         self._rows[f":{term.name}"] += term.batch.tokens
         self._rows[":"] += term.batch.tokens if term.trains == "student" else 0
         for name, value in metrics.items():
-            self._sums[f"{term.name}:{name}"] += value
+            self._sums[f"{term.name}:{name}"] += moved(value, self._device)
 
     def numbers(self) -> dict[str, float]:
         """The losses by name, `TERM:METRIC`, `:TERM` for its rows, and `:` for those of all terms that train the student."""

@@ -51,8 +51,9 @@ class TorchEngine:
         sums = StepSums(self.models.device)
         for terms in micro_batches:
             for term in terms:
-                term = term.to(self.models.device)
-                with torch.autocast(self.models.device.type, torch.bfloat16, enabled=self.train_config.bf16):
+                device = self.module.device_of(term)
+                term = term.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.train_config.bf16):
                     loss, metrics = self.module(term)
                 loss = loss * (term.weight / (divided_by[term.name] or 1.0))
                 loss.backward()
@@ -92,7 +93,7 @@ class TorchEngine:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["cpu_rng"])
-            if "cuda_rng" in state:
+            if "cuda_rng" in state and self.models.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.models.device)
 
     def close(self) -> None:

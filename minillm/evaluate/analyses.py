@@ -119,7 +119,7 @@ class Analyses:
             return
         if not keys.reference_free:
             require_ability(models.teacher, "read", "eval.preference")
-        subject = models if who == "student" else replace(models, student=models.model("teacher"), delta=None)
+        subject = models if who == "student" else models.teacher_alone()
         for name, pairs in self.pairs.items():
             yield name, pair_margins(subject, pairs, keys, batch_size=self.config.batch_size)
         if keys.sampled and who == "student":
@@ -149,7 +149,7 @@ class Analyses:
         return token_statistics(models, sequences, ("forward_kl",), batch_size=self.config.batch_size)["forward_kl"]
 
     def _calibration(self, name: str, models: Models, who: Who) -> tuple[dict[str, float], dict[str, list]]:
-        subject = models if who == "student" else replace(models, student=models.model("teacher"), delta=None)
+        subject = models if who == "student" else models.teacher_alone()
         questions = self.labels[name].questions
         sequences = [TokenSequence(question.prompt_ids, ids) for question in questions for ids in question.word_ids]
         stats = token_statistics(

@@ -26,7 +26,7 @@ import math
 import statistics
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -127,9 +127,7 @@ class Evaluator:
         compares = who == "student" and models.teacher is not None and self.config.teacher
         compares = compares and "read" in models.teacher.abilities  # the divergences are over answers of the moment
         # from here on the one measured is "the student"; the teacher's answers still come from what is kept
-        subject = (
-            models if who == "student" else replace(models, student=models.teacher.model, teacher=None, delta=None)
-        )
+        subject = models if who == "student" else models.teacher_alone()
         shown: list[dict] = []
         for seed in self.config.seeds:
             answers = self._answers(name, examples, rollouts, who, seed, self.scored)

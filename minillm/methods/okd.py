@@ -54,7 +54,8 @@ class OKD(Method):
         return take_references(data, self.step_size)
 
     def terms(self, items: Sequence[Item], data: TrainingData, models: Models) -> list[Term]:
-        keys, targets = self.config.method, {"student": models.teacher, "teacher": LocalTeacher(models.student)}
+        keys, teacher = self.config.method, models.teacher
+        targets = {"student": teacher, "teacher": LocalTeacher(models.student, teacher.model.device)}
         terms = []
         for side, target in targets.items():
             divergence = getattr(keys, f"{side}_divergence")

@@ -18,6 +18,7 @@ from minillm.data.documents import Documents
 from minillm.data.stream import RankSlice, Stream
 from minillm.distributed import collectives
 from minillm.models.batch import TokenBatch, TokenSequence, collate
+from minillm.models.device import moved
 from minillm.rollout.buffer import RolloutBuffer
 from minillm.rollout.rollouts import ProgressCallback, Rollouts
 from minillm.storage.timing import Timing
@@ -91,7 +92,7 @@ class Term:
         return replace(
             self,
             batch=self.batch.to(device),
-            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            inputs={name: moved(tensor, device) for name, tensor in self.inputs.items()},
             teacher=None if self.teacher is None else self.teacher.to(device),
             template=None if self.template is None else self.template.to(device),
             hidden=hidden,

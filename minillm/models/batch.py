@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minillm import UserError
+from minillm.models.device import moved
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,9 @@ class TokenBatch:
         return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "attention_mask", "position_ids", "rows", "labels")
-        }
-        extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
-        return replace(self, **moved, extras=extras)
+        names = ("input_ids", "attention_mask", "position_ids", "rows", "labels")
+        parts = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **parts, extras={name: moved(tensor, device) for name, tensor in self.extras.items()})
 
     def read_by_teacher(self) -> "TokenBatch":
         """The batch as the teacher reads it: after its own prompts the same responses, so that row t of the one predicts the

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minillm.models.batch import TokenBatch
+from minillm.models.device import moved
 from minillm.models.families import decoder, text_config
 
 _packing: WeakSet[nn.Module] = WeakSet()
@@ -57,10 +58,10 @@ def pack(batch: TokenBatch) -> PackedBatch:
     positions = torch.cat([torch.arange(one) for one in batch.widths])
     starts = [row * width for row in range(len(batch.widths))]
     places = torch.cat([torch.arange(start, start + one) for start, one in zip(starts, batch.widths, strict=True)])
-    places = places.to(device, non_blocking=True)
+    places = moved(places, device)
     return PackedBatch(
         input_ids=batch.input_ids.flatten()[places][None],
-        position_ids=positions.to(device, non_blocking=True)[None],
+        position_ids=moved(positions, device)[None],
         places=places,
         shape=(len(batch.widths), width),
         bounds=(0, *accumulate(batch.widths)),
@@ -94,6 +95,6 @@ def sequence_bounds(model: PreTrainedModel, packed: PackedBatch) -> dict[str, Te
         return {}
     if not any(one.kind is takes_any for one in parameters):
         return {}
-    bounds = torch.tensor(packed.bounds, dtype=torch.int32).to(packed.input_ids.device, non_blocking=True)
+    bounds = moved(torch.tensor(packed.bounds, dtype=torch.int32), packed.input_ids.device)
     longest = max(end - start for start, end in zip(packed.bounds, packed.bounds[1:], strict=False))
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

@@ -44,7 +44,7 @@ def _improvements(
     files: Sequence[Path], current: PlannedRun, taken: list[str]
 ) -> Iterator[tuple[list[str], str, PlannedRun]]:
     plan = load_run(files, taken)
-    worst = max(current.stages, key=lambda stage: stage.peak.device_bytes)
+    worst = max(current.stages, key=lambda stage: stage.peak.most_bytes)
     config = next(stage.config for stage in plan.stages if stage.name == worst.name)
     prefix = f"stages.{worst.name}." if plan.document.get("stages") else ""
     for keys, why in _candidates(config, worst.peak.phase, current.world_size):
@@ -106,6 +106,12 @@ def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tu
             [f"{key}.quantization=nf4" for key in local],
             "a quarter of what the teacher's layers take in bfloat16; its probabilities move a little",
         )
+    if engine.type == "torch" and world_size == 1 and all(one.device is None for one in local.values()):
+        home = "cuda:0" if engine.device in ("auto", "cuda") else engine.device
+        others = [place for place in (f"cuda:{number}" for number in range(len(local) + 1)) if place != home]
+        if local:
+            places = [f"{key}.device={place}" for key, place in zip(local, others, strict=False)]
+            yield places, "on a GPU of its own beside the student's, which keeps a copy of its head"
     if engine.type == "torch" and world_size == 1:
         yield (
             ["engine.type=deepspeed", "engine.stage=3", "engine.offload_optimizer=true"],

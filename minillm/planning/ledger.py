@@ -1,18 +1,21 @@
 """The bytes of all tensors alive, by part, at every allocation: of fake tensors here, of real ones in its test.
 
-The part of a storage is the one named by the innermost `part(...)` around its allocation. A peak depends on how the
+The part of a storage is the one named by the innermost `part(...)` around its allocation, and its device the one named by
+the innermost `at(...)`: each device has moments of its own. A peak depends on how the
 parts are sharded, so the ledger keeps every distinct moment, and `Timeline.peak` looks for the worst one afterwards.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from minillm.planning.places import HOME
 
 PARTS = (
     "student weights",
@@ -37,7 +40,8 @@ _INDEX = {name: place for place, name in enumerate(PARTS)}
 class Timeline:
     """The distinct moments of one phase: bytes alive, by part."""
 
-    moments: np.ndarray  # (moments, parts) int64, bytes
+    moments: np.ndarray  # (moments, parts) int64, bytes on the student's device
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)  # of other devices likewise, by their names
 
     def peak(self, factors: Mapping[str, float], added: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of each part at the worst moment.
@@ -53,6 +57,13 @@ class Timeline:
             for name, place in _INDEX.items()
         }
 
+    def peak_beside(self, place: str) -> dict[str, int]:
+        """Return the bytes of each part at the worst moment of another device; none where nothing was there."""
+        moments = self.beside.get(place)
+        if moments is None:
+            return dict.fromkeys(PARTS, 0)
+        return dict(zip(PARTS, map(int, moments[int(moments.sum(1).argmax())]), strict=True))
+
     def most(self, part: str) -> int:
         """Return the most bytes of one part at any moment."""
         return int(self.moments[:, _INDEX[part]].max())
@@ -63,10 +74,11 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._part = "activations"
-        self._live: dict[int, tuple[str, int]] = {}  # address of the storage -> (part, bytes)
-        self._bytes = np.zeros(len(PARTS), dtype=np.int64)
-        self._moments: list[np.ndarray] = []
+        self._part, self._place = "activations", HOME
+        self._live: dict[int, tuple[str, str, int]] = {}  # address of the storage -> (place, part, bytes)
+        self._bytes: dict[str, np.ndarray] = {}  # place -> (parts,)
+        self._moments: dict[str, list[np.ndarray]] = {}  # place -> (parts,) each
+        self._begin(HOME)
         self._since: set[int] | None = None  # addresses, while a part of a pass is to be repeated
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -85,15 +97,26 @@ class Ledger(TorchDispatchMode):
         finally:
             self._part = before
 
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Count what is allocated inside on another device than the student's, or on that again (HOME)."""
+        before, self._place = self._place, place
+        self._begin(place)
+        try:
+            yield
+        finally:
+            self._place = before
+
     def relabel(self, tensors: Iterable[Tensor], name: str) -> None:
         """Count the storages of these tensors as part `name` from now on."""
         for tensor in tensors:
             address = tensor.untyped_storage()._cdata
             if address in self._live:
                 self._add(address, -1)
-                self._live[address] = name, self._live[address][1]
+                place, _, size = self._live[address]
+                self._live[address] = place, name, size
                 self._add(address, 1)
-        self._moments.append(self._bytes.copy())
+        self._mark()
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of these tensors no longer: they are there when others of this ledger are not."""
@@ -113,44 +136,45 @@ class Ledger(TorchDispatchMode):
         """
         once = None if without is None else without.untyped_storage()._cdata
         for address in (self._since or set()) - {once}:
-            part, size = self._live[address]
+            place, part, size = self._live[address]
             if name in (None, part):
                 self._add(address, -1)
-                self._live[address] = part, size * times
+                self._live[address] = place, part, size * times
                 self._add(address, 1)
         self._since = None
-        self._moments.append(self._bytes.copy())
+        self._mark()
 
     @property
     def total(self) -> int:
-        """Bytes alive now."""
-        return int(self._bytes.sum())
+        """Bytes alive now, on the present device."""
+        return int(self._bytes[self._place].sum())
 
     @property
     def moment(self) -> int:
         """The present moment, for `most_since`."""
-        return len(self._moments)
+        return len(self._moments[self._place])
 
     def most_since(self, moment: int) -> int:
-        """Return the most bytes alive at any moment after this one."""
-        return max(int(after.sum()) for after in [*self._moments[moment:], self._bytes])
+        """Return the most bytes alive at any moment after this one, on the present device."""
+        place = self._place
+        return max(int(after.sum()) for after in [*self._moments[place][moment:], self._bytes[place]])
 
     def take(self) -> Timeline:
         """Return the moments since the last call, and forget them."""
-        moments = np.unique(np.array([*self._moments, self._bytes]), axis=0)
-        self._moments = []
-        return Timeline(moments)
+        found = {place: np.unique(np.array([*self._moments[place], now]), axis=0) for place, now in self._bytes.items()}
+        self._moments = {place: [] for place in self._bytes}
+        return Timeline(found.pop(HOME), found)
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._live or not storage.nbytes():
             return
-        self._live[address] = self._part, storage.nbytes()
+        self._live[address] = self._place, self._part, storage.nbytes()
         if self._since is not None:
             self._since.add(address)
         self._add(address, 1)
-        self._moments.append(self._bytes.copy())
+        self._mark()
         # a storage keeps its Python object as long as it lives, whichever tensors come and go
         weakref.finalize(storage, self._free, address).atexit = False
 
@@ -163,5 +187,13 @@ class Ledger(TorchDispatchMode):
             self._since.discard(address)
 
     def _add(self, address: int, sign: int) -> None:
-        part, size = self._live[address]
-        self._bytes[_INDEX[part]] += sign * size
+        place, part, size = self._live[address]
+        self._bytes[place][_INDEX[part]] += sign * size
+
+    def _begin(self, place: str) -> None:
+        if place not in self._bytes:
+            self._bytes[place], self._moments[place] = np.zeros(len(PARTS), dtype=np.int64), []
+
+    def _mark(self) -> None:
+        for place, now in self._bytes.items():
+            self._moments[place].append(now.copy())

@@ -1,10 +1,11 @@
 """Bytes of one rank by part and phase: the simulated moments, sharded, with the host's memory counted by itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from minillm.planning.ledger import PARTS
+from minillm.planning.places import HOME, HOST
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import Simulation
 from minillm.planning.work import Decoding, Forward, Work
@@ -19,10 +20,21 @@ class PhaseMemory:
     phase: str
     device: dict[str, int]  # part -> bytes on the device
     host: dict[str, int]  # part -> bytes in the host's memory, where the device is another
+    beside: dict[str, dict[str, int]] = field(default_factory=dict)  # GPU of a teacher -> part -> bytes
 
     @property
     def device_bytes(self) -> int:
         return sum(self.device.values())
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The bytes on each device: HOME is the student's."""
+        return {HOME: self.device_bytes} | {place: sum(parts.values()) for place, parts in self.beside.items()}
+
+    @property
+    def most_bytes(self) -> int:
+        """The bytes on the device that has most of them."""
+        return max(self.peaks.values())
 
     @property
     def host_bytes(self) -> int:
@@ -57,7 +69,10 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
         everything = timeline.peak({}, {})
         for part, fraction in host_factors.items():
             host[part] += int(everything[part] * fraction)
-        result.append(PhaseMemory(phase, on_device, host))
+        for part, size in timeline.peak_beside(HOST).items():
+            host[part] += size
+        beside = {place: timeline.peak_beside(place) for place in simulation.places if place != HOST}
+        result.append(PhaseMemory(phase, on_device, host, beside))
     return result
 
 

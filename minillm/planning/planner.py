@@ -1,7 +1,7 @@
 """The plan of a configuration: every stage simulated, sharded, and held against a device."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from minillm.planning.cached_teacher import CacheSize, TeacherHead, cache_size, 
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
 from minillm.planning.picture_passes import can_be_shown, pictures_shown
+from minillm.planning.places import HOME, HOST, place_of
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import BesideTeacher, Several
 from minillm.planning.sharding import Sharding, sharding_of
@@ -48,7 +49,8 @@ class StagePlan:
 
     @property
     def peak(self) -> PhaseMemory:
-        return max(self.memory, key=lambda memory: memory.device_bytes)
+        """The phase with the fullest device."""
+        return max(self.memory, key=lambda memory: memory.most_bytes)
 
     def smallest_world_size(self, gpu: Gpu) -> int | None:
         """Return the fewest ranks that fit, a power of two; None where none of those tried does."""
@@ -57,7 +59,7 @@ class StagePlan:
                 phases = self.memory_on(size)
             except UserError:
                 continue
-            if max(phase.device_bytes for phase in phases) <= gpu.usable_bytes:
+            if max(phase.most_bytes for phase in phases) <= gpu.usable_bytes:
                 return size
         return None
 
@@ -72,8 +74,17 @@ class PlannedRun:
     unplanned: dict[str, str]  # stage -> why there is nothing to plan in it
 
     @property
+    def peaks(self) -> dict[str, int]:
+        """The most bytes on every device of a rank: HOME is the student's, others hold a teacher."""
+        found: dict[str, int] = {}
+        for phase in (phase for stage in self.stages for phase in stage.memory):
+            found |= {place: max(size, found.get(place, 0)) for place, size in phase.peaks.items()}
+        return found
+
+    @property
     def peak_bytes(self) -> int:
-        return max(stage.peak.device_bytes for stage in self.stages)
+        """The most bytes on the fullest device."""
+        return max(self.peaks.values())
 
     @property
     def fits(self) -> bool:
@@ -87,6 +98,7 @@ def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> P
     to plan.
     """
     device = find_gpu(gpu)
+    _require_named_gpu(plan, device)
     architectures = Architectures(plan)
     stages, unplanned = [], {}
     for stage in plan.stages:
@@ -99,13 +111,26 @@ def plan_run(plan: RunPlan, *, gpu: str = "H100-80GB", world_size: int = 1) -> P
     return PlannedRun(device, world_size, stages, unplanned)
 
 
+def _require_named_gpu(plan: RunPlan, gpu: Gpu) -> None:
+    """Raises UserError for a teacher on a GPU, of which nothing is known where the plan is for a CPU."""
+    for stage in plan.stages:
+        for key, teacher in teachers_of(stage.config.teacher_side).items():
+            place = place_of(teacher, stage.config.engine, gpu.kind)
+            if gpu.kind == "cpu" and place != HOME:
+                raise UserError(
+                    f"--gpu cpu: {key}.device is {place}; name its kind with --gpu, or set {key}.device to cpu"
+                )
+
+
 def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world_size: int) -> float | None:
-    """Return the most that one rank of a stage would allocate on such a device, in GiB; None where it cannot be planned."""
+    """Return the most that one rank of a stage would allocate on such a device, the student's, in GiB; None where it cannot be
+    planned."""
     architectures = Architectures(plan)
     try:
-        student, teacher, head, several = _models_of(stage, architectures, plan.output_dir)
+        kind, asked = device.type, stage.config.train.gradient_checkpointing
+        student, teacher, head, several = _models_of(stage, architectures, plan.output_dir, kind)
         pictures = _pictures_counted(stage.config, student)
-        setting = Setting.of(stage.config, checkpointing=stage.config.train.gradient_checkpointing, pictures=pictures)
+        setting = Setting.of(stage.config, checkpointing=asked, pictures=pictures, kind=kind)
         work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
         simulation = simulate(setting, work.moment, student, teacher, device, head=head, several=several)
     except UserError:
@@ -114,7 +139,7 @@ def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world
 
 
 def _models_of(
-    stage: Stage, architectures: Architectures, output_dir: Path
+    stage: Stage, architectures: Architectures, output_dir: Path, kind: str
 ) -> tuple[PreTrainedConfig, PreTrainedConfig | None, TeacherHead | None, Several | None]:
     """The models of a stage: on the student's side, and on the teacher's its architecture or its head, of several those of
     the first, and the others. A teacher alone stands on the student's side."""
@@ -126,7 +151,10 @@ def _models_of(
         return student, teacher, head_of(config.teacher, architectures, output_dir), None
     # those whose weights are loaded first, as minillm.planning.setting takes the first of them
     named = sorted(config.teachers.items(), key=lambda one: not isinstance(one[1], TeacherConfig))
-    found = [_beside(name, one, architectures, output_dir) for name, one in named]
+    found = [
+        replace(_beside(name, one, architectures, output_dir), place=place_of(one, config.engine, kind))
+        for name, one in named
+    ]
     first, *beside = found
     by, divided = config.teachers_by, config.teacher_side.weights is None
     turn_steps = by.turn_steps if by.in_memory == "one" else None
@@ -144,12 +172,12 @@ def _beside(name: str, config: AnyTeacherConfig, architectures: Architectures, o
 def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int, output_dir: Path) -> StagePlan:
     config, needs = stage.config, stage.config.method.needs()
     device = torch.device(gpu.kind)
-    student, teacher, head, several = _models_of(stage, architectures, output_dir)
+    student, teacher, head, several = _models_of(stage, architectures, output_dir, gpu.kind)
 
     asked, pictures = config.train.gradient_checkpointing, _pictures_counted(config, student)
 
     def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
-        setting = Setting.of(config, checkpointing=checkpointing, pictures=pictures)
+        setting = Setting.of(config, checkpointing=checkpointing, pictures=pictures, kind=gpu.kind)
         return simulate(setting, work.moment, student, teacher, device, head=head, several=several, phases=phases)
 
     def activations(checkpointing: bool) -> int | None:
@@ -167,6 +195,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
     simulation = simulated(work)
+    known = replace(gpu, bf16_tflops=None) if HOST in simulation.places else gpu  # how fast a host is, nobody knows
     return StagePlan(
         name=stage.name,
         method=config.method.name,
@@ -175,7 +204,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         simulation=simulation,
         memory=memory(world_size),
         activations=activations,
-        speed=speed_of(simulation, work, sharding, gpu, bf16=config.train.bf16, checkpointing=asked)
+        speed=speed_of(simulation, work, sharding, known, bf16=config.train.bf16, checkpointing=asked)
         if work.terms
         else None,
         memory_on=memory,

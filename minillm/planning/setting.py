@@ -6,6 +6,7 @@ from minillm.config.lora import LoraConfig
 from minillm.config.models import Part, Quantization, TeacherConfig, teachers_of
 from minillm.config.root import StageConfig
 from minillm.models.packing import attention_by_sequence
+from minillm.planning.places import HOME, place_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Setting:
     trained_parts: tuple[Part, ...] | None = None  # of the student; None: all of it
     vision_from_layer: int | None = None
     pictures: int = 0  # that every prompt shows
+    teacher_place: str = HOME  # minillm.planning.places.place_of, of several teachers the first
     packed: bool = False  # train.packing: on, which takes a mask of all pairs where attention has no other way
 
     def masks_pairs(self, attention: str) -> bool:
@@ -41,10 +43,12 @@ class Setting:
         return frozenset(role for role, attention in of_role.items() if self.masks_pairs(attention))
 
     @classmethod
-    def of(cls, config: StageConfig, *, checkpointing: bool, pictures: int = 0) -> "Setting":
+    def of(cls, config: StageConfig, *, checkpointing: bool, pictures: int = 0, kind: str = "cuda") -> "Setting":
         """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing.
 
-        Args: pictures: that a prompt shows, as minillm.planning.picture_passes counts them.
+        Args:
+            pictures: that a prompt shows, as minillm.planning.picture_passes counts them.
+            kind: of the student's device, cuda or cpu.
         """
         needs = config.method.needs()
         local = [one for one in teachers_of(config.teacher_side).values() if isinstance(one, TeacherConfig)]
@@ -69,5 +73,6 @@ class Setting:
             trained_parts=None if needs.alone else student.trained_parts,
             vision_from_layer=None if needs.alone else student.vision_from_layer,
             pictures=pictures,
+            teacher_place=HOME if needs.alone else place_of(teacher, config.engine, kind),
             packed=config.train.packing == "on",
         )

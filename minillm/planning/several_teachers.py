@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from minillm.config.models import Quantization
 from minillm.planning.cached_teacher import TeacherHead
+from minillm.planning.places import HOME
 from minillm.planning.sizes import ModelSize
 
 
@@ -21,6 +22,7 @@ class BesideTeacher:
     dtype: str = "float32"
     attention: str = "sdpa"
     quantization: Quantization | None = None
+    place: str = HOME  # minillm.planning.places.place_of
 
 
 @dataclass(frozen=True)

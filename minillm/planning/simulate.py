@@ -8,13 +8,13 @@ evaluation    between steps: answers of student and teacher, and forward passes 
 
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -35,6 +35,7 @@ from minillm.planning.few_layers import FEW, few_trained_layers
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
 from minillm.planning.picture_passes import show
+from minillm.planning.places import HOME, kind_of
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import Several, together
 from minillm.planning.simulated_models import SimulatedModels
@@ -63,6 +64,7 @@ class Simulation:
     asked: float = 1.0  # the part of `teacher` that judges a record
     masked: frozenset[str] = frozenset()  # of student and teacher those that compare all tokens of a batch
     steps_kept: int = 1  # steps of which the teacher's word is there at a time
+    places: tuple[str, ...] = ()  # devices beside the student's that hold a teacher
 
 
 _DONE: dict[tuple, Simulation] = {}  # stages of a run, and what advice tries, often differ in nothing that counts here
@@ -136,7 +138,7 @@ class _Simulator:
         ledger, work, phases = self.ledger, self.work, {}
         dtype = torch.float32 if self.setting.master_weights else None  # None: each weight's own
         with ledger.part("optimizer states"):
-            states = [torch.empty_like(parameter, dtype=dtype) for parameter in self.trained for _ in range(2)]
+            states = [self._beside_weight(parameter, dtype) for parameter in self.trained for _ in range(2)]
         with ledger.part("fp32 master weights"):
             if self.setting.master_weights:
                 states += [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
@@ -172,7 +174,16 @@ class _Simulator:
             several.asked if several else 1.0,
             self.setting.masked,
             several.turn_steps or 1 if several else 1,
+            tuple(sorted({*self.simulated.places.values()} - {HOME})),
         )
+
+    def _beside_weight(self, parameter: nn.Parameter, dtype: torch.dtype | None = None) -> Tensor:
+        """Room as large as a trained weight, on its device."""
+        with self.ledger.at(self.simulated.place_of_weight(parameter)):
+            return torch.empty_like(parameter, dtype=dtype)
+
+    def _at(self, name: str) -> AbstractContextManager[None]:
+        return self.ledger.at(self.simulated.place(name))
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -184,7 +195,10 @@ class _Simulator:
     def _rollout(self, decoding: Decoding) -> None:
         models = [self.models[name] for name in decoding.models]
         room = decoding.room
-        with sampling_mode(models), self.simulated.few_layers(decoding.models) as left_out:
+        home = (
+            self._at(decoding.models[0]) if len(models) == 1 else nullcontext()
+        )  # a teacher alone answers where it is
+        with home, sampling_mode(models), self.simulated.few_layers(decoding.models) as left_out:
             rest = []
             for name in decoding.models:
                 cache = self._cache(name, room)
@@ -192,7 +206,7 @@ class _Simulator:
                 held = sum(tensor.untyped_storage().nbytes() for tensor in _stored(cache))
                 missing = held * left_out[name] // FEW
                 self.simulated.kv_bytes[name] = (held + missing) // (decoding.batch * room)
-                with self.ledger.part(f"{name} KV cache"):
+                with self.ledger.part(f"{name} KV cache"), self._at(name):
                     rest.append(torch.empty(missing, dtype=torch.uint8))
                 del cache
             caches = [self._cache(name, room) for name in decoding.models]
@@ -250,6 +264,10 @@ class _Simulator:
         return make_cache(self.models[name], lambda: Layer(room))
 
     def _decode(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
+        with self._at(name):
+            self._read(name, cache, batch, fed, seen)
+
+    def _read(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
         for layer in cache.layers:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
                 layer.use(seen)
@@ -297,13 +315,17 @@ class _Simulator:
         with sampling_mode(models), few:
             hidden = []
             for name, model in zip(names, models, strict=True):
-                batch = self._batch(forward, forward.length_of("teacher" if name.startswith("teacher") else name))
-                _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
+                with self._at(name):
+                    batch = self._batch(forward, forward.length_of("teacher" if name.startswith("teacher") else name))
+                    _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
                 teaches = name in simulated.of_role("teacher")
                 if divided and teaches:  # one of them reads a record: the worst is the largest
                     hidden.clear()
-                hidden += [rows_of(state, batch) for state in states.values()]
+                with self._at(name):
+                    said = [rows_of(state, batch) for state in states.values()]
                 del states
+                hidden += said if self.simulated.place(name) == HOME else [torch.empty_like(one) for one in said]
+                del said
                 if teaches:
                     self.ledger.relabel(hidden, "teacher hidden states")
             if simulated.head is not None and "teacher" in forward.kept or simulated.beside_heads and not divided:
@@ -324,9 +346,10 @@ class _Simulator:
         if self.work.micro_batches > 1 or self.setting.gradients_stay:  # the worst micro-batch is one that finds them
             with self.ledger.part("gradients"):
                 for parameter in self.trained:
-                    parameter.grad = torch.empty_like(parameter)
+                    parameter.grad = self._beside_weight(parameter)
         for term in self.work.terms:
-            self._term(term)
+            with self._at(term.trains):
+                self._term(term)
         with self.ledger.part("gradients"):
             for parameter in self.simulated.beside_the_text():
                 parameter.grad = torch.empty_like(parameter)
@@ -342,8 +365,13 @@ class _Simulator:
         full = term.teacher and not term.summed and not term.sorts and logits
         teachers = 1 + len(self.several.beside) if self.several is not None and term.teacher else 1
         divided = teachers > 1 and self.several.divided
-        shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
+        device = kind_of(self.simulated.place(term.trains), self.device)
+        shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, device)
         self.losses[term.name] = shape
+        copy = None
+        if term.teacher and self.simulated.place(term.trains) != HOME:  # what it learns from is the student's head
+            with self.ledger.part("student weights"):
+                copy = torch.empty_like(lm_head(self.student).weight)
         bf16 = self.setting.autocast
         batch = self._batch(term, term.length)
         teacher = None
@@ -371,7 +399,7 @@ class _Simulator:
                 loss = loss + self._feature_losses(term, states)
             del hidden, states
             loss.backward()
-        del teacher
+        del teacher, copy
 
     def _feature_losses(self, term: TermShape, states: dict[int, Tensor]) -> Tensor | float:
         """minillm.methods.features, with targets that are counted elsewhere: those of all micro-batches wait for the step."""

@@ -17,6 +17,7 @@ from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.few_layers import FEW, left_out_of
 from minillm.planning.ledger import Ledger
 from minillm.planning.picture_passes import prepare_for_pictures
+from minillm.planning.places import HOME
 from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import BesideTeacher, Several
@@ -46,14 +47,18 @@ class SimulatedModels:
         with ledger.part("student weights"):
             self.student = _build_student(setting, student, trains=bool(work.terms))
         self.by_name = {"student": self.student}
+        self.places = {"teacher": setting.teacher_place}  # model -> its device where that is not HOME
         if teacher is not None:
-            with ledger.part("teacher weights"):
+            with ledger.part("teacher weights"), ledger.at(setting.teacher_place):
                 self.by_name["teacher"] = _build_teacher(setting, teacher)
         for one in () if several is None else several.beside:
-            with ledger.part("teacher weights"):
+            self.places[f"teacher {one.name}"] = one.place
+            with ledger.part("teacher weights"), ledger.at(one.place):
                 self._add_beside(one)
         if several is not None and several.turn_steps is not None:
             self._leave_the_largest(ledger)
+        with ledger.part("teacher weights"):
+            self._head_weights += self._head_copies(work)
         attentions = {"student": setting.student_attention, "teacher": setting.teacher_attention}
         attentions |= {f"teacher {one.name}": one.attention for one in (() if several is None else several.beside)}
         for name, model in self.by_name.items():
@@ -90,6 +95,16 @@ class SimulatedModels:
     def of_role(self, role: str) -> list[str]:
         """The models that are run where the student is, or the teacher: each of several."""
         return [name for name in self.by_name if name == role or name.startswith(f"{role} ")]
+
+    def place(self, name: str) -> str:
+        """The device of a model of `by_name`."""
+        return self.places.get(name, HOME)
+
+    def place_of_weight(self, parameter: nn.Parameter) -> str:
+        """The device of one of the trained weights: of adapters in a teacher, the teacher's."""
+        adapted = self.by_name.get("teacher")
+        there = self.place("teacher") if adapted is not None else HOME
+        return there if there and any(one is parameter for one in adapted.parameters()) else HOME
 
     def teacher_sizes(self) -> dict[str, ModelSize]:
         """The teachers by the names that a plan calls them, the first of several first."""
@@ -155,12 +170,23 @@ class SimulatedModels:
         self.by_name[f"teacher {one.name}"] = model.eval().requires_grad_(False)
 
     def _leave_the_largest(self, ledger: Ledger) -> None:
-        """Of teachers that are in memory one at a time count the weights of the largest, and the heads of the others."""
-        local = [self.by_name[name] for name in self.of_role("teacher")]
-        local.sort(key=lambda model: sum(one.numel() * one.itemsize for one in model.parameters()))
-        for model in local[:-1]:
-            head = model.get_output_embeddings().weight
-            ledger.forget(one for one in model.parameters() if one is not head)
+        """Of teachers that are in memory one at a time count the weights of the largest on each device, and the heads of the
+        others, which for a teacher of another device than the student's are counted with the copies."""
+        local = [(self.place(name), self.by_name[name]) for name in self.of_role("teacher")]
+        local.sort(key=lambda one: sum(weight.numel() * weight.itemsize for weight in one[1].parameters()))
+        largest = {place: model for place, model in local}.values()
+        for place, model in local:
+            if all(model is not one for one in largest):
+                head = model.get_output_embeddings().weight
+                ledger.forget(one for one in model.parameters() if place != HOME or one is not head)
+
+    def _head_copies(self, work: Work) -> list[Tensor]:
+        """The heads of teachers on other devices, where the losses or the draws from a mixture read them."""
+        passes = (*work.decodings, *work.scorings, *work.evaluation)
+        together = ({*one.models, *getattr(one, "kept", ())} for one in passes if one.reads_heads)
+        read = any(term.teacher for term in work.terms) or any({"student", "teacher"} <= models for models in together)
+        away = [name for name in self.of_role("teacher") if self.place(name) != HOME]
+        return [torch.empty_like(lm_head(self.by_name[name]).weight) for name in away] if read else []
 
     def _projectors(self, term: TermShape) -> Iterable[nn.Module]:
         """The projectors that a method trains beside the student for the features of a term."""

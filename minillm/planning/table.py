@@ -12,6 +12,7 @@ from minillm.planning import gpus
 from minillm.planning.advice import Change
 from minillm.planning.cached_teacher import CacheSize
 from minillm.planning.ledger import PARTS
+from minillm.planning.places import HOME, HOST
 from minillm.planning.planner import PlannedRun, StagePlan
 from minillm.planning.speed import Speed, flops_per_token
 
@@ -36,12 +37,14 @@ def render(run: PlannedRun, advice: list[Change]) -> RenderableType:
 
 def as_data(run: PlannedRun, advice: list[Change]) -> dict[str, Any]:
     """Return the plan as plain data for programs, in bytes, FLOPs and seconds."""
+    beside = {place: size for place, size in run.peaks.items() if place != HOME}
     return {
         "gpu": run.gpu.name,
         "gpu_memory_bytes": int(run.gpu.memory_gib * GIB),
         "usable_bytes": run.gpu.usable_bytes,
         "world_size": run.world_size,
         "peak_bytes": run.peak_bytes,
+        **({"peak_bytes_beside": beside} if beside else {}),
         "fits": run.fits,
         "stages": {stage.name: _stage_data(stage, run.gpu) for stage in run.stages},
         **({"unplanned": run.unplanned} if run.unplanned else {}),
@@ -84,6 +87,9 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
             phase.phase: {
                 "device": {part: size for part, size in phase.device.items() if size},
                 "host": {part: size for part, size in phase.host.items() if size},
+                **{
+                    place: {part: size for part, size in parts.items() if size} for place, parts in phase.beside.items()
+                },
             }
             for phase in stage.memory
         },
@@ -150,7 +156,15 @@ def _memory(stage: StagePlan) -> Table:
         if any(phase.device[part] for phase in stage.memory):
             table.add_row(part, *(_gib(phase.device[part]) for phase in stage.memory))
     table.add_section()
-    table.add_row("device", *(_gib(phase.device_bytes) for phase in stage.memory))
+    beside = stage.simulation.places
+    table.add_row("the student's device" if beside else "device", *(_gib(phase.device_bytes) for phase in stage.memory))
+    for place in (one for one in beside if one != HOST):
+        table.add_section()
+        for part in PARTS:
+            if any(phase.beside[place][part] for phase in stage.memory):
+                table.add_row(f"{part} on {place}", *(_gib(phase.beside[place][part]) for phase in stage.memory))
+        table.add_section()
+        table.add_row(place, *(_gib(phase.peaks[place]) for phase in stage.memory))
     if any(phase.host_bytes for phase in stage.memory):
         table.add_row("host memory, a rank", *(_gib(phase.host_bytes) for phase in stage.memory))
     return table
@@ -210,14 +224,19 @@ def _time(speed: Speed | None) -> Iterator[Text]:
         f"scoring {speed.scoring_flops / 1e12:,.1f}, update {speed.update_flops / 1e12:,.1f})"
     )
     if speed.seconds is None:
-        yield Text("time: not estimated on this device, whose speed is not known")
+        yield Text("time: not estimated on this device, or on this host, whose speed is not known")
     else:
         each = ", ".join(f"{name} {value:.2f}" for name, value in speed.seconds.items() if value)
         yield Text(f"estimated time of a step: {sum(speed.seconds.values()):.2f} s ({each})")
 
 
 def _verdict(run: PlannedRun) -> Text:
-    text = f"peak {_gib(run.peak_bytes)} GiB of {run.gpu.memory_gib:,.0f} GiB"
+    of = f"of {run.gpu.memory_gib:,.0f} GiB"
+    text = f"peak {_gib(run.peaks[HOME])} GiB {of}"
+    if len(run.peaks) > 1:
+        named = {place or "the student's device": size for place, size in run.peaks.items()}
+        parts = [f"{_gib(size)} GiB {of} on {place}" for place, size in named.items()]
+        text = f"peak {', '.join(parts)}"
     if run.fits:
         return Text(f"fits: {text}", style="green")
     return Text(f"does not fit: {text}. In this order, until it does:", style="red")

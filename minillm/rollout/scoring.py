@@ -9,7 +9,6 @@ from torch import Tensor
 
 from minillm.distributed import collectives
 from minillm.losses import LMHead, TokenStats, linear_token_stats
-from minillm.models.access import lm_head, row_hidden
 from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.rollouts import Answer, Scores
@@ -95,7 +94,7 @@ def batch_statistics(
         rows: what the teacher says of them, None where no field needs it.
         shift: hidden states of models.delta, whose logits are added to the student's.
     """
-    return statistics(models, row_hidden(models.student, batch), batch.labels, rows, fields, shift)
+    return statistics(models, models.row_hidden("student", batch), batch.labels, rows, fields, shift)
 
 
 def statistics(
@@ -107,7 +106,7 @@ def statistics(
     shift: Tensor | None = None,  # (N, H_d)
 ) -> TokenStats:  # (N,) each
     """Statistics at temperature 1 of N predictions of which the hidden states are known; `rows` and `shift` as above."""
-    student_head = lm_head(models.student)
+    student_head = models.head("student")
     if shift is not None:
         student_head = LMHead.sum_of(student_head, models.delta.head())
     found = []

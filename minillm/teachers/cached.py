@@ -15,6 +15,7 @@ from minillm.config.needs import Ability
 from minillm.losses import LMHead, TopK
 from minillm.models.access import without_id
 from minillm.models.batch import TokenBatch, TokenSequence
+from minillm.models.device import moved
 from minillm.storage.mapped_tensors import MappedTensors
 from minillm.teachers.row_cache import ANSWERS, HEAD, RowCache, digest_of
 from minillm.teachers.teacher import HiddenRows, TeacherRows, TopKRows
@@ -91,7 +92,7 @@ class CachedTeacher:
             raise ValueError(
                 f"a batch with {len(batch.rows)} rows must be of sequences with as many tokens of response"
             )
-        on_device = {name: part.to(self.device, non_blocking=True) for name, part in parts.items()}
+        on_device = {name: moved(part, self.device) for name, part in parts.items()}
         dtype = self._head.weight.dtype if "logprobs" in self.abilities else torch.float32
         return self.rows_of(self.cache.storage.decode(on_device, dtype))
 

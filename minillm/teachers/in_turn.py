@@ -9,7 +9,6 @@ would read, so that its rows are the same bit for bit.
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,8 +18,10 @@ from minillm.config.needs import Ability
 from minillm.losses import LMHead
 from minillm.models.access import plain_head, row_hidden, without_id
 from minillm.models.batch import TokenBatch
+from minillm.models.device import moved, same_device
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.modes import sampling_mode
+from minillm.models.other_device import head_to
 from minillm.models.processors import processor_of
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.row_cache import digest_of
@@ -59,7 +60,7 @@ class TeacherInTurn:
     """One of them; the protocol is minillm.teachers.teacher.Teacher.
 
     Args:
-        load: opens its weights, the same every time, on the device of the student.
+        load: opens its weights, the same every time, on a device that need not be the student's.
         look: is shown the model when it is opened for the first time, and raises where it is of no use.
     """
 
@@ -77,6 +78,7 @@ class TeacherInTurn:
         self._load, self.turn = load, turn
         self._kept: dict[bytes, list[Tensor]] = {}  # batch -> (N, H_t) on the host, as often as it is to come
         self.answers_beside_pictures = False  # as minillm.models.families.answer_beside_pictures
+        self.device: torch.device | None = None  # where rows and the head are given; None: where the weights are
         model = turn.take(self, load)
         look(model)
         self.end_ids = end_ids(model, tokenizer)
@@ -86,7 +88,7 @@ class TeacherInTurn:
         self.config = model.config
         self._summary = type(model).__name__, str(model.dtype).removeprefix("torch.")
         self._parameters = sum(one.numel() for one in model.parameters())
-        self._keep_head(model)
+        self._head = head_to(plain_head(model), model.device)
 
     @property
     def vocab_size(self) -> int:
@@ -109,6 +111,10 @@ class TeacherInTurn:
         """True while its weights are the ones in memory."""
         return self.turn.holder is self
 
+    def give_to(self, device: torch.device) -> None:
+        """Give rows and the head on this device from now on."""
+        self.device, self._head = device, head_to(self._head, device)
+
     def take_turn(self, batches: Iterable[TokenBatch]) -> None:
         """Read the batches that `rows` is about to be called with, and keep what is said of them. What was kept before and
         is not among them is forgotten."""
@@ -125,11 +131,12 @@ class TeacherInTurn:
         name = _name(batch)
         kept = self._kept.get(name)
         if not kept:
-            return HiddenRows(self._read(batch), self)
+            rows = self._read(batch)
+            return HiddenRows(rows if self.device is None else moved(rows, self.device), self)
         rows = kept.pop()
         if not kept:
             del self._kept[name]
-        return HiddenRows(rows.to(batch.input_ids.device, non_blocking=True), self)
+        return HiddenRows(moved(rows, batch.input_ids.device), self)
 
     def rows_of(self, parts: Mapping[str, Tensor]) -> HiddenRows:  # {"hidden": (N, H_t)}
         """Rows of what `parts` gave."""
@@ -149,16 +156,11 @@ class TeacherInTurn:
     def _read(self, batch: TokenBatch) -> Tensor:  # (N, H_t)
         opened = not self.is_here
         model = self.turn.take(self, self._load)
-        if opened:  # one head in memory is enough
-            self._keep_head(model)
+        if opened and same_device(model.device, self._head.weight.device):  # one head in memory is enough
+            self._head = head_to(plain_head(model), model.device)
         answer_beside_pictures(model, self.answers_beside_pictures)
         with sampling_mode([model]):
             return row_hidden(model, batch.read_by_teacher().to(model.device))
-
-    def _keep_head(self, model: PreTrainedModel) -> None:
-        head = plain_head(model)
-        bias = None if head.bias is None else head.bias.detach()
-        self._head = replace(head, weight=head.weight.detach(), bias=bias)
 
 
 def _name(batch: TokenBatch) -> bytes:

@@ -25,6 +25,7 @@ from minillm.distributed import collectives
 from minillm.models.delta import Delta, Translation
 from minillm.models.device import pick_device
 from minillm.models.loading import load_student, load_teacher
+from minillm.models.other_device import elsewhere
 from minillm.models.sharded import gathered
 from minillm.models.spelling import spelling_of
 from minillm.models.tokenizer_pair import TokenizerPair
@@ -74,8 +75,16 @@ def teacher_tokenizer(config: AnyTeacherConfig, output_dir: Path) -> PreTrainedT
     return load_tokenizer(config, output_dir)
 
 
-def open_teacher(config: TeacherSide, *, output_dir: Path, device: torch.device, sharded: bool = False) -> OpenTeacher:
+def open_teacher(
+    config: TeacherSide, *, output_dir: Path, device: torch.device, sharded: bool = False, key: str = "teacher"
+) -> OpenTeacher:
     """The teacher of a configuration. All ranks call it together; of one that will be sharded, rank 0 reads the weights.
+
+    Args:
+        output_dir: where models of stage:NAME lie.
+        device: of a teacher that does not name one.
+        sharded: it will be sharded over the ranks.
+        key: the key of its group, for errors.
 
     Of a cached or a served one no weights are read before its head is asked for. Raises UserError where it cannot be read.
     """
@@ -84,7 +93,7 @@ def open_teacher(config: TeacherSide, *, output_dir: Path, device: torch.device,
         opened = {
             name: _open_in_turn(name, one, turn, output_dir, device)
             if turn is not None and isinstance(one, TeacherConfig)
-            else open_teacher(one, output_dir=output_dir, device=device, sharded=sharded)
+            else open_teacher(one, output_dir=output_dir, device=device, sharded=sharded, key=f"teachers.{name}")
             for name, one in config.teachers.items()
         }
         several = SeveralTeachers({name: one.teacher for name, one in opened.items()}, config.weights, config.abilities)
@@ -99,16 +108,22 @@ def open_teacher(config: TeacherSide, *, output_dir: Path, device: torch.device,
         cached = collectives.together(lambda: CachedTeacher(find_cache(config.path, output_dir), device))
         return OpenTeacher(cached, teacher_tokenizer(config, output_dir))
     hollow = sharded and collectives.rank() > 0
-    model = collectives.together(lambda: load_teacher(config, output_dir=output_dir, device=device, hollow=hollow))
+    where = _device_of(config, key, device)
+    model = collectives.together(lambda: load_teacher(config, output_dir=output_dir, device=where, hollow=hollow))
     return OpenTeacher(LocalTeacher(model), load_tokenizer(config, output_dir))
+
+
+def _device_of(config: TeacherConfig, key: str, device: torch.device) -> torch.device:
+    return device if config.device is None else pick_device(config.device, f"{key}.device")
 
 
 def _open_in_turn(name: str, config: TeacherConfig, turn: Turn, output_dir: Path, device: torch.device) -> OpenTeacher:
     """One of several teachers that are in memory one at a time, whole on every rank."""
     tokenizer = load_tokenizer(config, output_dir)
+    where = _device_of(config, f"teachers.{name}", device)
     teacher = collectives.together(
         lambda: TeacherInTurn(
-            lambda: load_teacher(config, output_dir=output_dir, device=device),
+            lambda: load_teacher(config, output_dir=output_dir, device=where),
             tokenizer,
             turn,
             look=lambda model: check_model(f"teacher {name!r}", model),
@@ -158,7 +173,8 @@ def open_models(
     judge, judges_tokenizer = (None, None) if teacher is None else teacher
     if student is None:
         require_ability(judge, "evaluate", "a teacher in the student's place")
-        models, rows = preflight(judge.model, judge, judges_tokenizer, judges_tokenizer, device)
+        where = elsewhere(judge.model, device) or device  # the only model is where it says
+        models, rows = preflight(judge.model, judge, judges_tokenizer, judges_tokenizer, where)
         return models, [*rows, settle_packing(models, packing)]
     options = {"output_dir": output_dir, "device": loading_device or device, "seed": seed, "hollow": hollow}
     source = judge.model if copy_teacher else None

@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minillm.losses import LMHead
+from minillm.models.batch import TokenBatch
 from minillm.models.delta import Delta
 from minillm.models.modes import sampling_mode
+from minillm.models.other_device import elsewhere, head_on, row_hidden_on
 from minillm.models.sharded import gathered
 from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.teachers.several import weights_here
@@ -29,7 +33,7 @@ class Models:
     vocab_size: int  # ids that both of them know
     eos_ids: tuple[int, ...]  # any of them ends an answer
     pad_id: int
-    device: torch.device
+    device: torch.device  # of the losses and of all that is shared, which is the student's
     by_layers: bool = False  # sharded weights are gathered a layer at a time: all ranks run the same forward passes
     vocabulary: SharedVocabulary | None = None  # which of the ids mean the same to both; None: all below vocab_size
     tokenizers: TokenizerPair | None = None  # where the teacher reads its own ids: nothing here is shared with it then
@@ -46,6 +50,32 @@ class Models:
             return self.student
         require_ability(self.teacher, "weights", "this")
         return self.teacher.model
+
+    def elsewhere(self, role: Role) -> torch.device | None:
+        """The device of a role's weights where that is another one than `device`. UserError as `model`."""
+        return elsewhere(self.model(role), self.device)
+
+    def head(self, role: Role) -> LMHead:
+        """The head of a role on `device`. UserError as `model`."""
+        return head_on(self.model(role), self.device)
+
+    def row_hidden(self, role: Role, batch: TokenBatch) -> Tensor:  # (N, H)
+        """The last hidden states of a role at the rows of a batch on `device`, where they come to. UserError as `model`."""
+        return row_hidden_on(self.model(role), batch, self.device)
+
+    def sampling(self, *roles: Role) -> "Models":
+        """The pair for answers of these roles: a teacher that answers alone does so on its own device, so that no token and no
+        hidden state crosses to another one."""
+        if roles != ("teacher",) or self.teacher is None or self.teacher.model is None:
+            return self
+        there = self.elsewhere("teacher")
+        return self if there is None else replace(self, device=there)
+
+    def teacher_alone(self) -> "Models":
+        """The teacher in the student's place, on its own device and beside nobody. Raises UserError as `model`."""
+        model = self.model("teacher")
+        device = elsewhere(model, self.device) or self.device
+        return replace(self, student=model, teacher=None, delta=None, device=device)
 
     def controlled(self) -> "Models":
         """The teacher with the student's logits added to its own, in the student's place: what a delta is judged by."""

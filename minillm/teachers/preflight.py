@@ -10,6 +10,7 @@ from minillm import UserError
 from minillm.models.access import OUT_OF_MEMORY, failed_run, head_error, lm_head, padding_error
 from minillm.models.families import answer_beside_pictures, placeholder_id, sees_pictures
 from minillm.models.loading import is_hollow
+from minillm.models.other_device import elsewhere
 from minillm.models.processors import placeholder_ids, processor_of
 from minillm.models.quantization import element_count, is_quantized, quantization_name
 from minillm.models.sharded import is_sharded
@@ -17,6 +18,7 @@ from minillm.models.tokenizer_pair import TokenizerPair
 from minillm.models.tokenizers import end_ids
 from minillm.teachers.cached import CachedTeacher
 from minillm.teachers.in_turn import TeacherInTurn
+from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 from minillm.teachers.remote import RemoteTeacher
 from minillm.teachers.several import SeveralTeachers
@@ -103,6 +105,8 @@ def preflight(
     for judge in judges:
         if isinstance(judge.teacher, RemoteTeacher):
             judge.teacher.shared_ids = vocab_size if tokenizers is None else judge.teacher.vocab_size
+        elif isinstance(judge.teacher, LocalTeacher | TeacherInTurn):
+            judge.teacher.give_to(device)
     return models, _table(models, judges, rows_s)
 
 
@@ -238,6 +242,9 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
             pictures_of(model, tokenizer),
         ]
 
+    def device_of(model) -> str:
+        return "-" if model is None else str(model.device)
+
     names = [
         "model",
         "parameters",
@@ -255,6 +262,9 @@ def _table(models: Models, judges: Sequence[Judge], rows_s: int) -> list[Row]:
         [of_all(whose, cells) for cells in zip(*beside, strict=True)] or ["-"] * len(names),
     )
     table = [(name, ours, theirs) for name, ours, theirs in zip(names, *columns, strict=True)]
+    if any(one.teacher.model is not None and elsewhere(one.teacher.model, models.device) for one in judges):
+        cells = [device_of(one.teacher.model) for one in judges]
+        table.append(("device", device_of(models.student), of_all(whose, cells)))
     pad = models.tokenizer.convert_ids_to_tokens(models.pad_id)
     if (unshared := models.vocabulary.described()) is not None:
         table.append(("ids not shared", *unshared))

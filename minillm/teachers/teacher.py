@@ -19,6 +19,7 @@ from minillm import UserError
 from minillm.config.needs import ABILITIES, Ability
 from minillm.losses import LMHead
 from minillm.models.batch import TokenBatch
+from minillm.models.device import moved
 
 if TYPE_CHECKING:
     from minillm.losses import TopK
@@ -35,7 +36,7 @@ class HiddenRows:
         return len(self.hidden)
 
     def to(self, device: torch.device | str) -> "HiddenRows":
-        return replace(self, hidden=self.hidden.to(device, non_blocking=True))
+        return replace(self, hidden=moved(self.hidden, device))
 
     def parts(self) -> dict[str, Tensor]:  # (N, ...) each
         """The tensors that a buffer keeps; `Teacher.rows_of` makes rows of them again."""
@@ -61,7 +62,7 @@ class TopKRows:
         return len(self.top_k.ids)
 
     def to(self, device: torch.device | str) -> "TopKRows":
-        ids, logprobs = (part.to(device, non_blocking=True) for part in (self.top_k.ids, self.top_k.logprobs))
+        ids, logprobs = (moved(part, device) for part in (self.top_k.ids, self.top_k.logprobs))
         return TopKRows(type(self.top_k)(ids, logprobs))
 
     def parts(self) -> dict[str, Tensor]:  # (N, k) each

@@ -40,7 +40,7 @@ class ModelCache:
         if trained:
             self.close()
             return open_teacher(config, output_dir=output_dir, device=device, sharded=sharded)
-        key = teacher_identity(config, output_dir), sharded
+        key = teacher_identity(config, output_dir), sharded, device
         if self._teacher is None or self._teacher_key != key:
             self.close()
             self._teacher = open_teacher(config, output_dir=output_dir, device=device, sharded=sharded)

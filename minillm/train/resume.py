@@ -6,13 +6,14 @@ from typing import Any
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan
-from minillm.config.models import ServedTeacherConfig, TeachersByConfig
+from minillm.config.models import ServedTeacherConfig, TeacherConfig, TeachersByConfig
 from minillm.config.training import SCHEDULES
 from minillm.train.progress import Progress
 
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
 # Keys of `train` that only say when a stage ends. They may grow.
+PLACES = {"local": TeacherConfig.of_the_place, "served": ServedTeacherConfig.of_the_place}
 LIMITS = ("max_steps", "num_train_epochs", "max_seconds", "max_student_tokens")
 
 
@@ -46,7 +47,7 @@ def check_resume(plan: RunPlan, progress: Progress, saved: dict) -> bool:
 
 
 def _kept(config: dict) -> dict:
-    """The keys of a stage that must be as they were: a served teacher may have moved, and weights be
+    """The keys of a stage that must be as they were: a teacher may be on another device or server, and weights be
     elsewhere in memory."""
     kept = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
     if kept.get("teacher"):
@@ -60,9 +61,8 @@ def _kept(config: dict) -> dict:
 
 
 def _without_place(teacher: dict) -> dict:
-    if teacher.get("type") != "served":
-        return teacher
-    return {key: value for key, value in teacher.items() if key not in ServedTeacherConfig.of_the_place}
+    place = PLACES.get(teacher.get("type", "local"), frozenset())  # a local one is written without its type
+    return {key: value for key, value in teacher.items() if key not in place}
 
 
 def _is_longer(before: dict, now: dict) -> bool:

@@ -17,6 +17,7 @@ import yaml
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
 from minillm.distributed import collectives, group
+from minillm.engine.placement import check_devices
 from minillm.planning.adapter_check import check_targets
 from minillm.reporting.model_card import write_model_card
 from minillm.reporting.report import write_report
@@ -76,6 +77,8 @@ def _run_together(plan: RunPlan, *, resume: bool, console) -> Path:
 
 def _run(plan: RunPlan, *, resume: bool, console, cache: ModelCache) -> Path:
     output_dir = plan.output_dir
+    for stage in plan.stages:
+        check_devices(stage.config)
     check_targets(plan)
     checkpoint = collectives.on_rank_0(lambda: _prepare(output_dir, resume, console))
     checkpoint = None if checkpoint is None else Path(checkpoint)

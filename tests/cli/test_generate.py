@@ -14,6 +14,7 @@ from minillm.models.saving import save_model
 from minillm.models.tokenizers import byte_tokenizer
 from minillm.reporting.console import Console
 from minillm.rollout.rollouts import Sampling
+from tests.pretended_devices import pretended_gpus
 
 PLAIN = InstructionKeys(template="none")
 
@@ -105,6 +106,22 @@ def test_the_verb_from_folder_to_answer(folder):
     assert "[teacher]" in shown(teacher=str(folder / "teacher"))
     assert shown(seed=1) != alone
     assert shown(top_k=1) == shown(temperature=0.0)
+
+
+def test_a_teacher_on_a_device_of_its_own(folder, monkeypatch):
+    def shown(**options) -> str:
+        file = io.StringIO()
+        options |= {"prompts": ["hi"], "max_new_tokens": 6, "device": "cpu"}
+        generate(str(folder / "student"), console=Console(rank=0, file=file), **options)
+        return file.getvalue()
+
+    beside = shown(teacher=str(folder / "teacher"))
+    with pretended_gpus(monkeypatch):
+        assert shown(teacher=str(folder / "teacher"), teacher_device="cuda:1") == beside
+    with pytest.raises(UserError, match="--teacher-device: there is no --teacher"):
+        shown(teacher_device="cuda:1")
+    with pytest.raises(UserError, match="--teacher-device is 'mps'; it must be cpu, cuda or cuda:N"):
+        shown(teacher=str(folder / "teacher"), teacher_device="mps")
 
 
 def test_lines_of_stdin_are_prompts(folder, monkeypatch):

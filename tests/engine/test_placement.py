@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from minillm import UserError
+from minillm.config.root import StageConfig
 from minillm.config.training import DeepSpeedEngine, TorchEngine
 from minillm.engine import placement
-from minillm.engine.placement import check_backend, engine_device, loading_device
+from minillm.engine.placement import check_backend, check_devices, engine_device, loading_device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -50,3 +51,28 @@ def test_what_will_be_sharded_is_read_to_the_host(monkeypatch):
     monkeypatch.setattr(placement, "engine_device", lambda engine: GPU)
     assert loading_device(TorchEngine(), sharded=True) == CPU
     assert loading_device(TorchEngine(), sharded=False) == GPU
+
+
+@pytest.mark.parametrize(
+    "groups, key",
+    [
+        ({"teacher": {"path": "unused", "device": "cuda:1"}}, "teacher.device"),
+        (
+            {
+                "teachers": {"a": {"path": "unused"}, "b": {"path": "unused", "device": "cuda:1"}},
+                "teachers_by": {"weights": {"a": 1, "b": 1}},
+            },
+            "teachers.b.device",
+        ),
+        ({"teacher": {"path": "unused"}, "engine": {"device": "cuda:1"}}, "engine.device"),
+    ],
+)
+def test_a_device_that_is_not_there_is_said_of_its_key(groups, key, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = StageConfig(output_dir="unused", student={"path": "unused"}, train={"max_steps": 1},
+                         method={"name": "kd"}, **groups)  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=f"{key} is 'cuda:1', but torch sees 1 GPUs here"):
+        check_devices(config)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices(config)

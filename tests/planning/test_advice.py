@@ -51,3 +51,15 @@ def test_a_supervised_stage_is_planned_with_its_evaluation_and_advised_about_it(
     monkeypatch.setitem(GPUS, "small", Gpu("small", 2 * update / USABLE_MEMORY / 2**30))
     changes = advise(plan, plan_run(plan, gpu="small"), [])
     assert changes[0].overrides == ["eval.batch_size=256"] and changes[-1].fits
+
+
+def test_where_one_gpu_does_not_hold_both_the_teacher_gets_one_of_its_own(recipe, monkeypatch):
+    path = recipe(method={"name": "kd"})
+    keys = ["train.gradient_checkpointing=true", "train.per_device_train_batch_size=1", "teacher.quantization=nf4"]
+    peak = planned(path, *keys, gpu="A100-80GB").peak
+    limit = peak.device_bytes - peak.device["teacher weights"] // 8
+    monkeypatch.setitem(GPUS, "small", Gpu("small", limit / USABLE_MEMORY / 2**30))
+    run = plan_run(load_run([path], keys), gpu="small")
+    assert not run.fits
+    (change,) = advise(load_run([path], keys), run, keys)
+    assert change.overrides == ["teacher.device=cuda:1"] and change.fits

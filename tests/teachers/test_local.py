@@ -9,6 +9,7 @@ from minillm.losses import linear_cross_entropy
 from minillm.models.batch import TokenSequence, collate
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.teacher import ABILITIES
+from tests.pretended_devices import pretended_devices
 
 # answers of several lengths, one of them empty, so that rows and positions are not the same thing
 SEQUENCES = [TokenSequence([5], [6, 7, 8, 9]), TokenSequence([1, 2, 3], [4, 5]), TokenSequence([9], [])]
@@ -49,6 +50,29 @@ def test_asking_leaves_no_trace(build_model):
 def test_it_can_do_everything_and_speaks_of_every_row_of_its_head(build_model):
     teacher = LocalTeacher(build_model("llama", vocab_size=80))
     assert teacher.abilities == set(ABILITIES) and teacher.vocab_size == 80
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_from_another_device_it_gives_the_same(build_model, architecture):
+    here, model = torch.device("cpu"), build_model(architecture)
+    batch, expected = collate(SEQUENCES, 0), LocalTeacher(model)
+    rows, layers = expected.rows(batch).hidden, expected.layers(batch, [1, -1])
+    with expected.head() as head:
+        weight = head.weight.detach().clone()
+    with pretended_devices():
+        teacher = LocalTeacher(model.requires_grad_(False).to("xpu:1"))
+        with teacher.head() as head:
+            assert head.weight.device == model.device, "where nobody says another, the model's own"
+        teacher.give_to(here)
+        found = teacher.rows(batch)
+        with found.for_losses() as (hidden, head):
+            assert hidden.device == head.weight.device == here
+            assert torch.equal(hidden, rows) and torch.equal(head.weight, weight)
+        for layer, states in teacher.layers(batch, [1, -1]).items():
+            assert states.device == here and torch.equal(states, layers[layer])
+        teacher.close()
+        with teacher.head() as again:
+            assert again.weight is not head.weight, "its copy went when it was closed"
 
 
 def test_closing_one_that_is_not_sharded_leaves_it_to_whoever_has_it_besides(build_model):

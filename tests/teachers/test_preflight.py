@@ -15,6 +15,7 @@ from minillm.teachers.local import LocalTeacher
 from minillm.teachers.preflight import PreflightError, end_ids, preflight
 from tests.conftest import tiny_llama
 from tests.pictures import build_processor, build_seeing
+from tests.pretended_devices import pretended_devices
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,17 @@ def test_padded_vocabularies_are_cut_to_the_shared_part(build_model):
     table = {name: (ours, theirs) for name, ours, theirs in rows}
     assert table["head rows"] == ("260", "264, cut to 260")
     assert table["model"] == ("LlamaForCausalLM", "GPT2LMHeadModel")
+
+
+def test_devices_are_shown_where_there_are_two(build_model):
+    tokenizer = byte_tokenizer()
+    with pretended_devices():
+        student, model = build_model("llama", vocab_size=260), build_model("llama", vocab_size=260)
+        _, rows = preflight(student, LocalTeacher(model), tokenizer, tokenizer, CPU)
+        assert "device" not in [name for name, *_ in rows]
+        teacher = LocalTeacher(model.to("xpu:1"))
+        _, rows = preflight(student, teacher, tokenizer, tokenizer, CPU)
+    assert ("device", "cpu", "xpu:1") in rows and teacher.device == CPU
 
 
 def test_padding_that_is_also_an_eos_is_shown(build_model):

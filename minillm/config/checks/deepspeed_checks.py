@@ -26,6 +26,14 @@ def sharding_keys(facts: Facts, engine: Engine) -> Iterator[Found]:
     teachers = teachers_of(facts.groups.get("teacher"))
     if engine.type != "deepspeed":
         return
+    for key, one in teachers.items():
+        if isinstance(one, TeacherConfig) and one.device is not None:
+            message = (
+                "is for engine.type torch: each rank of deepspeed has one GPU, with its part of the student and of the "
+                "teacher on it; stage 3 shards a teacher, with engine.offload_param its shards lie in the host's memory, and "
+                "`minillm serve` has one on other GPUs (teacher.type: served)"
+            )
+            yield Found(f"{key}.device", message, ("engine.type",))
     if engine.stage != 3:
         if engine.offload_param:
             message = (

@@ -130,6 +130,19 @@ def cuda_graphs_usable(facts: Facts, rollout: RolloutConfig, engine: Engine) -> 
         yield Found("rollout.cuda_graphs", "needs a GPU, but engine.device is cpu", ("engine.device",))
 
 
+def mixture_in_one_graph(
+    facts: Facts, rollout: RolloutConfig, engine: Engine, method: Method, teacher: TeacherSide | None
+) -> Iterator[Found]:
+    """A step that is captured as a CUDA graph runs both models of a mixture on one GPU."""
+    if not rollout.cuda_graphs or engine.type != "torch" or "mixture" not in method.needs().samples:
+        return
+    device = getattr(teacher, "device", None)
+    first = ("auto", "cuda", "cuda:0")
+    if device is not None and device != engine.device and not {device, engine.device} <= {*first}:
+        message = f"a step of a mixture would run on two devices, and a graph is of one: teacher.device is {device}"
+        yield Found("rollout.cuda_graphs", message, ("teacher.device", "engine.device"))
+
+
 def shared_coins_usable(facts: Facts, rollout: RolloutConfig, method: Method) -> Iterator[Found]:
     """Coins decide where there are two models to choose from, and steps have no fixed shapes."""
     if not rollout.shared_coins:

@@ -53,6 +53,7 @@ from minillm.config.checks.model_checks import (
 from minillm.config.checks.place_checks import places_exist
 from minillm.config.checks.rollout_checks import (
     cuda_graphs_usable,
+    mixture_in_one_graph,
     neutral_sampling,
     one_temperature,
     sampling_keys_used,
@@ -123,6 +124,7 @@ CHECKS = (
     whole_batches,
     sampling_keys_used,
     cuda_graphs_usable,
+    mixture_in_one_graph,
     shared_coins_usable,
     several_answers,
     shared_prompts_read,

@@ -16,7 +16,7 @@ from torch import Tensor
 from minillm import UserError
 from minillm.distributed import collectives
 from minillm.models.batch import join_extras
-from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.decoder import Decoder, decoder_of
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.lagging_decoder import LaggingDecoder
 from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
@@ -67,7 +67,7 @@ def decode(
 
 def _decoder(models: Models, role: Role, room: int) -> Decoder:
     model = models.model(role)
-    return Decoder(model, make_cache(model, lambda: RoomyLayer(room)), vocab_size=models.vocab_size)
+    return decoder_of(models, role, make_cache(model, lambda: RoomyLayer(room)))
 
 
 def _scored(

@@ -12,9 +12,12 @@ from minillm.kernels.head import project, ready
 from minillm.kernels.rows_torch import logits_from_raw
 from minillm.losses import LMHead
 from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_head
+from minillm.models.device import moved
 from minillm.models.families import cache_argument, cache_mask, text_config
+from minillm.models.other_device import elsewhere
 from minillm.rollout.local.cache_rows import cache_for_rows, drop_columns, put_rows
 from minillm.rollout.local.distribution import padded_size
+from minillm.teachers.pair import Models, Role
 
 
 class Decoder:
@@ -24,9 +27,21 @@ class Decoder:
     by the next call.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, *, vocab_size: int, head: LMHead | None = None):
-        """Args: head: in the place of the model's own."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Cache,
+        *,
+        vocab_size: int,
+        head: LMHead | None = None,
+        device: torch.device | None = None,
+    ):
+        """Args:
+        head: in the place of the model's own.
+        device: where tokens come from, and hidden states and logits go, `head` included; None: where the model is.
+        """
         self.model, self.cache, self.vocab_size = model, cache, vocab_size
+        self.here, self.there = device, None if device is None else elsewhere(model, device)
         head = lm_head(model) if head is None else head
         self.weight, self.bias = head.weight[:vocab_size], None if head.bias is None else head.bias[:vocab_size]
         self.logit_scale, self.softcap = head.logit_scale, head.softcap
@@ -44,7 +59,7 @@ class Decoder:
     ) -> Tensor:
         """Feed tokens and return the logits of what follows the last of them."""
         prompts = bool(extras) or input_ids.shape[1] > 1
-        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts)[:, -1]
+        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts, last=True)[:, -1]
         return self.logits(hidden if rows is None else hidden[rows])
 
     def refill(
@@ -61,16 +76,18 @@ class Decoder:
         They end in the last column of the cache, which must be as long as they are.
         """
         running, shift, batch = self.cache, self._shift, self._batch
-        self.cache, self._shift = cache_for_rows(self.model, running, rows, copies), None
-        logits = self.logits(self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True)[:, -1])
-        put_rows(running, self.cache, rows, copies)
+        at, of = self._taken(rows), None if copies is None else self._taken(copies)
+        self.cache, self._shift = cache_for_rows(self.model, running, at, of), None
+        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True, last=True)[:, -1]
+        logits = self.logits(hidden)
+        put_rows(running, self.cache, at, of)
         self.cache, self._batch, new = running, batch, self._shift
         if copies is not None:
-            logits, new = logits[copies], None if new is None else new[copies]
+            logits, new = logits[copies], None if new is None else new[of]
         if shift is None and new is not None:
-            shift = position_ids.new_zeros(batch, 1)
+            shift = new.new_zeros(batch, 1)
         if shift is not None:
-            shift[rows] = 0 if new is None else new
+            shift[at] = 0 if new is None else new
         self._shift = shift
         return logits
 
@@ -86,8 +103,12 @@ class Decoder:
         extras: Mapping[str, Tensor] = NOTHING,  # with the prompts alone
         *,
         prompts: bool,  # they are the prompts; otherwise tokens of answers, any number of them at a time
-    ) -> Tensor:  # (B, new tokens, H)
+        last: bool = False,  # the states at the last of them alone
+    ) -> Tensor:  # (B, new tokens or 1, H)
         """Feed tokens and return the last hidden states at all of them."""
+        if self.there is not None:
+            input_ids, attention_mask, position_ids = map(self._taken, (input_ids, attention_mask, position_ids))
+            extras = {name: self._taken(one) for name, one in extras.items()}
         cached = {cache_argument(self.model): self.cache, "use_cache": True}
         self._batch = len(input_ids)
         if prompts:
@@ -99,13 +120,23 @@ class Decoder:
             positions = position_ids if self._shift is None else position_ids + self._shift
             mask = cache_mask(self.model, attention_mask, input_ids.shape[1])
             output = forward_decoder(self.model, input_ids, mask, positions, **cached)
-        return output.last_hidden_state
+        states = output.last_hidden_state
+        return self._given(states[:, -1:] if last else states)
 
     def keep(self, rows: Tensor) -> None:  # (rows to keep,) int64
         """Drop the other rows of the batch. A row that is named several times is copied."""
+        rows = self._taken(rows)
         self.cache.reorder_cache(rows)
         self._shift = None if self._shift is None else self._shift[rows]
         self._logits = None
+
+    def _taken(self, tensor: Tensor) -> Tensor:
+        """A tensor where the model is."""
+        return tensor if self.there is None else moved(tensor, self.there)
+
+    def _given(self, hidden: Tensor) -> Tensor:
+        """Hidden states, where the model is asked."""
+        return hidden if self.there is None else moved(hidden, self.here)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded) fp32
         """Logits of the token that follows each of these last hidden states."""
@@ -119,6 +150,12 @@ class Decoder:
         if self.logit_scale != 1.0 or self.softcap is not None:
             used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))
         return logits
+
+
+def decoder_of(models: Models, role: Role, cache: Cache) -> Decoder:
+    """The decoder of a role, whose hidden states and logits are on models.device."""
+    head, device = models.head(role), models.device
+    return Decoder(models.model(role), cache, vocab_size=models.vocab_size, head=head, device=device)
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from minillm.models.batch import join_extras
-from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.decoder import Decoder, decoder_of
 from minillm.rollout.local.delta_stream import SummedDecoder
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.ngrams import NgramBan
 from minillm.rollout.local.shared_prompts import Extras, copies_of, prompt_numbers
 from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
-from minillm.teachers.pair import Models
+from minillm.teachers.pair import Models, Role
 
 UNUSED_FRACTION = 0.25  # of the columns: when no row needs so many, dropping them repays the copy of the caches
 
@@ -162,9 +162,9 @@ class GrowingBatch:
             self.first -= unused
 
 
-def _decoder(models: Models, role: str, room: int) -> Decoder | SummedDecoder:
+def _decoder(models: Models, role: Role, room: int) -> Decoder | SummedDecoder:
     model = models.model(role)
-    decoder = Decoder(model, make_cache(model, lambda: RoomyLayer(room)), vocab_size=models.vocab_size)
+    decoder = decoder_of(models, role, make_cache(model, lambda: RoomyLayer(room)))
     if role == "student" and models.delta is not None:
         return SummedDecoder(decoder, models.delta, room=room)
     return decoder

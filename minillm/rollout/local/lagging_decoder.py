@@ -32,7 +32,7 @@ class LaggingDecoder:
     ) -> None:
         """Begin with the prompts."""
         batch, self.width = ids.shape
-        last = self.decoder.hidden(ids, mask[:, : self.width], position, extras, prompts=True)[:, -1]
+        last = self.decoder.hidden(ids, mask[:, : self.width], position, extras, prompts=True, last=True)[:, -1]
         self.rows = torch.arange(batch, device=ids.device)  # of the answers, still in the cache
         self.mask, self.next = mask, position[:, -1:] + 1  # the position of an answer's first token
         self.states = last.new_zeros(batch, len(self.writing.places), last.shape[-1])  # (B, max_new_tokens, H)

@@ -129,7 +129,8 @@ class LocalRollouts:
         Raises UserError also for keys that do not match the prompts, an alpha without a mixture, sequences beyond a
         table of positions, and logits that are not finite.
         """
-        models, roles = self.models, _roles(self.models, sampling, who)
+        roles = _roles(self.models, sampling, who)
+        models = self.models.sampling(*roles)
         _check(models, prompts, sampling, keys, batch_size, roles)
         self.check(*roles)
         extras = [{}] * len(prompts) if extras is None else extras
@@ -154,7 +155,7 @@ class LocalRollouts:
         ends = in_batches(numbers, batch_size)
         with models.reading(*roles):
             served = self._asks_servers(*roles)
-            if not served and len(order) > batch_size and self._refills(sampling, roles):
+            if not served and len(order) > batch_size and self._refills(models, sampling, roles):
                 options = {"batch_size": batch_size, "progress": report, "share_prompts": shares}
                 decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
             else:
@@ -162,7 +163,7 @@ class LocalRollouts:
                     batches = [order[start:end] for start, end in ends]
                     drawn = self._served(batches, prompts, sampling, keys, extras, seed=seed, draw=draw)
                 else:
-                    decode = self._loop(sampling, roles, asked, batch_size, shares=shares, seed=seed, draw=draw)
+                    decode = self._loop(models, sampling, roles, asked, batch_size, shares=shares, seed=seed, draw=draw)
                     drawn = (
                         decode(asked[start:end], noise(range(start, end)), shown[start:end]) for start, end in ends
                     )
@@ -223,6 +224,7 @@ class LocalRollouts:
 
     def _loop(
         self,
+        models: Models,  # that sample
         sampling: Sampling,
         roles: dict[str, float],
         prompts: Sequence[list[int]],  # of this rank
@@ -233,14 +235,20 @@ class LocalRollouts:
         draw: int,
     ) -> Decode:
         """The loop that decodes a batch: its prompts, its noise, (B, max_new_tokens) float64 on the CPU, and what they show."""
-        if self.shared_coins and _coins_decide(self.models, sampling, roles):
+        if self.shared_coins and _coins_decide(models, sampling, roles):
             shared = coins(seed, draw, sampling.max_new_tokens)
-            return partial(coin_loop.decode, self.models, sampling, self._blocks, shared)
-        # n-grams are looked up on the host; graphs live for this call alone, in which no weight moves
-        if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
+            return partial(coin_loop.decode, models, sampling, self._blocks, shared)
+        # graphs live for this call alone, in which no weight moves
+        if prompts and self._captures(models, sampling, roles):
             sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
-            return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
-        return partial(_decode_batch, self.models, sampling, roles, shares)
+            return StaticLoop(models, sampling, roles, capture=CudaGraphs(models.device), **sizes).decode
+        return partial(_decode_batch, models, sampling, roles, shares)
+
+    def _captures(self, models: Models, sampling: Sampling, roles: Iterable[Role]) -> bool:
+        """True where steps are captured as CUDA graphs: of models on one GPU, without n-grams, which the host looks up."""
+        if not self.cuda_graphs or sampling.no_repeat_ngram_size or models.device.type != "cuda":
+            return False
+        return all(models.elsewhere(role) is None for role in roles)
 
     def unrefilled(self, *roles: Role) -> str | None:
         """The reason for which answers of these models are drawn in batches one after the other; None where prompts that
@@ -259,10 +267,10 @@ class LocalRollouts:
                 return f"the {role} ({name}) cannot read a prompt beside answers in progress"
         return None
 
-    def _refills(self, sampling: Sampling, roles: dict[str, float]) -> bool:
+    def _refills(self, models: Models, sampling: Sampling, roles: dict[str, float]) -> bool:
         # a coin says of one position in all rows which model is asked, and a graph has no step that reads prompts
         by_coins = self.shared_coins and _coins_decide(self.models, sampling, roles)
-        by_graphs = self.cuda_graphs and not sampling.no_repeat_ngram_size
+        by_graphs = self._captures(models, sampling, roles)
         return self.refill and not by_coins and not by_graphs and self.unrefilled(*roles) is None
 
 

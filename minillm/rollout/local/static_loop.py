@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minillm import UserError
-from minillm.rollout.local.decoder import Decoder
+from minillm.rollout.local.decoder import Decoder, decoder_of
 from minillm.rollout.local.graph_preconditions import require_static_shapes
 from minillm.rollout.local.kv_cache import StaticLayer, make_cache
 from minillm.rollout.local.token_drawing import Answer, PartialAnswers, Sampling, choose, pad_left
@@ -56,7 +56,7 @@ class StaticLoop:
             model = models.model(role)
             require_static_shapes(role, model)
             cache = make_cache(model, lambda: StaticLayer(self.room, self.column))
-            self.decoders.append(Decoder(model, cache, vocab_size=models.vocab_size))
+            self.decoders.append(decoder_of(models, role, cache))
             self.layers += cache.layers
             self.masks[model.dtype] = torch.zeros((batch, 1, 1, self.room), dtype=model.dtype, device=device)
         self.used = 0  # columns

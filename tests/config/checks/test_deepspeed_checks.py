@@ -83,3 +83,14 @@ def test_weights_stay_whole_below_stage_3(problems):
 def test_a_missing_package_is_said(recipe, monkeypatch):
     monkeypatch.setattr(deepspeed_checks, "is_installed", lambda distribution: distribution != "deepspeed")
     assert "pip install -e '.[deepspeed]'" in recipe.problems(engine={"type": "deepspeed"})["engine.type"]
+
+
+def test_a_teacher_with_a_device_of_its_own_is_for_one_process(problems, recipe):
+    recipe.document["teacher"]["device"] = "cuda:1"
+    found = problems(stage=3)
+    assert set(found) == {"teacher.device"}
+    for said in ("engine.type torch", "stage 3 shards a teacher", "engine.offload_param", "teacher.type: served"):
+        assert said in found["teacher.device"]
+    recipe.document["teachers"] = {"a": recipe.document.pop("teacher"), "b": {"path": "models/big"}}
+    recipe.document |= {"teachers_by": {"weights": {"a": 1, "b": 1}}, "method": {"name": "kd"}}
+    assert set(problems(stage=2)) == {"teachers.a.device"}

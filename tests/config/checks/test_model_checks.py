@@ -218,3 +218,20 @@ def test_keys_of_another_init_on_the_command_line(recipe, key, value, init):
     assert recipe.problems(f"student.{key}={value}", student__init="pretrained")[f"student.{key}" + (".hidden_size" if key == "config" else "")] == f"has no effect without init: {init}"  # fmt: skip
     stages = {"first": {"student": {"init": "prune", "layers": [0]}}, "second": {"student": {"init": "pretrained"}}}
     assert recipe.problems(stages=stages) == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:3", None])
+def test_a_teacher_may_be_on_a_device_of_its_own(recipe, device):
+    assert recipe.load(teacher__device=device).stages[0].config.teacher.device == device
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:x", "mps", 1])
+def test_other_devices_are_refused(recipe, device):
+    assert set(recipe.problems(teacher__device=device)) == {"teacher.device"}
+
+
+@pytest.mark.parametrize("kind", ["cached", "served"])
+def test_a_teacher_whose_weights_are_elsewhere_has_no_device(recipe, kind):
+    where = {"path": "cache"} if kind == "cached" else {"url": "http://host"}
+    found = recipe.problems(teacher={"type": kind, "device": "cuda:1", **where}, method={"name": "kd"})
+    assert found["teacher.device"] == f"unknown key for type {kind} (local has device)"

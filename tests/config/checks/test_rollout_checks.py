@@ -103,3 +103,17 @@ def test_several_answers_divide_what_is_decoded_and_trained_on(recipe):
     layers = {"type": "deepspeed", "gather": "layers"}
     assert "gather layers" in problems(engine=layers)["rollout.answers_per_prompt"]
     assert problems({"name": "gkd", "on_policy": 0.5}, answers=1) == {}
+
+
+@pytest.mark.parametrize(
+    "student, teacher, together",
+    [("auto", None, True), ("auto", "cuda:0", True), ("cuda:1", "cuda:1", True), ("auto", "cuda:1", False),
+     ("cuda:1", "cuda:0", False), ("cuda", "cpu", False)],
+)  # fmt: skip
+def test_a_graph_holds_the_models_of_one_device(recipe, student, teacher, together):
+    keys = {"rollout": {"cuda_graphs": True}, "engine": {"device": student}, "teacher__device": teacher}
+    found = recipe.problems(**keys)
+    assert set(found) == (set() if together else {"rollout.cuda_graphs"})
+    assert together or f"teacher.device is {teacher}" in found["rollout.cuda_graphs"]
+    alone = {"name": "minillm", "alpha": 0.0}
+    assert recipe.problems(method=alone, **keys) == {}, "the student answers alone"
