@@ -12,8 +12,9 @@ from minillm.train.progress import Progress
 
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE_ON_RESUME = {"output_dir", "save", "log", "eval"}
-# Keys of `train` that only say when a stage ends. They may grow.
+# Keys of a teacher that say where it is, by its type. They may, too.
 PLACES = {"local": TeacherConfig.of_the_place, "served": ServedTeacherConfig.of_the_place}
+# Keys of `train` that only say when a stage ends. They may grow.
 LIMITS = ("max_steps", "num_train_epochs", "max_seconds", "max_student_tokens")
 
 
