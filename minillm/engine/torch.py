@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,11 @@ from minillm.engine.saved_state import check_optimizer_state, check_schedule_sta
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
 from minillm.models.modes import train_mode
-from minillm.storage.state_file import reading_state
+from minillm.storage.snapshot import SavedPart
+from minillm.storage.state_file import reading_state, torch_file
 from minillm.teachers.pair import Models
+
+STATE = "engine.pt"
 
 
 class TorchEngine:
@@ -73,7 +77,10 @@ class TorchEngine:
         self.scheduler.step()
         return result
 
-    def save_state(self, folder: Path) -> None:
+    def state_part(self) -> SavedPart:
+        return torch_file(STATE, self._state)
+
+    def _state(self) -> dict[str, Any]:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -81,10 +88,10 @@ class TorchEngine:
         }
         if self.models.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.models.device)
-        torch.save(state, folder / "engine.pt")
+        return state
 
     def load_state(self, folder: Path) -> None:
-        path = folder / "engine.pt"
+        path = folder / STATE
         with reading_state(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             check_optimizer_state(state["optimizer"], self.optimizer)
