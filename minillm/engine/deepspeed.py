@@ -17,6 +17,7 @@ from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TrainConfig
 from minillm.distributed import collectives
+from minillm.engine.device_copies import DeviceCopies
 from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
@@ -53,6 +54,7 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed()
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.models, self.trained = models, {"student": models.student, **modules}
+        self.copies = DeviceCopies(models.device)
         for module in self.trained.values():
             _keep_empty_weights(module)
         trained = sum(
@@ -92,9 +94,9 @@ class DeepSpeedEngine:
         terms = [term for micro_batch in micro_batches for term in micro_batch]
         divided_by = collectives.total(divisors(terms))
         sums = StepSums(self.models.device)
-        for place, term in enumerate(terms):
+        for place, term in enumerate(self.copies.of(terms)):
             self.engine.set_gradient_accumulation_boundary(place == len(terms) - 1)
-            loss, metrics = self.engine(term.to(self.models.device))
+            loss, metrics = self.engine(term)
             loss = loss * (term.weight / (divided_by[term.name] or 1.0))
             self.engine.backward(loss * self.world_size)
             sums.add(term, loss, metrics)

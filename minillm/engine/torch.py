@@ -11,6 +11,7 @@ from torch import nn
 
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
+from minillm.engine.device_copies import DeviceCopies
 from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
@@ -41,7 +42,7 @@ class TorchEngine:
         modules: Mapping[str, nn.Module] = MappingProxyType({}),
         learning_rates: Mapping[str, float] = MappingProxyType({}),
     ):
-        self.models, self.train_config = models, train
+        self.models, self.train_config, self.copies = models, train, DeviceCopies(models.device)
         student = models.student
         train_mode((student, *modules.values()), checkpointing=train.gradient_checkpointing)
         self.module = TermLoss(student, modules, vocab_size=models.vocab_size, backend=config.backend)
@@ -51,16 +52,15 @@ class TorchEngine:
         )
 
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
-        divided_by = divisors(term for terms in micro_batches for term in terms)
+        terms = [term for micro_batch in micro_batches for term in micro_batch]
+        divided_by = divisors(terms)
         sums = StepSums(self.models.device)
-        for terms in micro_batches:
-            for term in terms:
-                term = term.to(self.models.device)
-                with torch.autocast(self.models.device.type, torch.bfloat16, enabled=self.train_config.bf16):
-                    loss, metrics = self.module(term)
-                loss = loss * (term.weight / (divided_by[term.name] or 1.0))
-                loss.backward()
-                sums.add(term, loss, metrics)
+        for term in self.copies.of(terms):
+            with torch.autocast(self.models.device.type, torch.bfloat16, enabled=self.train_config.bf16):
+                loss, metrics = self.module(term)
+            loss = loss * (term.weight / (divided_by[term.name] or 1.0))
+            loss.backward()
+            sums.add(term, loss, metrics)
         limit = self.train_config.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit).item()
         numbers = sums.numbers()

@@ -26,6 +26,7 @@ PARTS = (
     "sampling buffers",
     "teacher hidden states",
     "rollout buffer",
+    "checkpoint copy",
     "loss buffers",
     "gathered weights",
     "communication buckets",
