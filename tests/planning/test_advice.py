@@ -51,3 +51,12 @@ def test_a_supervised_stage_is_planned_with_its_evaluation_and_advised_about_it(
     monkeypatch.setitem(GPUS, "small", Gpu("small", 2 * update / USABLE_MEMORY / 2**30))
     changes = advise(plan, plan_run(plan, gpu="small"), [])
     assert changes[0].overrides == ["eval.batch_size=256"] and changes[-1].fits
+
+
+def test_where_the_hosts_memory_is_the_device_a_checkpoint_may_be_waited_for(recipe, monkeypatch):
+    path, keys = recipe(), ["save.steps=5"]
+    most = planned(path, *keys, "save.in_background=false").peak.device_bytes
+    monkeypatch.setattr(module, "find_gpu", lambda name: Gpu("small", most / 0.92 / 2**30 + 1e-6, kind="cpu"))
+    plan = load_run([path], keys)
+    (change,) = advise(plan, plan_run(plan, gpu="small"), keys)
+    assert change.overrides == ["save.in_background=false"] and change.fits
