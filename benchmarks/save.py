@@ -104,7 +104,7 @@ def _keys(arguments: argparse.Namespace, output_dir: Path, in_background: bool) 
         "train.max_steps": arguments.steps,
         "train.num_train_epochs": "null",
         "train.max_seconds": "null",
-        "eval.sets": "{}",
+        **({"eval.sets": "null"} if plan.stages[0].config.eval.sets else {}),
         "log.steps": 1,
         "save.steps": arguments.every,
         "save.in_background": str(in_background).lower(),
