@@ -1,4 +1,4 @@
-"""What a stage saves while it trains, checkpoints and its best model: from copies, by a thread, while the next steps are taken.
+"""The checkpoints of a stage and its best model, written from copies by a thread while the next steps are taken.
 
 A thread writes as the loop itself would: into a folder of another name, flushed, signed and renamed, the older checkpoints
 removed only afterwards. One folder is written at a time, in the order in which they were asked for, so that there is one
