@@ -117,9 +117,7 @@ class Work:
     steps_per_collection: int
     buffered: int  # answers kept with the teacher's hidden states, of all ranks
     evaluation: tuple[Decoding | Forward, ...] = ()  # between steps: what is held is of one at a time
-    written: Literal["weights", "checkpoint"] | None = (
-        None  # the most that is written from a copy while steps are taken
-    )
+    written: Literal["weights", "checkpoint"] | None = None  # from a copy, while steps are taken: the most at a time
 
     @property
     def moment(self) -> "Work":
@@ -218,7 +216,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
 
 
 def _written(config: StageConfig, needs: Needs, world_size: int) -> Literal["weights", "checkpoint"] | None:
-    """What minillm.train.saver has a copy of."""
+    """The most that minillm.train.saver writes from a copy."""
     save = config.save
     if not needs.takes_steps or not save.in_background or world_size > 1:
         return None
