@@ -8,7 +8,19 @@ from pathlib import Path
 
 import minillm
 
-BENCHMARKS = ("choice", "control", "kernels", "mixture", "padding", "plan", "rollout", "serve", "step", "tune")
+BENCHMARKS = (
+    "choice",
+    "control",
+    "kernels",
+    "mixture",
+    "padding",
+    "plan",
+    "rollout",
+    "save",
+    "serve",
+    "step",
+    "tune",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_SEED = 2**63 - 1  # as for the key `seed`; the configuration is not imported for a help text
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")

@@ -15,6 +15,7 @@ from minillm import UserError
 from minillm.cli.arguments import BENCHMARKS, parse, split
 from minillm.cli.failures import STOPPED, describe
 from minillm.distributed.launcher import end, without_local_rank
+from minillm.storage.background import is_at_work
 
 # transformers imports bitsandbytes where peft is; on some CPUs that warns of kernels which only quantised teachers use
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -22,7 +23,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end this process with its exit status."""
-    end(main(argv))
+    status = main(argv)
+    end(status, at_once=is_at_work())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -143,6 +143,12 @@ class SaveConfig(Strict):
     steps: Positive | None = Field(None, description="Steps between checkpoints; there always is one at the end")
     keep: Positive = Field(2, description="The number of checkpoints that stay on disk")
     best: bool = Field(True, description="Keep the model with the best eval.metric in best/")
+    in_background: bool = Field(
+        True,
+        description="Write checkpoints and best/ while the next steps are taken, from a copy in the host's memory, which takes as "
+        "much as the student's weights and the optimiser; false: the run waits. The last checkpoint of a stage, and all "
+        "of several ranks, are waited for",
+    )
 
 
 class LogConfig(Strict):

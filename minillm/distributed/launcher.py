@@ -28,13 +28,13 @@ def without_local_rank(words: Sequence[str]) -> list[str]:
     return [word for word in words if not (word.startswith("--local_rank=") and "LOCAL_RANK" in os.environ)]
 
 
-def end(status: int) -> NoReturn:
-    """End this process with an exit status; where several were started, without the interpreter's own teardown.
+def end(status: int, *, at_once: bool = False) -> NoReturn:
+    """End this process with an exit status; where several were started, or `at_once`, without the interpreter's own teardown.
 
     DeepSpeed holds its process groups, and so their native threads, for good. Tearing the interpreter down under them
     aborts a rank now and then after its work is done, and its launcher would take the run for failed.
     """
-    if launched_size() == 1:
+    if launched_size() == 1 and not at_once:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()

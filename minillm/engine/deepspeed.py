@@ -17,6 +17,7 @@ from minillm.config.deepspeed_file import read_deepspeed_file
 from minillm.config.training import DeepSpeedEngine as DeepSpeedConfig
 from minillm.config.training import TrainConfig
 from minillm.distributed import collectives
+from minillm.engine.device_copies import DeviceCopies
 from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
@@ -27,8 +28,8 @@ from minillm.models.loading import filled, is_hollow
 from minillm.models.modes import train_mode
 from minillm.models.quantization import is_quantized
 from minillm.models.sharded import is_sharded, name_accelerator, release
-from minillm.storage.atomic import sync
-from minillm.storage.state_file import reading_state
+from minillm.storage.snapshot import SavedPart
+from minillm.storage.state_file import reading_state, torch_file
 from minillm.teachers.pair import Models
 from minillm.teachers.several import members
 from minillm.teachers.teacher import Teacher
@@ -53,6 +54,7 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed()
         self.rank, self.world_size = collectives.rank(), collectives.world_size()
         self.models, self.trained = models, {"student": models.student, **modules}
+        self.copies = DeviceCopies(models.device)
         for module in self.trained.values():
             _keep_empty_weights(module)
         trained = sum(
@@ -92,9 +94,9 @@ class DeepSpeedEngine:
         terms = [term for micro_batch in micro_batches for term in micro_batch]
         divided_by = collectives.total(divisors(terms))
         sums = StepSums(self.models.device)
-        for place, term in enumerate(terms):
+        for place, term in enumerate(self.copies.of(terms)):
             self.engine.set_gradient_accumulation_boundary(place == len(terms) - 1)
-            loss, metrics = self.engine(term.to(self.models.device))
+            loss, metrics = self.engine(term)
             loss = loss * (term.weight / (divided_by[term.name] or 1.0))
             self.engine.backward(loss * self.world_size)
             sums.add(term, loss, metrics)
@@ -128,8 +130,15 @@ class DeepSpeedEngine:
         if kept is not None:
             kept.zero_()
 
-    def save_state(self, folder: Path) -> None:
+    def state_part(self) -> SavedPart:
         """This rank's part: its share of the optimiser and of the exact weights, and its random generators."""
+        return torch_file(self._state_file, self._state)
+
+    @property
+    def _state_file(self) -> str:
+        return f"engine-{self.rank}-of-{self.world_size}.pt"
+
+    def _state(self) -> dict[str, Any]:
         state = {
             "optimizer": {name: value for name, value in self.optimizer.state_dict().items() if name in _STATES},
             "weights": [part.detach().cpu().clone() for part in self._partitions()],
@@ -138,12 +147,10 @@ class DeepSpeedEngine:
         }
         if self.models.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.models.device)
-        path = folder / f"engine-{self.rank}-of-{self.world_size}.pt"
-        torch.save(state, path)
-        sync(path)
+        return state
 
     def load_state(self, folder: Path) -> None:
-        path = folder / f"engine-{self.rank}-of-{self.world_size}.pt"
+        path = folder / self._state_file
         with reading_state(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             own = self.optimizer.state_dict()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from minillm.methods.protocol import Term
+from minillm.storage.snapshot import SavedPart
 
 
 class NonFiniteError(RuntimeError):
@@ -42,11 +43,11 @@ class Engine(Protocol):
         Raises NonFiniteError. The step then counts for nothing, and nothing of it may be saved.
         """
 
-    def save_state(self, folder: Path) -> None:
-        """Everything but the weights that is needed to go on: optimiser, schedule, random generators."""
+    def state_part(self) -> SavedPart:
+        """Everything but the weights that is needed to go on: optimiser, schedule, random generators. A file of each rank."""
 
     def load_state(self, folder: Path) -> None:
-        """The inverse of save_state, on an engine made from the same configuration and weights.
+        """Read what state_part wrote, on an engine made from the same configuration and weights.
 
         Raises UserError, naming the file, where it is missing or holds the state of another engine.
         """

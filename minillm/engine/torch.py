@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
 from minillm.config.training import TorchEngine as TorchEngineConfig
 from minillm.config.training import TrainConfig
+from minillm.engine.device_copies import DeviceCopies
 from minillm.engine.engine import NonFiniteError, StepResult
 from minillm.engine.module import TermLoss
 from minillm.engine.optimizer import make_optimizer
@@ -17,8 +19,11 @@ from minillm.engine.saved_state import check_optimizer_state, check_schedule_sta
 from minillm.engine.step_sums import StepSums, divisors, losses, step_result
 from minillm.methods.protocol import Term
 from minillm.models.modes import train_mode
-from minillm.storage.state_file import reading_state
+from minillm.storage.snapshot import SavedPart
+from minillm.storage.state_file import reading_state, torch_file
 from minillm.teachers.pair import Models
+
+STATE = "engine.pt"
 
 
 class TorchEngine:
@@ -41,23 +46,23 @@ class TorchEngine:
         student = models.student
         train_mode((student, *modules.values()), checkpointing=train.gradient_checkpointing)
         self.module = TermLoss(student, modules, vocab_size=models.vocab_size, backend=config.backend)
+        self.copies = DeviceCopies(models.device, self.module.device_of)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimizer, self.scheduler = make_optimizer(
             {"student": student, **modules}, train, total_steps=total_steps, learning_rates=learning_rates
         )
 
     def step(self, micro_batches: Sequence[Sequence[Term]]) -> StepResult:
-        divided_by = divisors(term for terms in micro_batches for term in terms)
+        terms = [term for micro_batch in micro_batches for term in micro_batch]
+        divided_by = divisors(terms)
         sums = StepSums(self.models.device)
-        for terms in micro_batches:
-            for term in terms:
-                device = self.module.device_of(term)
-                term = term.to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.train_config.bf16):
-                    loss, metrics = self.module(term)
-                loss = loss * (term.weight / (divided_by[term.name] or 1.0))
-                loss.backward()
-                sums.add(term, loss, metrics)
+        for term in self.copies.of(terms):
+            device = self.module.device_of(term)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.train_config.bf16):
+                loss, metrics = self.module(term)
+            loss = loss * (term.weight / (divided_by[term.name] or 1.0))
+            loss.backward()
+            sums.add(term, loss, metrics)
         limit = self.train_config.max_grad_norm
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit).item()
         numbers = sums.numbers()
@@ -74,7 +79,10 @@ class TorchEngine:
         self.scheduler.step()
         return result
 
-    def save_state(self, folder: Path) -> None:
+    def state_part(self) -> SavedPart:
+        return torch_file(STATE, self._state)
+
+    def _state(self) -> dict[str, Any]:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -82,10 +90,10 @@ class TorchEngine:
         }
         if self.models.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.models.device)
-        torch.save(state, folder / "engine.pt")
+        return state
 
     def load_state(self, folder: Path) -> None:
-        path = folder / "engine.pt"
+        path = folder / STATE
         with reading_state(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             check_optimizer_state(state["optimizer"], self.optimizer)

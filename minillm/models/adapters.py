@@ -108,14 +108,19 @@ def plain_state(model: PreTrainedModel, state: Mapping[str, Tensor], *, merged: 
     return plain
 
 
-def write_adapter(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
-    """The adapters of a state dict in peft's format, each in its own dtype: what PeftModel.from_pretrained loads."""
+def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters' part of a state dict."""
+    return {name: tensor for name, tensor in state.items() if _is_adapter(name)}
+
+
+def write_adapter(model: PreTrainedModel, adapters: Mapping[str, Tensor], folder: Path) -> None:
+    """An `adapter_state` of the model in peft's format, each tensor in its own dtype: what PeftModel.from_pretrained loads."""
     folder.mkdir()
     settings = copy.copy(model.peft_config[_NAME])
     settings.inference_mode = True
     settings.target_modules = sorted(settings.target_modules)  # a set, whose order differs from process to process
     settings.save_pretrained(folder)
-    tensors = {_in_file(name): tensor.contiguous() for name, tensor in state.items() if _is_adapter(name)}
+    tensors = {_in_file(name): tensor.contiguous() for name, tensor in adapters.items()}
     save_file(tensors, folder / _FILE, metadata={"format": "pt"})
 
 

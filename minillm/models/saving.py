@@ -3,8 +3,11 @@
 Always plain whole models: adapters are merged into a copy of the weights, and lie beside in a folder of their own.
 """
 
+import copy
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,12 +16,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from minillm import UserError
 from minillm.distributed import collectives
-from minillm.models.adapters import FOLDER, has_adapters, plain_state, write_adapter
+from minillm.models.adapters import FOLDER, adapter_state, has_adapters, plain_state, write_adapter
 from minillm.models.processors import processor_of
 from minillm.models.sharded import gathered_state, is_sharded, name_accelerator
 from minillm.models.tokenizers import end_ids
 from minillm.storage.atomic import write_folder
 from minillm.storage.manifest import sign
+from minillm.storage.snapshot import SavedPart
 
 MODULES = "modules"  # in a model's folder: what was trained beside it
 
@@ -28,25 +32,61 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
     All ranks call it, and rank 0 writes.
     """
-    state = gathered_state(model) if is_sharded(model) else None
-    if collectives.rank():
-        return
-    if has_adapters(model):
-        state = model.state_dict() if state is None else state
-        write_adapter(model, state, folder / FOLDER)
-        state = plain_state(model, state, merged=True)
-    _write(model, tokenizer, folder, state)
+    for part in (weights_part(model, tokenizer), tokenizer_part(tokenizer)):
+        part.save(folder)
+
+
+def weights_part(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SavedPart:
+    """All of it but the tokenizer's files."""
+
+    def collect() -> dict[str, Any]:
+        state = gathered_state(model) if is_sharded(model) else model.state_dict()
+        if collectives.rank():
+            return {}
+        adapters = adapter_state(state) if has_adapters(model) else {}
+        if adapters:
+            state = plain_state(model, state, merged=True)
+        return {**_settings(model, tokenizer), "weights": state, "adapters": adapters}
+
+    def write(collected: dict[str, Any], folder: Path) -> None:
+        if collectives.rank():
+            return
+        if collected["adapters"]:
+            write_adapter(model, collected["adapters"], folder / FOLDER)
+        _write(model, collected, folder)
+
+    return SavedPart(collect, write)
+
+
+def tokenizer_part(tokenizer: PreTrainedTokenizerBase) -> SavedPart:
+    """The files of a tokenizer or a processor, by their names in its folder. Rank 0 writes."""
+
+    def collect() -> dict[str, bytes]:
+        if collectives.rank():
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            (processor_of(tokenizer) or tokenizer).save_pretrained(folder)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    def write(files: dict[str, bytes], folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    return SavedPart(collect, write)
 
 
 def write_frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The same of the frozen weights below the adapters of a model that is not sharded."""
     if collectives.rank() == 0:
-        _write(model, tokenizer, folder, plain_state(model, model.state_dict(), merged=False))
+        state = plain_state(model, model.state_dict(), merged=False)
+        _write(model, {**_settings(model, tokenizer), "weights": state}, folder)
+    tokenizer_part(tokenizer).save(folder)
 
 
-def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, Tensor] | None
-) -> None:
+def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The model's configurations, of which that of generation knows every end of an answer."""
     ends = list(end_ids(model, tokenizer))
     ids = {
         "eos_token_id": ends if len(ends) > 1 else ends[0],
@@ -57,9 +97,15 @@ def _write(
         model.generation_config.validate(strict=True)
     except ValueError:  # published models carry settings that transformers reads and refuses to write
         model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, **ids)
+    return {"config": model.config, "generation_config": model.generation_config}
+
+
+def _write(model: PreTrainedModel, collected: Mapping[str, Any], folder: Path) -> None:
     name_accelerator()
-    model.save_pretrained(folder, state_dict=state)
-    (processor_of(tokenizer) or tokenizer).save_pretrained(folder)
+    # of the model itself, which may be at work meanwhile, nothing is changed or saved
+    saved = copy.copy(model)
+    saved.config, saved.generation_config = collected["config"], collected["generation_config"]
+    saved.save_pretrained(folder, state_dict=collected["weights"])
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -73,13 +119,29 @@ def write_modules(modules: Mapping[str, nn.Module], folder: Path) -> None:
     Frozen weights are left out. A model with adapters has them in peft's format too, in NAME_adapter/. All ranks call it, and rank 0 writes.
     """
     for name, module in modules.items():
+        module_part(name, module).save(folder)
+
+
+def module_part(name: str, module: nn.Module) -> SavedPart:
+    """One of these modules."""
+
+    def collect() -> dict[str, dict[str, Tensor]]:
         state = gathered_state(module) if is_sharded(module) else module.state_dict()
-        if collectives.rank() == 0:
-            trained = {key: state[key].detach().cpu().contiguous() for key in _kept_names(module)}
-            (folder / MODULES).mkdir(exist_ok=True)
-            save_file(trained, folder / MODULES / f"{name}.safetensors", metadata={"format": "pt"})
-            if has_adapters(module):
-                write_adapter(module, state, folder / f"{name}_{FOLDER}")
+        if collectives.rank():
+            return {}
+        trained = {key: state[key].detach() for key in _kept_names(module)}
+        return {"trained": trained, "adapters": adapter_state(state) if has_adapters(module) else {}}
+
+    def write(collected: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        if collectives.rank():
+            return
+        trained = {key: one.cpu().contiguous() for key, one in collected["trained"].items()}
+        (folder / MODULES).mkdir(exist_ok=True)
+        save_file(trained, folder / MODULES / f"{name}.safetensors", metadata={"format": "pt"})
+        if collected["adapters"]:
+            write_adapter(module, collected["adapters"], folder / f"{name}_{FOLDER}")
+
+    return SavedPart(collect, write)
 
 
 @torch.no_grad()

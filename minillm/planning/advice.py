@@ -60,6 +60,8 @@ def _improvements(
 def _candidates(config: StageConfig, phase: str, world_size: int) -> Iterator[tuple[list[str], str]]:
     """Candidates for lowering the peak of this phase, cheapest first."""
     train, rollout, engine = config.train, config.rollout, config.engine
+    if config.save.in_background:  # its copy is in the host's memory, which is the device's where that is a CPU
+        yield ["save.in_background=false"], "the run waits while a checkpoint is written"
     if phase != "rollout" and train.packing == "on":
         yield ["train.packing=auto"], "the same losses, without a mask of all pairs of a micro-batch's tokens"
     if phase == "update" and not train.gradient_checkpointing:

@@ -29,6 +29,7 @@ PARTS = (
     "sampling buffers",
     "teacher hidden states",
     "rollout buffer",
+    "checkpoint copy",
     "loss buffers",
     "gathered weights",
     "communication buckets",

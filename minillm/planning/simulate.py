@@ -376,8 +376,8 @@ class _Simulator:
         batch = self._batch(term, term.length)
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
-            with self.ledger.part("teacher hidden states"):
-                teacher = self.simulated.teacher_rows(term.rows)
+            with self.ledger.part("teacher hidden states"):  # and of the micro-batch that is copied ahead
+                teacher = [self.simulated.teacher_rows(term.rows) for _ in range(min(2, self.work.micro_batches))]
         model = self.models[term.trains]
         # features are compared in the layers that a few would leave out
         with nullcontext() if term.features else few_trained_layers(model, self.ledger):

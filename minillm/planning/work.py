@@ -4,6 +4,7 @@ Every prompt and every answer counts at its longest: a plan is for the worst bat
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from minillm import UserError
 from minillm.config.data import PlainPrompts, Prompts, RecordKeys
@@ -116,6 +117,7 @@ class Work:
     steps_per_collection: int
     buffered: int  # answers kept with the teacher's hidden states, of all ranks
     evaluation: tuple[Decoding | Forward, ...] = ()  # between steps: what is held is of one at a time
+    written: Literal["weights", "checkpoint"] | None = None  # from a copy, while steps are taken: the most at a time
 
     @property
     def moment(self) -> "Work":
@@ -127,6 +129,7 @@ class Work:
             micro_batches=min(self.micro_batches, 2),
             steps_per_collection=1,
             buffered=0,
+            written=None,
         )
 
     @property
@@ -208,7 +211,16 @@ def work_of(config: StageConfig, world_size: int) -> Work:
         steps_per_collection=prompts * needs.inner_epochs // step if needs.buffered else 1,
         buffered=rollout.buffer_size * len(needs.samples) if needs.buffered else 0,
         evaluation=_evaluation(config),
+        written=_written(config, needs, world_size),
     )
+
+
+def _written(config: StageConfig, needs: Needs, world_size: int) -> Literal["weights", "checkpoint"] | None:
+    """The most that minillm.train.saver writes from a copy."""
+    save = config.save
+    if not needs.takes_steps or not save.in_background or world_size > 1:
+        return None
+    return "checkpoint" if save.steps else "weights" if save.best and config.eval.sets else None
 
 
 def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm import UserError
 from minillm.models.batch import TokenSequence
+from minillm.storage.atomic import sync
+from minillm.storage.snapshot import SavedPart
 
 VECTOR = "vector."  # prefix of the vectors' names in a state
 TEACHER = "teacher_"  # of the parts of the teacher's rows
@@ -114,6 +118,16 @@ class RolloutBuffer(Sequence[Rollout]):
                     f"rollout {rollout.key}: {name} has {len(part)} rows for a response of {len(rollout.response)} tokens"
                 )
         return torch.cat(parts)
+
+
+def buffer_file(name: str, buffer: RolloutBuffer) -> SavedPart:
+    """A part of state/. It needs no copy: nothing changes a buffer that methods have collected."""
+
+    def write(_: None, folder: Path) -> None:
+        save_file(buffer.state(), folder / name)
+        sync(folder / name)
+
+    return SavedPart(lambda: None, write)
 
 
 def _contents(rollout: Rollout) -> str:

@@ -1,12 +1,28 @@
-"""Files of a checkpoint that hold state: errors of reading one name the file, and say what to do."""
+"""Files of a checkpoint that hold state: written to the disk; errors of reading one name the file, and say what to do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from minillm import UserError
+from minillm.storage.atomic import sync
+from minillm.storage.snapshot import SavedPart
 
 _REASON = 200  # characters of another library's message
+
+
+def torch_file(name: str, collect: Callable[[], Any]) -> SavedPart:
+    """A part of state/ that torch.save writes into one file. An empty state has none."""
+
+    def write(state: Any, folder: Path) -> None:
+        if state:
+            torch.save(state, folder / name)
+            sync(folder / name)
+
+    return SavedPart(collect, write)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from time import perf_counter
 from minillm.distributed.waiting_time import waited
 
 # rollout: sampling; scoring: batches, and passes without a gradient; update: forward, backward and optimiser;
+# saving: copies, writing that is waited for, and waiting for the checkpoint before;
 # communication: waiting for other ranks in any of these, whose own time is without it (minillm.distributed.waiting_time)
 PARTS = ("rollout", "scoring", "update", "communication", "saving")
 

@@ -7,10 +7,8 @@ from typing import Any
 
 from minillm.config.loader.run_plan import Stage
 from minillm.distributed import collectives
-from minillm.models.saving import save_model
 from minillm.reporting.metric import find_metric
 from minillm.storage.manifest import published_damage
-from minillm.teachers.pair import Models
 from minillm.train.progress import Progress
 
 FOLDER = "best"
@@ -19,13 +17,18 @@ FREE = ("steps", "samples", "batch_size")
 
 
 class BestModel:
-    """Keeps one stage's best model, where save.best says so; `note` hears why there is none."""
+    """Keeps one stage's best model, where save.best says so.
 
-    def __init__(self, stage: Stage, output_dir: Path, note: Callable[[str], None]):
-        self.stage, self.output_dir, self.note = stage, output_dir, note
+    Args:
+        note: hears why there is none.
+        save: puts the student of the moment in the place of a folder.
+    """
+
+    def __init__(self, stage: Stage, output_dir: Path, note: Callable[[str], None], save: Callable[[Path], None]):
+        self.stage, self.output_dir, self.note, self._save = stage, output_dir, note, save
         self._said_why_not = False
 
-    def keep(self, mean: Mapping[str, float], models: Models, progress: Progress) -> None:
+    def keep(self, mean: Mapping[str, float], progress: Progress) -> None:
         """Save the student if `mean`, the metrics of its evaluation, are the best yet by eval.metric."""
         metric = self.stage.config.eval.metric
         if not self.stage.config.save.best:
@@ -40,7 +43,7 @@ class BestModel:
             return
         if best is None or find_metric(metric).better * (value - best["value"]) > 0:
             progress.best = {"metric": metric, "value": value, "step": progress.step, "stage": self.stage.name}
-            save_model(models.student, models.tokenizer, self.output_dir / FOLDER)
+            self._save(self.output_dir / FOLDER)
 
     def forget_damaged(self, progress: Progress) -> None:
         """Compare with no value whose model has been lost since."""

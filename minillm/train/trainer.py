@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minillm import UserError
 from minillm.config.loader.run_plan import Stage
@@ -22,22 +22,22 @@ from minillm.methods import build_method
 from minillm.methods.balance import add_balance
 from minillm.methods.protocol import Item, Observation, TrainingData
 from minillm.models.routers import load_metrics
-from minillm.models.saving import read_modules, write_model, write_modules
+from minillm.models.saving import module_part, read_modules
 from minillm.reporting.time_left import Limits
-from minillm.rollout.buffer import RolloutBuffer
+from minillm.rollout.buffer import RolloutBuffer, buffer_file
 from minillm.rollout.rank_items import rank_items
-from minillm.storage.atomic import sync
-from minillm.storage.checkpoint import write_checkpoint
 from minillm.storage.metrics_log import MetricsLog
-from minillm.storage.state_file import reading_state
+from minillm.storage.snapshot import SavedPart
+from minillm.storage.state_file import reading_state, torch_file
 from minillm.teachers.pair import Models
 from minillm.teachers.server_pool import TeacherAway
 from minillm.train.best_model import BestModel
 from minillm.train.micro_batches import cut_step
 from minillm.train.progress import Progress
+from minillm.train.saver import Saver
 from minillm.train.served_steps import Moment, ask_ahead, is_served, made_together
 from minillm.train.teacher_turns import TeacherTurns
-from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
+from minillm.train.trainer_state import TrainerState, read_trainer_state, trainer_state_part
 
 METHOD_STATE = "method.pt"  # in a checkpoint's state/: what the method keeps, alike on every rank
 
@@ -83,7 +83,8 @@ class StageTrainer:
         self.name, self.config, self.models, self.data = stage.name, stage.config, models, data
         self.output_dir, self.evaluator, self.log, self.console = output_dir, evaluator, log, console
         self.progress, self.judge_teacher, self.interrupted = progress, judge_teacher, interrupted
-        self.planned_peak_gib, self.best = planned_peak_gib, BestModel(stage, output_dir, console.note)
+        self.planned_peak_gib, self.saver = planned_peak_gib, Saver(stage.config.save, models, output_dir, console.note)
+        self.best = BestModel(stage, output_dir, console.note, self.saver.model)
         if models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(models.device)  # of the stage before
         self.method = build_method(stage.config)
@@ -112,6 +113,11 @@ class StageTrainer:
         self._slowest = {True: 0.0, False: 0.0}  # seconds of a step, by whether it began with a collection
 
     def run(self, *, evaluate_first: bool) -> None:
+        """Take the steps. Returns, or raises, once what was to be saved is on the disk; on a second Ctrl-C at once."""
+        with self.saver:
+            self._run(evaluate_first)
+
+    def _run(self, evaluate_first: bool) -> None:
         config, progress = self.config, self.progress
         limits = Limits(self.total_steps, self._max_seconds(), config.train.max_student_tokens)
         self.console.start(self.name, limits, progress.stage_step)
@@ -125,6 +131,7 @@ class StageTrainer:
             self.evaluate()
         while not self.done():
             record = self._step()
+            self.saver.check()
             if progress.stage_step % config.log.steps == 0 or self.done():
                 # the times of all steps since the last record; the plan at the end, when nobody waits for it
                 self.log.write(record | self.data.timing.read() | (self._plan() if self.done() else {}))
@@ -136,14 +143,14 @@ class StageTrainer:
             due = config.save.steps and progress.stage_step % config.save.steps == 0
             stop = any(collectives.gather(bool(self.interrupted())))
             if due or stop:
-                self.save()
+                self.save(wait=stop)
             if stop:
                 raise KeyboardInterrupt
         self.evaluate()
         progress.finished = True
         progress.stage_seconds = {**progress.stage_seconds, self.name: progress.seconds}
         progress.stage_configs = {**progress.stage_configs, self.name: config.model_dump(mode="json")}
-        self.save()
+        self.save(wait=True)
 
     def _say_if_never_warm(self) -> None:
         train, total = self.config.train, self.total_steps
@@ -186,7 +193,7 @@ class StageTrainer:
         if progress.stage_step == 0:
             kept = f"stage {self.name!r} has taken no step yet"
         elif self.engine.world_size == 1 or error.everywhere:
-            self.save()
+            self.save(wait=True)
             kept = f"checkpoint-{progress.step} has everything so far"
         else:
             kept = "The last checkpoint is good"
@@ -358,35 +365,28 @@ class StageTrainer:
         self.console.evaluation(record, evaluation.samples)
         if who == "student":
             self.method.observe(Observation("evaluation", evaluation.mean, progress.stage_step))
-            self.best.keep(evaluation.mean, self.models, progress)
+            self.best.keep(evaluation.mean, progress)
 
-    def save(self) -> None:
-        """A checkpoint of this very moment."""
-        progress = self.progress
-        progress.streams = {name: stream.state_dict() for name, stream in self._streams().items()}
-        progress.log = self.log.state()
-
-        def fill(folder: Path) -> None:
-            write_model(self.models.student, self.models.tokenizer, folder)
-            write_modules(self.modules, folder)
-            state = folder / "state"
-            state.mkdir(exist_ok=True)
-            self.engine.save_state(state)
-            if isinstance(self.items, RolloutBuffer):  # of a finished stage too, which may be made longer
-                path = self._buffer_path(state)
-                save_file(self.items.state(), path)
-                sync(path)
-            if self.engine.rank:
-                return
-            kept = self.method.state_dict()
-            if kept:
-                torch.save(kept, state / METHOD_STATE)
-                sync(state / METHOD_STATE)
-            config = self.config.model_dump(mode="json")
-            write_trainer_state(TrainerState(progress, config, self.engine.world_size), folder)
-
+    def save(self, *, wait: bool) -> None:
+        """A checkpoint of this very moment. Unless it is waited for, it may be written while the next steps are taken."""
         with self.data.timing.of("saving"):
-            write_checkpoint(self.output_dir, progress.step, fill, keep=self.config.save.keep)
+            self.saver.finish()  # before the log is flushed to the same disk
+            progress = self.progress
+            progress.streams = {name: stream.state_dict() for name, stream in self._streams().items()}
+            progress.log = self.log.state()
+            beside = [module_part(name, module) for name, module in self.modules.items()]
+            self.saver.checkpoint(progress.step, beside, self._state_parts(), wait=wait)
+
+    def _state_parts(self) -> list[SavedPart]:
+        """All of state/ that this rank writes."""
+        parts = [self.engine.state_part()]
+        if isinstance(self.items, RolloutBuffer):  # of a finished stage too, which may be made longer
+            parts.append(buffer_file(self._buffer_name, self.items))
+        if self.engine.rank == 0:
+            config = self.config.model_dump(mode="json")
+            state = TrainerState(self.progress, config, self.engine.world_size)
+            parts += [torch_file(METHOD_STATE, self.method.state_dict), trainer_state_part(state)]
+        return parts
 
     def load(self, folder: Path) -> None:
         """Everything but the weights (which the caller loaded) and `progress` (which it was given)."""
@@ -407,7 +407,7 @@ class StageTrainer:
         self.engine.load_state(state)
         for name, stream in self._streams().items():
             stream.load_state_dict(saved.position(name, folder))
-        buffer = self._buffer_path(state)
+        buffer = state / self._buffer_name
         if buffer.exists():
             with reading_state(buffer):
                 self.items = RolloutBuffer.from_state(load_file(buffer))
@@ -431,7 +431,8 @@ class StageTrainer:
         }
         return {name: stream for name, stream in streams.items() if stream is not None}
 
-    def _buffer_path(self, state: Path) -> Path:
+    @property
+    def _buffer_name(self) -> str:
         """Each rank keeps the teacher's hidden states that it holds."""
         rank, ranks = self.engine.rank, self.engine.world_size
-        return state / ("buffer.safetensors" if ranks == 1 else f"buffer-{rank}-of-{ranks}.safetensors")
+        return "buffer.safetensors" if ranks == 1 else f"buffer-{rank}-of-{ranks}.safetensors"

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from minillm import UserError
 from minillm.config.root import StageConfig
 from minillm.storage.checkpoint import TRAINER_STATE
+from minillm.storage.snapshot import SavedPart
 from minillm.storage.state_file import reading_state
 from minillm.train.progress import Position, Progress
 
@@ -28,9 +29,13 @@ class TrainerState:
             return self.progress.streams[stream]
 
 
-def write_trainer_state(state: TrainerState, checkpoint: Path) -> None:
-    """Write it into a folder that has its state/ already."""
-    (checkpoint / TRAINER_STATE).write_text(json.dumps(asdict(state), indent=1))
+def trainer_state_part(state: TrainerState) -> SavedPart:
+    """The file, a part of state/."""
+
+    def write(content: dict[str, Any], folder: Path) -> None:
+        (folder / Path(TRAINER_STATE).name).write_text(json.dumps(content, indent=1))
+
+    return SavedPart(lambda: asdict(state), write)
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState:

@@ -73,7 +73,7 @@ def test_the_final_models_are_whole_and_alike(unbroken, how):
 
 
 # (rank, method, its n-th call): in a rollout, before a part of a checkpoint is on the disk, and as it is put in place
-MOMENTS = [("1", "Decoder.forward", "9"), ("1", "DeepSpeedEngine.save_state", "3"), ("0", "atomic._put_in_place", "2")]
+MOMENTS = [("1", "Decoder.forward", "9"), ("1", "DeepSpeedEngine._state", "3"), ("0", "atomic._put_in_place", "2")]
 
 
 def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(recipe, start, finish):

@@ -125,7 +125,7 @@ def test_state_goes_through_a_folder_bit_for_bit(make_models, tmp_path):
     ours, theirs = make_models(teacher=False), make_models(teacher=False)
     first = engine(ours, lr_scheduler_type="cosine", warmup_steps=2)
     first.step([[cross_entropy_term(SEQUENCES)]])
-    first.save_state(tmp_path)
+    first.state_part().save(tmp_path)
     theirs.student.load_state_dict(ours.student.state_dict())
     second = engine(theirs, lr_scheduler_type="cosine", warmup_steps=2)
     second.load_state(tmp_path)
@@ -164,7 +164,7 @@ def test_the_state_of_other_weights_is_refused_before_anything_is_changed(make_m
     models = make_models(teacher=False)
     first = engine(models)
     first.step([[cross_entropy_term(SEQUENCES)]])
-    first.save_state(tmp_path)
+    first.state_part().save(tmp_path)
     other = replace(models, student=tiny_llama(vocab_size=257, hidden_size=48))
     with pytest.raises(UserError, match=r"engine.pt.*exp_avg of weight 0 is \(257, 32\), the weight \(257, 48\)"):
         engine(other).load_state(tmp_path)

@@ -63,3 +63,12 @@ def test_where_one_gpu_does_not_hold_both_the_teacher_gets_one_of_its_own(recipe
     assert not run.fits
     (change,) = advise(load_run([path], keys), run, keys)
     assert change.overrides == ["teacher.device=cuda:1"] and change.fits
+
+
+def test_where_the_hosts_memory_is_the_device_a_checkpoint_may_be_waited_for(recipe, monkeypatch):
+    path, keys = recipe(), ["save.steps=5"]
+    most = planned(path, *keys, "save.in_background=false").peak.device_bytes
+    monkeypatch.setattr(module, "find_gpu", lambda name: Gpu("small", most / 0.92 / 2**30 + 1e-6, kind="cpu"))
+    plan = load_run([path], keys)
+    (change,) = advise(plan, plan_run(plan, gpu="small"), keys)
+    assert change.overrides == ["save.in_background=false"] and change.fits

@@ -1,6 +1,6 @@
 """What lies on the device, in the host's memory and gathered, phase by phase."""
 
-from tests.planning.small import ANSWER, EVALUATION, SHARDED, planned
+from tests.planning.small import ANSWER, EVALUATION, PARAMETERS, SHARDED, planned
 
 
 def test_the_buffer_is_counted_where_it_lies(recipe):
@@ -51,3 +51,22 @@ def test_an_evaluation_has_caches_and_gathers_of_its_own(recipe):
     sharded = planned(recipe(eval=EVALUATION), *SHARDED, gpu="A100-80GB", world_size=2)
     gathered = {phase.phase: phase.device["gathered weights"] for phase in sharded.memory}
     assert gathered["evaluation"] == gathered["scoring"] > gathered["update"]
+
+
+def test_the_copy_that_a_checkpoint_is_written_from_lies_in_the_hosts_memory(recipe):
+    path, weights = recipe(), 4 * PARAMETERS
+    buffer = 8 * ANSWER * (64 * 2 + 7 * 4)
+    whole = 3 * weights + 2 * buffer  # with two moments; a buffer of before, and one as it goes to the file
+
+    def copies(*keys: str, place: str = "device", **options) -> set[int]:
+        return {getattr(phase, place)["checkpoint copy"] for phase in planned(path, *keys, **options).memory}
+
+    assert copies("save.steps=5") == copies("save.steps=5", place="host", gpu="A100-80GB") == {whole}
+    assert copies("save.steps=5", gpu="A100-80GB") == {0}
+    for none in ((), ("save.steps=5", "save.in_background=false")):
+        assert copies(*none) == {0}
+    sharded = planned(path, *SHARDED, "save.steps=5", gpu="cpu", world_size=2)
+    assert {phase.device["checkpoint copy"] for phase in sharded.memory} == {0}
+    path = recipe(eval=EVALUATION)
+    assert copies() == {weights} and copies("save.best=false") == {0}
+    assert copies("save.steps=5") == {whole}

@@ -20,7 +20,7 @@ from minillm.models.batch import TokenSequence
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.train.micro_batches import cut_step
 from minillm.train.progress import Progress
-from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
+from minillm.train.trainer_state import TrainerState, read_trainer_state, trainer_state_part
 from tests.engine.test_torch import seen_by_the_optimizer
 from tests.train.test_trainer import trainer  # noqa: F401  a fixture
 
@@ -145,7 +145,7 @@ def test_a_balance_loss_has_the_items_as_they_come(trainer):  # noqa: F811
 def test_a_run_of_before_goes_on_in_the_old_order(tmp_path):
     (tmp_path / "state").mkdir()
     config = {"train": {"max_steps": 6}, "eval": {}}
-    write_trainer_state(TrainerState(Progress("distil"), config, 1), tmp_path)
+    trainer_state_part(TrainerState(Progress("distil"), config, 1)).save(tmp_path / "state")
     assert read_trainer_state(tmp_path).progress.by_length
     path = tmp_path / "state" / "trainer.json"
     content = json.loads(path.read_text())

@@ -18,6 +18,7 @@ from minillm.methods.protocol import TrainingData
 from minillm.methods.sft import SupervisedFineTuning
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.storage.metrics_log import MetricsLog
+from minillm.train import saver as saver_module
 from minillm.train import trainer as trainer_module
 from minillm.train.progress import Progress
 from minillm.train.trainer import StageTrainer, TrainingError
@@ -186,13 +187,13 @@ def test_a_stage_may_take_as_long_as_an_earlier_one_took(trainer):
 def test_evaluations_records_and_checkpoints_come_at_their_intervals(trainer, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        trainer_module, "write_checkpoint", lambda folder, step, fill, *, keep: saved.append((step, keep))
+        saver_module, "write_checkpoint", lambda folder, step, fill, *, keep: saved.append((step, keep))
     )
     built = trainer(
         train={"max_steps": 7}, log={"steps": 3}, save={"steps": 2, "keep": 4}, eval={"steps": 3, "metric": "rouge_l"}
     )
     built.judge_teacher = True
-    monkeypatch.setattr(built.best, "keep", lambda mean, models, progress: None)
+    monkeypatch.setattr(built.best, "keep", lambda mean, progress: None)
     built.run(evaluate_first=True)
     assert [one["stage_step"] for one in records(tmp_path, "train")] == [3, 6, 7]
     assert built.evaluator.asked == ["teacher", "student", "student", "student", "student"]
@@ -209,7 +210,7 @@ def test_evaluations_records_and_checkpoints_come_at_their_intervals(trainer, tm
 
 def test_an_interrupted_stage_saves_and_is_not_finished(trainer, monkeypatch):
     saved = []
-    monkeypatch.setattr(trainer_module, "write_checkpoint", lambda folder, step, fill, *, keep: saved.append(step))
+    monkeypatch.setattr(saver_module, "write_checkpoint", lambda folder, step, fill, *, keep: saved.append(step))
     built = trainer(save={"steps": 2})
     built.interrupted = lambda: True
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ import pytest
 
 from minillm import UserError
 from minillm.train.progress import Progress
-from minillm.train.trainer_state import TrainerState, read_trainer_state, write_trainer_state
+from minillm.train.trainer_state import TrainerState, read_trainer_state, trainer_state_part
 
 STATE = TrainerState(
     Progress(
@@ -23,7 +23,7 @@ STATE = TrainerState(
 def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "checkpoint-8"
     (folder / "state").mkdir(parents=True)
-    write_trainer_state(STATE, folder)
+    trainer_state_part(STATE).save(folder / "state")
     return folder
 
 

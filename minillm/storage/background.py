@@ -1,0 +1,53 @@
+"""Work that a thread does while its caller goes on: one piece at a time, whose error is the caller's."""
+
+import threading
+from collections.abc import Callable
+
+
+class _Worker(threading.Thread):
+    """Does one piece of work and keeps its error."""
+
+    def __init__(self, work: Callable[[], None]):
+        super().__init__(daemon=True)
+        self._work: Callable[[], None] | None = work
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # the caller raises it
+            self.error = error
+        finally:
+            self._work = None  # and with it the memory that it holds
+
+
+class BackgroundWork:
+    """See the module. Every method raises the error of a piece that has failed, once."""
+
+    def __init__(self):
+        self._worker: _Worker | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Have a thread do `work`, once the piece before it is done."""
+        self.finish()
+        self._worker = _Worker(work)
+        self._worker.start()
+
+    def check(self) -> None:
+        """Return at once."""
+        if self._worker is not None and not self._worker.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until nothing is left to do."""
+        if self._worker is None:
+            return
+        self._worker.join()
+        error, self._worker = self._worker.error, None
+        if error is not None:
+            raise error
+
+
+def is_at_work() -> bool:
+    """True where a thread of this process is at such work: the interpreter is not to be torn down under it."""
+    return any(isinstance(thread, _Worker) for thread in threading.enumerate())
