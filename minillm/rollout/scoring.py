@@ -61,7 +61,9 @@ def score(
         if known and _logprobs_hold(models, answers, mine):
             found = {index: answers[index].scores for index in mine}
         else:
-            sampled = not known and from_student and "reverse_kl" not in fields and _logprobs_hold(models, answers, mine)
+            sampled = (
+                not known and from_student and "reverse_kl" not in fields and _logprobs_hold(models, answers, mine)
+            )
             options = {"known": known, "fields": fields, "sampled": sampled}
             found = _measure_all(models, answers, judges or [None] * len(answers), batch_size, **options)
     scored = RolloutBuffer(
