@@ -27,6 +27,8 @@ from minillm.benchmarks.step_providers import PROVIDERS, versions
 
 WARMUP_UPDATES = 1
 BESIDE = "minillm --beside"
+# every trainer, an older one too, reads its clock by this name
+CPU_SECONDS = "import runpy, time; time.perf_counter = time.process_time; runpy.run_module({!r}, run_name='__main__')"
 COLUMNS = (
     *(
         "student",
@@ -142,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--updates", type=int, default=4, help="of a process, the first untimed (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="processes of a trainer (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own")
+    parser.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="of each process on the CPU, beside other work; goes with --threads 1",
+    )
     parser.add_argument("--timeout", type=int, default=1800, help="seconds a process may take (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and order (default: %(default)s)")
     parser.add_argument("--output", help="folder for step.md and step.csv (default: print only)")
@@ -188,7 +195,9 @@ def _measure(case: Case, arguments: argparse.Namespace, folder: Path) -> tuple[l
 def _process(job: dict, arguments: argparse.Namespace, trainer: str) -> dict:
     path = Path(job["folder"]) / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "-m", "minillm.benchmarks.step_providers", str(path)]
+    module = "minillm.benchmarks.step_providers"
+    how = ["-c", CPU_SECONDS.format(module)] if arguments.cpu_seconds else ["-m", module]
+    command = [sys.executable, "-W", "ignore", *how, str(path)]
     root = Path(arguments.beside).resolve() if trainer == BESIDE else Path(__file__).parents[2]
     paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": paths}
@@ -233,6 +242,7 @@ def _cells(row: Row, rows: list[Row], arguments: argparse.Namespace) -> list[str
 
 def _markdown(rows: list[Row], skipped: dict[str, str], machine: dict[str, str], arguments: argparse.Namespace) -> str:
     settings = {
+        "seconds": "of the process on the CPU" if arguments.cpu_seconds else "of the clock",
         "work": f"{arguments.answers} answers of {arguments.tokens} tokens to prompts of {arguments.prompt_tokens}, fp32",
         "repeats": f"{arguments.repeats} processes of {arguments.updates} updates, the first not counted",
     }
