@@ -60,6 +60,7 @@ def minillm(job: dict) -> Callable[[], list[float]]:
             "buffer_size": job["answers"],
             "batch_size": job["answers"],
             "max_new_tokens": job["tokens"],
+            "shared_coins": job["shared_coins"],
         },
         "method": {
             "name": "minillm",

@@ -25,6 +25,7 @@ from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.scoring import score
 from minillm.teachers.pair import Models
 
+SCORED = ("student_logprob", "teacher_logprob")  # the reverse KL is measured anew in every epoch
 VECTORS = ("advantage", "policy_weight", "single_step_weight")
 
 
@@ -102,7 +103,15 @@ class MiniLLMMethod(Method):
         who = "mixture" if alpha > 0 else "student"
         answers = sample_answers(prompts, data, self.config, draw=draw, alpha=alpha, who=who)
         with data.timing.of("scoring"):
-            buffer = score(models, answers, keys=keys, judges=judges, batch_size=rollout.batch_size)
+            buffer = score(
+                models,
+                answers,
+                keys=keys,
+                judges=judges,
+                batch_size=rollout.batch_size,
+                fields=SCORED,
+                from_student=alpha == 0,
+            )
         add_advantages(buffer, self.config.method)
         return buffer
 

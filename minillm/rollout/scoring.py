@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from minillm.distributed import collectives
-from minillm.losses import LMHead, TokenStats, linear_token_stats
+from minillm.losses import LMHead, TokenStats, linear_logprobs, linear_token_stats
 from minillm.models.batch import TokenBatch, TokenSequence, collate
 from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.rollouts import Answer, Scores
 from minillm.teachers.pair import Models
 from minillm.teachers.several import SeveralRows, Share, shares_of, takes_turns
-from minillm.teachers.teacher import TeacherRows, require_teacher
+from minillm.teachers.teacher import HiddenRows, TeacherRows, require_teacher
 
 FIELDS = ("student_logprob", "teacher_logprob", "reverse_kl")
 SAME_LOGPROB = 1e-4  # nats between two ways of computing one
@@ -27,6 +27,8 @@ def score(
     keys: Sequence[int],
     judges: Sequence[str | None] | None = None,
     batch_size: int,
+    fields: tuple[str, ...] = FIELDS,
+    from_student: bool = False,
 ) -> RolloutBuffer:
     """Answers with, for each of their T tokens, (T,) fp32 each:
 
@@ -36,12 +38,16 @@ def score(
     gets all vectors, and the teacher's rows of the answers that it scored (minillm.rollout.rank_items).
 
     Where answers bring scores along, the teacher is not run, and the student only where what it said token by token is
-    not what it says in one pass, to which the first step's ratios refer.
+    not what it says in one pass, to which the first step's ratios refer. The same holds of answers `from_student`.
 
     Of several teachers with weights the last two are the weighted sums: with teacher_logprob as the reward the policy
     gradient is that of the weighted sum of the reverse KLs.
 
-    Args: judges: the name of each answer's teacher, where each has one of several.
+    Args:
+        judges: the name of each answer's teacher, where each has one of several.
+        fields: those of FIELDS that are read; the others may be left out, which saves work.
+        from_student: the answers were drawn from the student's own distribution at temperature 1, so that their
+            log-probabilities are student_logprob.
 
     Raises UserError without a teacher, ValueError for keys that do not match the answers.
     """
@@ -51,10 +57,14 @@ def score(
     mine = collectives.rank_slice(len(answers))
     known = len(answers) > 0 and not collectives.anywhere(any(answers[index].scores is None for index in mine))
     with models.reading("student", *([] if known else ["teacher"])):
-        if known and _scores_hold(models, answers, mine):
+        if known and _logprobs_hold(models, answers, mine):
             found = {index: answers[index].scores for index in mine}
         else:
-            found = _measure_all(models, answers, judges or [None] * len(answers), batch_size, known=known)
+            sampled = (
+                not known and from_student and "reverse_kl" not in fields and _logprobs_hold(models, answers, mine)
+            )
+            options = {"known": known, "fields": fields, "sampled": sampled}
+            found = _measure_all(models, answers, judges or [None] * len(answers), batch_size, **options)
     scored = RolloutBuffer(
         Rollout(
             key=keys[index],
@@ -148,9 +158,17 @@ def _together(
 
 
 def _measure_all(
-    models: Models, answers: Sequence[Answer], judges: Sequence[str | None], batch_size: int, *, known: bool
+    models: Models,
+    answers: Sequence[Answer],
+    judges: Sequence[str | None],
+    batch_size: int,
+    *,
+    known: bool,
+    fields: tuple[str, ...],
+    sampled: bool,
 ) -> dict[int, Scores]:
-    """Scores of this rank's answers by full passes, where they are `known` of the student alone."""
+    """Scores of this rank's answers by full passes: of the student alone where they are `known`, and of the teacher alone
+    where the log-probabilities with which they were `sampled` are the student's."""
     todo = (collectives.even_rank_slice if models.by_layers else collectives.rank_slice)(len(answers))
     order = sorted(todo, key=lambda index: len(answers[index].prompt) + len(answers[index].response))
     found: dict[int, Scores] = {}
@@ -171,8 +189,13 @@ def _measure_all(
             rows = models.teacher.rows(batch)
             said = {name: batch.split(tensor.cpu()) for name, tensor in rows.parts().items()}
             parts = [{name: of_answers[place] for name, of_answers in said.items()} for place in range(len(chosen))]
-        stats = batch_statistics(models, batch, rows, FIELDS)
-        vectors = {name: batch.split(getattr(stats, name).cpu()) for name in FIELDS}
+        if sampled and isinstance(rows, HiddenRows):
+            drawn = torch.cat([answers[index].logprobs for index in chosen])
+            stats = {"student_logprob": drawn, "teacher_logprob": _teacher_logprobs(models, rows, batch.labels)}
+        else:
+            measured = batch_statistics(models, batch, rows, fields)
+            stats = {name: getattr(measured, name) for name in fields}
+        vectors = {name: batch.split(value.cpu()) for name, value in stats.items()}
         for place, index in enumerate(chosen):
             found[index] = Scores(
                 {name: of_answers[place].clone() for name, of_answers in vectors.items()}, parts[place]
@@ -180,8 +203,14 @@ def _measure_all(
     return found
 
 
-def _scores_hold(models: Models, answers: Sequence[Answer], mine: Sequence[int]) -> bool:
-    """True where a full pass of the student over the longest answer of every rank says what its scores say."""
+def _teacher_logprobs(models: Models, rows: HiddenRows, labels: Tensor) -> Tensor:  # (N,) int64 -> (N,)
+    with rows.for_losses() as (hidden, head):
+        return linear_logprobs(hidden, head, labels, vocab_size=models.vocab_size)
+
+
+def _logprobs_hold(models: Models, answers: Sequence[Answer], mine: Sequence[int]) -> bool:
+    """True where a full pass of the student over the longest answer of every rank says what is known of it: its scores, or
+    the log-probabilities with which it was sampled."""
     if models.student.dtype not in (torch.float32, torch.float64):
         return False  # where rounding alone is more than the tolerance
     longest = max(mine, key=lambda index: len(answers[index].prompt) + len(answers[index].response), default=None)
@@ -190,9 +219,8 @@ def _scores_hold(models: Models, answers: Sequence[Answer], mine: Sequence[int])
     answer = answers[longest or 0]
     batch = _collated(models, [answer], [None])
     logprob = batch_statistics(models, batch, None, ("student_logprob",)).student_logprob.cpu()
-    apart = longest is not None and not (
-        (logprob - answer.scores.vectors["student_logprob"]).abs().max() <= SAME_LOGPROB
-    )
+    expected = answer.logprobs if answer.scores is None else answer.scores.vectors["student_logprob"]
+    apart = longest is not None and not ((logprob - expected).abs().max() <= SAME_LOGPROB)
     return not collectives.anywhere(apart)
 
 

@@ -1,8 +1,17 @@
 """The benchmark of a whole update: our trainer really runs, and what is written is what was measured."""
 
+import argparse
 import csv
+import json
+from pathlib import Path
 
-from minillm.benchmarks.step import COLUMNS, Case, Row, _ratio, main
+import pytest
+
+from minillm import UserError
+from minillm.benchmarks.step import BESIDE, COLUMNS, Case, Row, _ratio, main
+from minillm.benchmarks.step_inputs import write_random, write_real
+
+ROOT = Path(__file__).parents[2]
 
 TINY = [
     "--threads",
@@ -42,3 +51,38 @@ def test_the_ratio_is_of_tokens_a_second_on_the_same_models_and_epochs():
 def test_an_unknown_case_is_an_error(capsys):
     assert main(["--match", "nothing like this"]) == 2
     assert "256x4 from 512x8" in capsys.readouterr().err
+
+
+def test_a_real_model_is_measured_beside_another_checkout(tmp_path, capfd):
+    """The other one here is this very checkout: its trainer runs in a process of its own all the same."""
+    teacher, texts = tmp_path / "teacher", tmp_path / "texts.jsonl"
+    arguments = argparse.Namespace(vocab=40, seed=0, answers=1, updates=1, prompt_tokens=2)
+    (tmp_path / "made").mkdir()
+    write_random((16, 2), (16, 3), arguments, tmp_path / "made")
+    (tmp_path / "made" / "teacher").rename(teacher)
+    texts.write_text("\n".join(json.dumps({"text": f"w{n} w{n + 1} w{n + 2}"}) for n in range(2, 30)))
+    real = ["--teacher", str(teacher), "--layers", "0", "2", "--texts", str(texts), "--beside", str(ROOT)]
+    small = ["--threads", "1", "--answers", "2", "--tokens", "3", "--prompt-tokens", "4", "--updates", "2"]
+    options = ["--repeats", "1", "--trainers", "minillm", "--match", "alpha 0.2", "--cpu-seconds"]
+    assert main([*real, *small, *options, "--output", str(tmp_path)]) == 0
+    _, *rows = csv.reader((tmp_path / "step.csv").open())
+    found = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    assert [(row["trainer"], row["alpha"], row["shared_coins"]) for row in found] == [
+        ("minillm", "0.2", "no"),
+        (BESIDE, "0.2", "no"),
+        ("minillm", "0.2", "yes"),  # which an older checkout may not have
+    ]
+    assert {(row["student"], row["teacher"]) for row in found} == {("2 layers", "teacher")}
+    assert "of the process on the CPU" in (tmp_path / "step.md").read_text()
+
+
+def test_a_real_teacher_needs_the_rest_of_the_pair(tmp_path, capsys):
+    assert main(["--teacher", str(tmp_path), "--layers", "0"]) == 2
+    assert "--teacher needs --texts" in capsys.readouterr().err
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "w2 w3"}')
+    arguments = argparse.Namespace(vocab=40, seed=0, answers=1, updates=1, prompt_tokens=2)
+    write_random((16, 2), (16, 3), arguments, tmp_path)
+    arguments.answers = 9
+    with pytest.raises(UserError, match="too few words for 9 prompts"):
+        write_real(str(tmp_path / "teacher"), [0], str(texts), arguments, tmp_path)

@@ -184,8 +184,9 @@ def test_a_prompt_that_comes_twice_into_a_buffer_is_answered_anew(models, tmp_pa
 def test_a_buffer_is_sampled_from_the_mixture_and_scored_by_prompt(alpha, who, asked, monkeypatch):
     one, scored = asked(name="minillm", alpha=alpha, lm_coef=0.0), []
 
-    def score(models, answers, *, keys, judges, batch_size):
+    def score(models, answers, *, keys, judges, batch_size, fields, from_student):
         scored.append((models, answers, keys, batch_size))
+        assert from_student == (who == "student") and "reverse_kl" not in fields
         return RolloutBuffer()
 
     monkeypatch.setattr("minillm.methods.minillm.score", score)

@@ -91,6 +91,35 @@ def test_packed_models_sample_the_very_same_answers_and_score_them_alike(make_mo
         torch.testing.assert_close(rollout.teacher, other.teacher, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def drawn_by_student(make_models, prompts):
+    models = make_models(eos_ids=tuple(range(0, 61, 8)))
+    answers = LocalRollouts(models).sample(prompts, Sampling(12), keys=range(7), seed=1, batch_size=4)
+    return models, answers, {"keys": range(7), "batch_size": 3, "fields": ("student_logprob", "teacher_logprob")}
+
+
+def test_log_probabilities_of_the_student_are_not_computed_a_second_time(drawn_by_student):
+    models, answers, options = drawn_by_student
+    expected = score(models, answers, **options)
+    rows_read = []
+    models.student.model.embed_tokens.register_forward_hook(lambda module, ids, found: rows_read.append(len(found)))
+    found = score(models, answers, **options, from_student=True)
+    assert rows_read == [1]  # a look at the longest answer
+    for answer, rollout, other in zip(answers, found, expected, strict=True):
+        assert torch.equal(rollout.vectors["student_logprob"], answer.logprobs)
+        torch.testing.assert_close(rollout.vectors, other.vectors, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rollout.teacher, other.teacher, atol=1e-5, rtol=1e-5)
+
+
+def test_log_probabilities_that_one_pass_does_not_repeat_are_measured(drawn_by_student):
+    models, answers, options = drawn_by_student
+    longest = max(answers, key=lambda answer: len(answer.prompt) + len(answer.response))
+    expected = score(models, answers, **options)
+    longest.logprobs = longest.logprobs - 0.01
+    for rollout, other in zip(score(models, answers, **options, from_student=True), expected, strict=True):
+        assert torch.equal(rollout.vectors["student_logprob"], other.vectors["student_logprob"])
+
+
 def test_half_precision_teacher_stays_half(make_models, prompts):
     models = make_models()
     models.teacher.model.bfloat16()
