@@ -190,8 +190,8 @@ def test_a_run_that_was_killed_in_every_later_stage_goes_on_bit_for_bit(trained,
     def killed(stage: str):
         save = StageTrainer.save
 
-        def save_and_die(trainer):
-            save(trainer)
+        def save_and_die(trainer, *, wait):
+            save(trainer, wait=True)
             if (trainer.progress.stage, trainer.progress.stage_step) == (stage, 1):
                 os.kill(os.getpid(), signal.SIGKILL)
 

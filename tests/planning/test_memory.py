@@ -2,6 +2,8 @@
 
 from tests.planning.small import ANSWER, EVALUATION, PARAMETERS, SHARDED, planned
 
+BOTH = "rollout.shared_coins=false"  # both models score
+
 
 def test_the_buffer_is_counted_where_it_lies(recipe):
     path = recipe()
@@ -13,7 +15,7 @@ def test_the_buffer_is_counted_where_it_lies(recipe):
 
 def test_what_samples_and_scores_is_gathered_whole(recipe):
     """As the engine does it: minillm.rollout gathers once, so that no rank waits for another at every token."""
-    stage = planned(recipe(), *SHARDED, gpu="A100-80GB", world_size=2)
+    stage = planned(recipe(), *SHARDED, BOTH, gpu="A100-80GB", world_size=2)
     gathered = {phase.phase: phase.device["gathered weights"] for phase in stage.memory}
     student, teacher = stage.simulation.student, stage.simulation.teacher
     both = 2 * (student.parameters + teacher.parameters)
@@ -24,7 +26,7 @@ def test_what_samples_and_scores_is_gathered_whole(recipe):
 
 
 def test_by_layers_only_the_heads_are_whole(recipe):
-    stage = planned(recipe(), *SHARDED, "engine.gather=layers", gpu="A100-80GB", world_size=2)
+    stage = planned(recipe(), *SHARDED, BOTH, "engine.gather=layers", gpu="A100-80GB", world_size=2)
     gathered = {phase.phase: phase.device["gathered weights"] for phase in stage.memory}
     models = stage.simulation.student, stage.simulation.teacher
     expected = sum(stage.sharding.layers(size) + 2 * size.head for size in models)
@@ -48,7 +50,7 @@ def test_an_evaluation_has_caches_and_gathers_of_its_own(recipe):
     assert stage.simulation.losses["evaluation"].rows == 6 * 50
     alone = planned(recipe(eval={**EVALUATION, "teacher": False})).simulation.phases["evaluation"]
     assert alone.most("teacher KV cache") == 0 < alone.most("student KV cache")
-    sharded = planned(recipe(eval=EVALUATION), *SHARDED, gpu="A100-80GB", world_size=2)
+    sharded = planned(recipe(eval=EVALUATION), *SHARDED, BOTH, gpu="A100-80GB", world_size=2)
     gathered = {phase.phase: phase.device["gathered weights"] for phase in sharded.memory}
     assert gathered["evaluation"] == gathered["scoring"] > gathered["update"]
 

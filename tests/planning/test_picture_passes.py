@@ -49,7 +49,7 @@ def activations(stage, phase: str = "update") -> int:
 @pytest.mark.parametrize("kind", sorted(OF_ONE_SIZE))
 def test_pictures_take_room_in_every_pass_and_flops(kind, planned):
     told = {key: value for key, value in SEEN.items() if key != "image"}
-    rollout = {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 8}
+    rollout = {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 8, "shared_coins": False}
     keys = {"kind": kind, "method": {"name": "minillm", "lm_coef": 0.0}, "rollout": rollout}
     without, one, three = (
         planned(*records, **keys) for records in ([told], [told, SEEN], [{**SEEN, "image": ["a"] * 3}])

@@ -84,8 +84,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(trained, recipe, one_thread):
     def killed():
         save = StageTrainer.save
 
-        def save_and_die(trainer):
-            save(trainer)
+        def save_and_die(trainer, *, wait):
+            save(trainer, wait=True)
             if trainer.progress.stage_step == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
