@@ -6,6 +6,7 @@ from minillm.config.lora import LoraConfig
 from minillm.config.models import Part, Quantization, TeacherConfig, teachers_of
 from minillm.config.root import StageConfig
 from minillm.models.packing import attention_by_sequence
+from minillm.planning.shown_pictures import ShownPictures
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Setting:
     student_quantization: Quantization | None = None  # of a teacher that is the only model
     trained_parts: tuple[Part, ...] | None = None  # of the student; None: all of it
     vision_from_layer: int | None = None
-    pictures: int = 0  # that every prompt shows
+    shown: ShownPictures | None = None  # the pictures of every prompt
     packed: bool = False  # train.packing: on, which takes a mask of all pairs where attention has no other way
 
     def masks_pairs(self, attention: str) -> bool:
@@ -41,10 +42,10 @@ class Setting:
         return frozenset(role for role, attention in of_role.items() if self.masks_pairs(attention))
 
     @classmethod
-    def of(cls, config: StageConfig, *, checkpointing: bool, pictures: int = 0) -> "Setting":
+    def of(cls, config: StageConfig, *, checkpointing: bool, shown: ShownPictures | None = None) -> "Setting":
         """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing.
 
-        Args: pictures: that a prompt shows, as minillm.planning.picture_passes counts them.
+        Args: shown: the pictures of its prompts.
         """
         needs = config.method.needs()
         local = [one for one in teachers_of(config.teacher_side).values() if isinstance(one, TeacherConfig)]
@@ -68,6 +69,6 @@ class Setting:
             student_quantization=teacher.quantization if needs.alone else None,
             trained_parts=None if needs.alone else student.trained_parts,
             vision_from_layer=None if needs.alone else student.vision_from_layer,
-            pictures=pictures,
+            shown=shown,
             packed=config.train.packing == "on",
         )
