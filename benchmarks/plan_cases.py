@@ -9,6 +9,7 @@ STEPS = 3
 PROMPT, ANSWER = 48, 64
 SFT, KD, GKD = {"name": "sft"}, {"name": "kd"}, {"name": "gkd", "on_policy": 1.0}
 OKD = {"name": "okd", "lora": {"r": 16, "alpha": 32}}
+LLAVADI = {"name": "llavadi", "standardize": True, "features_coef": 0.0}
 MINILLM = {"name": "minillm", "ppo_epochs": 2}
 UNMIXED = {**MINILLM, "alpha": 0.0}
 
@@ -51,6 +52,7 @@ CASES = (
     Case("minillm, teacher in int8", "llama", MINILLM, 384, 6, 8000, 24, batch=8, quantization="int8"),
     Case("okd", "llama", OKD, 384, 6, 8000, 10, batch=8),
     Case("gkd, opt", "opt", GKD, 512, 6, 16000, 8, batch=8),
+    Case("llavadi, standardised logits", "llama", LLAVADI, 384, 4, 32000, 6, batch=8),
     Case("kd, two teachers", "llama", KD, 384, 6, 16000, 8, batch=8, second_layers=10),
     Case(
         "minillm, two teachers by a field", "llama", UNMIXED, 384, 6, 16000, 8, batch=8, second_layers=10, divided=True

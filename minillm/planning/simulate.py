@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 import minillm
 from minillm import UserError
+from minillm.losses import LMHead
 from minillm.models.access import REFUSALS, forward_decoder, forward_layers, forward_shown, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask
@@ -29,7 +30,7 @@ from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.few_layers import FEW, few_trained_layers
 from minillm.planning.known_values import VALUES_NEEDED, KnownValues
 from minillm.planning.ledger import Ledger, Timeline
-from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
+from minillm.planning.loss import LossShape, LossTwin, sorting_shape, standardized_twin, statistics_twin
 from minillm.planning.picture_passes import ids_with_pictures
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import Several, together
@@ -350,7 +351,7 @@ class _Simulator:
     def _term(self, term: TermShape) -> None:
         here = bool(self.simulated.of_role("teacher"))
         logits = here or any(not one.k for one in self.simulated.heads)  # a teacher with some of its own
-        full = term.teacher and not term.summed and not term.sorts and logits
+        full = term.teacher and not term.summed and not term.sorts and not term.standardizes and logits
         teachers = 1 + len(self.several.beside) if self.several is not None and term.teacher else 1
         divided = teachers > 1 and self.several.divided
         shape = LossShape(term.rows, self.vocab_size, 2 if full else 1, self.device)
@@ -379,10 +380,20 @@ class _Simulator:
                     if term.sorts:
                         sorting = sorting_shape(term.rows, *self.simulated.vocab_sizes, self.device)
                         loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
+                    if term.standardizes:
+                        loss = loss + self._standardized_loss(term, hidden, lm_head(model), compute)
                 loss = loss + self._feature_losses(term, states)
             del hidden, states
             loss.backward()
         del teacher
+
+    def _standardized_loss(self, term: TermShape, hidden: Tensor, head: LMHead, compute: torch.dtype) -> Tensor:
+        """minillm.methods.standardized, with the teacher's hidden states that are counted elsewhere."""
+        shape = LossShape(term.rows, self.vocab_size, 2, self.device)
+        self.losses[f"{term.name}, standardized"] = shape
+        theirs = self.simulated.teacher_head()
+        said = torch.empty((), dtype=theirs.weight.dtype).expand(term.rows, theirs.weight.shape[1])
+        return standardized_twin(hidden, head, said, theirs, compute, shape, self.ledger)
 
     def _feature_losses(self, term: TermShape, states: dict[int, Tensor]) -> Tensor | float:
         """minillm.methods.features, with targets that are counted elsewhere: those of all micro-batches wait for the step."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from minillm.losses import LMHead
 from minillm.models.access import checkpoint_activations, lm_head
 from minillm.models.adapters import add_adapters
 from minillm.models.loading import without_dropout
@@ -132,6 +133,13 @@ class SimulatedModels:
             return self.rows_of_heads(rows)
         head = lm_head(self.by_name["teacher"]).weight
         return torch.empty(rows, head.shape[1], dtype=head.dtype)
+
+    def teacher_head(self) -> LMHead:
+        """The head of the one teacher of a stage; of one whose weights are not here its shape alone, which is counted already."""
+        if "teacher" in self.by_name:
+            return lm_head(self.by_name["teacher"])
+        size, dtype = self.head, {one.itemsize: one for one in (torch.bfloat16, torch.float32)}[self.head.itemsize]
+        return LMHead(torch.empty((), dtype=dtype).expand(size.vocab_size, size.hidden_size))
 
     def beside_the_text(self) -> list[nn.Parameter]:
         """The trained weights of a student's vision tower and projector that have no gradient yet: a plan shows no pictures."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from minillm.planning.gpus import BANDWIDTH_USE, LINK_USE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import ModelSize, Simulation
-from minillm.planning.work import Decoding, Forward, Work
+from minillm.planning.work import Decoding, Forward, TermShape, Work
 
 TERA, GIGA = 1e12, 1e9
 ADAM_TRAFFIC = 7  # words that are read and written per weight: weight 2, gradient 1, moments 4
@@ -143,9 +143,18 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
         total += term.rows * (3 - frozen) * 2.0 * size.head
         looks = 1 if size.pictures_frozen else 3 + checkpointing
         total += looks * term.batch * term.prompted * size.pictures
+        if term.standardizes:
+            total += _standardizing_flops(term, size, simulation.teacher)
         if term.teacher:
             total += simulation.asked * term.rows * 2.0 * simulation.teacher.head
     return total * work.micro_batches
+
+
+def _standardizing_flops(term: TermShape, student: ModelSize, teacher: ModelSize) -> float:
+    """Return the FLOPs of a product of each head with itself, of that of the student's gradient, and of another pass over its
+    head for the divergence."""
+    squares = sum(2.0 * size.head * size.hidden_size for size in (student, student, teacher))
+    return squares + term.rows * (3 - student.frozen) * 2.0 * student.head
 
 
 def _optimizer_seconds(student: ModelSize, sharding: Sharding, gpu: Gpu) -> float:
