@@ -7,6 +7,7 @@ pictures are not here, the largest square is taken that a prompt has room for.
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -164,7 +165,12 @@ class _Trial:
         return self._shown(inputs, said)
 
     def _of_data(self) -> ShownPictures:
-        made = {size: self._make(*size) for size in largest_of_each_shape(self.found.sizes)}
+        made = {}
+        for size in largest_of_each_shape(self.found.sizes):
+            with suppress(ValueError):  # a strip, or a side of a few pixels, which the run will say
+                made[size] = self._make(*size)
+        if not made:
+            return self._largest_square()
         by_size = sorted(made.items(), key=lambda one: (one[1].pixels, math.prod(one[0])), reverse=True)
         for (width, height), inputs in by_size:
             if self._fits(inputs):

@@ -2,9 +2,9 @@
 
 For each token a matrix of P weights costs 2 P FLOPs forward and 4 P backward, 2 P where it is frozen below adapters, and
 attention 4 L H in each layer. The fused loss takes three GEMMs with the student's head, two where it is frozen, and one
-with the teacher's, over the tokens that count. A picture costs 2 P a patch in a vision tower of P weights, and twice as
-much again where that is trained. Decoding takes whichever is longer: its FLOPs, or reading weights and
-caches once per token.
+with the teacher's, over the tokens that count. Pictures cost what a pass of vision tower and projector over them does, and
+twice as much again where the tower is trained. Decoding takes whichever is longer: its FLOPs, or reading weights and caches
+once per token.
 """
 
 from collections import Counter
