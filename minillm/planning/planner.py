@@ -23,6 +23,7 @@ from minillm.planning.simulate import PHASES, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
 from minillm.planning.work import NothingToPlan, Work, work_of
 
+PICTURES = "the passes over the prompts' pictures"  # in what is said not to be counted
 WORLD_SIZES = tuple(2**power for power in range(11))
 
 
@@ -167,6 +168,11 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         return memory_of(simulated(work), work, sharding_of(config, size), device)
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
+    if shown is not None:
+        try:
+            simulated(work)
+        except UserError as error:  # which may be of the pictures: without them there is a plan all the same
+            shown, not_shown = None, (f"{PICTURES}: {error}",)
     simulation = simulated(work)
     return StagePlan(
         name=stage.name,
@@ -202,7 +208,7 @@ def _shown(
     try:
         return shown_pictures(stage, student, architectures), ()
     except NotShown as reason:
-        return None, (f"the passes over the prompts' pictures: {reason}",)
+        return None, (f"{PICTURES}: {reason}",)
 
 
 def _not_counted(config: StageConfig) -> Iterator[str]:

@@ -59,6 +59,10 @@ class ShownPictures:
     inputs: PictureInputs  # of the forward pass, for one prompt
     tokens: int  # that a picture takes in a prompt
 
+    def fit(self, length: int) -> bool:
+        """True for texts of so many tokens, which begin with one of text and have one after every picture."""
+        return self.count * (self.tokens + 1) < length
+
     def __str__(self) -> str:
         return f"{self.count} in a prompt, of {self.tokens:,} tokens each: {self.said}"
 
@@ -210,12 +214,8 @@ class _Trial:
         with self._mode:
             return build(self.student, "bfloat16", "sdpa")
 
-    def _needed(self, inputs: PictureInputs) -> int:
-        """Tokens of a prompt, which begins with a token of text and has one after every picture."""
-        return self._tokens(inputs) + self.found.most + 1
-
     def _fits(self, inputs: PictureInputs) -> bool:
-        return self._needed(inputs) <= self.found.room
+        return self._shown(inputs, "").fit(self.found.room)
 
     def _require_room(self, inputs: PictureInputs) -> None:
         if not self._fits(inputs):

@@ -252,7 +252,7 @@ class _Simulator:
         for layer in cache.layers:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
                 layer.use(seen)
-        shows = not seen and self._has_room(fed)
+        shows = not seen and self._shows(fed)
         ids = self._ids(name, batch, fed, shows=shows)
         mask = _mask(batch, seen + fed)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)
@@ -264,23 +264,22 @@ class _Simulator:
             forward_shown(self.models[name], ids, mask, positions, shown, prompt=mask.bool(), **cached)
         self.ledger.relabel(_stored(cache), f"{name} KV cache")
 
-    def _has_room(self, length: int) -> bool:
-        """True for texts long enough for the pictures: in sets of shorter prompts those that fit are smaller."""
-        shown = self.setting.shown
-        return shown is not None and shown.count * (shown.tokens + 1) < length
+    def _shows(self, length: int) -> bool:
+        """True for prompts with pictures and room for them: where a set's prompts are shorter its pictures are smaller."""
+        return self.setting.shown is not None and self.setting.shown.fit(length)
 
     def _ids(self, name: str, batch: int, length: int, *, shows: bool) -> Tensor:
-        if not shows:
-            return torch.zeros(batch, length, dtype=torch.int64)
         shown = self.setting.shown
-        return ids_with_pictures(self.models[name], batch, length, shown.count, shown.tokens)
+        if shown is None:
+            return torch.zeros(batch, length, dtype=torch.int64)
+        return ids_with_pictures(self.models[name], batch, length, shown.count * shows, shown.tokens)
 
     def _shown(self, prompts: int) -> dict[str, Tensor]:
         """The pictures of so many prompts, as the forward pass takes them."""
         return self.setting.shown.inputs.repeated(prompts)
 
     def _batch(self, name: str, one: Forward | TermShape, length: int) -> TokenBatch:
-        shows = one.prompted and self._has_room(length)
+        shows = one.prompted and self._shows(length)
         return TokenBatch(
             input_ids=self._ids(name, one.batch, length, shows=shows),
             attention_mask=_mask(one.batch, length),
