@@ -185,17 +185,28 @@ class _Trial:
 
     def _largest_square(self) -> ShownPictures:
         most = min(LARGEST, math.isqrt(self.found.max_pixels))
+        made = {SMALLEST: self._make(SMALLEST, SMALLEST)}  # of the squares that there is room for
+        self._require_room(made[SMALLEST])
+
+        def fits(side: int) -> bool:
+            inputs = self._make(side, side)
+            if self._fits(inputs):
+                made[side] = inputs
+            return side in made
+
         side = SMALLEST
-        self._require_room(self._make(side, side))
-        while 2 * side <= most and self._fits(self._make(2 * side, 2 * side)):
+        while 2 * side <= most and fits(2 * side):
             side *= 2
-        step = min(side, most - side)
+        step = side // 2
         for _ in range(HALVINGS):
-            step //= 2
-            if step and self._fits(self._make(side + step, side + step)):
+            if side + step <= most and fits(side + step):
                 side += step
-        said = f"{side} x {side} pixels, the largest square that prompts have room for, as the data's pictures are not here"
-        return self._shown(self._make(side, side), said)
+            step //= 2
+        side = max(made, key=lambda one: (made[one].pixels, -one))  # the smallest of those of which most is made
+        said = (
+            f"{side} x {side} pixels, the square that takes most of what prompts have room for: the data's are not here"
+        )
+        return self._shown(made[side], said)
 
     def _make(self, width: int, height: int) -> PictureInputs:
         images = [Image.new("RGB", (width, height), "gray")] * self.found.most

@@ -156,7 +156,7 @@ def test_pictures_count_at_their_sizes(kind, planned):
 @pytest.mark.parametrize("kind", CUT)
 def test_pictures_that_are_not_here_are_as_large_as_prompts_have_room_for(kind, planned):
     shown = planned(SEEN, kind=kind).simulation.shown
-    assert "the largest square that prompts have room for" in shown.said
+    assert "the square that takes most of what prompts have room for" in shown.said
     assert shown.tokens + 2 <= 40
     found = (planned({**THERE}, kind=kind, size=(side, side)).simulation.shown for side in (30, 60, 90))
     assert shown.inputs.pixels >= max(one.inputs.pixels for one in found)
