@@ -78,6 +78,7 @@ def _idefics(side: int) -> "BaseImageProcessor":
     return Idefics3ImageProcessorPil(size={"longest_edge": side}, max_image_size={"longest_edge": side // 2})
 
 
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0}  # Qwen's own are beyond a small vocabulary
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
 SIGHTS = {
     "llava": Sight(
@@ -94,7 +95,7 @@ SIGHTS = {
         },
         _qwen,
         lambda side: _patches(side) // MERGED**2,
-        {"rope_parameters": _ROTARY},
+        {"rope_parameters": _ROTARY, **_ENDS},
     ),
     "qwen2_5_vl": Sight(
         lambda hidden, heads, side: {
@@ -105,7 +106,7 @@ SIGHTS = {
         },
         _qwen,
         lambda side: _patches(side) // MERGED**2,
-        {"rope_parameters": _ROTARY},
+        {"rope_parameters": _ROTARY, **_ENDS},
     ),
     "qwen3_vl": Sight(
         lambda hidden, heads, side: {
@@ -116,7 +117,7 @@ SIGHTS = {
         },
         _qwen,
         lambda side: _patches(side) // MERGED**2,
-        {"rope_parameters": _ROTARY, "head_dim": 64},
+        {"rope_parameters": _ROTARY, "head_dim": 64, **_ENDS},
     ),
     "llava_onevision": Sight(
         lambda hidden, heads, side: {

@@ -1,6 +1,7 @@
 """Plans of models that see: weights and activations of the vision tower, and pictures counted in the data."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -185,6 +186,22 @@ def test_an_architecture_without_its_processor_says_what_is_missing(planned, tmp
     (said,) = stage.not_counted
     assert said.startswith("the passes over the prompts' pictures: ") and "no image processor is there" in said
     assert not planned({"prompt": "a", "completion": "b"}, kind="qwen2_vl").not_counted
+
+
+def test_a_hub_name_has_its_processor_beside_its_architecture(planned, tmp_path):
+    folder = save_seeing("qwen2_vl", tmp_path / "elsewhere")
+    (tmp_path / "architectures").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "architectures" / "some--name.json")
+    keys = {"kind": "qwen2_vl", "student": {"path": "some/name"}, "teacher": {"path": "some/name"}}
+    (said,) = planned(THERE, **keys).not_counted
+    assert (
+        "put its preprocessor_config.json as some--name.preprocessor_config.json into a folder `architectures`" in said
+    )
+    build_processor("qwen2_vl").image_processor.save_pretrained(tmp_path / "elsewhere")
+    file = tmp_path / "architectures" / "some--name.preprocessor_config.json"
+    shutil.copy(tmp_path / "elsewhere" / "preprocessor_config.json", file)
+    stage = planned(THERE, **keys)
+    assert not stage.not_counted and "40 x 30 pixels" in stage.simulation.shown.said
 
 
 def test_the_table_says_which_picture_was_assumed(planned):
