@@ -137,8 +137,8 @@ def test_pictures_count_at_their_sizes(kind, planned):
     keys = {"kind": kind, "method": {"name": "minillm", "lm_coef": 0.0},
             "rollout": {"buffer_size": 4, "batch_size": 4, "max_new_tokens": 8}}  # fmt: skip
     told = {key: value for key, value in SEEN.items() if key != "image"}
-    # Idefics 3 cuts the longer side of any picture into as many tiles, so that a square is the largest
-    sizes = ((120, 60), (29, 29)) if kind == "idefics3" else ((29, 29), (120, 60))
+    # the longer side of either picture is two tiles, so that the square has more of them
+    sizes = ((29, 29), (120, 60)) if kind.startswith("qwen") else ((120, 60), (60, 60))
     small, large = (planned(THERE, size=size, **keys) for size in sizes)
     without = planned(told, **keys)
     processor = build_processor(kind)
