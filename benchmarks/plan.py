@@ -19,7 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from minillm.benchmarks.machine import as_table, describe
-from minillm.benchmarks.plan_cases import CASES, PATCH, STEPS, Case, load, student_keys
+from minillm.benchmarks.plan_cases import CASES, STEPS, Case, load, student_keys
+from minillm.benchmarks.plan_pictures import SIGHTS, shown
 from minillm.distributed import collectives, group
 from minillm.distributed.launcher import end
 
@@ -33,7 +34,10 @@ def predict(case: Case) -> dict[str, int]:
     from minillm.planning.planner import plan_run
 
     with tempfile.TemporaryDirectory() as folder:
-        (stage,) = plan_run(load(case, Path(folder)), gpu="cpu", world_size=max(1, case.ranks)).stages
+        run = load(case, Path(folder))
+        if case.side and SIGHTS[case.family].processor is not None:
+            SIGHTS[case.family].processor(case.side).save_pretrained(Path(folder) / "student")
+        (stage,) = plan_run(run, gpu="cpu", world_size=max(1, case.ranks)).stages
     return {memory.phase: memory.device_bytes for memory in stage.memory}
 
 
@@ -143,13 +147,11 @@ def _models(config, case: Case, folder: Path):
 
 def _streams(case: Case):
     """Prompts, of which every second one is a little shorter so that batches are padded, and blocks of text."""
-    import torch
-
     from minillm.data.instructions import Example
     from minillm.data.stream import Stream
 
-    places = [case.vocab - 1] * (case.side // PATCH) ** 2
-    shown = {"pixel_values": torch.rand(1, 3, case.side, case.side)} if case.side else {}
+    tokens, extras = shown(case.family, case.side) if case.side else (0, {})
+    places = [case.vocab - 1] * tokens
     names = ("teacher", "second") if case.divided else (None,)
     examples = [
         Example(
@@ -158,7 +160,7 @@ def _streams(case: Case):
             list(range(1, case.answer + 1)),
             "",
             (),
-            shown,
+            extras,
             judge=names[index % len(names)],
         )
         for index in range(max(8 * case.batch, 2 * case.evaluated))

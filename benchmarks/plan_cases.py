@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minillm.benchmarks.plan_pictures import seeing_architecture
+
 STEPS = 3
 PROMPT, ANSWER = 48, 64
-PATCH = 14  # pixels of a side of what one token of a picture is
 SFT, KD, GKD = {"name": "sft"}, {"name": "kd"}, {"name": "gkd", "on_policy": 1.0}
 OKD = {"name": "okd", "lora": {"r": 16, "alpha": 32}}
+LLAVADI = {"name": "llavadi", "standardize": True, "features_coef": 0.0}
 MINILLM = {"name": "minillm", "ppo_epochs": 2}
 UNMIXED = {**MINILLM, "alpha": 0.0}
 
@@ -35,7 +37,7 @@ class Case:
     second_layers: int | None = None  # of a second teacher
     divided: bool = False  # the two have a half of the records each; otherwise both judge all
     ranks: int = 0  # of ZeRO-3, weights gathered layer by layer; 0 is the engine of one process
-    side: int = 0  # pixels of the picture that every prompt shows; 0: it shows none
+    side: int = 0  # pixels of the square picture that every prompt shows; 0: it shows none
     part: str | None = None  # the one part of the student that is trained; None: all
 
 
@@ -50,6 +52,7 @@ CASES = (
     Case("minillm, teacher in int8", "llama", MINILLM, 384, 6, 8000, 24, batch=8, quantization="int8"),
     Case("okd", "llama", OKD, 384, 6, 8000, 10, batch=8),
     Case("gkd, opt", "opt", GKD, 512, 6, 16000, 8, batch=8),
+    Case("llavadi, standardised logits", "llama", LLAVADI, 384, 4, 32000, 6, batch=8),
     Case("kd, two teachers", "llama", KD, 384, 6, 16000, 8, batch=8, second_layers=10),
     Case(
         "minillm, two teachers by a field", "llama", UNMIXED, 384, 6, 16000, 8, batch=8, second_layers=10, divided=True
@@ -64,6 +67,11 @@ CASES = (
     Case("kd, pictures", "llava", KD, 384, 4, 8000, 6, batch=8, prompt=160, side=168),
     Case("sft, pictures, projector alone", "llava", SFT, 384, 4, 8000, None, 8, prompt=80, side=112, part="projector"),
     Case("minillm, pictures", "llava", MINILLM, 384, 4, 8000, 6, batch=8, prompt=80, side=112),
+    Case("kd, pictures in patches", "qwen2_vl", KD, 384, 4, 8000, 6, batch=8, prompt=160, side=336),
+    Case("sft, pictures in windows", "qwen2_5_vl", SFT, 384, 4, 8000, None, batch=8, prompt=160, side=336),
+    Case("minillm, pictures at three depths", "qwen3_vl", MINILLM, 384, 4, 8000, 6, batch=8, prompt=160, side=336),
+    Case("kd, pictures in tiles", "idefics3", KD, 384, 4, 8000, 6, batch=4, prompt=96, side=336),
+    Case("minillm, pictures in tiles", "llava_onevision", MINILLM, 384, 4, 8000, 6, batch=4, prompt=208, side=168),
     *(
         Case(f"minillm, ZeRO-3, ranks: {ranks}", "llama", MINILLM, 512, 8, 8000, 12, 2, ranks=ranks)
         for ranks in (1, 2, 4)
@@ -75,15 +83,8 @@ def architecture(case: Case, layers: int) -> dict:
     """Return the keys of the transformers configuration."""
     h, heads, context = case.hidden, case.hidden // 64, 1024
     if case.side:
-        vision = {"model_type": "clip_vision_model", "hidden_size": h, "intermediate_size": 4 * h, "num_hidden_layers": 4,
-                  "num_attention_heads": heads, "image_size": case.side, "patch_size": PATCH, "projection_dim": h}  # fmt: skip
-        text = architecture(replace(case, side=0, family="llama"), layers)
-        return {
-            "model_type": case.family,
-            "text_config": text,
-            "vision_config": vision,
-            "image_token_id": case.vocab - 1,
-        }
+        text = architecture(replace(case, side=0), layers)
+        return seeing_architecture(case.family, h, heads, case.side, text)
     if case.family == "gpt2":
         own = {"n_embd": h, "n_layer": layers, "n_head": heads, "n_positions": context}
     elif case.family == "opt":
@@ -107,12 +108,13 @@ def student_keys(case: Case, layers: int, folder: Path) -> dict:
     from minillm.models.tokenizers import byte_tokenizer
 
     AutoConfig.for_model(**keys).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)  # and no processor: pictures are made, not read
+    byte_tokenizer().save_pretrained(folder)  # and no processor for both: pictures are made, not read
     return {"init": "random", "path": str(folder)}
 
 
 def document(case: Case, folder: Path) -> dict:
     """Return the configuration, with the teacher's config.json written into the folder."""
+    from PIL import Image
     from transformers import AutoConfig
 
     from minillm.config.root import method_class
@@ -129,6 +131,7 @@ def document(case: Case, folder: Path) -> dict:
     prompts = {"type": "pydoc", "max_prompt_length": case.prompt, "max_response_length": case.answer}
     if case.side:
         prompts |= {"type": "jsonl", "path": str(folder / "shown.jsonl")}
+        Image.new("RGB", (case.side, case.side)).save(folder / "one.png")
         (folder / "shown.jsonl").write_text('{"prompt": "which", "completion": "this", "image": "one.png"}\n')
     evaluation = {"sets": {"held_out": prompts}, "batch_size": case.evaluated, "max_new_tokens": case.answer}
     needs = method_class(case.method["name"]).model_validate(case.method).needs()

@@ -29,7 +29,7 @@ def upcycled_architecture(architecture: PreTrainedConfig, keys: UpcycleConfig) -
     values = _values(dense, form)
     values |= {form.experts: keys.num_experts, form.per_token: keys.num_experts_per_tok}
     values |= {form.width: dense.intermediate_size} | copy.deepcopy(form.fixed)
-    values |= _steps(dense, form, keys.every)
+    values |= _places(dense, form, keys)
     sparse = CONFIG_MAPPING[form.model_type](**values)
     if dense is architecture:
         return sparse
@@ -80,17 +80,57 @@ def _values(dense: PreTrainedConfig, form: SparseForm) -> dict[str, Any]:
     return values
 
 
-def _steps(dense: PreTrainedConfig, form: SparseForm, every: int) -> dict[str, int]:
-    if every > dense.num_hidden_layers:
+def _places(dense: PreTrainedConfig, form: SparseForm, keys: UpcycleConfig) -> dict[str, Any]:
+    """The keys that say which layers have experts."""
+    count = dense.num_hidden_layers
+    if keys.layers is not None:
+        return _listed(count, form, keys)
+    if keys.every > count:
         raise UserError(
-            f"student.upcycle.every: with {every} no layer has experts, since the model has {dense.num_hidden_layers} layers"
+            f"student.upcycle.every: with {keys.every} no layer has experts, since the model has {count} layers"
         )
     if form.layer_step is not None:
-        return {form.layer_step: every}
-    if every > 1:
-        having = [name for name, one in SPARSE_FORMS.items() if one.layer_step is not None]
+        return {form.layer_step: keys.every}
+    if keys.every > 1:
         raise UserError(
             f"student.upcycle.every: every layer of a {form.model_type} has experts; leave it at 1, or choose one of "
-            f"{', '.join(having)}"
+            f"{_having('layer_step')}"
         )
     return {}
+
+
+def _listed(count: int, form: SparseForm, keys: UpcycleConfig) -> dict[str, Any]:
+    """Those of a list of layers."""
+    layers = sorted(keys.layers)
+    if keys.every > 1:
+        raise UserError(
+            "student.upcycle.layers: it says which layers have experts, and so does `every`; leave one of them out"
+        )
+    if layers[-1] >= count:
+        beyond = ", ".join(str(layer) for layer in layers if layer >= count)
+        raise UserError(f"student.upcycle.layers: the model has the layers 0 to {count - 1}, no {beyond}")
+    twice = next((layer for layer, after in zip(layers, layers[1:], strict=False) if layer == after), None)
+    if twice is not None:
+        raise UserError(f"student.upcycle.layers: names {twice} more than once")
+    if form.dense_layers is not None:
+        return {form.layer_step: 1, form.dense_layers: [layer for layer in range(count) if layer not in layers]}
+    if form.between is not None:
+        first, last = form.between
+        step = 1 if len(layers) == 1 else layers[1] - layers[0]
+        if layers != list(range(layers[0], layers[-1] + 1, step)) or (layers[0] + 1) % step:
+            raise UserError(
+                f"student.upcycle.layers: a {form.model_type} has experts in every n-th layer between a first and a last one, "
+                f"with n = 2 the layers 1, 3, 5, ...; choose such a list, or one of {_having('dense_layers')}"
+            )
+        return {form.layer_step: step, first: layers[0], last: layers[-1]}
+    if len(layers) < count:
+        raise UserError(
+            f"student.upcycle.layers: every layer of a {form.model_type} has experts; leave it out, or choose one of "
+            f"{_having('layer_step')}"
+        )
+    return {}
+
+
+def _having(key: str) -> str:
+    """The dense architectures whose sparse form has a key."""
+    return ", ".join(name for name, one in SPARSE_FORMS.items() if getattr(one, key) is not None)

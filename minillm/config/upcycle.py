@@ -21,6 +21,10 @@ class UpcycleConfig(Strict):
         description="Every n-th layer gets experts (with 2 the second, the fourth, ...), where the architecture has dense "
         "layers between sparse ones",
     )
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None,
+        description="The layers that get experts, counted from 0, in the place of `every`, where the architecture can say it",
+    )
     noise: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
         description="Standard deviation of normal noise on each copy, keyed by `seed`, as a multiple of the standard "
@@ -40,6 +44,8 @@ class SparseForm:
 
     model_type: str
     layer_step: str | None = None  # the key of `every`; None where every layer has experts
+    dense_layers: str | None = None  # the key of a list of layers without experts
+    between: tuple[str, str] | None = None  # the keys of the first and the last layer that `every` is for
     experts: str = "num_experts"
     per_token: str = "num_experts_per_tok"
     width: str = "intermediate_size"  # the key of an expert's own width
@@ -62,6 +68,7 @@ SPARSE_FORMS: dict[str, SparseForm] = {
         "qwen2_moe",
         "decoder_sparse_step",
         width="moe_intermediate_size",
+        dense_layers="mlp_only_layers",
         fixed={"norm_topk_prob": True, "mlp_only_layers": [], "qkv_bias": True, "shared_expert_intermediate_size": 0},
         zeros=("shared_expert_gate", "shared_expert"),
     ),
@@ -69,6 +76,7 @@ SPARSE_FORMS: dict[str, SparseForm] = {
         "qwen3_moe",
         "decoder_sparse_step",
         width="moe_intermediate_size",
+        dense_layers="mlp_only_layers",
         fixed={"norm_topk_prob": True, "mlp_only_layers": []},
         only={"layer_types": ANY, "max_window_layers": ANY},  # alike in all layers: minillm.config.sparse_architecture
     ),
@@ -82,6 +90,7 @@ SPARSE_FORMS: dict[str, SparseForm] = {
         experts="moe_num_experts",
         per_token="moe_k",
         width="moe_intermediate_size",
+        between=("moe_layer_start_index", "moe_layer_end_index"),
         fixed={"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": -1},
         only={"use_bias": False},
         zeros=("gate.moe_statics",),

@@ -10,12 +10,13 @@ import binascii
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.processing_utils import ProcessorMixin
 
@@ -36,6 +37,7 @@ KNOWN = {
     "spatial_shapes",
     "image_position_ids",
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations in which a picture is stored
 OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 
 
@@ -49,14 +51,26 @@ class Picture:
 
     def open(self, max_pixels: int) -> Image.Image:
         """The picture as it is looked at, in RGB. Raises DataError where it is missing, broken or too large."""
+        with self._opened() as image:
+            if image.width * image.height > max_pixels:
+                raise DataError(
+                    f"{self._where}: {image.width} x {image.height} pixels, more than max_image_pixels={max_pixels:,}; make "
+                    "it smaller, or raise that"
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture as it is looked at. Raises DataError where it is missing, or no picture."""
+        with self._opened() as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE
+            return (image.height, image.width) if turned else (image.width, image.height)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        """The picture as it is stored, whose pixels are not read yet."""
         try:
             with Image.open(io.BytesIO(self.read())) as image:
-                if image.width * image.height > max_pixels:
-                    raise DataError(
-                        f"{self._where}: {image.width} x {image.height} pixels, more than max_image_pixels={max_pixels:,}; make "
-                        "it smaller, or raise that"
-                    )
-                return ImageOps.exif_transpose(image).convert("RGB")
+                yield image
         except FileNotFoundError:
             raise DataError(f"{self._where}: no such file") from None
         except UnidentifiedImageError:
@@ -81,17 +95,18 @@ def find_pictures(where: str, folder: Path, record: Mapping[str, Any]) -> list[P
     return found
 
 
-def count_pictures(record: Mapping[str, Any]) -> int:
-    """The number of pictures that the prompt of a record shows, none of which is opened."""
-    own = sum(len(value) if isinstance(value, list) else 1 for value in map(record.get, FIELDS) if value is not None)
+def pictures_of(where: str, folder: Path, record: Mapping[str, Any]) -> list[Picture]:
+    """All pictures that the prompt of a record shows, none of which is opened. Raises DataError for what is no picture."""
     # messages, chosen, rejected: two of these may have the same prompt
-    return own + max((_placed(value) for value in record.values() if isinstance(value, list)), default=0)
+    placed = [_placed(where, folder, value) for value in record.values() if isinstance(value, list)]
+    return [*find_pictures(where, folder, record), *max(placed, key=len, default=[])]
 
 
-def _placed(messages: Sequence[Any]) -> int:
+def _placed(where: str, folder: Path, messages: Sequence[Any]) -> list[Picture]:
     contents = [one.get("content") for one in messages if isinstance(one, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return sum(part.get("type") in ("image", "image_url") and _source(part) is not None for part in parts)
+    sources = [_source(part) for part in parts if part.get("type") in ("image", "image_url")]
+    return [_picture(where, folder, "messages", source) for source in sources if source is not None]
 
 
 def shown_in(

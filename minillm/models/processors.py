@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, is_torchvision_available
@@ -13,7 +14,7 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from minillm import UserError
 
 _ATTRIBUTE = "picture_processor"  # of a tokenizer that belongs to a processor
-_FILES = ("processor_config.json", "preprocessor_config.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _VIDEOS = "video_preprocessor_config.json"
 # Of what a processor is made of and says nothing about what it does to a picture or how it spells it.
 _NAMES = {"processor_class", "auto_map", "video_processor", "audio_tokenizer"}
@@ -39,7 +40,7 @@ def load_processor(where: Path | str, **options: Any) -> ProcessorMixin | None:
     Videos are never shown here: where torchvision, which transformers reads them with, is not installed, the processor
     comes without that part and keeps its settings for the file. `options` are those of from_pretrained.
     """
-    found = [_file(where, name, options) for name in _FILES]
+    found = [_file(where, name, options) for name in PROCESSOR_FILES]
     if not any(found):
         return None
     try:
@@ -49,6 +50,16 @@ def load_processor(where: Path | str, **options: Any) -> ProcessorMixin | None:
         raise UserError(f"{where}: its processor needs what is not installed: {error}") from error
     parts = (getattr(processor, part, None) for part in ("tokenizer", "image_processor"))
     return processor if isinstance(processor, ProcessorMixin) and all(parts) else None
+
+
+def load_image_processor(where: Path | str, **options: Any) -> BaseImageProcessor:
+    """The part of a processor that prepares pictures, of a folder or from its own file. Raises UserError where there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(where, **options)
+    except ImportError as error:
+        raise UserError(f"{where}: its image processor needs what is not installed: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: no image processor is there ({str(error).splitlines()[0]})") from error
 
 
 def placeholder_ids(processor: ProcessorMixin) -> frozenset[int]:
@@ -103,7 +114,7 @@ class UnreadVideos(VideoProcessorMixin):
 def _without_videos(where: Path | str, options: dict[str, Any]) -> ProcessorMixin | None:
     """None for a processor that reads no videos."""
     settings, _ = ProcessorMixin.get_processor_dict(where, **options)
-    name = settings.get("processor_class") or _read(where, _FILES[1], options).get("processor_class")
+    name = settings.get("processor_class") or _read(where, PROCESSOR_FILES[1], options).get("processor_class")
     if name is None:
         name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(where, **options).model_type)
     kind = None if name is None else processor_class_from_name(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan, Stage
@@ -18,6 +19,7 @@ from minillm.config.paths import BYTE_TOKENIZER, STAGE, expand, is_hub_name
 from minillm.config.sparse_architecture import upcycled_architecture
 from minillm.models.loading import changed_architecture, tokenizer_keys
 from minillm.models.locations import hub_arguments
+from minillm.models.processors import PROCESSOR_FILES, load_image_processor
 from minillm.models.pruning import pruned_architecture
 from minillm.models.tokenizers import load_tokenizer
 
@@ -60,6 +62,18 @@ class Architectures:
         """Return the architecture of a model by its path. Raises UserError as `student` does."""
         return self._read(TeacherConfig(path=path))
 
+    def image_processor(self, config: ModelConfig) -> BaseImageProcessor:
+        """Return what prepares pictures for a model. Raises UserError where it is not here, or cannot be read."""
+        named = config.tokenizer if config.tokenizer != BYTE_TOKENIZER else None
+        path = expand(named or config.path or "")
+        if path.startswith(STAGE):
+            return self.image_processor(self.stages[path.removeprefix(STAGE)].config.student_side)
+        if path and is_hub_name(path):
+            where = known_image_processor(path, self._folders, config.revision)
+        else:
+            where, _ = hub_arguments(path, Path("."), verify=False)
+        return load_image_processor(where, trust_remote_code=config.trust_remote_code)
+
     def _random(self, config: StudentConfig) -> PreTrainedConfig:
         keys = dict(config.config or {})
         if config.path is not None:
@@ -95,6 +109,22 @@ class Architectures:
             raise UserError(f"{config.path} cannot be planned: {reason}") from error
 
 
+def known_image_processor(name: str, folders: Sequence[Path], revision: str | None = None) -> Path:
+    """Find the preprocessor_config.json of a hub name, or the folder that has it. Raises UserError, which says where to put it."""
+    file = name.replace("/", "--") + ".preprocessor_config.json"
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
+    for one in PROCESSOR_FILES:
+        cached = try_to_load_from_cache(name, one, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent
+    raise UserError(
+        f"the image processor of {name} is not known here, and hub names are not looked up: put its preprocessor_config.json "
+        f"as {file} into a folder `architectures` beside the configuration (searched: {_named(folders)})"
+    )
+
+
 def known_architecture(name: str, folders: Sequence[Path], revision: str | None = None) -> Path:
     """Find the config.json of a hub name. Raises UserError, which says where to put it."""
     file = name.replace("/", "--") + ".json"
@@ -104,11 +134,14 @@ def known_architecture(name: str, folders: Sequence[Path], revision: str | None 
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(cached, str):
         return Path(cached)
-    places = ", ".join(map(str, folders)) or "none was found"
     raise UserError(
         f"the architecture of {name} is not known here, and hub names are not looked up: put its config.json as "
-        f"{file} into a folder `architectures` beside the configuration (searched: {places})"
+        f"{file} into a folder `architectures` beside the configuration (searched: {_named(folders)})"
     )
+
+
+def _named(folders: Sequence[Path]) -> str:
+    return ", ".join(map(str, folders)) or "none was found"
 
 
 def architecture_folders(files: Sequence[Path]) -> list[Path]:

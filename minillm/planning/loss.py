@@ -11,6 +11,8 @@ from torch import Tensor
 from minillm.kernels.chunks import chunk_rows
 from minillm.kernels.rows_torch import BLOCK_BYTES
 from minillm.kernels.sorted_distance import BUFFERS, budget
+from minillm.losses import LMHead
+from minillm.models.standardized_logits import standardized, sums_of_standardized
 from minillm.planning.ledger import Ledger
 
 LOGITS = torch.float32
@@ -97,6 +99,31 @@ class LossTwin(torch.autograd.Function):
                 for total, of in ((hidden_sum, hidden), (weight_sum, weight))
             ]
         return (*scaled, None, None, None)
+
+
+def standardized_twin(
+    hidden: Tensor,  # (N, H_s)
+    head: LMHead,
+    teacher_hidden: Tensor,  # (N, H_t)
+    teacher_head: LMHead,
+    compute: torch.dtype,
+    shape: LossShape,
+    ledger: Ledger,
+) -> Tensor:
+    """The memory of a divergence of standardised logits: the real operations, about the twin of linear_objective. A scalar.
+
+    Raises UserError for heads whose logits are not standardised.
+    """
+    with torch.no_grad():
+        target = standardized(teacher_hidden, teacher_head, shape.vocab_size)
+
+    def sums(scaled: Tensor, own: LMHead) -> tuple[Tensor, Tensor]:
+        total = LossTwin.apply(scaled, own.weight, compute, shape, ledger)
+        return total, torch.zeros_like(total)
+
+    total, _ = sums_of_standardized(hidden, head, shape.vocab_size, sums)
+    del target
+    return total
 
 
 def statistics_twin(hidden: Tensor, shape: LossShape) -> None:

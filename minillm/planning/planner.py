@@ -15,15 +15,16 @@ from minillm.planning.architectures import Architectures
 from minillm.planning.cached_teacher import CacheSize, TeacherHead, cache_size, head_of
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
-from minillm.planning.picture_passes import can_be_shown, pictures_shown
 from minillm.planning.places import HOME, HOST, place_of
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import BesideTeacher, Several
 from minillm.planning.sharding import Sharding, sharding_of
+from minillm.planning.shown_pictures import NotShown, ShownPictures, shown_pictures
 from minillm.planning.simulate import PHASES, Simulation, simulate
 from minillm.planning.speed import Speed, speed_of
 from minillm.planning.work import NothingToPlan, Work, work_of
 
+PICTURES = "the passes over the prompts' pictures"  # in what is said not to be counted
 WORLD_SIZES = tuple(2**power for power in range(11))
 
 
@@ -129,8 +130,8 @@ def planned_peak_gib(plan: RunPlan, stage: Stage, device: torch.device, *, world
     try:
         kind, asked = device.type, stage.config.train.gradient_checkpointing
         student, teacher, head, several = _models_of(stage, architectures, plan.output_dir, kind)
-        pictures = _pictures_counted(stage.config, student)
-        setting = Setting.of(stage.config, checkpointing=asked, pictures=pictures, kind=kind)
+        shown, _ = _shown(stage, student, architectures)
+        setting = Setting.of(stage.config, checkpointing=asked, shown=shown, kind=kind)
         work, sharding = work_of(stage.config, world_size), sharding_of(stage.config, world_size)
         simulation = simulate(setting, work.moment, student, teacher, device, head=head, several=several)
     except UserError:
@@ -174,10 +175,11 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
     device = torch.device(gpu.kind)
     student, teacher, head, several = _models_of(stage, architectures, output_dir, gpu.kind)
 
-    asked, pictures = config.train.gradient_checkpointing, _pictures_counted(config, student)
+    asked = config.train.gradient_checkpointing
+    shown, not_shown = _shown(stage, student, architectures)
 
     def simulated(work: Work, checkpointing: bool = asked, phases: tuple[str, ...] = PHASES) -> Simulation:
-        setting = Setting.of(config, checkpointing=checkpointing, pictures=pictures, kind=gpu.kind)
+        setting = Setting.of(config, checkpointing=checkpointing, shown=shown, kind=gpu.kind)
         return simulate(setting, work.moment, student, teacher, device, head=head, several=several, phases=phases)
 
     def activations(checkpointing: bool) -> int | None:
@@ -194,6 +196,11 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         return memory_of(simulated(work), work, sharding_of(config, size), device)
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
+    if shown is not None:
+        try:
+            simulated(work)
+        except UserError as error:  # which may be of the pictures: without them there is a plan all the same
+            shown, not_shown = None, (f"{PICTURES}: {error}",)
     simulation = simulated(work)
     known = replace(gpu, bf16_tflops=None) if HOST in simulation.places else gpu  # how fast a host is, nobody knows
     return StagePlan(
@@ -208,7 +215,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         if work.terms
         else None,
         memory_on=memory,
-        not_counted=tuple(_not_counted(config, student)),
+        not_counted=(*not_shown, *_not_counted(config)),
         student_side="teacher" if needs.alone else "student" if needs.reference is None else "reference",
         elsewhere={
             key.replace("teachers.", "teacher "): (one.type, _place_of(one))
@@ -223,11 +230,17 @@ def _place_of(teacher: CachedTeacherConfig | ServedTeacherConfig) -> str:
     return teacher.path if isinstance(teacher, CachedTeacherConfig) else ", ".join(teacher.urls)
 
 
-def _pictures_counted(config: StageConfig, student: PreTrainedConfig) -> int:
-    return pictures_shown(config, student) if can_be_shown(student) else 0
+def _shown(
+    stage: Stage, student: PreTrainedConfig, architectures: Architectures
+) -> tuple[ShownPictures | None, tuple[str, ...]]:
+    """The pictures that passes show, and what is said of those that are not shown."""
+    try:
+        return shown_pictures(stage, student, architectures), ()
+    except NotShown as reason:
+        return None, (f"{PICTURES}: {reason}",)
 
 
-def _not_counted(config: StageConfig, student: PreTrainedConfig) -> Iterator[str]:
+def _not_counted(config: StageConfig) -> Iterator[str]:
     needs = config.method.needs()
     counted = ("student",) if needs.teacher_lora is None else ("student", "teacher")
     if any(term.features for term in needs.terms):
@@ -235,8 +248,6 @@ def _not_counted(config: StageConfig, student: PreTrainedConfig) -> Iterator[str
     beside = [name for name in needs.trains if name not in counted]
     if beside:
         yield f"what the method trains beside the student: {', '.join(beside)}"
-    if not can_be_shown(student) and pictures_shown(config, student):
-        yield f"the passes over the prompts' pictures, whose size a {student.model_type} takes from each one"
     if config.teachers_by is not None and config.teachers_by.in_memory == "one":
         every = "collection" if needs.buffered else f"{config.teachers_by.turn_steps} steps"
         yield f"opening the teachers' weights one after the other, for every {every} and every evaluation: how long a disk takes"

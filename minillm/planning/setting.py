@@ -7,6 +7,7 @@ from minillm.config.models import Part, Quantization, TeacherConfig, teachers_of
 from minillm.config.root import StageConfig
 from minillm.models.packing import attention_by_sequence
 from minillm.planning.places import HOME, place_of
+from minillm.planning.shown_pictures import ShownPictures
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Setting:
     student_quantization: Quantization | None = None  # of a teacher that is the only model
     trained_parts: tuple[Part, ...] | None = None  # of the student; None: all of it
     vision_from_layer: int | None = None
-    pictures: int = 0  # that every prompt shows
+    shown: ShownPictures | None = None  # the pictures of every prompt
     teacher_place: str = HOME  # minillm.planning.places.place_of, of several teachers the first
     packed: bool = False  # train.packing: on, which takes a mask of all pairs where attention has no other way
 
@@ -43,11 +44,13 @@ class Setting:
         return frozenset(role for role, attention in of_role.items() if self.masks_pairs(attention))
 
     @classmethod
-    def of(cls, config: StageConfig, *, checkpointing: bool, pictures: int = 0, kind: str = "cuda") -> "Setting":
+    def of(
+        cls, config: StageConfig, *, checkpointing: bool, shown: ShownPictures | None = None, kind: str = "cuda"
+    ) -> "Setting":
         """Read a configuration, with `checkpointing` in the place of train.gradient_checkpointing.
 
         Args:
-            pictures: that a prompt shows, as minillm.planning.picture_passes counts them.
+            shown: the pictures of its prompts.
             kind: of the student's device, cuda or cpu.
         """
         needs = config.method.needs()
@@ -72,7 +75,7 @@ class Setting:
             student_quantization=teacher.quantization if needs.alone else None,
             trained_parts=None if needs.alone else student.trained_parts,
             vision_from_layer=None if needs.alone else student.vision_from_layer,
-            pictures=pictures,
+            shown=shown,
             teacher_place=HOME if needs.alone else place_of(teacher, config.engine, kind),
             packed=config.train.packing == "on",
         )

@@ -63,5 +63,5 @@ def together(sizes: Sequence[ModelSize]) -> ModelSize:
         kv_bytes_per_token=sum(size.kv_bytes_per_token for size in sizes),
         trained=0,
         idle=sum(size.idle for size in sizes),
-        picture=sum(size.picture for size in sizes),
+        pictures=sum(size.pictures for size in sizes),
     )

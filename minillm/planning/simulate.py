@@ -15,29 +15,27 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
 import minillm
 from minillm import UserError
+from minillm.losses import LMHead
 from minillm.models.access import REFUSALS, forward_decoder, forward_layers, forward_shown, lm_head, rows_of
 from minillm.models.batch import TokenBatch
 from minillm.models.families import cache_argument, cache_mask
 from minillm.models.modes import sampling_mode
 from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.few_layers import FEW, few_trained_layers
+from minillm.planning.known_values import VALUES_NEEDED, KnownValues
 from minillm.planning.ledger import Ledger, Timeline
-from minillm.planning.loss import LossShape, LossTwin, sorting_shape, statistics_twin
-from minillm.planning.picture_passes import show
+from minillm.planning.loss import LossShape, LossTwin, sorting_shape, standardized_twin, statistics_twin
+from minillm.planning.picture_passes import ids_with_pictures
 from minillm.planning.places import HOME, kind_of
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import Several, together
+from minillm.planning.shown_pictures import ShownPictures
 from minillm.planning.simulated_models import SimulatedModels
 from minillm.planning.sizes import ModelSize, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
@@ -45,7 +43,6 @@ from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
 PHASES = ("rollout", "scoring", "update", "evaluation")
-VALUES_NEEDED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Simulation:
     vocab_size: int  # ids that both heads have
     losses: dict[str, LossShape]  # by term, and of the phases without a gradient
     projectors: int = 0  # weights that are trained beside the student
-    pictures: int = 0  # that every prompt shows
+    shown: ShownPictures | None = None  # the pictures of every prompt
     teachers: dict[str, ModelSize] = field(default_factory=dict)  # each of several, which `teacher` has together
     row_bytes: int = 0  # of what is kept of the teacher's word on a row
     asked: float = 1.0  # the part of `teacher` that judges a record
@@ -90,9 +87,11 @@ def simulate(
     key = (repr(setting), work, *texts, device.type, head, several, phases)
     if key not in _DONE:
         try:
-            with FakeTensorMode(), Ledger() as ledger:
+            sees = setting.shown is not None
+            with FakeTensorMode(allow_non_fake_inputs=sees), Ledger() as ledger:
                 models = SimulatedModels(setting, work, student, teacher, ledger, head, several)
-                _DONE[key] = _Simulator(setting, work, models, device, ledger).run(phases)
+                with KnownValues() if sees else nullcontext():
+                    _DONE[key] = _Simulator(setting, work, models, device, ledger).run(phases)
         except VALUES_NEEDED as error:
             types = sorted({one.model_type for one in (student, teacher) if one is not None})
             raise UserError(
@@ -161,12 +160,12 @@ class _Simulator:
         several = self.several
         return Simulation(
             phases,
-            size_of(self.student, self.simulated.kv_bytes["student"]),
+            size_of(self.student, self.simulated.kv_bytes["student"], self.simulated.shown),
             together(list(sizes.values())) if several else next(iter(sizes.values()), None),
             self.vocab_size,
             self.losses,
             weight_count(self.projectors),
-            self.setting.pictures,
+            self.setting.shown,
             sizes,
             several.row_bytes(list(sizes.values()))
             if several
@@ -271,32 +270,44 @@ class _Simulator:
         for layer in cache.layers:
             if isinstance(layer, RoomyLayer) and layer.is_initialized:
                 layer.use(seen)
-        ids = torch.zeros(batch, fed, dtype=torch.int64)
-        mask = torch.ones(batch, seen + fed, dtype=torch.int64)
+        shows = not seen and self._shows(fed)
+        ids = self._ids(name, batch, fed, shows=shows)
+        mask = _mask(batch, seen + fed)
         positions = torch.arange(seen, seen + fed).expand(batch, fed)
         cached = {cache_argument(self.models[name]): cache, "use_cache": True}
         if seen:
             forward_decoder(self.models[name], ids, cache_mask(self.models[name], mask, fed), positions, **cached)
         else:
-            forward_shown(self.models[name], ids, mask, positions, self._shown(batch), prompt=mask.bool(), **cached)
+            shown = self._shown(batch) if shows else {}
+            forward_shown(self.models[name], ids, mask, positions, shown, prompt=mask.bool(), **cached)
         self.ledger.relabel(_stored(cache), f"{name} KV cache")
+
+    def _shows(self, length: int) -> bool:
+        """True for prompts with pictures and room for them: where a set's prompts are shorter its pictures are smaller."""
+        return self.setting.shown is not None and self.setting.shown.fit(length)
+
+    def _ids(self, name: str, batch: int, length: int, *, shows: bool) -> Tensor:
+        shown = self.setting.shown
+        if shown is None:
+            return torch.zeros(batch, length, dtype=torch.int64)
+        return ids_with_pictures(self.models[name], batch, length, shown.count * shows, shown.tokens)
 
     def _shown(self, prompts: int) -> dict[str, Tensor]:
         """The pictures of so many prompts, as the forward pass takes them."""
-        return show(self.student, prompts * self.setting.pictures)
+        return self.setting.shown.inputs.repeated(prompts)
 
-    def _batch(self, one: Forward | TermShape, length: int) -> TokenBatch:
-        ids = torch.zeros(one.batch, length, dtype=torch.int64)
+    def _batch(self, name: str, one: Forward | TermShape, length: int) -> TokenBatch:
+        shows = one.prompted and self._shows(length)
         return TokenBatch(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=self._ids(name, one.batch, length, shows=shows),
+            attention_mask=_mask(one.batch, length),
             position_ids=torch.arange(length).expand(one.batch, length),
             rows=torch.zeros(one.rows, dtype=torch.int64),
             labels=torch.zeros(one.rows, dtype=torch.int64),
             lengths=(one.rows // one.batch,) * one.batch,
             # what is packed has some padding: a token of it at the least, and in the worst batch no more
             widths=(length,) * (one.batch - 1) + (max(1, length - (self.setting.packed and one.batch > 1)),),
-            extras=self._shown(one.batch) if one.prompted else {},
+            extras=self._shown(one.batch) if shows else {},
         )
 
     def _run_without_gradient(self, passes: tuple[Decoding | Forward, ...], phase: str) -> None:
@@ -316,7 +327,9 @@ class _Simulator:
             hidden = []
             for name, model in zip(names, models, strict=True):
                 with self._at(name):
-                    batch = self._batch(forward, forward.length_of("teacher" if name.startswith("teacher") else name))
+                    batch = self._batch(
+                        name, forward, forward.length_of("teacher" if name.startswith("teacher") else name)
+                    )
                     _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
                 teaches = name in simulated.of_role("teacher")
                 if divided and teaches:  # one of them reads a record: the worst is the largest
@@ -362,7 +375,7 @@ class _Simulator:
     def _term(self, term: TermShape) -> None:
         here = bool(self.simulated.of_role("teacher"))
         logits = here or any(not one.k for one in self.simulated.heads)  # a teacher with some of its own
-        full = term.teacher and not term.summed and not term.sorts and logits
+        full = term.teacher and not term.summed and not term.sorts and not term.standardizes and logits
         teachers = 1 + len(self.several.beside) if self.several is not None and term.teacher else 1
         divided = teachers > 1 and self.several.divided
         device = kind_of(self.simulated.place(term.trains), self.device)
@@ -373,7 +386,7 @@ class _Simulator:
             with self.ledger.part("student weights"):
                 copy = torch.empty_like(lm_head(self.student).weight)
         bf16 = self.setting.autocast
-        batch = self._batch(term, term.length)
+        batch = self._batch(term.trains, term, term.length)
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
             with self.ledger.part("teacher hidden states"):  # and of the micro-batch that is copied ahead
@@ -396,10 +409,20 @@ class _Simulator:
                     if term.sorts:
                         sorting = sorting_shape(term.rows, *self.simulated.vocab_sizes, self.device)
                         loss = loss + LossTwin.apply(hidden, lm_head(model).weight, compute, sorting, self.ledger)
+                    if term.standardizes:
+                        loss = loss + self._standardized_loss(term, hidden, lm_head(model), compute)
                 loss = loss + self._feature_losses(term, states)
             del hidden, states
             loss.backward()
         del teacher, copy
+
+    def _standardized_loss(self, term: TermShape, hidden: Tensor, head: LMHead, compute: torch.dtype) -> Tensor:
+        """minillm.methods.standardized, with the teacher's hidden states that are counted elsewhere."""
+        shape = LossShape(term.rows, self.vocab_size, 2, self.device)
+        self.losses[f"{term.name}, standardized"] = shape
+        theirs = self.simulated.teacher_head()
+        said = torch.empty((), dtype=theirs.weight.dtype).expand(term.rows, theirs.weight.shape[1])
+        return standardized_twin(hidden, head, said, theirs, compute, shape, self.ledger)
 
     def _feature_losses(self, term: TermShape, states: dict[int, Tensor]) -> Tensor | float:
         """minillm.methods.features, with targets that are counted elsewhere: those of all micro-batches wait for the step."""
@@ -419,6 +442,14 @@ class _Simulator:
             with self.ledger.part("gradients"):
                 together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
             del together
+
+
+def _mask(batch: int, length: int) -> Tensor:  # (B, L) int64
+    """Where tokens are. Of several texts one is shorter: batches without padding need no mask of pairs."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    if batch > 1 and length > 1:
+        mask[-1, -1] = 0
+    return mask
 
 
 def _stored(cache) -> list[Tensor]:

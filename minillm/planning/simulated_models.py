@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from minillm.losses import LMHead
 from minillm.models.access import checkpoint_activations, lm_head
 from minillm.models.adapters import add_adapters
 from minillm.models.loading import without_dropout
@@ -16,7 +17,6 @@ from minillm.models.projectors import make_projectors
 from minillm.planning.cached_teacher import TeacherHead
 from minillm.planning.few_layers import FEW, left_out_of
 from minillm.planning.ledger import Ledger
-from minillm.planning.picture_passes import prepare_for_pictures
 from minillm.planning.places import HOME
 from minillm.planning.quantized_layers import quantize
 from minillm.planning.setting import Setting
@@ -63,9 +63,7 @@ class SimulatedModels:
         attentions |= {f"teacher {one.name}": one.attention for one in (() if several is None else several.beside)}
         for name, model in self.by_name.items():
             pack_batches(model, setting.masks_pairs(attentions[name]))
-        if setting.pictures:
-            for model in self.by_name.values():
-                prepare_for_pictures(model)
+        self.shown = None if setting.shown is None else setting.shown.inputs
         self.projectors = nn.ModuleList()
         for term in work.terms:
             with ledger.part("student weights"):
@@ -109,7 +107,7 @@ class SimulatedModels:
     def teacher_sizes(self) -> dict[str, ModelSize]:
         """The teachers by the names that a plan calls them, the first of several first."""
         names = [name for name in self.by_name if name.startswith("teacher")]
-        sizes = {name: size_of(self.by_name[name], self.kv_bytes[name]) for name in names}
+        sizes = {name: size_of(self.by_name[name], self.kv_bytes[name], self.shown) for name in names}
         if self.head is not None:
             sizes = {"teacher": self.head.size, **sizes}
         sizes |= {f"teacher {name}": head.size for name, head in self.beside_heads.items()}
@@ -150,6 +148,13 @@ class SimulatedModels:
             return self.rows_of_heads(rows)
         head = lm_head(self.by_name["teacher"]).weight
         return torch.empty(rows, head.shape[1], dtype=head.dtype)
+
+    def teacher_head(self) -> LMHead:
+        """The head of the one teacher of a stage; of one whose weights are not here its shape alone, which is counted already."""
+        if "teacher" in self.by_name:
+            return lm_head(self.by_name["teacher"])
+        size, dtype = self.head, {one.itemsize: one for one in (torch.bfloat16, torch.float32)}[self.head.itemsize]
+        return LMHead(torch.empty((), dtype=dtype).expand(size.vocab_size, size.hidden_size))
 
     def beside_the_text(self) -> list[nn.Parameter]:
         """The trained weights of a student's vision tower and projector that have no gradient yet: a plan shows no pictures."""
@@ -202,7 +207,7 @@ def _build_student(setting: Setting, architecture: PreTrainedConfig, *, trains: 
         student.requires_grad_(False)
     if setting.trained_parts is not None:
         train_parts(student, setting.trained_parts, vision_from_layer=setting.vision_from_layer)
-        if not setting.pictures:  # as their embeddings do, which no pass of a plan reads then
+        if setting.shown is None:  # as their embeddings do, which no pass of a plan reads then
             student.get_input_embeddings().register_forward_hook(_with_gradient)
     if setting.lora is not None:
         add_adapters(student, setting.lora, seed=0)

@@ -16,7 +16,7 @@ from minillm.models.families import auto_class
 from minillm.models.parts import weights_of
 from minillm.models.pruning import layers_of
 from minillm.planning.experts import IMPLEMENTATION, idle_weights
-from minillm.planning.picture_passes import can_be_shown
+from minillm.planning.picture_passes import PictureInputs, flops_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ModelSize:
     trained: int  # weights that receive a gradient
     idle: int = 0  # weights that a token does not meet: of other experts, of what reads images
     frozen: bool = False  # some of those that a token meets receive no gradient
-    picture: float = 0.0  # FLOPs of a forward pass over one picture, in the vision tower
-    picture_frozen: bool = False  # which receives no gradient
+    pictures: float = 0.0  # FLOPs of a forward pass over the pictures of a prompt, in vision tower and projector
+    pictures_frozen: bool = False  # which receives no gradient
 
 
 def count_parameters(architecture: PreTrainedConfig) -> int:
@@ -92,8 +92,13 @@ def _elements(parameter: nn.Parameter) -> int:
     return getattr(parameter, "elements", parameter.numel())  # of a quantised one, however it is packed
 
 
-def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
-    """Measure a model. `kv_bytes` is the key-value cache of one token of one sequence, over all layers."""
+def size_of(model: PreTrainedModel, kv_bytes: int, shown: PictureInputs | None = None) -> ModelSize:
+    """Measure a model.
+
+    Args:
+        kv_bytes: the key-value cache of one token of one sequence, over all layers.
+        shown: the pictures of a prompt; the model is one of fake tensors with known values.
+    """
     counts = [weight_count(layer) for layer in decoder_layers(model)[2]]
     head = lm_head(model).weight
     tables = {
@@ -113,19 +118,14 @@ def size_of(model: PreTrainedModel, kv_bytes: int) -> ModelSize:
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         idle=idle_weights(model) + _beside_the_decoder(model),
         frozen=not all(one.requires_grad for one in _language(model).parameters()),
-        **_of_pictures(model),
+        **({} if shown is None else _of_pictures(model, shown)),
     )
 
 
-def _of_pictures(model: PreTrainedModel) -> dict[str, float | bool]:
-    """Matrix products alone: a picture has few enough patches that what their attention adds is small."""
-    if not can_be_shown(model.config):
-        return {}
-    weights, vision = weights_of(model)["vision"], model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
+def _of_pictures(model: PreTrainedModel, shown: PictureInputs) -> dict[str, float | bool]:
     return {
-        "picture": 2.0 * sum(map(_elements, weights)) * patches,
-        "picture_frozen": not any(one.requires_grad for one in weights),
+        "pictures": float(flops_of(model, shown)),
+        "pictures_frozen": not any(one.requires_grad for one in weights_of(model)["vision"]),
     }
 
 

@@ -2,9 +2,9 @@
 
 For each token a matrix of P weights costs 2 P FLOPs forward and 4 P backward, 2 P where it is frozen below adapters, and
 attention 4 L H in each layer. The fused loss takes three GEMMs with the student's head, two where it is frozen, and one
-with the teacher's, over the tokens that count. A picture costs 2 P a patch in a vision tower of P weights, and twice as
-much again where that is trained. Decoding takes whichever is longer: its FLOPs, or reading weights and
-caches once per token.
+with the teacher's, over the tokens that count. Pictures cost what a pass of vision tower and projector over them does, and
+twice as much again where the tower is trained. Decoding takes whichever is longer: its FLOPs, or reading weights and caches
+once per token.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from minillm.planning.gpus import BANDWIDTH_USE, LINK_USE, MFU, Gpu
 from minillm.planning.sharding import Sharding
 from minillm.planning.simulate import ModelSize, Simulation
-from minillm.planning.work import Decoding, Forward, Work
+from minillm.planning.work import Decoding, Forward, TermShape, Work
 
 TERA, GIGA = 1e12, 1e9
 ADAM_TRAFFIC = 7  # words that are read and written per weight: weight 2, gradient 1, moments 4
@@ -46,14 +46,14 @@ def speed_of(
     """Estimate a step with the longest prompts and answers."""
     sizes = {"student": simulation.student, "teacher": simulation.teacher}
     used = 1.0 / work.steps_per_collection if work.buffered else 1.0  # by this step, of a collection
-    decoded = [(one, _decoding_flops(one, sizes, used, simulation.pictures)) for one in work.decodings if one.total]
+    decoded = [(one, _decoding_flops(one, sizes, used)) for one in work.decodings if one.total]
     scored = Counter()  # model -> FLOPs
     for scoring in work.scorings:
         for name in scoring.models:
             rows = scoring.total * (scoring.rows // scoring.batch) if scoring.statistics else 0
             length = scoring.length_of(name)
             body = forward_flops(sizes[name], scoring.total * length, _context(simulation, name, scoring.batch, length))
-            seen = scoring.total * simulation.pictures * scoring.prompted * sizes[name].picture
+            seen = scoring.total * scoring.prompted * sizes[name].pictures
             scored[name] += used * (body + rows * 2 * sizes[name].head + seen)
         for name in scoring.kept:
             scored[name] += used * scoring.total * (scoring.rows // scoring.batch) * 2 * sizes[name].head
@@ -61,8 +61,7 @@ def speed_of(
         tokens = work.micro_batches * term.batch * term.length
         context = _context(simulation, "teacher", term.batch, term.length)
         scored["teacher"] += forward_flops(sizes["teacher"], tokens, context)
-        pictures = work.micro_batches * term.batch * simulation.pictures * term.prompted
-        scored["teacher"] += pictures * sizes["teacher"].picture
+        scored["teacher"] += work.micro_batches * term.batch * term.prompted * sizes["teacher"].pictures
     scored["teacher"] *= simulation.asked  # of several teachers
     rollout_flops = sum(sum(models.values()) for _, models in decoded)
     update_flops = _update_flops(simulation, work, checkpointing)
@@ -86,9 +85,7 @@ def speed_of(
     return Speed(rollout_flops, sum(scored.values()), update_flops, seconds)
 
 
-def _decoding_flops(
-    decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float, pictures: int
-) -> dict[str, float]:
+def _decoding_flops(decoding: Decoding, sizes: Mapping[str, ModelSize | None], used: float) -> dict[str, float]:
     width = decoding.prompt + decoding.answer - 1
     prompts = decoding.total / decoding.per_prompt  # that are read, with their pictures
     tokens = prompts * decoding.prompt + decoding.total * (decoding.answer - 1)
@@ -101,7 +98,7 @@ def _decoding_flops(
         * (
             forward_flops(sizes[name], tokens, width / 2)
             + heads[name] * predictions * 2 * sizes[name].head
-            + prompts * pictures * sizes[name].picture
+            + prompts * sizes[name].pictures
         )
         for name in decoding.models
     }
@@ -120,7 +117,7 @@ def flops_per_token(simulation: Simulation, forward: Forward) -> float:
         total += forward_flops(sizes[name], 1, _context(simulation, name, forward.batch, forward.length))
         if forward.statistics:
             total += 2.0 * sizes[name].head * forward.rows / (forward.batch * forward.length)
-        total += simulation.pictures * forward.prompted * sizes[name].picture / forward.length
+        total += forward.prompted * sizes[name].pictures / forward.length
     return total
 
 
@@ -144,11 +141,20 @@ def _update_flops(simulation: Simulation, work: Work, checkpointing: bool) -> fl
         context = _context(simulation, term.trains, term.batch, term.length)
         total += passes * forward_flops(size, term.batch * term.length, context)
         total += term.rows * (3 - frozen) * 2.0 * size.head
-        looks = 1 if size.picture_frozen else 3 + checkpointing
-        total += looks * term.batch * simulation.pictures * term.prompted * size.picture
+        looks = 1 if size.pictures_frozen else 3 + checkpointing
+        total += looks * term.batch * term.prompted * size.pictures
+        if term.standardizes:
+            total += _standardizing_flops(term, size, simulation.teacher)
         if term.teacher:
             total += simulation.asked * term.rows * 2.0 * simulation.teacher.head
     return total * work.micro_batches
+
+
+def _standardizing_flops(term: TermShape, student: ModelSize, teacher: ModelSize) -> float:
+    """Return the FLOPs of a product of each head with itself, of that of the student's gradient, and of another pass over its
+    head for the divergence."""
+    squares = sum(2.0 * size.head * size.hidden_size for size in (student, student, teacher))
+    return squares + term.rows * (3 - student.frozen) * 2.0 * student.head
 
 
 def _optimizer_seconds(student: ModelSize, sharding: Sharding, gpu: Gpu) -> float:

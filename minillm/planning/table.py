@@ -71,7 +71,7 @@ def assumptions() -> Iterator[str]:
 
 
 def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
-    simulation, speed = stage.simulation, stage.speed
+    simulation, speed, shown = stage.simulation, stage.speed, stage.simulation.shown
     several = simulation.teachers if len(simulation.teachers) > 1 else {}
     return {
         "method": stage.method,
@@ -120,6 +120,11 @@ def _stage_data(stage: StagePlan, gpu: gpus.Gpu) -> dict[str, Any]:
         **({"teachers": {name: one.parameters for name, one in several.items()}} if several else {}),
         **{f"{kind}_{name.replace(' ', '_')}": place for name, (kind, place) in stage.elsewhere.items()},
         **({} if stage.cache is None else {"cache": {**vars(stage.cache), "bytes": stage.cache.total}}),
+        **(
+            {}
+            if shown is None
+            else {"pictures": {"in_a_prompt": shown.count, "tokens_each": shown.tokens, "which": shown.said}}
+        ),
         **({"not_counted": list(stage.not_counted)} if stage.not_counted else {}),
     }
 
@@ -196,6 +201,8 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
         yield Text(f"the {name} is {words}: its weights are not loaded{loaded}")
     if stage.cache is not None:
         yield Text(_cache(stage.cache))
+    if stage.simulation.shown is not None:
+        yield Text(f"pictures: {stage.simulation.shown}")
     for what in stage.not_counted:
         yield Text(f"not counted: {what}")
 

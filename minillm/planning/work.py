@@ -100,6 +100,7 @@ class TermShape:
     trains: str = "student"  # student, teacher
     summed: bool = False  # both models' logits are added up
     sorts: bool = False  # the probabilities of both are sorted, beside a loss of the student alone
+    standardizes: bool = False  # logits of both are standardised, beside a loss of the student alone
     features: tuple[tuple[int, int], ...] = ()  # layers of student and teacher that a trained projector each connects
     feature_rows: int = 0  # of all sequences, positions whose features are projected
     affinity_rows: int = 0  # of all sequences, positions whose last hidden states are compared with each other
@@ -240,6 +241,7 @@ def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
                 term.trains,
                 term.summed,
                 term.sorts,
+                term.standardizes,
                 term.features,
                 batch * text.at(prompts=term.features_prompts).rows * bool(term.features),
                 batch * text.length * term.affinity,

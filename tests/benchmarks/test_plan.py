@@ -18,7 +18,9 @@ def small(name: str):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is Linux's")
-@pytest.mark.parametrize("name", ["sft", "gkd, opt", "minillm", "minillm, evaluated", "minillm, pictures"])
+@pytest.mark.parametrize(
+    "name", ["sft", "gkd, opt", "minillm", "minillm, evaluated", "minillm, pictures", "kd, pictures in patches"]
+)
 def test_every_phase_of_a_plan_is_measured(name):
     case = replace(small(name), evaluated=2 if small(name).evaluated else 0)
     measured = plan._take_steps(case)

@@ -5,7 +5,8 @@ import torch
 
 from minillm import UserError
 from minillm.losses import LMHead
-from minillm.methods.standardized import deviations, standardized_divergence
+from minillm.methods.standardized import standardized_divergence
+from minillm.models.standardized_logits import deviations
 
 
 def standardized(logits: torch.Tensor) -> torch.Tensor:  # (N, V), -inf at ids that are none

@@ -134,6 +134,50 @@ def test_what_the_sparse_architecture_cannot_say_is_named(kind, keys, message):
 
 
 @pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("qwen2", [0, 2]),  # any list
+        ("qwen3", [2, 0]),
+        ("qwen3", [0]),
+        ("ernie4_5", [1, 3]),  # every second one
+        ("ernie4_5", [0]),  # from the first to the first
+        ("ernie4_5", [1, 2]),
+        ("llama", [3, 1, 0, 2]),  # all of them, which every architecture can say
+    ],
+)
+def test_experts_are_in_the_layers_that_are_listed(kind, layers, tmp_path):
+    model = dense_model(kind)
+    expected = logits(model)
+    sparse = upcycled(model, layers=layers, router_std=3.0)
+    torch.testing.assert_close(logits(sparse), expected, rtol=1e-5, atol=1e-5)
+    sparse.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(sparse))
+    for one in (sparse, again):
+        (places,) = (part for part in one.modules() if isinstance(part, nn.ModuleList) and len(part) == LAYERS)
+        experts = experts_of(one)
+        assert [i for i, layer in enumerate(places) if any(part in experts for part in layer.modules())] == sorted(
+            layers
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("llama", {"layers": [0, 2]}, "every layer of a mixtral has experts; .* one of qwen2, qwen3, ernie4_5"),
+        ("ernie4_5", {"layers": [0, 2]}, "every n-th layer between .* one of qwen2, qwen3$"),
+        ("ernie4_5", {"layers": [0, 1, 3]}, "every n-th layer"),
+        ("qwen3", {"layers": [1, 4, 7]}, "the layers 0 to 3, no 4, 7"),
+        ("qwen3", {"layers": [1, 2, 1]}, "names 1 more than once"),
+        ("qwen3", {"layers": [1], "every": 2}, "and so does `every`"),
+    ],
+)
+def test_layers_that_cannot_have_experts(kind, keys, message):
+    with pytest.raises(UserError, match=f"^student.upcycle.layers: .*{message}"):
+        upcycled(dense_model(kind), **keys)
+
+
+@pytest.mark.parametrize(
     ("kind", "every", "message"), [("llama", 2, "every layer of a mixtral"), ("qwen2", 5, "no layer")]
 )
 def test_steps_that_no_layer_is_at(build_model, kind, every, message):

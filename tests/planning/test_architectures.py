@@ -31,12 +31,13 @@ def test_a_pruned_student_has_the_layers_that_it_keeps(students, tmp_path):
     assert found.num_hidden_layers == 2 and list(found.layer_types) == ["full_attention", "sliding_attention"]
 
 
-def test_an_upcycled_student_is_planned_with_its_experts(recipe, tmp_path):
-    """Three copies of every second feed-forward layer and their routers, of which a token meets one expert."""
+@pytest.mark.parametrize("where", [{"every": 2}, {"layers": [0, 3]}])
+def test_an_upcycled_student_is_planned_with_its_experts(where, recipe, tmp_path):
+    """Three copies of two feed-forward layers and their routers, of which a token meets one expert."""
     (tmp_path / "model").mkdir()
     shape = {**SHAPE, "model_type": "qwen2", "num_hidden_layers": 4}
     (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
-    keys = {"num_experts": 3, "num_experts_per_tok": 1, "every": 2}
+    keys = {"num_experts": 3, "num_experts_per_tok": 1, **where}
     dense = {"path": str(tmp_path / "model"), "tokenizer": "byte"}
     before, after = (
         planned(recipe(method={"name": "sft"}, student=student, teacher=None)).simulation.student

@@ -6,8 +6,9 @@ import torch
 from minillm.kernels.group_distance import Matches, Side, linear_group_distance
 from minillm.kernels.sorted_distance import linear_sorted_distance
 from minillm.losses import LMHead, linear_objective
+from minillm.methods.standardized import standardized_divergence
 from minillm.planning.ledger import Ledger
-from minillm.planning.loss import LossShape, LossTwin, sorting_shape
+from minillm.planning.loss import LossShape, LossTwin, sorting_shape, standardized_twin
 
 ROWS, HIDDEN, VOCAB = 700, 48, 40000
 
@@ -51,6 +52,31 @@ def test_the_chunk_is_that_of_the_kernels_on_a_gpu():
     assert shape.chunk == 1024  # 1.25 GiB of fp32 logits of both models, evened out
     assert shape.logits_bytes == 2 * 1024 * 151936 * 4
     assert shape.full_logits_bytes(gradient=True) == 5 * 8192 * 151936 * 4
+
+
+def test_the_twin_of_standardised_logits_holds_what_the_divergence_holds():
+    peaks = []
+    for twin in (False, True):
+        with Ledger() as ledger:
+            theirs = torch.randn(ROWS, HIDDEN), LMHead(torch.randn(VOCAB, HIDDEN))
+            hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
+            head = LMHead(torch.randn(VOCAB, HIDDEN, requires_grad=True))
+            given = ledger.total
+            ledger.take()
+            if twin:
+                shape = LossShape(ROWS, VOCAB, 2, torch.device("cpu"))
+                loss = standardized_twin(hidden, head, *theirs, torch.float32, shape, ledger)
+            else:
+                loss, _ = standardized_divergence(
+                    hidden, head, *theirs, weights=torch.ones(ROWS), answers=torch.ones(ROWS, dtype=torch.bool),
+                    divergence="reverse_kl", vocab_size=VOCAB, options={},
+                )  # fmt: skip
+            forward = ledger.take().peak({}, {})
+            loss.backward()
+            backward = ledger.take().peak({}, {})
+        peaks.append((sum(forward.values()) - given, sum(backward.values()) - given))
+    real, ours = peaks
+    assert ours == pytest.approx(real, rel=0.05)
 
 
 def sort(hidden, head, teacher_hidden, teacher_head):

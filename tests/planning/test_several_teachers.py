@@ -137,8 +137,8 @@ def test_each_of_them_looks_at_the_pictures(tmp_path):
         (tmp_path / "recipe.yaml").write_text(json.dumps({**document, **keys}))
         stages.append(planned(tmp_path / "recipe.yaml"))
     one, both = stages
-    assert both.simulation.pictures == 1
-    assert both.simulation.teacher.picture == 2 * one.simulation.teacher.picture > 0
+    assert both.simulation.shown.count == 1
+    assert both.simulation.teacher.pictures == 2 * one.simulation.teacher.pictures > 0
     assert both.speed.scoring_flops == pytest.approx(2 * one.speed.scoring_flops)
     assert both.simulation.phases["scoring"].most("activations") >= 4 * 3 * 28 * 28 * 4
 

@@ -23,18 +23,19 @@ STUDENT = ModelSize(
     hidden_size=10,
     kv_bytes_per_token=80,
     trained=1000,
-    picture=30,
 )
 TEACHER = ModelSize(
-    5000, 2, 10000, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320, trained=0, picture=70
+    5000, 2, 10000, 200, 0, layers=4, largest_layer=1200, hidden_size=20, kv_bytes_per_token=320, trained=0
 )
 GPU = Gpu("test", 1.0, bf16_tflops=1e-6, fp32_tflops=5e-7, memory_gb_per_s=1e-3, link_gb_per_s=1e-4)
 PROMPT, ANSWER, MICRO = 5, 4, 2
 LENGTH, ROWS = PROMPT + ANSWER - 1, MICRO * ANSWER
 
 
-def simulated(student=STUDENT, **counts):
-    return Simulation({}, student, TEACHER, vocab_size=10, losses={}, **counts)
+def simulated(student=STUDENT, pictures=0, **counts):
+    """`pictures`: of a prompt, each of which takes 30 FLOPs of the student and 70 of the teacher."""
+    student, teacher = replace(student, pictures=30 * pictures), replace(TEACHER, pictures=70 * pictures)
+    return Simulation({}, student, teacher, vocab_size=10, losses={}, **counts)
 
 
 def speed(work, *, sharding=None, checkpointing=False, bf16=True, **counts):
@@ -98,13 +99,21 @@ def test_a_picture_is_looked_at_where_its_prompt_is_read():
     assert two.update_flops - none.update_flops == 3 * MICRO * 2 * 3 * 30  # micro-batches, sequences, pictures, passes
     again = speed(both, pictures=2, checkpointing=True).update_flops - speed(both, checkpointing=True).update_flops
     assert again == 3 * MICRO * 2 * 4 * 30
-    frozen = replace(STUDENT, picture_frozen=True)
+    frozen = replace(STUDENT, pictures_frozen=True)
     once = speed(both, pictures=2, student=frozen).update_flops - speed(both, student=frozen).update_flops
     assert once == 3 * MICRO * 2 * 30
     judged = replace(both, terms=(replace(both.terms[0], from_buffer=False),))
     more = speed(judged, pictures=2).scoring_flops - speed(judged).scoring_flops
     assert more == 8 * 2 * 70 + 3 * MICRO * 2 * 70
     assert flops_per_token(simulated(pictures=2), scoring) - flops_per_token(simulated(), scoring) == 2 * 70 / LENGTH
+
+
+def test_standardised_logits_take_products_of_heads_with_themselves():
+    plain = work()
+    (term,) = plain.terms
+    more = speed(replace(plain, terms=(replace(term, standardizes=True),))).update_flops - speed(plain).update_flops
+    products = 2 * (2 * 100 * 10 + 200 * 20)  # the student's and its gradient, and the teacher's
+    assert more == 3 * (products + ROWS * 3 * 2 * 100)  # micro-batches; another pass over the student's head
 
 
 def test_texts_without_prompts_show_no_pictures():

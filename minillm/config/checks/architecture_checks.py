@@ -81,15 +81,15 @@ def sparse_form(facts: Facts, student: StudentConfig) -> Iterator[Found]:
     dense = keys_at(facts, student.path or "")
     if not isinstance(dense.get("model_type"), str) or student.trust_remote_code:
         return
-    problem = _upcycling_problem(json.dumps(dense), keys.every)
+    problem = _upcycling_problem(json.dumps(dense), keys.model_dump_json())
     if problem is not None:
         key, message = problem
         yield Found(key, message, ("student.path", "student.init"))
 
 
 @cache
-def _upcycling_problem(dense: str, every: int) -> tuple[str, str] | None:
-    """The key and the message of what keeps a dense architecture, its keys as JSON, from being upcycled; or None."""
+def _upcycling_problem(dense: str, upcycle: str) -> tuple[str, str] | None:
+    """The key and the message of what keeps a dense architecture from being upcycled, both by their keys as JSON; or None."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from minillm.config.sparse_architecture import upcycled_architecture
@@ -101,7 +101,7 @@ def _upcycling_problem(dense: str, every: int) -> tuple[str, str] | None:
     family = CONFIG_MAPPING[kind]
     try:
         with _quiet():
-            upcycled_architecture(family(**keys), UpcycleConfig(every=every))
+            upcycled_architecture(family(**keys), UpcycleConfig.model_validate_json(upcycle))
     except UserError as error:
         key, _, message = str(error).partition(": ")
         return key.partition("=")[0], message

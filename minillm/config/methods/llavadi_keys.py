@@ -78,6 +78,7 @@ class LLAVADI(MethodConfig):
             "distillation",
             ("references",),
             teacher=bool(self.logits_coef or features or self.affinity_coef),
+            standardizes=self.standardizes,
             prompts=bool(self.logits_coef) and self.logits_tokens != "answers",
             features=features,
             features_prompts=bool(features) and self.features_tokens != "answers",
