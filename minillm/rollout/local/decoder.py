@@ -1,6 +1,7 @@
 """One model in the decode loop: its key-value cache, its forward pass, and the logits of the last position."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +14,17 @@ from minillm.kernels.rows_torch import logits_from_raw
 from minillm.losses import LMHead
 from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_head
 from minillm.models.families import cache_argument, cache_mask, text_config
-from minillm.rollout.local.cache_rows import cache_for_rows, drop_columns, put_rows
+from minillm.rollout.local.cache_rows import drop_columns, put_rows
 from minillm.rollout.local.distribution import padded_size
+from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
+
+
+@dataclass(frozen=True)
+class ReadPrompts:
+    """Prompts that a model has read, and no row of a batch has taken yet."""
+
+    cache: Cache
+    shift: Tensor | None  # (P, 1) int64, added to the positions of what follows
 
 
 class Decoder:
@@ -32,6 +42,7 @@ class Decoder:
         self.logit_scale, self.softcap = head.logit_scale, head.softcap
         self._shift: Tensor | None = None  # (B, 1) int64, added to positions after the prompts
         self._logits: Tensor | None = None
+        self._batch = 0  # rows
 
     def forward(
         self,
@@ -47,32 +58,31 @@ class Decoder:
         hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts)[:, -1]
         return self.logits(hidden if rows is None else hidden[rows])
 
-    def refill(
+    def read(
         self,
-        rows: Tensor,  # (R,) int64, of the batch
         input_ids: Tensor,  # (P, L) int64, padded at the left
         attention_mask: Tensor,  # (P, L) int64, 0 on the padding
         position_ids: Tensor,  # (P, L) int64
         extras: Mapping[str, Tensor] = NOTHING,
-        copies: Tensor | None = None,  # (R,) int64, the prompt of each row; None: they have one each
-    ) -> Tensor:  # (R, V padded)
-        """Read prompts into rows of the batch, over what these held, and return the logits of what follows them.
+    ) -> tuple["ReadPrompts", Tensor]:  # (P, V padded)
+        """Read prompts beside the running batch, and return the logits of what follows them."""
+        running = self.cache, self._shift, self._batch
+        self.cache = make_cache(self.model, lambda: RoomyLayer(input_ids.shape[1]))
+        logits = self.logits(self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True)[:, -1])
+        read = ReadPrompts(self.cache, self._shift)
+        self.cache, self._shift, self._batch = running
+        return read, logits
+
+    def refill(self, rows: Tensor, read: "ReadPrompts", places: Tensor) -> None:  # (R,) int64 twice
+        """Let prompts that were read, by their rows there, take rows of the batch, over what these held.
 
         They end in the last column of the cache, which must be as long as they are.
         """
-        running, shift, batch = self.cache, self._shift, self._batch
-        self.cache, self._shift = cache_for_rows(self.model, running, rows, copies), None
-        logits = self.logits(self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True)[:, -1])
-        put_rows(running, self.cache, rows, copies)
-        self.cache, self._batch, new = running, batch, self._shift
-        if copies is not None:
-            logits, new = logits[copies], None if new is None else new[copies]
-        if shift is None and new is not None:
-            shift = position_ids.new_zeros(batch, 1)
-        if shift is not None:
-            shift[rows] = 0 if new is None else new
-        self._shift = shift
-        return logits
+        put_rows(self.cache, rows, read.cache, places)
+        if self._shift is None and read.shift is not None:
+            self._shift = read.shift.new_zeros(self._batch, 1)
+        if self._shift is not None:
+            self._shift[rows] = 0 if read.shift is None else read.shift[places]
 
     def drop_columns(self, columns: int) -> None:
         """Forget the first columns of the cache, of which no row needs any."""
@@ -105,7 +115,7 @@ class Decoder:
         """Drop the other rows of the batch. A row that is named several times is copied."""
         self.cache.reorder_cache(rows)
         self._shift = None if self._shift is None else self._shift[rows]
-        self._logits = None
+        self._logits, self._batch = None, len(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (B, H) -> (B, V padded) fp32
         """Logits of the token that follows each of these last hidden states."""

@@ -36,6 +36,13 @@ def in_batches(numbers: Sequence[int], size: int) -> list[tuple[int, int]]:
     return ends
 
 
+def in_readings(numbers: Sequence[int], first: int, prompts: int) -> list[range]:
+    """The answers from `first` on, those to so many prompts at a time; the last ones may be to fewer."""
+    ends = [end for end in range(first + 1, len(numbers) + 1) if end == len(numbers) or numbers[end] != numbers[end - 1]]
+    chosen = [*ends[prompts - 1 :: prompts], *ends[-1:]]  # the last one perhaps twice
+    return [range(start, end) for start, end in zip([first, *chosen], chosen, strict=False) if start < end]
+
+
 def copies_of(numbers: Sequence[int]) -> tuple[list[int], Tensor | None]:
     """The places of the first answer to each prompt, and for each answer which of these is to its prompt, (B,) int64;
     None where no two answers are to one."""
