@@ -7,12 +7,11 @@ from torch import Tensor
 
 from minillm.distributed import collectives
 from minillm.rollout.local.growing_batch import GrowingBatch
-from minillm.rollout.local.shared_prompts import Extras, in_batches, in_readings, prompt_numbers
+from minillm.rollout.local.shared_prompts import Extras, in_batches, in_readings, prompt_numbers, prompts_ahead
 from minillm.rollout.local.token_drawing import Answer, Sampling
 from minillm.teachers.pair import Models
 
 ENDED_FRACTION = 0.25  # of a batch: when so many rows have ended, dropping them repays the copy of the caches
-READ_AHEAD = 0.25  # of a batch: prompts that are read at a time, and wait for rows in caches of their own
 
 
 def decode(
@@ -64,8 +63,3 @@ def decode(
         batch.step()
     collect()
     return [answers[number] for number in range(len(prompts))]
-
-
-def prompts_ahead(rows: int) -> int:
-    """Prompts that are read at a time for so many rows."""
-    return max(1, int(READ_AHEAD * rows))

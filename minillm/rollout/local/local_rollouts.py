@@ -155,8 +155,13 @@ class LocalRollouts:
         with models.reading(*roles):
             served = self._asks_servers(*roles)
             if not served and len(order) > batch_size and self._refills(sampling, roles):
-                options = {"batch_size": batch_size, "progress": report, "share_prompts": shares}
-                decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
+                if self._captures(sampling):
+                    decoded = self._static_loop(sampling, roles, asked, batch_size).decode(
+                        asked, noise, shown, progress=report
+                    )
+                else:
+                    options = {"batch_size": batch_size, "progress": report, "share_prompts": shares}
+                    decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
             else:
                 if served:
                     batches = [order[start:end] for start, end in ends]
@@ -236,11 +241,20 @@ class LocalRollouts:
         if self.shared_coins and _coins_decide(self.models, sampling, roles):
             shared = coins(seed, draw, sampling.max_new_tokens)
             return partial(coin_loop.decode, self.models, sampling, self._blocks, shared)
-        # n-grams are looked up on the host; graphs live for this call alone, in which no weight moves
-        if self.cuda_graphs and prompts and not sampling.no_repeat_ngram_size:
-            sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
-            return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes).decode
+        if self._captures(sampling) and prompts:
+            loop = self._static_loop(sampling, roles, prompts, batch_size)
+            return lambda prompts, noise, extras: loop.decode(prompts, noise.__getitem__, extras)
         return partial(_decode_batch, self.models, sampling, roles, shares)
+
+    def _captures(self, sampling: Sampling) -> bool:
+        return self.cuda_graphs and not sampling.no_repeat_ngram_size  # n-grams are looked up on the host
+
+    def _static_loop(
+        self, sampling: Sampling, roles: dict[str, float], prompts: Sequence[list[int]], batch_size: int
+    ) -> StaticLoop:
+        """The loop for these prompts. Its graphs live for this call alone, in which no weight moves."""
+        sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
+        return StaticLoop(self.models, sampling, roles, capture=CudaGraphs(self.models.device), **sizes)
 
     def unrefilled(self, *roles: Role) -> str | None:
         """The reason for which answers of these models are drawn in batches one after the other; None where prompts that
@@ -260,10 +274,9 @@ class LocalRollouts:
         return None
 
     def _refills(self, sampling: Sampling, roles: dict[str, float]) -> bool:
-        # a coin says of one position in all rows which model is asked, and a graph has no step that reads prompts
+        # a coin says of one position in all rows which model is asked
         by_coins = self.shared_coins and _coins_decide(self.models, sampling, roles)
-        by_graphs = self.cuda_graphs and not sampling.no_repeat_ngram_size
-        return self.refill and not by_coins and not by_graphs and self.unrefilled(*roles) is None
+        return self.refill and not by_coins and self.unrefilled(*roles) is None
 
 
 def _decode_batch(
