@@ -20,9 +20,7 @@ from minillm.rollout.local import local_rollouts
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
-SMALL = argparse.Namespace(
-    prompts=3, batch_size=2, prompt_tokens=6, tokens=5, vocab=40, seed=0, answers_per_prompt=1
-)
+SMALL = argparse.Namespace(prompts=3, batch_size=2, prompt_tokens=6, tokens=5, vocab=40, seed=0, answers_per_prompt=1)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,8 @@ class LocalRollouts:
         shared_coins: draw mixtures by a coin a position that all answers of a draw share (coin_loop.py), where sampling
             is neutral and no model chooses its rotary frequencies by the length of the texts. Otherwise both models run
             for every token.
-        share_prompts: a prompt that several answers are asked to is read once for those that are decoded side by side.
+        share_prompts: a prompt that several answers are asked to is read once for those that are decoded side by side, and
+            for those that wait for their rows; beside a delta, and where ranks gather layers together, for each.
             Raises UserError beside cuda_graphs and shared_coins.
         refill: prompts that wait take the rows of answers that have ended, where the models and the loop can; otherwise
             one batch follows the other.

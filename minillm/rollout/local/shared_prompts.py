@@ -40,7 +40,9 @@ def in_batches(numbers: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 def in_readings(numbers: Sequence[int], first: int, prompts: int) -> list[range]:
     """The answers from `first` on, those to so many prompts at a time; the last ones may be to fewer."""
-    ends = [end for end in range(first + 1, len(numbers) + 1) if end == len(numbers) or numbers[end] != numbers[end - 1]]
+    ends = [
+        end for end in range(first + 1, len(numbers) + 1) if end == len(numbers) or numbers[end] != numbers[end - 1]
+    ]
     chosen = [*ends[prompts - 1 :: prompts], *ends[-1:]]  # the last one perhaps twice
     return [range(start, end) for start, end in zip([first, *chosen], chosen, strict=False) if start < end]
 

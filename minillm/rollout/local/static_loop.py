@@ -79,8 +79,9 @@ class StaticLoop:
         self.room = static_room(longest, sampling.max_new_tokens)
         self.last_position = longest + sampling.max_new_tokens - 2  # the last token is never fed
         device = models.device
-        self.column = torch.zeros(batch, dtype=torch.int64, device=device)  # of the caches, where a row's next token goes
-        self.place = torch.zeros(batch, dtype=torch.int64, device=device)  # of the answers
+        # where the next token of each row goes, in the caches, and where its last one went, in its answer
+        self.column = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.place = torch.zeros(batch, dtype=torch.int64, device=device)
         self.fed = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.fed)
         self.noise = torch.zeros((batch, sampling.max_new_tokens), dtype=torch.float64, device=device)

@@ -142,7 +142,11 @@ def test_rows_that_ended_take_the_prompts_that_wait(make_models, prompts, monkey
     """The longest first, in three rows; the shorter ones' answers begin in columns of their own."""
     monkeypatch.setattr(static_loop, "LOOK_WAITING", waiting)
     models, heard, read = make_models(architecture, eos_ids=MANY_ENDS), [], []
-    asked, sampling, roles = sorted(prompts * 2, key=len, reverse=True), Sampling(22, alpha=0.3), {"student": 0.7, "teacher": 0.3}
+    asked, sampling, roles = (
+        sorted(prompts * 2, key=len, reverse=True),
+        Sampling(22, alpha=0.3),
+        {"student": 0.7, "teacher": 0.3},
+    )
     noise, graphs, reads = uniforms(5, range(len(asked)), 0, 22), Graphs(), Decoder.read
     monkeypatch.setattr(Decoder, "read", lambda self, ids, *others: read.append(len(ids)) or reads(self, ids, *others))
     with torch.no_grad():
@@ -198,7 +202,8 @@ def test_batches_share_memory_and_graphs(make_models, prompts):
         for draw, chosen in enumerate((prompts[:5], prompts[4:6], prompts[2:3], prompts[1:6])):
             noise = uniforms(0, range(len(chosen)), draw, sampling.max_new_tokens)
             assert_same(
-                loop.decode(chosen, noise.__getitem__), growing_loop.decode(models, sampling, roles, chosen, noise.__getitem__)
+                loop.decode(chosen, noise.__getitem__),
+                growing_loop.decode(models, sampling, roles, chosen, noise.__getitem__),
             )
             for parameter in models.student.parameters():
                 parameter.mul_(1.1)
