@@ -45,11 +45,11 @@ def test_prompts_that_are_read_ahead_have_caches_of_their_own(recipe):
 def test_a_prompt_of_several_answers_is_read_once(recipe):
     """Long prompts: what reading them takes is of half as many rows, and the caches in the end are the same."""
     keys = ("data.prompts.max_prompt_length=200", "rollout.batch_size=8")
-    each, once = (
-        planned(recipe(), *keys, f"rollout.answers_per_prompt={answers}").simulation for answers in (1, 4)
-    )
+    each, once = (planned(recipe(), *keys, f"rollout.answers_per_prompt={answers}").simulation for answers in (1, 4))
     parts = ("student KV cache", "teacher KV cache")
-    assert [each.phases["rollout"].most(part) for part in parts] == [once.phases["rollout"].most(part) for part in parts]
+    assert [each.phases["rollout"].most(part) for part in parts] == [
+        once.phases["rollout"].most(part) for part in parts
+    ]
     assert (each.student, each.teacher) == (once.student, once.teacher)
     assert once.phases["rollout"].most("activations") < 0.6 * each.phases["rollout"].most("activations")
 
