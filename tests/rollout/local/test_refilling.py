@@ -161,6 +161,7 @@ def test_no_row_waits_while_a_prompt_does(pair_of, many_prompts, monkeypatch):
         step(self)
 
     monkeypatch.setattr(GrowingBatch, "step", looking)
+    monkeypatch.setattr(shared_prompts, "READ_AHEAD", 1.0)  # several at a time
     answers = sample(models, many_prompts, sampling, who="student")
     assert not any(ended and waits for ended, waits in seen) and any(waits for _, waits in seen)
     # rows are full until the last prompt has one: no schedule that knows no lengths takes fewer steps
