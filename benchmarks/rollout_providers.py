@@ -3,6 +3,7 @@
 import argparse
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,23 +26,47 @@ BASELINE = "generate"
 PROVIDERS = {
     "ours": "minillm",
     "ours-batches": "minillm, one batch after the other",
+    "ours-unshared": "minillm, a prompt read for every answer",
     "ours-graphs": "minillm, CUDA graphs",
     "generate": "generate, dynamic cache",
     "generate-static": "generate, static cache",
 }
 
-Run = Callable[[int], int]  # answers every prompt once; from the number of the repeat to that of response tokens
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a provider has done: answers to all prompts."""
+
+    lengths: list[int]  # tokens of the answers, those to the longest prompts first
+    prompt_tokens: int  # that were read
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(self.lengths)
 
 
-def why_not(provider: str, device: torch.device) -> str | None:
-    """The reason for which a provider cannot run on a device, None where it can."""
+Run = Callable[[int], Drawn]  # answers every prompt; from the number of the repeat
+
+
+def why_not(provider: str, device: torch.device, answers_per_prompt: int) -> str | None:
+    """The reason for which a provider cannot run, None where it can."""
+    if provider == "ours-unshared" and answers_per_prompt == 1:
+        return "is the same with one answer to each prompt"
+    if provider == "ours-graphs" and answers_per_prompt > 1:
+        return "reads a prompt for every answer"
     return "needs a GPU" if provider == "ours-graphs" and device.type != "cuda" else None
 
 
 def prepare(provider: str, mode: str, models: Models, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
     """The provider, ready to run on models of its device."""
     if provider.startswith("ours"):
-        rollouts = LocalRollouts(models, cuda_graphs=provider == "ours-graphs", refill=provider != "ours-batches")
+        rollouts = LocalRollouts(
+            models,
+            cuda_graphs=provider == "ours-graphs",
+            share_prompts=arguments.answers_per_prompt > 1 and provider != "ours-unshared",
+            refill=provider != "ours-batches",
+        )
         return _ours(mode, rollouts, prompts, arguments)
     cache = "static" if provider == "generate-static" else None
     return _generate(mode, models, prompts, arguments, cache)
@@ -49,8 +74,10 @@ def prepare(provider: str, mode: str, models: Models, prompts: list[list[int]], 
 
 def _ours(mode: str, rollouts: LocalRollouts, prompts: list[list[int]], arguments: argparse.Namespace) -> Run:
     sampling = Sampling(arguments.tokens, alpha=ALPHA if mode == "mixture" else 0.0)
+    read = {tuple(prompt) for prompt in prompts} if rollouts.share_prompts else prompts
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
 
-    def run(repeat: int) -> int:
+    def run(repeat: int) -> Drawn:
         answers = rollouts.sample(
             prompts,
             sampling,
@@ -60,7 +87,7 @@ def _ours(mode: str, rollouts: LocalRollouts, prompts: list[list[int]], argument
             who=mode,
             batch_size=arguments.batch_size,
         )
-        return sum(len(answer.response) for answer in answers)
+        return Drawn([len(answers[place].response) for place in order], sum(map(len, read)))
 
     return run
 
@@ -81,7 +108,7 @@ def _generate(
     ends = torch.tensor(models.eos_ids, dtype=torch.int64, device=models.device)
     prompts, size = sorted(prompts, key=len, reverse=True), arguments.batch_size
 
-    def answer(batch: list[list[int]]) -> int:
+    def answer(batch: list[list[int]]) -> list[int]:  # the tokens of each answer
         ids, padding, _ = (part.to(models.device) for part in pad_left(batch, len(batch[0]), models.pad_id))
         mask = (torch.arange(ids.shape[1], device=models.device) >= padding).long()
         processors = [TeacherMixing(models.teacher.model, mask, ALPHA)] if mode == "mixture" else []
@@ -89,11 +116,12 @@ def _generate(
             ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(processors)
         )[:, ids.shape[1] :]
         ended_before = torch.isin(written, ends).cumsum(-1) - torch.isin(written, ends).long()
-        return int((ended_before == 0).sum())
+        return (ended_before == 0).sum(-1).tolist()
 
-    def run(repeat: int) -> int:
+    def run(repeat: int) -> Drawn:
         torch.manual_seed(arguments.seed + repeat)
-        return sum(answer(prompts[start : start + size]) for start in range(0, len(prompts), size))
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        return Drawn([length for batch in batches for length in answer(batch)], sum(map(len, prompts)))
 
     return run
 
@@ -142,8 +170,9 @@ def make_model(hidden: int, layers: int, vocab: int, seed: int) -> LlamaForCausa
 
 
 def make_prompts(arguments: argparse.Namespace) -> list[list[int]]:
-    """Prompts of half to the whole of the longest length."""
+    """Prompts of half to the whole of the longest length, each as often as there are answers to it."""
     order = random.Random(arguments.seed)
     longest = arguments.prompt_tokens
     lengths = [longest, *(order.randint(max(1, longest // 2), longest) for _ in range(arguments.prompts - 1))]
-    return [[order.randrange(1, arguments.vocab) for _ in range(length)] for length in lengths]
+    prompts = [[order.randrange(1, arguments.vocab) for _ in range(length)] for length in lengths]
+    return prompts * getattr(arguments, "answers_per_prompt", 1)

@@ -22,7 +22,8 @@ class RolloutConfig(Strict):
     batch_size: Annotated[int, Field(ge=1)] = Field(
         32,
         description="Answers that are decoded side by side on one device. Where one ends the next prompt takes its row, if the "
-        "models can read it there; a run says where they cannot, and then batches follow one another",
+        "models can read it there; a run says where they cannot, and then batches follow one another. Prompts that wait are read "
+        "a quarter of so many at a time, and their keys and values kept until a row ends",
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(
         256, description="Tokens of the longest answer, its end included"
@@ -44,8 +45,8 @@ class RolloutConfig(Strict):
     cuda_graphs: bool = Field(
         False,
         description="On a GPU, replay a captured CUDA graph for every token, in evaluation too. Memory for the longest "
-        "answers is kept from the start, and rows that have ended run on until their batch has. Models with sliding windows or recurrent layers, "
-        "and flash attention, are refused; answers under no_repeat_ngram_size are sampled without graphs. Not measured on a "
+        "answers is kept from the start, and a row that has ended runs on until the host looks, every few tokens. Models with sliding "
+        "windows or recurrent layers, and flash attention, are refused; answers under no_repeat_ngram_size are sampled without graphs. Not measured on a "
         "GPU yet",
     )
 

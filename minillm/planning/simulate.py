@@ -40,6 +40,7 @@ from minillm.planning.simulated_models import SimulatedModels
 from minillm.planning.sizes import ModelSize, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
 from minillm.rollout.local.distribution import padded_size
+from minillm.rollout.local.decoder import PACK_AFTER
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
 PHASES = ("rollout", "scoring", "update", "evaluation")
@@ -193,40 +194,69 @@ class _Simulator:
 
     def _rollout(self, decoding: Decoding) -> None:
         models = [self.models[name] for name in decoding.models]
-        room = decoding.room
-        home = (
-            self._at(decoding.models[0]) if len(models) == 1 else nullcontext()
-        )  # a teacher alone answers where it is
+        room, prompts = decoding.room, -(-decoding.batch // decoding.per_prompt)
+        # a teacher alone answers where it is
+        home = self._at(decoding.models[0]) if len(models) == 1 else nullcontext()
         with home, sampling_mode(models), self.simulated.few_layers(decoding.models) as left_out:
-            rest = []
+            missing = {}  # bytes of a token in the layers that are left out
             for name in decoding.models:
                 cache = self._cache(name, room)
-                self._decode(name, cache, decoding.batch, decoding.prompt, 0)
+                self._decode(name, cache, prompts, decoding.prompt, 0)
                 held = sum(tensor.untyped_storage().nbytes() for tensor in _stored(cache))
-                missing = held * left_out[name] // FEW
-                self.simulated.kv_bytes[name] = (held + missing) // (decoding.batch * room)
-                with self.ledger.part(f"{name} KV cache"), self._at(name):
-                    rest.append(torch.empty(missing, dtype=torch.uint8))
+                missing[name] = held * left_out[name] // FEW // (prompts * room)
+                self.simulated.kv_bytes[name] = held // (prompts * room) + missing[name]
                 del cache
+
+            def missing_layers(rows: int, tokens: int) -> list[Tensor]:
+                held = []
+                for name, size in missing.items():
+                    with self.ledger.part(f"{name} KV cache"), self._at(name):
+                        held.append(torch.empty(rows * tokens * size, dtype=torch.uint8))
+                return held
+
+            rest = missing_layers(prompts, room)
             caches = [self._cache(name, room) for name in decoding.models]
             if decoding.teacher_share is not None:
                 self._read_by_blocks(decoding, caches)
                 return
 
-            def feed(fed: int, seen: int) -> None:
+            def feed(caches: list, rows: int, fed: int, seen: int) -> None:
                 logits = []
                 for name, cache in zip(decoding.models, caches, strict=True):
-                    self._decode(name, cache, decoding.batch, fed, seen)
+                    self._decode(name, cache, rows, fed, seen)
                     with self.ledger.part("sampling buffers"):
                         logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
 
-            feed(decoding.prompt, 0)
+            feed(caches, prompts, decoding.prompt, 0)
+            if prompts < decoding.batch:  # each is read once, and its row copied for every answer to it
+                rest = missing_layers(decoding.batch, room)
+                for name, cache in zip(decoding.models, caches, strict=True):
+                    cache.reorder_cache(torch.zeros(decoding.batch, dtype=torch.int64))
+                    self.ledger.relabel(_stored(cache), f"{name} KV cache")
+            packed = self._packed_heads(decoding)
             before, moment = self.ledger.total, self.ledger.moment
-            feed(1, room - 1)  # the last token that is fed
+            feed(caches, decoding.batch, 1, room - 1)  # the last token that is fed
+            kept = None
             if decoding.cuda_graphs:  # they keep the memory of a step, beside which the next prompts are read
                 kept = torch.empty(self.ledger.most_since(moment) - before, dtype=torch.uint8)
-                feed(decoding.prompt, 0)
-                del kept
+            if decoding.ahead:
+                waiting = [self._cache(name, decoding.prompt) for name in decoding.models]
+                rest += missing_layers(decoding.ahead, decoding.prompt)
+                feed(waiting, decoding.ahead, decoding.prompt, 0)
+                if kept is None:  # otherwise a step has its memory
+                    feed(caches, decoding.batch, 1, room - 1)
+                del waiting
+            elif decoding.cuda_graphs:
+                feed(caches, decoding.batch, decoding.prompt, 0)
+            del kept, packed
+
+    def _packed_heads(self, decoding: Decoding) -> list[Tensor]:
+        """The copies of fp32 heads that decode steps on a CPU read: minillm.rollout.local.packed_head."""
+        if self.device.type != "cpu" or decoding.answer < PACK_AFTER:
+            return []
+        heads = [lm_head(self.models[name]).weight for name in decoding.models]
+        with self.ledger.part("sampling buffers"):
+            return [torch.empty_like(head) for head in heads if head.dtype == torch.float32]
 
     def _read_by_blocks(self, decoding: Decoding, caches: list) -> None:
         """minillm.rollout.local.coin_loop: prompts, the last block of each model, and statistics without the caches."""
@@ -237,10 +267,11 @@ class _Simulator:
                 head = lm_head(self.models[name]).weight
                 states.append(torch.empty(decoding.batch, decoding.answer, head.shape[1], dtype=head.dtype))
                 logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
+        packed = self._packed_heads(decoding)
         for name, cache in zip(decoding.models, caches, strict=True):
             self._decode(name, cache, decoding.batch, decoding.block, decoding.room - decoding.block)
         caches.clear()
-        del cache, logits
+        del cache, logits, packed
         rows = decoding.batch * decoding.answer
         with self.ledger.part("sampling buffers"):
             hidden = []

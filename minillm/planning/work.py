@@ -13,6 +13,7 @@ from minillm.config.needs import Needs, Rows, Sampler, TermNeeds
 from minillm.config.root import StageConfig
 from minillm.planning.setting import Setting
 from minillm.rollout.local.lagging_decoder import LONGEST_BLOCK
+from minillm.rollout.local.shared_prompts import prompts_ahead
 from minillm.rollout.local.static_loop import static_room
 
 SAMPLING_MODELS: dict[Sampler, tuple[str, ...]] = {
@@ -36,6 +37,7 @@ class Decoding:
     answer: int  # tokens
     total: int  # answers of a buffer, on one rank
     per_prompt: int = 1  # of them to each prompt, which is read once for those
+    ahead: int = 0  # prompts that are read while rows are full, and wait for one that ends
     cuda_graphs: bool = False
     # of the tokens, where shared coins say which model is asked and the other one catches up; None: all run for each token
     teacher_share: float | None = None
@@ -200,6 +202,7 @@ def work_of(config: StageConfig, world_size: int) -> Work:
                 rollout.max_new_tokens,
                 prompts,
                 rollout.answers_per_prompt if needs.several_answers else 1,
+                _read_ahead(config, sampler, prompts, side_by_side),
                 rollout.cuda_graphs,
                 needs.teacher_share if sampler == "mixture" and rollout.by_coins else None,
             )
@@ -222,6 +225,16 @@ def _written(config: StageConfig, needs: Needs, world_size: int) -> Literal["wei
     if not needs.takes_steps or not save.in_background or world_size > 1:
         return None
     return "checkpoint" if save.steps else "weights" if save.best and config.eval.sets else None
+
+
+def _read_ahead(config: StageConfig, sampler: Sampler, answers: int, side_by_side: int) -> int:
+    """Prompts that are read for rows that end, where there are more answers than rows and the loop refills them."""
+    rollout, engine = config.rollout, config.engine
+    by_layers = engine.type == "deepspeed" and engine.stage == 3 and engine.gather == "layers"
+    by_coins = rollout.by_coins and sampler == "mixture"
+    if answers <= side_by_side or by_layers or by_coins:
+        return 0
+    return prompts_ahead(side_by_side)
 
 
 def _terms(config: StageConfig, needs: Needs) -> tuple[TermShape, ...]:
@@ -362,6 +375,7 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
     controls = config.method.needs().controls_teacher  # what answers is the teacher with the student's logits added
     samplers: tuple[Sampler, ...] = ("mixture" if controls else "student", "teacher")
     told = max(prompts.longest_for_teacher if _told(prompts) else _prompt_length(prompts) for prompts in sets)
+    asked = max(prompts.limit or batch + 1 for prompts in sets)  # how many a set has is not known without a limit
     answering = [
         Decoding(
             SAMPLING_MODELS[one],
@@ -369,6 +383,7 @@ def _evaluation(config: StageConfig) -> tuple[Decoding | Forward, ...]:
             told if one == "teacher" else prompt,
             keys.max_new_tokens,
             0,
+            ahead=_read_ahead(config, one, asked, batch),
             cuda_graphs=config.rollout.cuda_graphs,
         )
         for one in samplers[: 1 + answers]

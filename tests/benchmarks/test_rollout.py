@@ -6,7 +6,7 @@ import csv
 import pytest
 import torch
 
-from minillm.benchmarks.rollout import COLUMNS, main
+from minillm.benchmarks.rollout import COLUMNS, best_occupancy, main
 from minillm.benchmarks.rollout_providers import (
     ALPHA,
     PROVIDERS,
@@ -20,7 +20,7 @@ from minillm.rollout.local import local_rollouts
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
-SMALL = argparse.Namespace(prompts=3, batch_size=2, prompt_tokens=6, tokens=5, vocab=40, seed=0)
+SMALL = argparse.Namespace(prompts=3, batch_size=2, prompt_tokens=6, tokens=5, vocab=40, seed=0, answers_per_prompt=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,32 @@ def test_all_write_as_many_tokens(models, monkeypatch, mode):
     monkeypatch.setattr(local_rollouts, "CudaGraphs", lambda device: lambda step: step() or step)
     monkeypatch.setattr(local_rollouts, "require_cuda_graphs", lambda models: None)
     prompts = make_prompts(SMALL)
-    assert {prepare(name, mode, models, prompts, SMALL)(1) for name in PROVIDERS} == {15}
+    drawn = [prepare(name, mode, models, prompts, SMALL)(1) for name in PROVIDERS]
+    assert all(one.lengths == [5, 5, 5] and one.tokens == 15 for one in drawn)
+    assert {one.prompt_tokens for one in drawn} == {sum(map(len, prompts))}
+
+
+def test_several_answers_read_a_prompt_once(models):
+    arguments = argparse.Namespace(**{**vars(SMALL), "answers_per_prompt": 4})
+    prompts = make_prompts(arguments)
+    assert prompts == make_prompts(SMALL) * 4
+    once, each = (prepare(name, "student", models, prompts, arguments) for name in ("ours", "ours-unshared"))
+    assert once(1).lengths == each(1).lengths and 4 * once(1).prompt_tokens == each(1).prompt_tokens
+
+
+def test_rows_are_filled_as_soon_as_one_is_free():
+    assert best_occupancy([5, 5, 5, 5], 2) == 1.0
+    # rows of three and one steps; the third answer begins in the second one after its step
+    assert best_occupancy([4, 2, 4], 2) == 7 / (2 * 4)
 
 
 def test_graphs_are_skipped_where_there_can_be_none():
-    for device, missing in (("cpu", ["ours-graphs"]), ("cuda:1", [])):
-        assert [name for name in PROVIDERS if why_not(name, torch.device(device)) is not None] == missing
+    for device, several, missing in (
+        ("cpu", 1, ["ours-unshared", "ours-graphs"]),
+        ("cuda:1", 1, ["ours-unshared"]),
+        ("cuda:1", 4, ["ours-graphs"]),
+    ):
+        assert [name for name in PROVIDERS if why_not(name, torch.device(device), several) is not None] == missing
 
 
 @torch.no_grad()
@@ -75,10 +95,13 @@ def test_results_are_written(tmp_path, capsys):
     assert [tuple(row[3:6]) for row in rows] == [
         (mode, answers, name) for mode in ("student", "mixture") for answers in ("full", "ending") for name in names
     ]
-    assert all(float(value) > 0 for row in rows for value in row[6:8])
-    assert all(row[7] == "1.00" for row in rows if row[5] == names[2])
-    assert all((row[8] == "") == (row[4] == "full") for row in rows)
+    assert all(float(value) > 0 for row in rows for value in row[6:9])
+    assert all(float(row[7]) > float(row[6]) for row in rows), "prompts are read too"
+    assert all(row[8] == "1.00" for row in rows if row[5] == names[2])
+    assert all((row[9] == "") == (row[4] == "full") for row in rows)
+    assert all(float(row[10]) >= 0 for row in rows)
     page = (tmp_path / "out" / "rollout.md").read_text()
+    assert "2 rows is free" in page
     assert page in capsys.readouterr().out and all(f"| {' | '.join(row)} |" in page for row in rows)
     assert "| skipped: minillm, CUDA graphs | needs a GPU |" in page
 

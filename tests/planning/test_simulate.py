@@ -19,7 +19,7 @@ def test_weights_gradients_moments_and_caches_are_counted(recipe):
     assert rollout["student weights"] - 4 * PARAMETERS < 1024
     assert rollout["gradients"] == 0 and rollout["optimizer states"] == 8 * PARAMETERS
     assert stage.simulation.phases["update"].most("gradients") == 4 * PARAMETERS
-    tokens = 4 * (PROMPT + ANSWER - 1)
+    tokens = 4 * (PROMPT + ANSWER - 1) + PROMPT  # of one that is read ahead
     timeline = stage.simulation.phases["rollout"]
     assert (
         timeline.most("student KV cache") == tokens * 2 * 2 * 2 * 16 * 4
@@ -28,9 +28,35 @@ def test_weights_gradients_moments_and_caches_are_counted(recipe):
     assert stage.simulation.teacher.kv_bytes_per_token == 4 * 2 * 2 * 16 * 2
 
 
+def test_prompts_that_are_read_ahead_have_caches_of_their_own(recipe):
+    """One of four rows, of the whole prompts, beside the caches of the rows; of the teacher with a layer of it extrapolated."""
+    path = recipe()
+    one_batch, refilled, graphs = (
+        planned(path, *keys, gpu="A100-80GB").simulation.phases["rollout"]
+        for keys in (("rollout.batch_size=8",), (), ("rollout.cuda_graphs=true",))
+    )
+    for who, token in (("student", 2 * 2 * 2 * 16 * 4), ("teacher", 4 * 2 * 2 * 16 * 2)):
+        part = f"{who} KV cache"
+        assert one_batch.most(part) == 8 * (PROMPT + ANSWER - 1) * token
+        assert refilled.most(part) == (4 * (PROMPT + ANSWER - 1) + PROMPT) * token
+        assert graphs.most(part) == (4 * static_room(PROMPT, ANSWER) + PROMPT) * token
+
+
+def test_a_prompt_of_several_answers_is_read_once(recipe):
+    """Long prompts: what reading them takes is of half as many rows, and the caches in the end are the same."""
+    keys = ("data.prompts.max_prompt_length=200", "rollout.batch_size=8")
+    each, once = (planned(recipe(), *keys, f"rollout.answers_per_prompt={answers}").simulation for answers in (1, 4))
+    parts = ("student KV cache", "teacher KV cache")
+    assert [each.phases["rollout"].most(part) for part in parts] == [
+        once.phases["rollout"].most(part) for part in parts
+    ]
+    assert (each.student, each.teacher) == (once.student, once.teacher)
+    assert once.phases["rollout"].most("activations") < 0.6 * each.phases["rollout"].most("activations")
+
+
 def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
-    key, path = "rollout.cuda_graphs=true", recipe()
-    plain, graphs = (planned(path, *keys, gpu="A100-80GB") for keys in ((), (key,)))
+    key, path, whole = "rollout.cuda_graphs=true", recipe(), "rollout.batch_size=8"
+    plain, graphs = (planned(path, whole, *keys, gpu="A100-80GB") for keys in ((), (key,)))
     for who in ("student", "teacher"):
         part = f"{who} KV cache"
         few, many = (stage.simulation.phases["rollout"].most(part) for stage in (plain, graphs))
@@ -42,13 +68,14 @@ def test_with_cuda_graphs_the_caches_have_whole_buckets(recipe):
 
 
 def test_by_shared_coins_the_buffer_fills_while_answers_are_sampled(recipe):
-    plain, coins = (planned(recipe(), f"rollout.shared_coins={key}") for key in ("false", "true"))
+    whole = "rollout.batch_size=8"  # no prompt is read ahead of a row
+    plain, coins = (planned(recipe(), whole, f"rollout.shared_coins={key}") for key in ("false", "true"))
     for who in ("student", "teacher"):
         caches = [stage.simulation.phases["rollout"].most(f"{who} KV cache") for stage in (plain, coins)]
         assert caches[0] == caches[1]
     held = [{memory.phase: memory.device["rollout buffer"] for memory in stage.memory} for stage in (plain, coins)]
     assert held[1]["rollout"] == held[1]["scoring"] == held[0]["scoring"] == 2 * held[0]["rollout"]
-    assert coins.simulation.losses["rollout"].rows == 4 * ANSWER
+    assert coins.simulation.losses["rollout"].rows == 8 * ANSWER
     assert coins.simulation.phases["scoring"].most("teacher hidden states") == 0
 
 

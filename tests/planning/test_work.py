@@ -51,12 +51,24 @@ def pairs(tmp_path):
 def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, alpha, models):
     """Eight answers, four side by side, in steps of four, twice over."""
     found = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha}, "rollout.shared_coins=false")
-    assert found.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8),)
+    assert found.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8, ahead=1),)
     assert found.scorings == (Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),)
     assert found.terms == (TermShape("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=True),)
     assert (found.buffered, found.steps_per_collection) == (8, 4)
     several = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha}, "rollout.answers_per_prompt=2")
-    assert several.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8, per_prompt=2),)
+    assert several.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8, per_prompt=2, ahead=1),)
+
+
+def test_prompts_are_read_ahead_where_rows_are_refilled(work):
+    method = {"name": "minillm", "lm_coef": 0.0}
+    layers = ("engine.type=deepspeed", "engine.stage=3", "engine.gather=layers")
+    for keys, ahead in (
+        (("rollout.buffer_size=32", "rollout.batch_size=16"), 4),
+        (("rollout.batch_size=8",), 0),  # no prompt waits
+        (("rollout.shared_coins=true",), 0),
+        (layers, 0),
+    ):
+        assert [one.ahead for one in work(method, *keys).decodings] == [ahead]
 
 
 @pytest.mark.parametrize(

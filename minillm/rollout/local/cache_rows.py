@@ -1,7 +1,7 @@
-"""New prompts in rows of a key-value cache whose answers have ended.
+"""Prompts that were read in a cache of their own, in rows of another one whose answers have ended.
 
-All rows of a cache end in the same column. A prompt that takes a row is read so that it ends there too: the columns before
-it are masked like padding, and what models make of columns, such as masks of windows and chunks, stays right.
+All rows of a cache end in the same column. A prompt that takes a row ends there too: the columns before it are masked
+like padding, and what models make of columns, such as masks of windows and chunks, stays right.
 """
 
 from torch import Tensor
@@ -29,53 +29,20 @@ KNOWN_LAYERS = {
 }
 
 
-class RowsLayer(DynamicLayer):
-    """Stores the keys and values of prompts in rows of a RoomyLayer, and keeps none of its own: they take no more memory."""
-
-    def __init__(self, layer: RoomyLayer, rows: Tensor, copies: Tensor | None):  # (R,) int64 twice
-        super().__init__()
-        self.layer, self.rows, self.copies = layer, rows, copies
-
-    def update(
-        self,
-        key_states: Tensor,  # (R or prompts, heads, tokens, head size)
-        value_states: Tensor,  # (R or prompts, heads, tokens, head size)
-        *args,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor]:
-        """Store, and return what was given."""
-        kept = (key_states, value_states)
-        if self.copies is not None:
-            kept = (states[self.copies] for states in kept)
-        self.layer.put(self.rows, *kept)
-        return key_states, value_states
-
-
-def cache_for_rows(
-    model: PreTrainedModel,
-    cache: Cache,  # of the running batch, of make_cache
-    rows: Tensor,  # (R,) int64
-    copies: Tensor | None = None,  # (R,) int64, the prompt of each row; None: a prompt for each
-) -> Cache:
-    """An empty cache in which a model reads prompts for R rows of another one; `put_rows` is to follow."""
-    fresh = make_cache(model, lambda: RoomyLayer(0))
-    fresh.layers = [
-        RowsLayer(running, rows, copies) if isinstance(running, RoomyLayer) else new
-        for running, new in zip(cache.layers, fresh.layers, strict=True)
-    ]
-    return fresh
-
-
-def put_rows(cache: Cache, fresh: Cache, rows: Tensor, copies: Tensor | None = None) -> None:  # (R,) int64 twice
-    """Move what is in the layers of `fresh`, as `cache_for_rows` gave it and a model filled it, into rows of `cache`."""
-    if copies is not None:
-        fresh.reorder_cache(copies)
-    for running, new in zip(cache.layers, fresh.layers, strict=True):
-        if isinstance(new, RowsLayer):
-            continue
-        if isinstance(new, DynamicLayer) and new.is_initialized:
+def put_rows(
+    cache: Cache,
+    rows: Tensor,  # (R,) int64, of it
+    read: Cache,  # of the same model, with no more tokens than `cache`
+    places: Tensor,  # (R,) int64, rows of `read`
+) -> None:
+    """Copy rows of a cache in which prompts were read into rows of a running one."""
+    for running, new in zip(cache.layers, read.layers, strict=True):
+        if isinstance(running, RoomyLayer):
+            if running.is_initialized:  # else the model swallows its cache
+                running.put(rows, new.keys[places], new.values[places])
+        elif isinstance(new, DynamicLayer) and new.is_initialized:
             for old, states in ((running.keys, new.keys), (running.values, new.values)):
-                old[rows, :, -states.shape[-2] :] = states
+                old[rows, :, -states.shape[-2] :] = states[places]
         if isinstance(new, LinearAttentionLayer):
             for old, states in (
                 (running.conv_states, new.conv_states),
@@ -83,7 +50,7 @@ def put_rows(cache: Cache, fresh: Cache, rows: Tensor, copies: Tensor | None = N
             ):
                 for name, state in states.items():
                     if state is not None:
-                        old[name][rows] = state
+                        old[name][rows] = state[places]
 
 
 def drop_columns(cache: Cache, columns: int) -> None:

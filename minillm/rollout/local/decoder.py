@@ -1,6 +1,7 @@
 """One model in the decode loop: its key-value cache, its forward pass, and the logits of the last position."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,12 +16,21 @@ from minillm.models.access import NOTHING, forward_decoder, forward_shown, lm_he
 from minillm.models.device import moved
 from minillm.models.families import cache_argument, cache_mask, text_config
 from minillm.models.other_device import elsewhere
-from minillm.rollout.local.cache_rows import cache_for_rows, drop_columns, put_rows
+from minillm.rollout.local.cache_rows import drop_columns, put_rows
 from minillm.rollout.local.distribution import padded_size
+from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 from minillm.rollout.local.packed_head import Product, packed_product
 from minillm.teachers.pair import Models, Role
 
 PACK_AFTER = 8  # steps: the copy of a head takes about as long as a few products with it save
+
+
+@dataclass(frozen=True)
+class ReadPrompts:
+    """Prompts that a model has read, and no row of a batch has taken yet."""
+
+    cache: Cache
+    shift: Tensor | None  # (P, 1) int64, added to the positions of what follows
 
 
 class Decoder:
@@ -50,6 +60,7 @@ class Decoder:
         self.logit_scale, self.softcap = head.logit_scale, head.softcap
         self._shift: Tensor | None = None  # (B, 1) int64, added to positions after the prompts
         self._logits: Tensor | None = None
+        self._batch = 0  # rows
         self._projected = 0  # times
         self._product: Product | None = None
 
@@ -67,34 +78,33 @@ class Decoder:
         hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=prompts, last=True)[:, -1]
         return self.logits(hidden if rows is None else hidden[rows])
 
-    def refill(
+    def read(
         self,
-        rows: Tensor,  # (R,) int64, of the batch
         input_ids: Tensor,  # (P, L) int64, padded at the left
         attention_mask: Tensor,  # (P, L) int64, 0 on the padding
         position_ids: Tensor,  # (P, L) int64
         extras: Mapping[str, Tensor] = NOTHING,
-        copies: Tensor | None = None,  # (R,) int64, the prompt of each row; None: they have one each
-    ) -> Tensor:  # (R, V padded)
-        """Read prompts into rows of the batch, over what these held, and return the logits of what follows them.
+    ) -> tuple["ReadPrompts", Tensor]:  # (P, V padded)
+        """Read prompts beside the running batch, and return the logits of what follows them."""
+        running = self.cache, self._shift, self._batch
+        self.cache = make_cache(self.model, lambda: RoomyLayer(input_ids.shape[1]))
+        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True, last=True)[:, -1]
+        logits = self.logits(hidden)
+        read = ReadPrompts(self.cache, self._shift)
+        self.cache, self._shift, self._batch = running
+        return read, logits
+
+    def refill(self, rows: Tensor, read: "ReadPrompts", places: Tensor) -> None:  # (R,) int64 twice
+        """Let prompts that were read, by their rows there, take rows of the batch, over what these held.
 
         They end in the last column of the cache, which must be as long as they are.
         """
-        running, shift, batch = self.cache, self._shift, self._batch
-        at, of = self._taken(rows), None if copies is None else self._taken(copies)
-        self.cache, self._shift = cache_for_rows(self.model, running, at, of), None
-        hidden = self.hidden(input_ids, attention_mask, position_ids, extras, prompts=True, last=True)[:, -1]
-        logits = self.logits(hidden)
-        put_rows(running, self.cache, at, of)
-        self.cache, self._batch, new = running, batch, self._shift
-        if copies is not None:
-            logits, new = logits[copies], None if new is None else new[of]
-        if shift is None and new is not None:
-            shift = new.new_zeros(batch, 1)
-        if shift is not None:
-            shift[at] = 0 if new is None else new
-        self._shift = shift
-        return logits
+        at, of = self._taken(rows), self._taken(places)
+        put_rows(self.cache, at, read.cache, of)
+        if self._shift is None and read.shift is not None:
+            self._shift = read.shift.new_zeros(self._batch, 1)
+        if self._shift is not None:
+            self._shift[at] = 0 if read.shift is None else read.shift[of]
 
     def drop_columns(self, columns: int) -> None:
         """Forget the first columns of the cache, of which no row needs any."""
@@ -133,7 +143,7 @@ class Decoder:
         rows = self._taken(rows)
         self.cache.reorder_cache(rows)
         self._shift = None if self._shift is None else self._shift[rows]
-        self._logits = None
+        self._logits, self._batch = None, len(rows)
 
     def _taken(self, tensor: Tensor) -> Tensor:
         """A tensor where the model is."""

@@ -260,7 +260,10 @@ def _refilled(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> 
     while len(found[1]) < len(texts[1].response):
         if len(found[0]) == len(texts[0].response) and rows[0] == 0:
             rows[0], first[0] = 2, column - len(prompts[2])
-            keep(decoder.refill(torch.tensor([0], device=model.device), *read(prompts[2:])), [2])
+            ahead, logits = decoder.read(*read(prompts[2:]))
+            keep(logits, [2])
+            place = torch.tensor([0], device=model.device)
+            decoder.refill(place, ahead, place)
         elif first.min() > 0:
             unused = int(first.min())
             decoder.drop_columns(unused)

@@ -87,9 +87,9 @@ class RoomyLayer(DynamicLayer):
 
 
 class StaticLayer(RoomyLayer):
-    """A full-attention layer of fixed addresses: after the prompts, a token a row goes where `column` says.
+    """A full-attention layer of fixed addresses: after the prompts, a row's next token goes where its `column` says.
 
-    `column`, (1,) int64, lies on the device and is moved on by its owner, so that no number of the host decides where
+    `column`, (B,) int64, lies on the device and is moved on by its owner, so that no number of the host decides where
     `update` writes. What follows the column in the part in use is 0 until it is written: masked, it must be finite.
     """
 
@@ -102,12 +102,17 @@ class StaticLayer(RoomyLayer):
         self.clear()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store the prompts as a RoomyLayer does; from then on write at the column, and return the part in use."""
+        """Store the prompts as a RoomyLayer does; from then on write at the columns, and return the part in use."""
         if not self.is_initialized or not self.keys.shape[-2]:
             return super().update(key_states, value_states)
         for stored, states in zip(self._stored, (key_states, value_states), strict=True):
-            stored.index_copy_(2, self.column, states)
+            stored.scatter_(2, self.column[:, None, None, None].expand_as(states), states)
         return self.keys, self.values
+
+    def put(self, rows: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+        """Write over the first columns of these rows; they need not be in use."""
+        for stored, states in zip(self._stored, (key_states, value_states), strict=True):
+            stored[rows, :, : states.shape[-2]] = states
 
     def clear(self) -> None:
         """Ready for other prompts in the same memory."""

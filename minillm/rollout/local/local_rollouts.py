@@ -47,7 +47,8 @@ class LocalRollouts:
         shared_coins: draw mixtures by a coin a position that all answers of a draw share (coin_loop.py), where sampling
             is neutral and no model chooses its rotary frequencies by the length of the texts. Otherwise both models run
             for every token.
-        share_prompts: a prompt that several answers are asked to is read once for those that are decoded side by side.
+        share_prompts: a prompt that several answers are asked to is read once for those that are decoded side by side, and
+            for those that wait for their rows; beside a delta, and where ranks gather layers together, for each.
             Raises UserError beside cuda_graphs and shared_coins.
         refill: prompts that wait take the rows of answers that have ended, where the models and the loop can; otherwise
             one batch follows the other.
@@ -156,8 +157,12 @@ class LocalRollouts:
         with models.reading(*roles):
             served = self._asks_servers(*roles)
             if not served and len(order) > batch_size and self._refills(models, sampling, roles):
-                options = {"batch_size": batch_size, "progress": report, "share_prompts": shares}
-                decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
+                if self._captures(models, sampling, roles):
+                    loop = _static_loop(models, sampling, roles, asked, batch_size)
+                    decoded = loop.decode(asked, noise, shown, progress=report)
+                else:
+                    options = {"batch_size": batch_size, "progress": report, "share_prompts": shares}
+                    decoded = growing_loop.decode(models, sampling, roles, asked, noise, shown, **options)
             else:
                 if served:
                     batches = [order[start:end] for start, end in ends]
@@ -238,10 +243,9 @@ class LocalRollouts:
         if self.shared_coins and _coins_decide(models, sampling, roles):
             shared = coins(seed, draw, sampling.max_new_tokens)
             return partial(coin_loop.decode, models, sampling, self._blocks, shared)
-        # graphs live for this call alone, in which no weight moves
         if prompts and self._captures(models, sampling, roles):
-            sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
-            return StaticLoop(models, sampling, roles, capture=CudaGraphs(models.device), **sizes).decode
+            loop = _static_loop(models, sampling, roles, prompts, batch_size)
+            return lambda prompts, noise, extras: loop.decode(prompts, noise.__getitem__, extras)
         return partial(_decode_batch, models, sampling, roles, shares)
 
     def _captures(self, models: Models, sampling: Sampling, roles: Iterable[Role]) -> bool:
@@ -268,10 +272,17 @@ class LocalRollouts:
         return None
 
     def _refills(self, models: Models, sampling: Sampling, roles: dict[str, float]) -> bool:
-        # a coin says of one position in all rows which model is asked, and a graph has no step that reads prompts
-        by_coins = self.shared_coins and _coins_decide(self.models, sampling, roles)
-        by_graphs = self._captures(models, sampling, roles)
-        return self.refill and not by_coins and not by_graphs and self.unrefilled(*roles) is None
+        # a coin says of one position in all rows which model is asked
+        by_coins = self.shared_coins and _coins_decide(models, sampling, roles)
+        return self.refill and not by_coins and self.unrefilled(*roles) is None
+
+
+def _static_loop(
+    models: Models, sampling: Sampling, roles: dict[str, float], prompts: Sequence[list[int]], batch_size: int
+) -> StaticLoop:
+    """The loop for these prompts. Its graphs live for this call alone, in which no weight moves."""
+    sizes = {"batch": min(batch_size, len(prompts)), "longest": max(map(len, prompts))}
+    return StaticLoop(models, sampling, roles, capture=CudaGraphs(models.device), **sizes)
 
 
 def _decode_batch(

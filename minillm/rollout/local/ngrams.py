@@ -8,23 +8,20 @@ from torch import Tensor
 
 
 class NgramBan:
-    """The n-grams of each row's prompt and answer, kept up to date token by token (padding is not part of a row)."""
+    """The n-grams of each prompt and its answer, kept up to date token by token (padding is not part of them)."""
 
-    def __init__(self, size: int, prompts: Iterable[Sequence[int]]):
+    def __init__(self, size: int):
         self.size = size
-        self.rows = [_Row(size, prompt) for prompt in prompts]
+        self.rows: dict[int, _Row] = {}  # by the row of the answers
+
+    def begin(self, rows: Iterable[int], prompts: Iterable[Sequence[int]]) -> None:
+        """Answers to these prompts begin in these rows."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.rows[row] = _Row(self.size, prompt)
 
     def append(self, rows: Iterable[int], tokens: Sequence[int]) -> None:  # a token for each of these rows
         for row, token in zip(rows, tokens, strict=True):
             self.rows[row].append(token)
-
-    def keep(self, rows: Iterable[int]) -> None:
-        self.rows = [self.rows[row] for row in rows]
-
-    def refill(self, rows: Iterable[int], prompts: Iterable[Sequence[int]]) -> None:
-        """Other prompts in these rows."""
-        for row, prompt in zip(rows, prompts, strict=True):
-            self.rows[row] = _Row(self.size, prompt)
 
     def apply(self, rows: Iterable[int], logits: Tensor) -> Tensor:  # (rows, V padded), changed in place
         """-inf for every token that would repeat an n-gram; a row that would lose all its tokens keeps them."""

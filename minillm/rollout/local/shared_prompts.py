@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+READ_AHEAD = 0.25  # of the rows: prompts that are read at a time, and wait in caches of their own for rows that end
+
 Extras = Sequence[Mapping[str, Tensor]]  # what each prompt shows beside its ids
 
 
@@ -34,6 +36,20 @@ def in_batches(numbers: Sequence[int], size: int) -> list[tuple[int, int]]:
         ends.append((start, min(end, len(numbers))))
         start = end
     return ends
+
+
+def in_readings(numbers: Sequence[int], first: int, prompts: int) -> list[range]:
+    """The answers from `first` on, those to so many prompts at a time; the last ones may be to fewer."""
+    ends = [
+        end for end in range(first + 1, len(numbers) + 1) if end == len(numbers) or numbers[end] != numbers[end - 1]
+    ]
+    chosen = [*ends[prompts - 1 :: prompts], *ends[-1:]]  # the last one perhaps twice
+    return [range(start, end) for start, end in zip([first, *chosen], chosen, strict=False) if start < end]
+
+
+def prompts_ahead(rows: int) -> int:
+    """Prompts that are read at a time for so many rows, beside those that are in them."""
+    return max(1, int(READ_AHEAD * rows))
 
 
 def copies_of(numbers: Sequence[int]) -> tuple[list[int], Tensor | None]:

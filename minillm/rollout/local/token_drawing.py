@@ -56,8 +56,21 @@ class PartialAnswers:
         going_on, *broken = torch.cat(((~self.ended).sum()[None], broken)).tolist()
         for token, answers in enumerate(broken, first):
             if answers:
-                raise self._not_finite(token, answers)
+                raise self.not_finite(token, answers)
         return going_on
+
+    def rows_ended(self, drawn: Sequence[int]) -> list[bool]:  # tokens of each row's answer, 0 for a row that has none
+        """For each row whether an end is among its tokens.
+
+        Raises UserError where one of the tokens of an answer was drawn from logits that are not finite.
+        """
+        counted = self.places < torch.minimum(self.lengths, torch.tensor(drawn, device=self.lengths.device))[:, None]
+        broken = (~self.logprobs.isfinite() & counted).sum(0)
+        found = torch.cat((self.ended.long(), broken)).tolist()
+        for token, answers in enumerate(found[len(drawn) :]):
+            if answers:
+                raise self.not_finite(token, answers)
+        return [end == 1 for end in found[: len(drawn)]]
 
     def going_on(self, rows: Tensor, logprob: Tensor, places: Sequence[int]) -> list[bool]:  # (R,) int64, (R,) float64
         """For each of these answers, whether it goes on after the token that was put at its place.
@@ -67,11 +80,12 @@ class PartialAnswers:
         ended, finite = torch.stack((self.ended[rows], logprob.isfinite())).tolist()
         if not all(finite):
             broken = [place for place, sound in zip(places, finite, strict=True) if not sound]
-            raise self._not_finite(min(broken), broken.count(min(broken)))
+            raise self.not_finite(min(broken), broken.count(min(broken)))
         last = len(self.places) - 1
         return [not end and place < last for end, place in zip(ended, places, strict=True)]
 
-    def _not_finite(self, token: int, answers: int) -> UserError:
+    def not_finite(self, token: int, answers: int) -> UserError:
+        """The error for so many answers whose token at this place has no probability."""
         return UserError(
             f"the logits at token {token} of {answers} answer(s) are not finite: the weights of "
             f"{' or '.join(self.roles)} hold NaN or infinity, or overflow in their dtype"

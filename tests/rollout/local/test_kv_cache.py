@@ -43,22 +43,28 @@ def test_more_tokens_than_room():
 def test_a_fixed_layer_writes_where_its_column_says():
     """After the prompts; what no token was written to is 0, whatever was there."""
     torch.manual_seed(0)
-    column = torch.tensor([4])
+    column = torch.tensor([4, 4])
     layer = StaticLayer(12, column)
     for prompt in (4, 3):
         states = [torch.randn(2, 2, prompt, 3) for _ in range(2)]
         for got, expected in zip(layer.update(*states), states, strict=True):
             assert torch.equal(got, expected)
         layer.use(8)
-        column.fill_(prompt)
+        states = [torch.cat([one, torch.zeros(2, 2, 8 - prompt, 3)], 2) for one in states]
+        column.copy_(prompt + torch.tensor([0, 1]))  # of two rows
         for _ in range(2):
             more = [torch.randn(2, 2, 1, 3) for _ in range(2)]
-            states = [torch.cat(pair, 2) for pair in zip(states, more, strict=True)]
-            for got, expected in zip(layer.update(*more), states, strict=True):
+            for place, (got, new) in enumerate(zip(layer.update(*more), more, strict=True)):
                 assert got.shape == (2, 2, 8, 3)
-                assert torch.equal(got[:, :, : column.item() + 1], expected)
-                assert not got[:, :, column.item() + 1 :].any()
+                for row, at in enumerate(column.tolist()):
+                    states[place][row, :, at] = new[row, :, 0]
+                assert torch.equal(got, states[place])
             column.add_(1)
+        taken = [torch.randn(1, 2, 2, 3) for _ in range(2)]
+        layer.put(torch.tensor([1]), *taken)
+        for got, whole, new in zip((layer.keys, layer.values), states, taken, strict=True):
+            assert torch.equal(got[0], whole[0]) and torch.equal(got[1, :, 2:], whole[1, :, 2:])
+            assert torch.equal(got[1:, :, :2], new)
         layer.clear()
         assert layer.get_seq_length() == 0
 

@@ -7,9 +7,10 @@ import torch
 
 from minillm import UserError
 from minillm.models.tokenizers import byte_tokenizer
-from minillm.rollout.local import cache_rows, decoding_check, growing_loop
+from minillm.rollout.local import cache_rows, decoding_check, shared_prompts
 from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.decoding_check import refilling_error, replaces_rows
+from minillm.rollout.local.growing_batch import GrowingBatch
 from minillm.rollout.local.kv_cache import RoomyLayer
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.rollouts import Answer, Sampling
@@ -57,7 +58,7 @@ def sample(models: Models, prompts, sampling: Sampling, **options) -> list[Answe
 
 @pytest.fixture
 def refilled(monkeypatch) -> list[int]:
-    """How many prompts were read into a running batch, each time."""
+    """How many prompts took rows of a running batch, each time."""
     counts, refill = [], Decoder.refill
 
     def counting(self, rows, *others):
@@ -135,17 +136,55 @@ def test_every_way_to_draw(pair_of, many_prompts, refilled, options):
     assert refilled or "temperature" in options  # greedy answers of a random model may all run to the limit
 
 
-@pytest.mark.parametrize("idle", [0.0, 1.0, 100.0])  # at once, in groups, when all have ended
-def test_the_moment_changes_nothing_but_the_steps(pair_of, many_prompts, monkeypatch, refilled, idle):
-    models, sampling = pair_of("llama"), Sampling(24)
+@pytest.mark.parametrize("ahead", [0.0, 0.5, 10.0])  # one prompt at a time, several, all that are left
+def test_prompts_are_read_some_at_a_time(pair_of, many_prompts, monkeypatch, refilled, ahead):
+    models, sampling, counts = pair_of("llama"), Sampling(24), []
     expected = sample(models, many_prompts, sampling, refill=False, who="student")
-    monkeypatch.setattr(growing_loop, "IDLE_STEPS", idle)
+    read = Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, ids, *others: counts.append(len(ids)) or read(self, ids, *others))
+    monkeypatch.setattr(shared_prompts, "READ_AHEAD", ahead)
     assert_same(sample(models, many_prompts, sampling, who="student"), expected)
-    assert bool(refilled) == (idle < 100)
+    assert counts == {0.0: [1] * 13, 0.5: [2] * 6 + [1], 10.0: [13]}[ahead]
+    # an answer of one token takes no row
+    assert sum(refilled) == sum(len(answer.response) > 1 for answer in longest_first(expected)[4:])
+
+
+def longest_first(answers: list[Answer]) -> list[Answer]:
+    return sorted(answers, key=lambda answer: len(answer.prompt), reverse=True)
+
+
+def test_no_row_waits_while_a_prompt_does(pair_of, many_prompts, monkeypatch):
+    models, sampling, seen, step = pair_of("llama"), Sampling(24), [], GrowingBatch.step
+
+    def looking(self):
+        seen.append((self.live.count(False), self.waiting is not None))
+        step(self)
+
+    monkeypatch.setattr(GrowingBatch, "step", looking)
+    monkeypatch.setattr(shared_prompts, "READ_AHEAD", 1.0)  # several at a time
+    answers = sample(models, many_prompts, sampling, who="student")
+    assert not any(ended and waits for ended, waits in seen) and any(waits for _, waits in seen)
+    # rows are full until the last prompt has one: no schedule that knows no lengths takes fewer steps
+    left = [len(answer.response) - 1 for answer in longest_first(answers)]
+    rows, steps = [0] * 4, 0
+    while any(rows) or left:
+        rows = [row or (left.pop(0) if left else 0) for row in rows]
+        while left and not all(rows):  # an answer of one token
+            rows = [row or (left.pop(0) if left else 0) for row in rows]
+        steps += any(rows)
+        rows = [max(0, row - 1) for row in rows]
+    assert len(seen) == steps
+
+
+def test_all_answers_end_with_their_first_token(pair_of, many_prompts):
+    models = replace(pair_of("llama"), eos_ids=tuple(range(VOCABULARY)))
+    answers = sample(models, many_prompts, Sampling(24), who="student")
+    assert all(len(answer.response) == 1 and answer.ended for answer in answers)
 
 
 def test_fewer_rows_are_read_and_no_more_room_is_kept(pair_of, many_prompts, monkeypatch):
-    """Caches have the room of the longest prompt and answer, as in batches, and rows do not wait for the slowest."""
+    """Caches have the room of the longest prompt and answer, as in batches, and rows do not wait for the slowest. Prompts
+    that wait have caches of their own, as long as they are."""
     models, sampling = pair_of("llama"), Sampling(24)
     fed, rooms, update = [], set(), RoomyLayer.update
 

@@ -13,7 +13,7 @@ from minillm.rollout.local.decoding_check import copying_error, refilling_error,
 from minillm.rollout.local.growing_batch import GrowingBatch
 from minillm.rollout.local.kv_cache import RoomyLayer
 from minillm.rollout.local.local_rollouts import LocalRollouts
-from minillm.rollout.local.shared_prompts import copies_of, in_batches, prompt_numbers, whole_groups
+from minillm.rollout.local.shared_prompts import copies_of, in_batches, in_readings, prompt_numbers, whole_groups
 from minillm.rollout.noise import distinct_keys
 from minillm.rollout.rollouts import Answer, Sampling
 from minillm.teachers.pair import Models
@@ -72,16 +72,27 @@ def test_rows_that_ended_are_filled_with_all_answers_to_a_prompt(pair_of, asked,
     expected = sample(models, asked, sampling, share=False)
     read.clear()
     assert_same(sample(models, asked, sampling), expected)
-    assert sum(read) == len(LENGTHS) and read[0] == 2 and len(read) > 2  # two prompts side by side; others follow
+    assert read == [2, 1, 1, 1]  # two prompts side by side; others follow
+
+
+def test_answers_to_a_prompt_take_rows_one_after_the_other(pair_of, asked, read):  # noqa: F811
+    """More of them than rows: what is read once waits for all of them."""
+    models, sampling = pair_of("llama"), Sampling(16)
+    prompts = [asked[0]] * 3 + [asked[1]] * 7
+    options = {"keys": range(10), "seed": 5, "batch_size": 3}
+    expected = LocalRollouts(models).sample(prompts, sampling, **options)
+    read.clear()
+    assert_same(LocalRollouts(models, share_prompts=True).sample(prompts, sampling, **options), expected)
+    assert read == [1, 1, 1], "the longer prompt for the first rows, and for the answers that have none"
 
 
 def answers_in_a_running_batch(models: Models, running: tuple, asked: Sequence[tuple]) -> list[Answer]:
-    """Answers of the student to prompts, (ids, extras) each, which are read at once into all rows of a batch but its last.
+    """Answers of the student to prompts, (ids, extras) each, which are read at once and take all rows of a batch but its last.
     After them that of the last row, which has gone on."""
     models, size = replace(models, eos_ids=()), len(asked)
     noise = torch.rand(2 * size + 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     ids, extras = zip(*[running] * (size + 1), strict=True)
-    options = {"refills": True, "share_prompts": True}
+    options = {"waiting": size, "share_prompts": True}
     with models.reading("student"):
         batch = GrowingBatch(
             models, Sampling(6), {"student": 1.0}, range(size + 1), ids, noise[size:], extras, **options
@@ -89,10 +100,11 @@ def answers_in_a_running_batch(models: Models, running: tuple, asked: Sequence[t
         batch.step()
         batch.live[:size] = [False] * size
         ids, extras = zip(*asked, strict=True)
-        batch.refill(range(size + 1, 2 * size + 1), ids, noise[:size], extras)
+        batch.read_ahead(range(size + 1, 2 * size + 1), ids, noise[:size], extras)
+        batch.fill_rows()
         while any(batch.live):
             batch.step()
-    answers = batch.answers()
+    answers = batch.collect()
     return [answers[number] for number in (*range(size + 1, 2 * size + 1), size)]
 
 
@@ -157,6 +169,9 @@ def test_answers_to_one_prompt_stay_together_where_they_can():
     assert [whole_groups([7, 7, 7, 2, 2, 2], rows) for rows in (2, 3, 5, 6, 9)] == [0, 3, 3, 6, 6]
     assert in_batches([7, 7, 7, 2, 2, 2, 4], 4) == [(0, 3), (3, 7)]
     assert in_batches([7] * 5 + [2], 2) == [(0, 2), (2, 4), (4, 6)]
+    numbers = [7, 7, 7, 2, 2, 4, 1]
+    assert in_readings(numbers, 0, 2) == [range(5), range(5, 7)] and in_readings(numbers, 7, 2) == []
+    assert in_readings(numbers, 2, 3) == [range(2, 6), range(6, 7)]
     firsts, copies = copies_of([7, 7, 2, 4, 4])
     assert firsts == [0, 2, 3] and copies.tolist() == [0, 0, 1, 2, 2]
     assert copies_of([7, 2]) == ([0, 1], None)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from minillm.rollout.local import growing_loop, local_rollouts, static_loop
+from minillm.rollout.local.decoder import Decoder
 from minillm.rollout.local.local_rollouts import LocalRollouts
 from minillm.rollout.local.static_loop import StaticLoop, static_room
 from minillm.rollout.local.token_drawing import PartialAnswers
@@ -81,7 +82,7 @@ def both(models: Models, prompts, sampling: Sampling, who: str, **sizes) -> tupl
         loop = StaticLoop(models, sampling, roles, capture=graphs, **sizes)
         return (
             growing_loop.decode(models, sampling, roles, prompts, noise.__getitem__),
-            loop.decode(prompts, noise),
+            loop.decode(prompts, noise.__getitem__),
             graphs,
         )
 
@@ -135,6 +136,40 @@ def test_half_precision_beside_fp32(make_models, prompts, attention):
     assert sum(ours.response == theirs.response for ours, theirs in zip(got, expected, strict=True)) >= 5
 
 
+@pytest.mark.parametrize("waiting", [1, 4])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_ended_take_the_prompts_that_wait(make_models, prompts, monkeypatch, architecture, waiting):
+    """The longest first, in three rows; the shorter ones' answers begin in columns of their own."""
+    monkeypatch.setattr(static_loop, "LOOK_WAITING", waiting)
+    models, heard, read = make_models(architecture, eos_ids=MANY_ENDS), [], []
+    asked, sampling, roles = (
+        sorted(prompts * 2, key=len, reverse=True),
+        Sampling(22, alpha=0.3),
+        {"student": 0.7, "teacher": 0.3},
+    )
+    noise, graphs, reads = uniforms(5, range(len(asked)), 0, 22), Graphs(), Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, ids, *others: read.append(len(ids)) or reads(self, ids, *others))
+    with torch.no_grad():
+        expected = growing_loop.decode(models, sampling, roles, asked, noise.__getitem__)
+        assert not read
+        loop = StaticLoop(models, sampling, roles, batch=3, longest=len(asked[0]), capture=graphs)
+        assert_same(loop.decode(asked, noise.__getitem__, progress=heard.append), expected)
+    assert sum(read) == 2 * (len(asked) - 3) and heard == sorted(heard) and heard[-1] == len(asked)
+    one_after_the_other = sum(
+        max(len(answer.response) - 1 for answer in expected[start : start + 3]) for start in range(0, len(asked), 3)
+    )
+    assert graphs.captured + graphs.replayed < one_after_the_other + (waiting > 1) * 2 * len(asked)
+
+
+def test_first_tokens_that_end_take_no_row(make_models, prompts):
+    models, graphs = make_models(eos_ids=tuple(range(61))), Graphs()
+    noise = uniforms(5, range(len(prompts)), 0, 9)
+    with torch.no_grad():
+        loop = StaticLoop(models, Sampling(9), {"student": 1.0}, batch=2, longest=11, capture=graphs)
+        answers = loop.decode(sorted(prompts, key=len, reverse=True), noise.__getitem__)
+    assert graphs.captured == 0 and all(len(answer.response) == 1 and answer.ended for answer in answers)
+
+
 def test_one_token(make_models, prompts):
     expected, got, graphs = both(make_models(eos_ids=MANY_ENDS), prompts, Sampling(1), "student")
     assert_same(got, expected)
@@ -167,7 +202,8 @@ def test_batches_share_memory_and_graphs(make_models, prompts):
         for draw, chosen in enumerate((prompts[:5], prompts[4:6], prompts[2:3], prompts[1:6])):
             noise = uniforms(0, range(len(chosen)), draw, sampling.max_new_tokens)
             assert_same(
-                loop.decode(chosen, noise), growing_loop.decode(models, sampling, roles, chosen, noise.__getitem__)
+                loop.decode(chosen, noise.__getitem__),
+                growing_loop.decode(models, sampling, roles, chosen, noise.__getitem__),
             )
             for parameter in models.student.parameters():
                 parameter.mul_(1.1)
@@ -196,7 +232,7 @@ def test_sampling_takes_this_loop_where_it_is_asked_for(make_models, prompts, mo
 def test_prompts_with_pictures_have_no_static_step(make_models):
     loop = StaticLoop(make_models(), Sampling(2), {"student": 1.0}, batch=1, longest=1, capture=Graphs())
     with pytest.raises(ValueError, match="rollout.cuda_graphs: prompts that show pictures"):
-        loop.decode([[1]], uniforms(5, [0], 0, 2), [{"pixel_values": torch.zeros(1, 3, 4, 4)}])
+        loop.decode([[1]], uniforms(5, [0], 0, 2).__getitem__, [{"pixel_values": torch.zeros(1, 3, 4, 4)}])
 
 
 def test_weights_that_are_not_finite(make_models, prompts):
@@ -208,12 +244,17 @@ def test_weights_that_are_not_finite(make_models, prompts):
         sample_static(models, prompts, 1)
     with pytest.raises(ValueError, match="token 0 of 7 answer"):
         sample_static(models, prompts, 3)
+    with pytest.raises(ValueError, match="token 3 of 2 answer"):
+        writing = PartialAnswers(models, ["student"], 3, 6)
+        writing.logprobs[:, 3] = torch.nan
+        assert writing.rows_ended([3, 3, 2]) == [False] * 3
+        writing.rows_ended([6, 4, 0])
 
 
 def sample_static(models: Models, prompts, steps: int) -> list[Answer]:
     loop = StaticLoop(models, Sampling(steps), {"student": 1.0}, batch=len(prompts) + 3, longest=11, capture=Graphs())
     with torch.no_grad():
-        return loop.decode(prompts, uniforms(5, range(len(prompts)), 0, steps))
+        return loop.decode(prompts, uniforms(5, range(len(prompts)), 0, steps).__getitem__)
 
 
 def test_a_look_names_the_first_token_that_is_not_finite(make_models):
