@@ -39,8 +39,8 @@ from minillm.planning.shown_pictures import ShownPictures
 from minillm.planning.simulated_models import SimulatedModels
 from minillm.planning.sizes import ModelSize, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
-from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.decoder import PACK_AFTER
+from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
 PHASES = ("rollout", "scoring", "update", "evaluation")
