@@ -12,6 +12,7 @@ MATRICES = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128  # of a layer
 LAYER = MATRICES + 2 * 64
 PARAMETERS = 2 * LAYER + 2 * 512 * 64 + 64
 PROMPT, ANSWER = 10, 6
+BOTH = "rollout.shared_coins=false"  # both models sample and score
 SHARDED = ("engine.type=deepspeed", "train.bf16=true")
 EVALUATION = {"sets": {"a": {"type": "pydoc", "max_prompt_length": 30, "max_response_length": 9}},
               "batch_size": 6, "max_new_tokens": 50}  # fmt: skip

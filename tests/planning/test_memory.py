@@ -1,8 +1,6 @@
 """What lies on the device, in the host's memory and gathered, phase by phase."""
 
-from tests.planning.small import ANSWER, EVALUATION, PARAMETERS, SHARDED, planned
-
-BOTH = "rollout.shared_coins=false"  # both models score
+from tests.planning.small import ANSWER, BOTH, EVALUATION, PARAMETERS, SHARDED, planned
 
 
 def test_the_buffer_is_counted_where_it_lies(recipe):
@@ -44,7 +42,7 @@ def test_an_evaluation_has_caches_and_gathers_of_its_own(recipe):
     stage = planned(recipe(eval=EVALUATION))
     assert [phase.phase for phase in stage.memory] == ["rollout", "scoring", "update", "evaluation"]
     timeline = stage.simulation.phases["evaluation"]
-    tokens = 6 * (30 + 50 - 1)
+    tokens = 6 * (30 + 50 - 1) + 30  # of a prompt that is read ahead
     assert timeline.most("student KV cache") == tokens * 2 * 2 * 2 * 16 * 4
     assert timeline.most("teacher KV cache") == tokens * 4 * 2 * 2 * 16 * 2
     assert stage.simulation.losses["evaluation"].rows == 6 * 50

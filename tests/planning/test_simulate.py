@@ -7,11 +7,11 @@ from minillm.config.loader.run_plan import load_run
 from minillm.planning import simulate
 from minillm.planning.planner import plan_run
 from minillm.rollout.local.static_loop import static_room
-from tests.planning.small import ANSWER, PARAMETERS, PROMPT, SHARDED, planned
+from tests.planning.small import ANSWER, BOTH, PARAMETERS, PROMPT, SHARDED, planned
 
 
 def test_weights_gradients_moments_and_caches_are_counted(recipe):
-    stage = planned(recipe())
+    stage = planned(recipe(), BOTH)
     assert stage.simulation.student.parameters == PARAMETERS
     assert stage.simulation.vocab_size == 512  # cut to what both heads have
     rollout = next(phase for phase in stage.memory if phase.phase == "rollout").device
@@ -33,7 +33,7 @@ def test_prompts_that_are_read_ahead_have_caches_of_their_own(recipe):
     path = recipe()
     one_batch, refilled, graphs = (
         planned(path, *keys, gpu="A100-80GB").simulation.phases["rollout"]
-        for keys in (("rollout.batch_size=8",), (), ("rollout.cuda_graphs=true",))
+        for keys in (("rollout.batch_size=8", BOTH), (BOTH,), ("rollout.cuda_graphs=true",))
     )
     for who, token in (("student", 2 * 2 * 2 * 16 * 4), ("teacher", 4 * 2 * 2 * 16 * 2)):
         part = f"{who} KV cache"

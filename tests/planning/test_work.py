@@ -61,12 +61,12 @@ def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, a
 
 def test_prompts_are_read_ahead_where_rows_are_refilled(work):
     method = {"name": "minillm", "lm_coef": 0.0}
-    layers = ("engine.type=deepspeed", "engine.stage=3", "engine.gather=layers")
+    layers, both = ("engine.type=deepspeed", "engine.stage=3", "engine.gather=layers"), "rollout.shared_coins=false"
     for keys, ahead in (
-        (("rollout.buffer_size=32", "rollout.batch_size=16"), 4),
-        (("rollout.batch_size=8",), 0),  # no prompt waits
-        (("rollout.shared_coins=true",), 0),
-        (layers, 0),
+        (("rollout.buffer_size=32", "rollout.batch_size=16", both), 4),
+        (("rollout.batch_size=8", both), 0),  # no prompt waits
+        ((), 0),  # nor reads one beside answers by shared coins
+        ((*layers, both), 0),
     ):
         assert [one.ahead for one in work(method, *keys).decodings] == [ahead]
 

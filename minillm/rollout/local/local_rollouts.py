@@ -148,9 +148,14 @@ class LocalRollouts:
         def noise(numbers: Iterable[int]) -> Tensor:  # of prompts in this order
             return uniforms(seed, [keys[order[number]] for number in numbers], draw, sampling.max_new_tokens)
 
+        told = 0
+
         def report(done: int) -> None:
-            if progress is not None:
-                progress(min(len(prompts), done * collectives.world_size()))
+            nonlocal told
+            of_all = min(len(prompts), done * collectives.world_size())
+            if progress is not None and of_all > told:
+                progress(of_all)
+            told = of_all
 
         asked, shown = [prompts[index] for index in order], [extras[index] for index in order]
         ends = in_batches(numbers, batch_size)
@@ -249,8 +254,8 @@ class LocalRollouts:
         return partial(_decode_batch, models, sampling, roles, shares)
 
     def _captures(self, models: Models, sampling: Sampling, roles: Iterable[Role]) -> bool:
-        """True where steps are captured as CUDA graphs: of models on one GPU, without n-grams, which the host looks up."""
-        if not self.cuda_graphs or sampling.no_repeat_ngram_size or models.device.type != "cuda":
+        """True where steps are captured as CUDA graphs: of models on the GPU, without n-grams, which the host looks up."""
+        if not self.cuda_graphs or sampling.no_repeat_ngram_size or models.device.type != self.models.device.type:
             return False
         return all(models.elsewhere(role) is None for role in roles)
 
