@@ -231,7 +231,7 @@ class _Trial:
     def _require_room(self, inputs: PictureInputs) -> None:
         if not self._fits(inputs):
             raise UserError(
-                f"the {self.found.most} pictures of a prompt take {self._tokens(inputs):,} tokens, and it has {self.found.room:,} "
+                f"the pictures of a prompt ({self.found.most}) take {self._tokens(inputs):,} tokens, and it has {self.found.room:,} "
                 "with its text: a picture's tokens count in max_prompt_length; raise it"
             )
 

@@ -100,7 +100,7 @@ def test_pictures_of_messages_are_counted(planned):
 def test_pictures_that_do_not_fit_into_the_texts_are_named(planned):
     with pytest.raises(
         UserError,
-        match=r"the 50 pictures of a prompt take 200 tokens, and it has 40 with its text: .* max_prompt_length",
+        match=r"the pictures of a prompt .50. take 200 tokens, and it has 40 with its text: .* max_prompt_length",
     ):
         planned({**SEEN, "images": ["a"] * 49})
 
@@ -166,11 +166,11 @@ def test_pictures_that_are_not_here_are_as_large_as_prompts_have_room_for(kind, 
 
 
 def test_a_picture_without_room_is_passed_over_as_a_run_drops_its_prompt(planned, tmp_path):
-    data = {"prompts": {"type": "jsonl", "path": str(tmp_path / "seen.jsonl"), "max_prompt_length": 7}}
+    data = {"prompts": {"type": "jsonl", "path": str(tmp_path / "seen.jsonl"), "max_prompt_length": 5}}
     picture(1, 200, 200).save(tmp_path / "large.png")
     shown = planned(THERE, {**SEEN, "image": "large.png"}, kind="qwen2_vl", data=data, size=(58, 28)).simulation.shown
     assert "58 x 28" in shown.said and shown.tokens == 2
-    with pytest.raises(UserError, match="the 1 pictures of a prompt take 6 tokens, and it has 7 with its text"):
+    with pytest.raises(UserError, match="the pictures of a prompt .1. take 4 tokens, and it has 5 with its text"):
         planned({**SEEN, "image": "large.png"}, kind="qwen2_vl", data=data)
 
 
