@@ -135,7 +135,9 @@ def test_answers_that_cannot_be_told_apart_sink_together_under_kto_pair_alone():
         (gradient,) = torch.autograd.grad(loss.sum(), student, retain_graph=True)
         if name == "kto_pair":
             first, second = torch.sigmoid(-0.1 * (chosen - rejected)), torch.sigmoid(0.1 * rejected)
-            slope = second * (1 - second)  # the first's pull on the chosen answer is undone by its push on the rejected one
+            slope = second * (
+                1 - second
+            )  # the first's pull on the chosen answer is undone by its push on the rejected one
             torch.testing.assert_close(gradient, 0.05 * slope.flip(0).detach())
             assert (gradient > 0.01).all() and (first > 0.5).all()
         else:
