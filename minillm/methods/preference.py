@@ -10,7 +10,10 @@ For a chosen answer w and a rejected one l, with the teacher p as the reference 
 
 In kto_pair the positive part of the other answer's score stands for the KL to the reference, as in the released code of
 LLaVA-MoD (arXiv 2408.15881) at its batch of one pair: with its gradient, which KTO (2402.01306) leaves out. Over larger
-batches that code takes its mean over the micro-batch; here a pair is by itself, whatever it is batched with.
+batches that code takes its mean over the micro-batch; here a pair is by itself, whatever it is batched with. As long as the
+student is less sure than its reference, s(w) < 0 < s(l), that gradient makes kto_pair push the rejected answer down harder
+than it pulls the chosen one up: answers that the student cannot tell apart lose probability together, to whatever is none of
+them. Under sigmoid and ipo the two cancel out.
 
 DPO is arXiv 2305.18290 (smoothed: its conservative form), IPO 2310.12036 (equation 17), DPOP 2402.13228 (equation 3),
 SimPO 2405.14734 (equation 6).

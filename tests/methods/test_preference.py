@@ -126,6 +126,24 @@ def test_kto_pair_is_the_released_loss_of_one_pair_at_a_time():
         assert margin[place].item() == pytest.approx(0.1 * (a - b))
 
 
+def test_answers_that_cannot_be_told_apart_sink_together_under_kto_pair_alone():
+    """Two answers, each once chosen and once rejected, by a student that has them equally likely and a teacher that is sure."""
+    student = torch.full((2,), 0.45, dtype=torch.float64).log().requires_grad_()
+    chosen, rejected = student - math.log(0.97), student.flip(0) - math.log(0.02)  # s(w) < 0 < s(l), both times
+    for name in ("kto_pair", "sigmoid", "ipo"):
+        loss, _ = preference_loss(chosen, rejected, PreferenceKeys(preference_loss=name, beta=0.1))
+        (gradient,) = torch.autograd.grad(loss.sum(), student, retain_graph=True)
+        if name == "kto_pair":
+            first, second = torch.sigmoid(-0.1 * (chosen - rejected)), torch.sigmoid(0.1 * rejected)
+            slope = second * (
+                1 - second
+            )  # the first's pull on the chosen answer is undone by its push on the rejected one
+            torch.testing.assert_close(gradient, 0.05 * slope.flip(0).detach())
+            assert (gradient > 0.01).all() and (first > 0.5).all()
+        else:
+            torch.testing.assert_close(gradient, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
 def test_scores_far_apart_lose_no_digits():
     chosen = torch.tensor([-3e4, 3e4], dtype=torch.float32, requires_grad=True)
     loss, _ = preference_loss(chosen, torch.zeros(2), PreferenceKeys(beta=1.0))
