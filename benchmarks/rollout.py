@@ -263,7 +263,7 @@ def _markdown(
 
 
 def _bounds(timings: list[Timing], arguments: argparse.Namespace) -> list[str]:
-    """What answers that end could reach, in rows, by what `minillm` drew."""
+    """The rows that answers which end could fill, by what `minillm` drew."""
     found = [f"{one.occupancy:.2f} ({one.case.mode})" for one in timings if one.provider == "ours" and one.occupancy]
     if not found:
         return []
