@@ -19,7 +19,7 @@ from minillm.models.families import decoder, placeholder_id
 
 @dataclass(frozen=True)
 class PictureInputs:
-    """What the forward pass takes for the pictures of one prompt: numbers with their values, and shapes of all else."""
+    """The inputs of a forward pass for the pictures of one prompt: numbers with their values, and shapes of all else."""
 
     signature: tuple  # tells two of them apart
     tensors: Mapping[str, Tensor] = field(compare=False, repr=False)  # real ones of numbers, meta tensors of pixels
