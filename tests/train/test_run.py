@@ -140,7 +140,7 @@ def test_cuda_graphs_without_a_gpu_are_an_error_before_any_step(two_stages, tmp_
 
 def test_a_run_whose_steps_are_captured_takes_the_same_steps(two_stages, tmp_path, monkeypatch):
     """Rollouts and evaluation, with steps that are run again in the place of graphs."""
-    train(two_stages, f"output_dir={tmp_path / 'plain'}")
+    train(two_stages, "rollout.shared_coins=false", f"output_dir={tmp_path / 'plain'}")
     captured = []
     monkeypatch.setattr(graph_preconditions, "require_gpu", lambda device: None)
     monkeypatch.setattr(local_rollouts, "CudaGraphs", lambda device: lambda step: captured.append(step()) or step)
