@@ -35,7 +35,7 @@ PROVIDERS = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a provider has done: answers to all prompts."""
+    """The work of a provider: answers to all prompts."""
 
     lengths: list[int]  # tokens of the answers, those to the longest prompts first
     prompt_tokens: int  # that were read

@@ -67,7 +67,14 @@ def test_an_old_run_goes_on_as_if_it_had_never_stopped(run, trains, tmp_path):
     unpack(run, left, old, new)
     (checkpoint,) = (left / run.name).glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    words = ["common.yaml", f"{run.name}.yaml", "save.steps=1", "save.keep=99", "--resume"]
+    words = [
+        "common.yaml",
+        f"{run.name}.yaml",
+        "save.steps=1",
+        "save.keep=99",
+        "rollout.shared_coins=false",
+        "--resume",
+    ]
     # the calls of the first step after the checkpoint
     calls = {old: range(1, 1 + run.calls), new: range(1 + run.calls * step, 1 + run.calls * (step + 1))}
     for folder in (old, new):

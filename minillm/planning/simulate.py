@@ -39,7 +39,6 @@ from minillm.planning.shown_pictures import ShownPictures
 from minillm.planning.simulated_models import SimulatedModels
 from minillm.planning.sizes import ModelSize, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
-from minillm.rollout.local.decoder import PACK_AFTER
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
@@ -233,7 +232,6 @@ class _Simulator:
                 for name, cache in zip(decoding.models, caches, strict=True):
                     cache.reorder_cache(torch.zeros(decoding.batch, dtype=torch.int64))
                     self.ledger.relabel(_stored(cache), f"{name} KV cache")
-            packed = self._packed_heads(decoding)
             before, moment = self.ledger.total, self.ledger.moment
             feed(caches, decoding.batch, 1, room - 1)  # the last token that is fed
             kept = None
@@ -248,15 +246,7 @@ class _Simulator:
                 del waiting
             elif decoding.cuda_graphs:
                 feed(caches, decoding.batch, decoding.prompt, 0)
-            del kept, packed
-
-    def _packed_heads(self, decoding: Decoding) -> list[Tensor]:
-        """The copies of fp32 heads that decode steps on a CPU read: minillm.rollout.local.packed_head."""
-        if self.device.type != "cpu" or decoding.answer < PACK_AFTER:
-            return []
-        heads = [lm_head(self.models[name]).weight for name in decoding.models]
-        with self.ledger.part("sampling buffers"):
-            return [torch.empty_like(head) for head in heads if head.dtype == torch.float32]
+            del kept
 
     def _read_by_blocks(self, decoding: Decoding, caches: list) -> None:
         """minillm.rollout.local.coin_loop: prompts, the last block of each model, and statistics without the caches."""
@@ -267,11 +257,10 @@ class _Simulator:
                 head = lm_head(self.models[name]).weight
                 states.append(torch.empty(decoding.batch, decoding.answer, head.shape[1], dtype=head.dtype))
                 logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
-        packed = self._packed_heads(decoding)
         for name, cache in zip(decoding.models, caches, strict=True):
             self._decode(name, cache, decoding.batch, decoding.block, decoding.room - decoding.block)
         caches.clear()
-        del cache, logits, packed
+        del cache, logits
         rows = decoding.batch * decoding.answer
         with self.ledger.part("sampling buffers"):
             hidden = []

@@ -51,6 +51,8 @@ def _kept(config: dict) -> dict:
     """The keys of a stage that must be as they were: a teacher may be on another device or server, and weights be
     elsewhere in memory."""
     kept = {key: value for key, value in config.items() if key not in FREE_ON_RESUME}
+    if kept.get("rollout"):
+        kept["rollout"] = {**kept["rollout"], "shared_coins": _draws_by_coins(config)}
     if kept.get("teacher"):
         kept["teacher"] = _without_place(kept["teacher"])
     if kept.get("teachers"):
@@ -59,6 +61,16 @@ def _kept(config: dict) -> dict:
         by, place = kept["teachers_by"], TeachersByConfig.of_the_place
         kept["teachers_by"] = {key: value for key, value in by.items() if key not in place}
     return kept
+
+
+def _draws_by_coins(config: dict) -> bool:
+    """True where mixtures were, or will be, drawn by shared coins; runs from before the key knew none."""
+    rollout, method = config["rollout"], config.get("method") or {}
+    if method.get("name") != "minillm" or not 0 < method.get("alpha", 0) < 1:
+        return False
+    shared = rollout.get("shared_coins", False)
+    by_default = not rollout.get("cuda_graphs") and rollout.get("answers_per_prompt", 1) == 1
+    return by_default if shared is None else shared
 
 
 def _without_place(teacher: dict) -> dict:

@@ -306,7 +306,7 @@ def test_a_run_that_was_killed_inside_a_buffer_goes_on_bit_for_bit(recipe, train
                 return os.kill(os.getpid(), signal.SIGKILL) if left[0] == 0 else take(*arguments)
 
             TorchEngine.step = step
-            train(recipe, f"output_dir={broken}", resume=broken.is_dir())
+            train(recipe, f"output_dir={broken}", "save.in_background=false", resume=broken.is_dir())
 
         return in_a_child(child)
 

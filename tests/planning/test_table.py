@@ -8,7 +8,7 @@ from tests.planning.small import PARAMETERS
 
 def test_the_command_and_its_json(recipe, capsys):
     path = str(recipe())
-    assert main(["plan", path, "--gpu", "4090"]) == 0
+    assert main(["plan", path, "rollout.shared_coins=false", "--gpu", "4090"]) == 0
     shown = capsys.readouterr().out
     for text in (f"{PARAMETERS:,}", "student KV cache", "full logits would take", "fits: peak", "(an estimate)"):
         assert text in shown

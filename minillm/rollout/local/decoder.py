@@ -19,10 +19,7 @@ from minillm.models.other_device import elsewhere
 from minillm.rollout.local.cache_rows import drop_columns, put_rows
 from minillm.rollout.local.distribution import padded_size
 from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
-from minillm.rollout.local.packed_head import Product, packed_product
 from minillm.teachers.pair import Models, Role
-
-PACK_AFTER = 8  # steps: the copy of a head takes about as long as a few products with it save
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,6 @@ class Decoder:
         self._shift: Tensor | None = None  # (B, 1) int64, added to positions after the prompts
         self._logits: Tensor | None = None
         self._batch = 0  # rows
-        self._projected = 0  # times
-        self._product: Product | None = None
 
     def forward(
         self,
@@ -161,21 +156,10 @@ class Decoder:
         logits = self._logits[: len(hidden)]
         used = logits[:, : self.vocab_size]
         logits[:, self.vocab_size :] = -torch.inf  # again in every step: sampling works in this memory
-        self._project(hidden, used)
+        project(hidden, ready(self.weight, hidden.dtype, used.dtype), self.bias, hidden.dtype, used)
         if self.logit_scale != 1.0 or self.softcap is not None:
             used.copy_(logits_from_raw(used, self.logit_scale, self.softcap, 1.0))
         return logits
-
-    def _project(self, hidden: Tensor, out: Tensor) -> None:  # (B, H), (B, V) fp32
-        self._projected += 1
-        if self._projected == PACK_AFTER and hidden.dtype == torch.float32:
-            self._product = packed_product(self.weight)
-        if self._product is None:
-            project(hidden, ready(self.weight, hidden.dtype, out.dtype), self.bias, hidden.dtype, out)
-            return
-        out.copy_(self._product(hidden))
-        if self.bias is not None:
-            out.add_(self.bias)
 
 
 def decoder_of(models: Models, role: Role, cache: Cache) -> Decoder:

@@ -31,7 +31,7 @@ def test_answers_are_those_of_one_device(make_models, who, options):
         models.teacher.give_to(HERE)
         found, theirs = answers(models, who, **options)
     assert found == expected
-    torch.testing.assert_close(theirs, logprobs, rtol=0, atol=1e-5)  # heads elsewhere are not packed
+    torch.testing.assert_close(theirs, logprobs, rtol=0, atol=1e-5)
 
 
 def test_a_teacher_answers_alone_where_it_is(make_models):
