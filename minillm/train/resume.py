@@ -4,9 +4,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
 from minillm import UserError
 from minillm.config.loader.run_plan import RunPlan
 from minillm.config.models import ServedTeacherConfig, TeacherConfig, TeachersByConfig
+from minillm.config.root import StageConfig
 from minillm.config.training import SCHEDULES
 from minillm.train.progress import Progress
 
@@ -63,14 +66,13 @@ def _kept(config: dict) -> dict:
     return kept
 
 
-def _draws_by_coins(config: dict) -> bool:
-    """True where mixtures were, or will be, drawn by shared coins; runs from before the key knew none."""
-    rollout, method = config["rollout"], config.get("method") or {}
-    if method.get("name") != "minillm" or not 0 < method.get("alpha", 0) < 1:
-        return False
-    shared = rollout.get("shared_coins", False)
-    by_default = not rollout.get("cuda_graphs") and rollout.get("answers_per_prompt", 1) == 1
-    return by_default if shared is None else shared
+def _draws_by_coins(config: dict) -> bool | None:
+    """True where mixtures were, or will be, drawn by shared coins; as the key says in a configuration of another version."""
+    try:
+        stage = StageConfig.model_validate(config)
+    except ValidationError:
+        return config["rollout"].get("shared_coins")
+    return stage.rollout.by_coins and "mixture" in stage.method.needs().samples
 
 
 def _without_place(teacher: dict) -> dict:

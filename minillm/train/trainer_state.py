@@ -70,7 +70,10 @@ def _read_progress(content: Any) -> Progress:
 
 
 def _with_defaults(config: dict) -> dict:
-    """A saved configuration with the keys that have been added since, at their defaults, which change nothing."""
+    """A saved configuration with the keys that have been added since, at their defaults, which change nothing, but for
+    rollout.shared_coins: runs from before it drew mixtures by both models."""
+    if isinstance(config.get("rollout"), dict):
+        config = {**config, "rollout": {"shared_coins": False, **config["rollout"]}}
     try:
         return StageConfig.model_validate(config).model_dump(mode="json")
     except ValidationError:  # of another version: its differences are shown as they are

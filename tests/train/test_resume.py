@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm import UserError
 from minillm.models import tokenizers
+from minillm.train.trainer_state import read_trainer_state
 from tests.runs import die_after, in_a_child, records, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +119,19 @@ def test_a_finished_run_resumes_to_itself(two_stages, tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()
     train(two_stages, resume=True)
     assert ((tmp_path / "run" / "metrics.jsonl").read_bytes(), (final / "model.safetensors").read_bytes()) == before
+
+
+def test_mixtures_are_drawn_on_as_they_began(two_stages):
+    """By default today's way; a run from before, or one that chose the other, is not gone on from by it."""
+    train(two_stages, "stages.distil.rollout.shared_coins=false")
+    with pytest.raises(UserError, match=r"rollout\.shared_coins \(false then, true now\)"):
+        train(two_stages, resume=True)
+    train(two_stages, "stages.distil.rollout.shared_coins=false", resume=True)
+    (checkpoint,) = (two_stages.parent / "run").glob("checkpoint-*")
+    state = json.loads((checkpoint / "state/trainer.json").read_text())
+    del state["config"]["rollout"]["shared_coins"]  # as before the key
+    (checkpoint / "state/trainer.json").write_text(json.dumps(state))
+    assert read_trainer_state(checkpoint).config["rollout"]["shared_coins"] is False
 
 
 def test_a_changed_recipe_is_refused_on_resume_and_named(two_stages):
