@@ -33,7 +33,7 @@ def _tower(hidden: int, heads: int, side: int) -> dict[str, Any]:
             "num_attention_heads": heads, "image_size": side, "patch_size": PATCH}  # fmt: skip
 
 
-def _merging(hidden: int, heads: int, side: int) -> dict[str, Any]:
+def _merging(heads: int) -> dict[str, Any]:
     return {"depth": LAYERS, "num_heads": heads, "patch_size": PATCH, "temporal_patch_size": 2,
             "spatial_merge_size": MERGED}  # fmt: skip
 
@@ -80,6 +80,18 @@ def _idefics(side: int) -> "BaseImageProcessor":
 
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0}  # Qwen's own are beyond a small vocabulary
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+
+
+def _qwen_sight(vision: Callable[[int, int], dict[str, Any]], **text: int) -> Sight:
+    """Qwen-VL's, of which each has a vision tower with keys of its own, by hidden size and side."""
+    return Sight(
+        lambda hidden, heads, side: {"vision_config": {**_merging(heads), **vision(hidden, side)}},
+        _qwen,
+        lambda side: _patches(side) // MERGED**2,
+        {"rope_parameters": _ROTARY, **_ENDS, **text},
+    )
+
+
 SIGHTS = {
     "llava": Sight(
         lambda hidden, heads, side: {
@@ -89,35 +101,21 @@ SIGHTS = {
         _patches,
         {"model_type": "llama", "tie_word_embeddings": False},
     ),
-    "qwen2_vl": Sight(
-        lambda hidden, heads, side: {
-            "vision_config": {**_merging(hidden, heads, side), "embed_dim": hidden, "hidden_size": hidden, "mlp_ratio": 4}
-        },
-        _qwen,
-        lambda side: _patches(side) // MERGED**2,
-        {"rope_parameters": _ROTARY, **_ENDS},
+    "qwen2_vl": _qwen_sight(
+        lambda hidden, side: {"embed_dim": hidden, "hidden_size": hidden, "mlp_ratio": 4},
     ),
-    "qwen2_5_vl": Sight(
-        lambda hidden, heads, side: {
-            "vision_config": {
-                **_merging(hidden, heads, side), "hidden_size": hidden, "intermediate_size": 4 * hidden,
-                "out_hidden_size": hidden, "window_size": 8 * PATCH, "fullatt_block_indexes": [LAYERS - 1],
-            }
+    "qwen2_5_vl": _qwen_sight(
+        lambda hidden, side: {
+            "hidden_size": hidden, "intermediate_size": 4 * hidden, "out_hidden_size": hidden, "window_size": 8 * PATCH,
+            "fullatt_block_indexes": [LAYERS - 1],
         },
-        _qwen,
-        lambda side: _patches(side) // MERGED**2,
-        {"rope_parameters": _ROTARY, **_ENDS},
     ),
-    "qwen3_vl": Sight(
-        lambda hidden, heads, side: {
-            "vision_config": {
-                **_merging(hidden, heads, side), "hidden_size": hidden, "intermediate_size": 4 * hidden,
-                "out_hidden_size": hidden, "num_position_embeddings": _patches(side), "deepstack_visual_indexes": [0, 1],
-            }
+    "qwen3_vl": _qwen_sight(
+        lambda hidden, side: {
+            "hidden_size": hidden, "intermediate_size": 4 * hidden, "out_hidden_size": hidden,
+            "num_position_embeddings": _patches(side), "deepstack_visual_indexes": [0, 1],
         },
-        _qwen,
-        lambda side: _patches(side) // MERGED**2,
-        {"rope_parameters": _ROTARY, "head_dim": 64, **_ENDS},
+        head_dim=64,
     ),
     "llava_onevision": Sight(
         lambda hidden, heads, side: {

@@ -48,9 +48,7 @@ class TermNeeds:
     scored: bool = False  # both models are run over the rows without a gradient first
     kept: bool = False  # the teacher reads the rows without the term, and what it says is kept for later passes
     sorts: bool = False  # the probabilities of both models are sorted, row by row
-    standardizes: bool = (
-        False  # the teacher is compared with by logits that are standardised, beside a loss of the student's own
-    )
+    standardizes: bool = False  # both models' logits are compared standardised, beside a loss of the student's own
     # its teacher may be several: the loss is a sum over rows, the teacher is `Term.teacher` and nothing else, and a row's loss
     # for weights that sum to 1 is the weighted sum of those by each
     shared: bool = False

@@ -18,16 +18,12 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-VALUES_NEEDED = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)  # and not known
+# what fake tensors raise where a value is asked for that is not known
+VALUES_NEEDED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 NUMBERS = (torch.int64, torch.int32, torch.bool)
 NUMBERED = ("arange", "linspace", "scalar_tensor")  # operations that make numbers, of whichever dtype
-MOST = (
-    2**26
-)  # elements that are computed at a time: a mask of all pairs of long texts has more, and nobody asks for its values
+# elements that are computed at a time: a mask of all pairs of long texts has more, and nobody asks for its values
+MOST = 2**26
 _COMPARED = {torch.ops.aten.eq.Scalar: False, torch.ops.aten.ne.Scalar: True}
 _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 

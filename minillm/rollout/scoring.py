@@ -14,7 +14,7 @@ from minillm.rollout.buffer import Rollout, RolloutBuffer
 from minillm.rollout.rollouts import Answer, Scores
 from minillm.teachers.pair import Models
 from minillm.teachers.several import SeveralRows, Share, shares_of, takes_turns
-from minillm.teachers.teacher import HiddenRows, PromisedRows, TeacherRows, require_teacher
+from minillm.teachers.teacher import HiddenRows, TeacherRows, require_teacher
 
 FIELDS = ("student_logprob", "teacher_logprob", "reverse_kl")
 SAME_LOGPROB = 1e-4  # nats between two ways of computing one
@@ -184,18 +184,16 @@ def _measure_all(
         if known:
             parts = [answers[index].scores.teacher for index in chosen]
             rows = models.teacher.rows_of({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-            rows = rows.to(models.device)
         else:
             rows = models.teacher.rows(batch)
             said = {name: batch.split(tensor.cpu()) for name, tensor in rows.parts().items()}
             parts = [{name: of_answers[place] for name, of_answers in said.items()} for place in range(len(chosen))]
-        if sampled and isinstance(rows, PromisedRows):
-            rows = rows.to(models.device)
-        if sampled and isinstance(rows, HiddenRows):
+        here = rows.to(models.device)  # of a served teacher's word too, which has come by now
+        if sampled and isinstance(here, HiddenRows):
             drawn = torch.cat([answers[index].logprobs for index in chosen])
-            stats = {"student_logprob": drawn, "teacher_logprob": _teacher_logprobs(models, rows, batch.labels)}
+            stats = {"student_logprob": drawn, "teacher_logprob": _teacher_logprobs(models, here, batch.labels)}
         else:
-            measured = batch_statistics(models, batch, rows, fields)
+            measured = batch_statistics(models, batch, here, fields)
             stats = {name: getattr(measured, name) for name in fields}
         vectors = {name: batch.split(value.cpu()) for name, value in stats.items()}
         for place, index in enumerate(chosen):
