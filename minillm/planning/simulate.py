@@ -22,25 +22,22 @@ from transformers import PreTrainedConfig
 import minillm
 from minillm import UserError
 from minillm.losses import LMHead
-from minillm.models.access import REFUSALS, forward_decoder, forward_layers, forward_shown, lm_head, rows_of
-from minillm.models.batch import TokenBatch
-from minillm.models.families import cache_argument, cache_mask
+from minillm.models.access import REFUSALS, forward_layers, lm_head, rows_of
 from minillm.models.modes import sampling_mode
 from minillm.planning.cached_teacher import TeacherHead
-from minillm.planning.few_layers import FEW, few_trained_layers
+from minillm.planning.few_layers import few_trained_layers
 from minillm.planning.known_values import VALUES_NEEDED, KnownValues
 from minillm.planning.ledger import Ledger, Timeline
 from minillm.planning.loss import LossShape, LossTwin, sorting_shape, standardized_twin, statistics_twin
-from minillm.planning.picture_passes import ids_with_pictures
 from minillm.planning.places import HOME, kind_of
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import Several, together
 from minillm.planning.shown_pictures import ShownPictures
+from minillm.planning.simulated_decoding import SimulatedDecoding
 from minillm.planning.simulated_models import SimulatedModels
+from minillm.planning.simulated_texts import SimulatedTexts
 from minillm.planning.sizes import ModelSize, size_of, weight_count
 from minillm.planning.work import Decoding, Forward, TermShape, Work
-from minillm.rollout.local.distribution import padded_size
-from minillm.rollout.local.kv_cache import RoomyLayer, make_cache
 
 PHASES = ("rollout", "scoring", "update", "evaluation")
 
@@ -132,6 +129,8 @@ class _Simulator:
         self.models, self.student, self.several = simulated.by_name, simulated.student, simulated.several
         self.trained, self.projectors, self.vocab_size = simulated.trained, simulated.projectors, simulated.vocab_size
         self.losses: dict[str, LossShape] = {}
+        self.texts = SimulatedTexts(setting, self.models)
+        self.decoding = SimulatedDecoding(simulated, self.texts, device, ledger, self.losses)
 
     def run(self, wanted: Collection[str]) -> Simulation:
         ledger, work, phases = self.ledger, self.work, {}
@@ -191,149 +190,10 @@ class _Simulator:
         yield
         del gradients
 
-    def _rollout(self, decoding: Decoding) -> None:
-        models = [self.models[name] for name in decoding.models]
-        room, prompts = decoding.room, -(-decoding.batch // decoding.per_prompt)
-        # a teacher alone answers where it is
-        home = self._at(decoding.models[0]) if len(models) == 1 else nullcontext()
-        with home, sampling_mode(models), self.simulated.few_layers(decoding.models) as left_out:
-            missing = {}  # bytes of a token in the layers that are left out
-            for name in decoding.models:
-                cache = self._cache(name, room)
-                self._decode(name, cache, prompts, decoding.prompt, 0)
-                held = sum(tensor.untyped_storage().nbytes() for tensor in _stored(cache))
-                missing[name] = held * left_out[name] // FEW // (prompts * room)
-                self.simulated.kv_bytes[name] = held // (prompts * room) + missing[name]
-                del cache
-
-            def missing_layers(rows: int, tokens: int) -> list[Tensor]:
-                held = []
-                for name, size in missing.items():
-                    with self.ledger.part(f"{name} KV cache"), self._at(name):
-                        held.append(torch.empty(rows * tokens * size, dtype=torch.uint8))
-                return held
-
-            rest = missing_layers(prompts, room)
-            caches = [self._cache(name, room) for name in decoding.models]
-            if decoding.teacher_share is not None:
-                self._read_by_blocks(decoding, caches)
-                return
-
-            def feed(caches: list, rows: int, fed: int, seen: int) -> None:
-                logits = []
-                for name, cache in zip(decoding.models, caches, strict=True):
-                    self._decode(name, cache, rows, fed, seen)
-                    with self.ledger.part("sampling buffers"):
-                        logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
-
-            feed(caches, prompts, decoding.prompt, 0)
-            if prompts < decoding.batch:  # each is read once, and its row copied for every answer to it
-                rest = missing_layers(decoding.batch, room)
-                for name, cache in zip(decoding.models, caches, strict=True):
-                    cache.reorder_cache(torch.zeros(decoding.batch, dtype=torch.int64))
-                    self.ledger.relabel(_stored(cache), f"{name} KV cache")
-            before, moment = self.ledger.total, self.ledger.moment
-            feed(caches, decoding.batch, 1, room - 1)  # the last token that is fed
-            kept = None
-            if decoding.cuda_graphs:  # they keep the memory of a step, beside which the next prompts are read
-                kept = torch.empty(self.ledger.most_since(moment) - before, dtype=torch.uint8)
-            if decoding.ahead:
-                waiting = [self._cache(name, decoding.prompt) for name in decoding.models]
-                rest += missing_layers(decoding.ahead, decoding.prompt)
-                feed(waiting, decoding.ahead, decoding.prompt, 0)
-                if kept is None:  # otherwise a step has its memory
-                    feed(caches, decoding.batch, 1, room - 1)
-                del waiting
-            elif decoding.cuda_graphs:
-                feed(caches, decoding.batch, decoding.prompt, 0)
-            del kept
-
-    def _read_by_blocks(self, decoding: Decoding, caches: list) -> None:
-        """minillm.rollout.local.coin_loop: prompts, the last block of each model, and statistics without the caches."""
-        states, logits = [], []
-        for name, cache in zip(decoding.models, caches, strict=True):
-            self._decode(name, cache, decoding.batch, decoding.prompt, 0)
-            with self.ledger.part("sampling buffers"):
-                head = lm_head(self.models[name]).weight
-                states.append(torch.empty(decoding.batch, decoding.answer, head.shape[1], dtype=head.dtype))
-                logits.append(torch.empty(decoding.batch, padded_size(self.vocab_size)))
-        for name, cache in zip(decoding.models, caches, strict=True):
-            self._decode(name, cache, decoding.batch, decoding.block, decoding.room - decoding.block)
-        caches.clear()
-        del cache, logits
-        rows = decoding.batch * decoding.answer
-        with self.ledger.part("sampling buffers"):
-            hidden = []
-            while states:  # the teacher's first
-                hidden.append(torch.empty(rows, states[-1].shape[-1], dtype=states[-1].dtype))
-                states.pop()
-        shape = LossShape(rows, self.vocab_size, len(decoding.models), self.device)
-        self.losses["rollout"] = shape
-        with self.ledger.part("loss buffers"):
-            statistics_twin(hidden[0], shape)
-
-    def _cache(self, name: str, room: int):
-        ledger = self.ledger
-
-        class Layer(RoomyLayer):
-            def lazy_initialization(self, *states: Tensor) -> None:
-                with ledger.part(f"{name} KV cache"):
-                    super().lazy_initialization(*states)
-
-        return make_cache(self.models[name], lambda: Layer(room))
-
-    def _decode(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
-        with self._at(name):
-            self._read(name, cache, batch, fed, seen)
-
-    def _read(self, name: str, cache, batch: int, fed: int, seen: int) -> None:
-        for layer in cache.layers:
-            if isinstance(layer, RoomyLayer) and layer.is_initialized:
-                layer.use(seen)
-        shows = not seen and self._shows(fed)
-        ids = self._ids(name, batch, fed, shows=shows)
-        mask = _mask(batch, seen + fed)
-        positions = torch.arange(seen, seen + fed).expand(batch, fed)
-        cached = {cache_argument(self.models[name]): cache, "use_cache": True}
-        if seen:
-            forward_decoder(self.models[name], ids, cache_mask(self.models[name], mask, fed), positions, **cached)
-        else:
-            shown = self._shown(batch) if shows else {}
-            forward_shown(self.models[name], ids, mask, positions, shown, prompt=mask.bool(), **cached)
-        self.ledger.relabel(_stored(cache), f"{name} KV cache")
-
-    def _shows(self, length: int) -> bool:
-        """True for prompts with pictures and room for them: where a set's prompts are shorter its pictures are smaller."""
-        return self.setting.shown is not None and self.setting.shown.fit(length)
-
-    def _ids(self, name: str, batch: int, length: int, *, shows: bool) -> Tensor:
-        shown = self.setting.shown
-        if shown is None:
-            return torch.zeros(batch, length, dtype=torch.int64)
-        return ids_with_pictures(self.models[name], batch, length, shown.count * shows, shown.tokens)
-
-    def _shown(self, prompts: int) -> dict[str, Tensor]:
-        """The pictures of so many prompts, as the forward pass takes them."""
-        return self.setting.shown.inputs.repeated(prompts)
-
-    def _batch(self, name: str, one: Forward | TermShape, length: int) -> TokenBatch:
-        shows = one.prompted and self._shows(length)
-        return TokenBatch(
-            input_ids=self._ids(name, one.batch, length, shows=shows),
-            attention_mask=_mask(one.batch, length),
-            position_ids=torch.arange(length).expand(one.batch, length),
-            rows=torch.zeros(one.rows, dtype=torch.int64),
-            labels=torch.zeros(one.rows, dtype=torch.int64),
-            lengths=(one.rows // one.batch,) * one.batch,
-            # what is packed has some padding: a token of it at the least, and in the worst batch no more
-            widths=(length,) * (one.batch - 1) + (max(1, length - (self.setting.packed and one.batch > 1)),),
-            extras=self._shown(one.batch) if shows else {},
-        )
-
     def _run_without_gradient(self, passes: tuple[Decoding | Forward, ...], phase: str) -> None:
         for one in passes:
             if isinstance(one, Decoding):
-                self._rollout(one)
+                self.decoding.take(one)
             else:
                 self._score(one, phase)
 
@@ -347,7 +207,7 @@ class _Simulator:
             hidden = []
             for name, model in zip(names, models, strict=True):
                 with self._at(name):
-                    batch = self._batch(
+                    batch = self.texts.batch(
                         name, forward, forward.length_of("teacher" if name.startswith("teacher") else name)
                     )
                     _, states = forward_layers(model, batch, forward.layers if name == "teacher" else (-1,))
@@ -406,7 +266,7 @@ class _Simulator:
             with self.ledger.part("student weights"):
                 copy = torch.empty_like(lm_head(self.student).weight)
         bf16 = self.setting.autocast
-        batch = self._batch(term.trains, term, term.length)
+        batch = self.texts.batch(term.trains, term, term.length)
         teacher = None
         if term.teacher and term.from_buffer and self.device.type == "cuda":
             with self.ledger.part("teacher hidden states"):  # and of the micro-batch that is copied ahead
@@ -462,16 +322,3 @@ class _Simulator:
             with self.ledger.part("gradients"):
                 together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
             del together
-
-
-def _mask(batch: int, length: int) -> Tensor:  # (B, L) int64
-    """Where tokens are. Of several texts one is shorter: batches without padding need no mask of pairs."""
-    mask = torch.ones(batch, length, dtype=torch.int64)
-    if batch > 1 and length > 1:
-        mask[-1, -1] = 0
-    return mask
-
-
-def _stored(cache) -> list[Tensor]:
-    states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return [state for state in states if isinstance(state, Tensor)]
