@@ -50,4 +50,14 @@ class BackgroundWork:
 
 def is_at_work() -> bool:
     """True where a thread of this process is at such work: the interpreter is not to be torn down under it."""
-    return any(isinstance(thread, _Worker) for thread in threading.enumerate())
+    return bool(_workers())
+
+
+def wait_for_all() -> None:
+    """Wait for the work of this process that nobody waits for any more, where a second Ctrl-C ended what had begun it."""
+    for worker in _workers():
+        worker.join()
+
+
+def _workers() -> list[_Worker]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, _Worker)]

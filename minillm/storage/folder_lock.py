@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minillm import UserError
+from minillm.storage.background import wait_for_all
 
 LOCK = ".lock"
 _HELD_ELSEWHERE = {errno.EWOULDBLOCK, errno.EACCES}
@@ -37,6 +38,7 @@ def hold_folder(folder: Path, *, note: Callable[[str], None]) -> Iterator[None]:
     if key in _held:
         yield
         return
+    wait_for_all()  # an earlier run of this process, left at once, may still write here what this one goes on from
     _held[key] = _take(folder, note)
     try:
         yield

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import pytest
 
 from minillm import UserError
 from minillm.storage import folder_lock
+from minillm.storage.background import BackgroundWork
 from minillm.storage.folder_lock import LOCK, FolderInUseError, hold_folder
 from tests.runs import in_a_child
 
@@ -116,3 +118,17 @@ def test_a_folder_that_cannot_be_made_is_the_persons_error(tmp_path):
     with pytest.raises(UserError, match="file/run cannot be written to: .*; choose another output_dir"):
         with hold(tmp_path / "file" / "run"):
             pass
+
+
+def test_what_an_interrupted_run_of_this_process_still_writes_is_waited_for(tmp_path):
+    work, may_end = BackgroundWork(), threading.Event()
+
+    def write() -> None:
+        assert may_end.wait(60)
+        (tmp_path / "last").write_text("whole")
+
+    with hold(tmp_path):
+        work.start(write)
+    threading.Timer(0.1, may_end.set).start()
+    with hold(tmp_path):
+        assert (tmp_path / "last").read_text() == "whole"
