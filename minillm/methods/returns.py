@@ -19,12 +19,11 @@ def discounted_returns(
     1/(T-t-1) sum over t' > t). The last token's return from the next token on is 0. Discounting is relative to t and
     runs backwards, so that long answers neither overflow nor divide by a vanished gamma^t.
     """
-    T = len(rewards)
-    total = torch.zeros((), dtype=torch.float64)
-    current = torch.empty(T, dtype=torch.float64)
-    for t in range(T - 1, -1, -1):
-        total = rewards[t].double() + gamma * total
-        current[t] = total
+    T, total, sums = len(rewards), 0.0, []
+    for reward in reversed(rewards.tolist()):  # of floats: an operation of torch for each token takes a hundred times as long
+        total = reward + gamma * total
+        sums.append(total)
+    current = torch.tensor(sums[::-1], dtype=torch.float64)
     counts = torch.arange(T, 0, -1, dtype=torch.float64)
     if start == "next":
         current = torch.cat([current[1:], current.new_zeros(min(T, 1))])
