@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from minillm.benchmarks.measure import ResidentPeak, release
 
@@ -151,6 +153,55 @@ def trl(job: dict) -> Callable[[], list[float]]:
     return train
 
 
+def passes(job: dict) -> Callable[[], list[float]]:
+    """What an update cannot do without, by transformers and torch alone and with nothing around it: the student's pass over
+    the prompts and over each token of the answers, one of the teacher over both, and one of the student with its gradient
+    and an optimiser's step for each inner epoch; the heads at what predicts answers. Nothing is drawn, and no loss computed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(job["folder"])
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ("student", "teacher")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student", padding_side="left")
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["prompt"] for line in lines]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
+
+    def answer(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # (B, P) int64 twice -> (B, P + T) twice
+        cache, fed = None, ids
+        for _ in range(job["tokens"]):
+            body = student.model(input_ids=fed, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache, fed = body.past_key_values, student.lm_head(body.last_hidden_state[:, -1:]).argmax(-1)
+            ids, mask = torch.cat([ids, fed], 1), torch.cat([mask, torch.ones_like(fed)], 1)
+        return ids, mask
+
+    def predictions(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:  # (B, P + T) twice -> (B, T, V)
+        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return model.lm_head(hidden[:, -job["tokens"] - 1 : -1])
+
+    def update(prompts: list[str]) -> None:
+        read = tokenizer(prompts, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            ids, mask = answer(read.input_ids, read.attention_mask)
+            predictions(teacher, ids, mask)
+        for _ in range(job["inner_epochs"]):
+            predictions(student, ids, mask).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def train() -> list[float]:
+        seconds = []
+        for number in range(job["updates"]):
+            start = time.perf_counter()
+            update(texts[number * job["answers"] : (number + 1) * job["answers"]])
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return train
+
+
 def versions() -> dict[str, str]:
     """Of the packages that the two trainers share or are."""
     found = {}
@@ -162,7 +213,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-PROVIDERS = {"minillm": minillm, "trl": trl}
+PROVIDERS = {"minillm": minillm, "trl": trl, "passes": passes}
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillm import UserError
+from minillm.benchmarks import step_providers
 from minillm.benchmarks.step import BESIDE, COLUMNS, Case, Row, _ratio, main
 from minillm.benchmarks.step_inputs import write_random, write_real
 
@@ -38,6 +40,26 @@ def test_our_trainer_is_measured_and_a_missing_one_is_named(tmp_path, capfd):
     assert abs(float(row["tokens_per_s"]) * float(row["median_s"]) / (2 * 3) - 1) < 0.2  # both are rounded
     assert float(row["peak_mib"]) > 1
     assert "| 128x2 | 256x4 |" in (tmp_path / "step.md").read_text()
+
+
+def test_the_passes_alone_are_those_of_an_update(tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward, seen = LlamaModel.forward, []
+
+    def noted(self, input_ids, **keys):
+        seen.append((self.config.num_hidden_layers, tuple(input_ids.shape), torch.is_grad_enabled()))
+        return forward(self, input_ids=input_ids, **keys)
+
+    write_random(
+        (16, 2), (16, 3), argparse.Namespace(vocab=40, seed=0, answers=2, updates=1, prompt_tokens=5), tmp_path
+    )
+    job = {"folder": str(tmp_path), "tokens": 3, "inner_epochs": 2, "answers": 2, "updates": 1}
+    train = step_providers.passes(job)
+    monkeypatch.setattr(LlamaModel, "forward", noted)
+    (seconds,) = train()
+    asked = [(2, (2, 5), False), (2, (2, 1), False), (2, (2, 1), False)]  # the last token is drawn, and never fed
+    assert seen == [*asked, (3, (2, 8), False), *[(2, (2, 8), True)] * 2] and seconds > 0
 
 
 def test_the_ratio_is_of_tokens_a_second_on_the_same_models_and_epochs():
