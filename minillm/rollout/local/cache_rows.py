@@ -32,17 +32,19 @@ KNOWN_LAYERS = {
 def put_rows(
     cache: Cache,
     rows: Tensor,  # (R,) int64, of it
-    read: Cache,  # of the same model, with no more tokens than `cache`
+    read: Cache,  # of the same model
     places: Tensor,  # (R,) int64, rows of `read`
+    columns: int,  # the last ones of `read`, in which these prompts are; no more than those of `cache`
 ) -> None:
     """Copy rows of a cache in which prompts were read into rows of a running one."""
     for running, new in zip(cache.layers, read.layers, strict=True):
         if isinstance(running, RoomyLayer):
             if running.is_initialized:  # else the model swallows its cache
-                running.put(rows, new.keys[places], new.values[places])
+                running.put(rows, *(states[places, :, -columns:] for states in (new.keys, new.values)))
         elif isinstance(new, DynamicLayer) and new.is_initialized:
             for old, states in ((running.keys, new.keys), (running.values, new.values)):
-                old[rows, :, -states.shape[-2] :] = states[places]
+                taken = states[places, :, -columns:]  # all of a layer that keeps fewer
+                old[rows, :, -taken.shape[-2] :] = taken
         if isinstance(new, LinearAttentionLayer):
             for old, states in (
                 (running.conv_states, new.conv_states),

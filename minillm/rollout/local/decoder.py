@@ -89,13 +89,19 @@ class Decoder:
         self.cache, self._shift, self._batch = running
         return read, logits
 
-    def refill(self, rows: Tensor, read: "ReadPrompts", places: Tensor) -> None:  # (R,) int64 twice
-        """Let prompts that were read, by their rows there, take rows of the batch, over what these held.
+    def refill(
+        self,
+        rows: Tensor,  # (R,) int64, of the batch
+        read: "ReadPrompts",
+        places: Tensor,  # (R,) int64, of the prompts in `read`
+        columns: int,  # of the longest of them; with the padding before it where rows are of fixed shapes
+    ) -> None:
+        """Let prompts that were read take rows of the batch, over what these held.
 
         They end in the last column of the cache, which must be as long as they are.
         """
         at, of = self._taken(rows), self._taken(places)
-        put_rows(self.cache, at, read.cache, of)
+        put_rows(self.cache, at, read.cache, of, columns)
         if self._shift is None and read.shift is not None:
             self._shift = read.shift.new_zeros(self._batch, 1)
         if self._shift is not None:

@@ -263,7 +263,7 @@ def _refilled(model: PreTrainedModel, texts: list[TokenSequence], size: int) -> 
             ahead, logits = decoder.read(*read(prompts[2:]))
             keep(logits, [2])
             place = torch.tensor([0], device=model.device)
-            decoder.refill(place, ahead, place)
+            decoder.refill(place, ahead, place, len(prompts[2]))
         elif first.min() > 0:
             unused = int(first.min())
             decoder.drop_columns(unused)

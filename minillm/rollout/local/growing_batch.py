@@ -113,8 +113,10 @@ class GrowingBatch:
         waiting = self.waiting
         rows = self._rows(live=False)[: len(waiting.slots)]
         taken, at = len(rows), torch.tensor(rows, device=self.fed.device)
+        # the longest prompt that was read with them may have come and gone, and the columns that it needed with it
+        longest = max(len(self.asked[slot][1]) for slot in waiting.slots[:taken])
         for decoder, read in zip(self.decoders, waiting.read, strict=True):
-            decoder.refill(at, read, waiting.places[:taken])
+            decoder.refill(at, read, waiting.places[:taken], longest)
         self.fed[at] = waiting.tokens[:taken, None]
         for row, slot in zip(rows, waiting.slots, strict=False):
             self.slots[row], self.live[row], self.begun[row] = slot, True, self.column

@@ -237,7 +237,7 @@ class StaticLoop:
         device = self.rows.device
         at = torch.tensor(rows, device=device)
         for decoder, read in zip(self.decoders, taken.read, strict=True):
-            decoder.refill(at, read, taken.places)
+            decoder.refill(at, read, taken.places, taken.width)
         columns = torch.arange(self.room, device=device)
         seen = (columns >= taken.padding) & (columns < taken.width)  # (R, room)
         for dtype, mask in self.masks.items():

@@ -86,6 +86,16 @@ def test_answers_to_a_prompt_take_rows_one_after_the_other(pair_of, asked, read)
     assert read == [1, 1, 1], "the longer prompt for the first rows, and for the answers that have none"
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])  # columns that are dropped, and of windows
+def test_short_prompts_wait_longer_than_the_columns_of_a_long_one_that_was_read_with_them(pair_of, asked, kind):  # noqa: F811
+    """Four prompts are read at once and have more answers than there are rows, which forget the columns of the longest in between."""
+    models, sampling = pair_of(kind), Sampling(4)
+    prompts = [prompt for prompt in (asked[1], [*range(1, 9)], [1], [2], [3]) for _ in range(16)]
+    options = {"keys": range(len(prompts)), "seed": 5, "batch_size": 16}
+    expected = LocalRollouts(models, refill=False).sample(prompts, sampling, **options)
+    assert_same(LocalRollouts(models, share_prompts=True).sample(prompts, sampling, **options), expected)
+
+
 def answers_in_a_running_batch(models: Models, running: tuple, asked: Sequence[tuple]) -> list[Answer]:
     """Answers of the student to prompts, (ids, extras) each, which are read at once and take all rows of a batch but its last.
     After them that of the last row, which has gone on."""
