@@ -1,4 +1,4 @@
-"""What must hold of held-out data before a student is measured beside its teacher."""
+"""Conditions on held-out data, before a student is measured on it beside its teacher."""
 
 from collections.abc import Iterable, Mapping
 
