@@ -169,7 +169,7 @@ def pretended_gpus(monkeypatch, count: int = 2) -> Iterator[Places]:
         assert number < count, f"{key} is {name}"
         return torch.device(TYPE, number)
 
-    for module in ("minillm.engine.placement", "minillm.teachers.open"):
+    for module in ("minillm.engine.placement", "minillm.teachers.open", "minillm.cli.generate"):
         monkeypatch.setattr(f"{module}.pick_device", pick)
     with pretended_devices() as places:
         yield places

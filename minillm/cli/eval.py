@@ -16,13 +16,14 @@ from minillm.config.loader.evaluation_plan import EvaluationPlan, load_evaluatio
 from minillm.config.models import named_teacher
 from minillm.config.paths import expand
 from minillm.config.tree import COMMAND_LINE
-from minillm.data.instructions import PromptSet, load_prompts, require_shared_pictures
+from minillm.data.instructions import PromptSet, load_prompts
 from minillm.data.judges import judges_of
 from minillm.data.labels import load_labels
 from minillm.data.pairs import load_pairs
 from minillm.data.sources import read_jsonl
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator
+from minillm.evaluate.held_out import require_shared_data
 from minillm.models.delta import Delta, DeltaPrompt
 from minillm.models.locations import resolve_path
 from minillm.models.open import model_path, run_folder
@@ -185,9 +186,6 @@ def evaluate_model(
     }
     if models.delta is not None and models.delta.translation is not None:
         _read_for_delta(plan, sets, models.delta, now)
-    theirs = teacher_tokenizers(plan.teacher, plan.output_dir)
-    held_out = {f"eval.sets.{name}": one for name, one in sets.items()}
-    require_shared_pictures(held_out, models.tokenizer, theirs.values())
     labels = {
         name: load_labels(source, models.tokenizer, name=f"eval.calibration.{name}", now=now)
         for name, source in plan.eval.calibration.items()
@@ -196,9 +194,8 @@ def evaluate_model(
         name: load_pairs(source, models.tokenizer, name=f"eval.preference.pairs.{name}", now=now)
         for name, source in plan.eval.held_out_pairs.items()
     }
-    for group, read in (("sets", sets), ("calibration", labels), ("preference.pairs", pairs)):
-        for name, one in read.items():
-            models.require_shared(f"eval.{group}.{name}", one.ids())
+    theirs = teacher_tokenizers(plan.teacher, plan.output_dir)
+    require_shared_data("eval", sets, labels, pairs, models, theirs.values())
     rows += [(name, f"{len(prompts)} prompts, {prompts.dropped_long} too long", "") for name, prompts in sets.items()]
     rows += [(name, f"{len(one)} questions, {one.dropped_long} too long", "") for name, one in labels.items()]
     rows += [(name, f"{len(one)} pairs, {one.dropped_long} too long", "") for name, one in pairs.items()]

@@ -21,6 +21,7 @@ from minillm.data.images import find_pictures
 from minillm.data.prompt_reader import PromptReader
 from minillm.data.records import Conversation
 from minillm.models.delta import DeltaPrompt
+from minillm.models.device import pick_device
 from minillm.models.families import text_config
 from minillm.models.open import model_path, run_folder
 from minillm.models.processors import unshared_pictures
@@ -149,10 +150,13 @@ def generate(
         max_new_tokens, temperature, top_k=top_k, top_p=top_p, no_repeat_ngram_size=no_repeat_ngram_size
     )
     path = model_path(model)
+    pick_device(device, "--device")
     if teacher_device is not None and teacher is None:
         raise UserError("--teacher-device: there is no --teacher that could be there")
     if teacher_device is not None and not re.fullmatch(TEACHER_DEVICE, teacher_device):
         raise UserError(f"--teacher-device is {teacher_device!r}; it must be cpu, cuda or cuda:N")
+    if teacher_device is not None:
+        pick_device(teacher_device, "--teacher-device")
     beside = None if teacher is None else TeacherConfig(path=model_path(teacher), dtype=dtype, device=teacher_device)
     models, _ = open_named(path, beside, device=device, dtype=dtype, tokenizer=tokenizer)
     if images and beside is not None:

@@ -88,7 +88,7 @@ def open_served(
     transformers.utils.logging.disable_progress_bar()
     config = TeacherConfig(path=model_path(model), dtype=dtype, quantization=quantization, tokenizer=tokenizer)
     here = Path(".")
-    weights = load_teacher(config, output_dir=here, device=pick_device(device))
+    weights = load_teacher(config, output_dir=here, device=pick_device(device, "--device"))
     return ServedModel(model, weights, load_tokenizer(config, here))
 
 

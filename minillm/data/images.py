@@ -8,6 +8,7 @@ anew when a batch needs them, and kept as long as there is room.
 import base64
 import binascii
 import io
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ class Picture:
             raise DataError(f"{self._where}: no such file") from None
         except UnidentifiedImageError:
             raise DataError(f"{self._where}: not a picture that Pillow knows") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{self._where}: cannot be read ({error}); it is cut off or damaged") from None

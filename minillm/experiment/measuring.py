@@ -6,6 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from minillm import UserError
 from minillm.config.models import (
     AnyTeacherConfig,
@@ -22,6 +24,7 @@ from minillm.data.pairs import load_pairs
 from minillm.engine.placement import engine_device
 from minillm.evaluate.analyses import Analyses
 from minillm.evaluate.evaluator import Evaluator, Who
+from minillm.evaluate.held_out import require_shared_data
 from minillm.experiment.experiment_file import STUDENT, Experiment
 from minillm.experiment.jobs import Job, result_folder
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -64,9 +67,11 @@ class Measuring:
         folder = self.output / TEACHERS / f"{zlib.crc32(repr(teacher).encode()):08x}"
         if self._is_measured(job.folder):
             return
-        models = self._open(job, student, teacher)
+        models, theirs = self._open(job, student, teacher)
         rollouts = LocalRollouts(models, cuda_graphs=self.experiment.stage(job.name).config.rollout.cuda_graphs)
         evaluators = self._load_evaluators(models, teacher, console)
+        _, analyses = evaluators
+        require_shared_data("evaluation", analyses.sets, analyses.labels, analyses.pairs, models, theirs)
         itself = teacher is not None and "evaluate" in teacher.abilities
         if itself and not self._is_measured(folder):
             self._write(folder, "teacher", evaluators, rollouts, console, model=named_teacher(teacher))
@@ -134,12 +139,15 @@ class Measuring:
                 found[key] = str(require_whole(folder))
         return config.model_copy(update=found)
 
-    def _open(self, job: Job, student: StudentConfig, teacher: AnyTeacherConfig | None) -> Models:
+    def _open(
+        self, job: Job, student: StudentConfig, teacher: AnyTeacherConfig | None
+    ) -> tuple[Models, list[PreTrainedTokenizerBase]]:
+        """The pair, and the teacher's tokenizer where there is one."""
         device = engine_device(self.experiment.stage(job.name).config.engine)
         opened = self.cache.teacher(teacher, job.folder, device)
         models, _ = open_models(student, opened, output_dir=job.folder, device=device, seed=job.seed)
         controls = job.trained and self.experiment.stage(job.name).config.method.needs().controls_teacher
-        return models.controlled() if controls else models
+        return models.controlled() if controls else models, [] if opened is None else [opened.tokenizer]
 
     def _load_evaluators(self, models: Models, teacher: AnyTeacherConfig | None, console) -> Evaluators:
         # with one teacher the tokenizer is one; without, every arm reads the sets with its own

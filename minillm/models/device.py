@@ -9,7 +9,8 @@ ENGINE_KEY = "engine.device"
 
 
 def pick_device(name: str, key: str = ENGINE_KEY) -> torch.device:
-    """The device that a key of the configuration names. Raises UserError, which names the key, where it is not there."""
+    """The device that a key of the configuration names, or an option of the command line. Raises UserError, which names
+    either, where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -17,9 +18,10 @@ def pick_device(name: str, key: str = ENGINE_KEY) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+        raise UserError(f"{key} is {name!r}; it must be auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{key} is {name!r}, but torch sees no GPU here; use {key}=cpu")
+        remedy = f"{key} cpu" if key.startswith("--") else f"{key}=cpu"
+        raise UserError(f"{key} is {name!r}, but torch sees no GPU here; use {remedy}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"{key} is {name!r}, but torch sees {torch.cuda.device_count()} GPUs here, from cuda:0 on")
     return device

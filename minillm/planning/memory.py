@@ -1,6 +1,6 @@
 """Bytes of one rank by part and phase: the simulated moments, sharded, with the host's memory counted by itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -39,6 +39,16 @@ class PhaseMemory:
     @property
     def host_bytes(self) -> int:
         return sum(self.host.values())
+
+    def at(self, place: str) -> "PhaseMemory":
+        """This phase where all that it has on the student's device is on another one, on which there is nothing yet."""
+        nothing = dict.fromkeys(self.device, 0)
+        if place == HOME:
+            return self
+        if place == HOST:
+            host = {part: size + self.device[part] for part, size in self.host.items()}
+            return replace(self, device=nothing, host=host)
+        return replace(self, device=nothing, beside={**self.beside, place: self.device})
 
 
 def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: torch.device) -> list[PhaseMemory]:

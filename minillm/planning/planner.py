@@ -15,7 +15,7 @@ from minillm.planning.architectures import Architectures
 from minillm.planning.cached_teacher import CacheSize, TeacherHead, cache_size, head_of
 from minillm.planning.gpus import Gpu, find_gpu
 from minillm.planning.memory import PhaseMemory, memory_of
-from minillm.planning.places import HOME, HOST, place_of
+from minillm.planning.places import HOME, HOST, kind_of, place_of
 from minillm.planning.setting import Setting
 from minillm.planning.several_teachers import BesideTeacher, Several
 from minillm.planning.sharding import Sharding, sharding_of
@@ -172,7 +172,9 @@ def _beside(name: str, config: AnyTeacherConfig, architectures: Architectures, o
 
 def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size: int, output_dir: Path) -> StagePlan:
     config, needs = stage.config, stage.config.method.needs()
-    device = torch.device(gpu.kind)
+    # a teacher that is the only model is computed with where it is
+    home = place_of(config.teacher, config.engine, gpu.kind) if needs.alone else HOME
+    device = kind_of(home, torch.device(gpu.kind))
     student, teacher, head, several = _models_of(stage, architectures, output_dir, gpu.kind)
 
     asked = config.train.gradient_checkpointing
@@ -193,7 +195,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
 
     def memory(size: int) -> list[PhaseMemory]:
         work = work_of(config, size)
-        return memory_of(simulated(work), work, sharding_of(config, size), device)
+        return [one.at(home) for one in memory_of(simulated(work), work, sharding_of(config, size), device)]
 
     sharding, work = sharding_of(config, world_size), work_of(config, world_size)
     if shown is not None:
@@ -202,6 +204,7 @@ def _plan_stage(stage: Stage, architectures: Architectures, gpu: Gpu, world_size
         except UserError as error:  # which may be of the pictures: without them there is a plan all the same
             shown, not_shown = None, (f"{PICTURES}: {error}",)
     simulation = simulated(work)
+    simulation = replace(simulation, places=tuple(sorted({*simulation.places, home} - {HOME})))
     known = replace(gpu, bf16_tflops=None) if HOST in simulation.places else gpu  # how fast a host is, nobody knows
     return StagePlan(
         name=stage.name,

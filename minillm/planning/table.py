@@ -162,7 +162,9 @@ def _memory(stage: StagePlan) -> Table:
             table.add_row(part, *(_gib(phase.device[part]) for phase in stage.memory))
     table.add_section()
     beside = stage.simulation.places
-    table.add_row("the student's device" if beside else "device", *(_gib(phase.device_bytes) for phase in stage.memory))
+    if not (beside and stage.student_side == "teacher"):  # of a teacher that is alone nothing is on another device
+        name = "the student's device" if beside else "device"
+        table.add_row(name, *(_gib(phase.device_bytes) for phase in stage.memory))
     for place in (one for one in beside if one != HOST):
         table.add_section()
         for part in PARTS:
@@ -194,7 +196,9 @@ def _notes(stage: StagePlan, gpu: gpus.Gpu) -> Iterator[Text]:
     smallest = stage.smallest_world_size(gpu)
     yield Text(f"smallest world size that fits: {smallest or 'none with these keys'}")
     if stage.student_side != "student":
-        yield Text(f"the {stage.student_side} model's memory stands in the student's rows")
+        on_host = stage.student_side == "teacher" and HOST in stage.simulation.places
+        where = "is the host's" if on_host else "stands in the student's rows"
+        yield Text(f"the {stage.student_side} model's memory {where}")
     for name, (kind, place) in stage.elsewhere.items():
         words = f"{kind} {'in' if kind == 'cached' else 'by'} {place}"
         loaded = ", of them the head alone" if stage.simulation.teachers[name].parameters else ""

@@ -21,7 +21,6 @@ from minillm.config.models import ServedTeacherConfig
 CONNECT_SECONDS = 5.0
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds that a server which is away is left alone
 AT_ONCE = 2  # requests in flight for each server: one is worked on, and the next one is there
-BUSY = (429, 503)
 T = TypeVar("T")
 log = logging.getLogger("minillm.teachers")
 
@@ -189,7 +188,8 @@ class ServerPool:
         except urllib3.exceptions.HTTPError as error:
             self._failed(server, " ".join(str(error).split()))
             raise _Unanswered(busy=False) from None
-        if answer.status in BUSY:
+        # without a time, 503 is said by a server that is stopping, or for one that is gone
+        if answer.status == 429 or answer.status == 503 and "retry-after" in answer.headers:
             self._busy(server, answer)
             raise _Unanswered(busy=True)
         if answer.status >= 500:

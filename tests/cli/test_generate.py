@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from minillm import UserError
@@ -122,6 +123,15 @@ def test_a_teacher_on_a_device_of_its_own(folder, monkeypatch):
         shown(teacher_device="cuda:1")
     with pytest.raises(UserError, match="--teacher-device is 'mps'; it must be cpu, cuda or cuda:N"):
         shown(teacher=str(folder / "teacher"), teacher_device="mps")
+
+
+def test_a_device_that_is_not_there_is_named_by_its_option(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    both = {"teacher": str(folder / "teacher"), "prompts": ["hi"], "console": Console(rank=0, file=io.StringIO())}
+    with pytest.raises(UserError, match="^--device is 'cuda', but torch sees no GPU here; use --device cpu$"):
+        generate(str(folder / "student"), device="cuda", **both)
+    with pytest.raises(UserError, match="^--teacher-device is 'cuda:1', .* use --teacher-device cpu$"):
+        generate(str(folder / "student"), device="cpu", teacher_device="cuda:1", **both)
 
 
 def test_lines_of_stdin_are_prompts(folder, monkeypatch):

@@ -74,6 +74,8 @@ def test_a_server_without_its_packages_says_how_to_get_them(monkeypatch, capsys)
 
 def test_the_name_of_a_served_model_is_as_it_was_given(teacher):
     assert open_served(str(teacher), device="cpu").described["model"] == str(teacher)
+    with pytest.raises(UserError, match="^--device is 'meta'; it must be"):
+        open_served(str(teacher), device="meta")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")

@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from minillm.config.analysis_keys import JsonlLabels
 from minillm.config.data import HfPrompts, JsonlPrompts, ParquetPrompts
 from minillm.data import images
+from minillm.data.images import Picture
 from minillm.data.instructions import load_prompts, require_shared_pictures
 from minillm.data.labels import load_labels
 from minillm.data.sources import DataError
@@ -236,3 +237,21 @@ def test_two_models_must_see_the_same_pictures(processor, files):
         require_shared_pictures(sets, ours, [], ranks=2)
     (files / "data.jsonl").write_text(lines[1] + "\n")
     require_shared_pictures({"data.prompts": read(processor, files / "data.jsonl")}, ours, [byte_tokenizer()], ranks=2)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_damaged_exif_is_an_error_that_names_the_picture(form):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    whole = turned.tobytes()
+    for exif in (whole, *(whole[:length] for length in range(6, len(whole)))):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 4)).save(file, form, exif=exif)
+        picture = Picture("data.jsonl:1", "turned", file.getvalue)
+        for look in (picture.size, lambda picture=picture: picture.open(100).size):
+            try:
+                assert look() in ((4, 8), (8, 4))
+            except DataError as error:
+                assert "data.jsonl:1: picture turned: cannot be read" in str(error)
+                assert exif != whole

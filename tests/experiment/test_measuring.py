@@ -9,6 +9,7 @@ import pytest
 from minillm import UserError
 from minillm.experiment import measuring
 from minillm.experiment.experiment_file import load_experiment
+from minillm.experiment.jobs import plan_jobs
 from minillm.experiment.measuring import STARTED, Measuring, kept_start
 from minillm.models.tokenizers import BYTE_TEMPLATE, byte_tokenizer
 from minillm.train.model_cache import ModelCache
@@ -47,3 +48,19 @@ def test_prompts_are_of_one_day(write, document, tmp_path, on):
         on(day)
         evaluator, _ = Measuring(experiment, tmp_path, ModelCache())._load_evaluators(models, None, Silent())
         assert evaluator.sets["held_out"].examples[0].prompt.startswith("03 Mar 2026")
+
+
+def test_an_arm_is_measured_on_what_its_teacher_reads_alike(write, document, tmp_path, monkeypatch):
+    experiment = load_experiment(write(), [])
+
+    def refuse(name, ids):
+        raise UserError(f"{name}: {len(list(ids))} texts")
+
+    models = SimpleNamespace(tokenizer=byte_tokenizer(), require_shared=refuse)
+    student = SimpleNamespace(path="student")
+    monkeypatch.setattr(Measuring, "_configs", lambda self, job: (student, None))
+    monkeypatch.setattr(Measuring, "_open", lambda *arguments: (models, []))
+    monkeypatch.setattr(measuring, "LocalRollouts", lambda models, **options: None)
+    job = next(one for one in plan_jobs(experiment, tmp_path, [1], experiment.arms) if one.measured)
+    with pytest.raises(UserError, match="^evaluation.sets.held_out: "):
+        Measuring(experiment, tmp_path, ModelCache()).measure(job, Silent())

@@ -92,6 +92,31 @@ def test_a_teacher_on_the_host_is_in_its_memory(recipe):
     assert one.speed.seconds is not None and two.speed.seconds is None
 
 
+def test_a_teacher_that_is_alone_is_counted_where_it_is(recipe, capsys):
+    prompts = {"type": "pydoc", "max_prompt_length": 200, "limit": 4}
+    path = recipe(method={"name": "cache", "texts": ["references", "answers"]}, data={"prompts": prompts})
+    here, there, on_cpu, host = (
+        planned(path, *keys, gpu=gpu)
+        for keys, gpu in (
+            ((), "H100-80GB"),
+            (["teacher.device=cuda:1"], "H100-80GB"),
+            ((), "cpu"),
+            (["teacher.device=cpu"], "H100-80GB"),
+        )
+    )
+    assert here.simulation.places == on_cpu.simulation.places == ()
+    for one, other in ((here, there), (on_cpu, host)):
+        for before, after in zip(one.memory, other.memory, strict=True):
+            assert before.device["student weights"] == pytest.approx(TEACHER, abs=512) and before.beside == {}
+            assert after.device_bytes == 0 and after.most_bytes == (before.most_bytes if other is there else 0)
+            assert (after.beside["cuda:1"] if other is there else after.host) == before.device
+    for device, words in (("cuda:1", ["student weights on cuda:1"]), ("cpu", ["memory is the host's", "host memory"])):
+        # nothing of it is on the device that would be the student's
+        assert main(["plan", str(path), f"teacher.device={device}"]) == 0
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in words) and "│ the student's device" not in shown
+
+
 def test_adapters_in_a_teacher_are_trained_where_it_is(recipe):
     okd = {"name": "okd", "lora": {"r": 2, "alpha": 4}}
     one, two = (planned(recipe(method=okd), *keys, **H100).memory[-1] for keys in ((), ("teacher.device=cuda:1",)))

@@ -47,6 +47,9 @@ def _measurable_preference(eval: EvalConfig, teacher: TeacherSide | None) -> Ite
         yield Found("eval.preference.pairs", message, ("eval.preference.sampled",))
     if asked.sampled and not eval.sets:
         yield Found("eval.preference.sampled", "needs prompts to answer: name some in eval.sets", ("eval.sets",))
+    for name in sorted({*asked.pairs} & {*eval.sets}) if asked.sampled else ():
+        message = "is also a set of eval.sets, whose sampled pairs have their margins under that name; choose another"
+        yield Found(("eval", "preference", "pairs", name), message, ("eval.preference.sampled",))
     why = "there is no teacher" if teacher is None else None if eval.teacher else "eval.teacher is false"
     if why is None and "read" not in teacher.abilities:
         why = f"{teacher.called} cannot read answers of the moment"

@@ -65,6 +65,10 @@ def test_pairs_are_compared_with_a_teacher_that_can_be_asked(recipe):
     given = {"pairs": pairs}
     assert recipe.problems(eval={"sets": sets, "preference": given}) == {}
     assert recipe.problems(eval={"sets": sets, "preference": {"sampled": True}}) == {}
+    named = {"pairs": {"a": given["pairs"]["b"]}}
+    assert recipe.problems(eval={"sets": sets, "preference": named}) == {}
+    found = recipe.problems(eval={"sets": sets, "preference": {**named, "sampled": True}})
+    assert "is also a set of eval.sets" in found["eval.preference.pairs.a"]
     assert "nothing to compare" in recipe.problems(eval={"sets": sets, "preference": {}})["eval.preference.pairs"]
     found = recipe.problems(eval={"preference": {"sampled": True}})
     assert "name some in eval.sets" in found["eval.preference.sampled"]
