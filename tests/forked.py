@@ -53,7 +53,9 @@ class Forked:
         return printed, None
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str], timeout: float | None = None, **_) -> subprocess.CompletedProcess:
+def run(
+    command: Sequence[str], *, env: Mapping[str, str], timeout: float | None = None, **_
+) -> subprocess.CompletedProcess:
     """`subprocess.run` for a command of this interpreter, whose own options do not count; stdout and stderr are one text."""
     how = next(place for place, word in enumerate(command) if word in ("-m", "-c"))
     process = Forked(command[how:], env)

@@ -169,7 +169,8 @@ def steps(folder: Path) -> list[dict]:
 
 def test_a_host_that_is_lost_ends_the_run_and_two_hosts_go_on_as_two_ranks_of_one(recipe, start, finish, start_hosts):
     unbroken, broken = (recipe.with_name(name) for name in ("unbroken", "broken"))
-    finish(start(2, *TRAIN, str(recipe), f"output_dir={unbroken}", "engine.type=deepspeed"))  # as one: test_two_ranks.py
+    # as one process would: test_two_ranks.py
+    finish(start(2, *TRAIN, str(recipe), f"output_dir={unbroken}", "engine.type=deepspeed"))
     assert len(steps(unbroken)) == 11
 
     first, second = start_hosts(recipe, broken)
