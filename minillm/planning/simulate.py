@@ -6,6 +6,7 @@ update    forward, loss and backward of every term, with checkpointing and autoc
 evaluation    between steps: answers of student and teacher, and forward passes over them
 """
 
+import importlib
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -85,6 +86,8 @@ def simulate(
     if key not in _DONE:
         try:
             sees = setting.shown is not None
+            if setting.lora is not None or setting.teacher_lora is not None:
+                importlib.import_module("peft")  # inside, the tables that it brings would be fake, and counted
             with FakeTensorMode(allow_non_fake_inputs=sees), Ledger() as ledger:
                 models = SimulatedModels(setting, work, student, teacher, ledger, head, several)
                 with KnownValues() if sees else nullcontext():
