@@ -5,7 +5,7 @@ from torch import Tensor
 
 from minillm.kernels.sparse_teacher import RowChecks
 
-CPU_BUDGET = 60 * 2**20  # bytes of logits of both models: from 32 MiB for each malloc asks the system for new pages in every call
+CPU_BUDGET = 60 * 2**20  # bytes of logits of both models: from 32 MiB each on, malloc has new pages in every call
 DEVICE_BUDGET = 1280 * 2**20
 DEVICE_ROWS = (512, 4096)  # fewer starve the GEMMs, more save nothing
 DEVICE_MULTIPLE = 128

@@ -1,5 +1,6 @@
 """Shared by all tests: small generated models and a tokenizer, made on the spot; real assets where they are."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -17,12 +18,24 @@ import torch
 import yaml
 from hypothesis import settings
 
+import tests.unsynced  # noqa: F401
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions are defined by it
 
 # the same examples every time, however slow the machine: a failure is a defect, never the weather
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish():
+    """What the tests import stays: the garbage collector, which some runs ask for, need not pass over it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # packages count at the end what they left behind
 
 
 @pytest.fixture(scope="session", autouse=True)

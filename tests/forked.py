@@ -17,10 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    ["minillm.cli.main", "minillm.train.run", "minillm.train.stage", "transformers.models.llama.modeling_llama",
-     "rouge_score.rouge_scorer", "datasets", "matplotlib.figure", "deepspeed", "minillm.engine.deepspeed", "tests.undrawn"]
-)  # fmt: skip
+_forks.set_forkserver_preload(["tests.preloaded"])
 
 
 class Forked:
@@ -56,6 +53,16 @@ class Forked:
         return printed, None
 
 
+def run(
+    command: Sequence[str], *, env: Mapping[str, str], timeout: float | None = None, **_
+) -> subprocess.CompletedProcess:
+    """`subprocess.run` for a command of this interpreter, whose own options do not count; stdout and stderr are one text."""
+    how = next(place for place, word in enumerate(command) if word in ("-m", "-c"))
+    process = Forked(command[how:], env)
+    printed, _ = process.communicate(timeout)
+    return subprocess.CompletedProcess(command, process.returncode, printed, printed)
+
+
 def wait(child: int, seconds: float) -> int | None:
     """The exit status of a forked process that leads a group of its own; None where it takes longer, which ends the group."""
     deadline = time.monotonic() + seconds
@@ -87,6 +94,9 @@ def _program(arguments: Sequence[str], environment: Mapping[str, str], output: s
     if how == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif how == "-c":
+        sys.argv = [how, *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
     else:
         sys.argv = list(arguments)
         runpy.run_path(how, run_name="__main__")

@@ -9,6 +9,7 @@ dimension goes with any other. A pretended device is of the type xpu, for which 
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from unittest import mock
 
 import torch
@@ -69,10 +70,19 @@ class Checked(TorchDispatchMode):
 def _written(func, args, kwargs) -> list[Tensor]:
     """The tensors that an operation writes to, which must be where it computes."""
     found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += tree_leaves(args[place] if place < len(args) else kwargs.get(argument.name))
+    for place, name in _writes(func):
+        found += tree_leaves(args[place] if place < len(args) else kwargs.get(name))
     return [one for one in found if isinstance(one, Tensor)]
+
+
+@cache
+def _writes(func) -> list[tuple[int, str]]:
+    """The arguments that an operation writes to, by their place and name."""
+    return [
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 class Moved(torch.autograd.Function):

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from minillm.planning.ledger import is_device_of_fake
 
 # what fake tensors raise where a value is asked for that is not known
 VALUES_NEEDED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -36,14 +37,27 @@ class KnownValues(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if is_device_of_fake(func, args):
+            return args[0].fake_device
         kwargs = kwargs or {}
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        tensors = _given(args, kwargs)
         if any(isinstance(one, FakeTensor) for one in tensors):
             return _with_fake(func, args, kwargs)
         if not (_bound(tensors) <= MOST if tensors else _makes_numbers(func, kwargs)):
             return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
+
+
+def _given(args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that an operation is given: in its schema they are arguments, or stand in a list that is one."""
+    found = []
+    for one in (*args, *kwargs.values()):
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, list | tuple):
+            found += [inner for inner in one if isinstance(inner, Tensor)]
+    return found
 
 
 def _makes_numbers(func, kwargs: dict) -> bool:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +37,11 @@ PARTS = (
     "communication buckets",
 )
 _INDEX = {name: place for place, name in enumerate(PARTS)}
+
+
+def is_device_of_fake(func, args: tuple) -> bool:
+    """True for the question where a fake tensor is: more than half of what is dispatched, and no operation."""
+    return func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,10 @@ class Ledger(TorchDispatchMode):
         self._since: set[int] | None = None  # addresses, while a part of a pass is to be repeated
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if is_device_of_fake(func, args):
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         return result

@@ -49,11 +49,18 @@ class PictureInputs:
         }
 
 
+_FLOPS: dict[tuple, int] = {}  # the stages of a run often have the same teacher, and the same pictures
+
+
 def flops_of(model: PreTrainedModel, inputs: PictureInputs) -> int:
     """FLOPs of a forward pass of vision tower and projector over the pictures of a prompt. Raises as tokens_of does."""
-    with FlopCounterMode(display=False) as counter:
-        tokens_of(model, inputs)
-    return counter.get_total_flops()
+    # its modules, beside its architecture, as they may have adapters or quantised weights
+    key = model.config.to_json_string(), model.config._attn_implementation, repr(model), inputs
+    if key not in _FLOPS:
+        with FlopCounterMode(display=False) as counter:
+            tokens_of(model, inputs)
+        _FLOPS[key] = counter.get_total_flops()
+    return _FLOPS[key]
 
 
 @torch.no_grad()

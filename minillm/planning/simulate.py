@@ -6,6 +6,7 @@ update    forward, loss and backward of every term, with checkpointing and autoc
 evaluation    between steps: answers of student and teacher, and forward passes over them
 """
 
+import importlib
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -85,6 +86,8 @@ def simulate(
     if key not in _DONE:
         try:
             sees = setting.shown is not None
+            if setting.lora is not None or setting.teacher_lora is not None:
+                importlib.import_module("peft")  # inside, the tables that it brings would be fake, and counted
             with FakeTensorMode(allow_non_fake_inputs=sees), Ledger() as ledger:
                 models = SimulatedModels(setting, work, student, teacher, ledger, head, several)
                 with KnownValues() if sees else nullcontext():
@@ -136,10 +139,10 @@ class _Simulator:
         ledger, work, phases = self.ledger, self.work, {}
         dtype = torch.float32 if self.setting.master_weights else None  # None: each weight's own
         with ledger.part("optimizer states"):
-            states = [self._beside_weight(parameter, dtype) for parameter in self.trained for _ in range(2)]
+            states = [room for _ in range(2) for room in self._beside_weights(dtype)]
         with ledger.part("fp32 master weights"):
             if self.setting.master_weights:
-                states += [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
+                states.append(self._room_of_weights(torch.float32))
         with self._gradients() if self.setting.gradients_stay else nullcontext():
             ledger.take()
             for phase, passes in (
@@ -175,10 +178,25 @@ class _Simulator:
             tuple(sorted({*self.simulated.places.values()} - {HOME})),
         )
 
-    def _beside_weight(self, parameter: nn.Parameter, dtype: torch.dtype | None = None) -> Tensor:
+    def _beside_weight(self, parameter: nn.Parameter) -> Tensor:
         """Room as large as a trained weight, on its device."""
         with self.ledger.at(self.simulated.place_of_weight(parameter)):
-            return torch.empty_like(parameter, dtype=dtype)
+            return torch.empty_like(parameter)
+
+    def _beside_weights(self, dtype: torch.dtype | None) -> list[Tensor]:
+        """Room as large as all trained weights, of each device in one: it comes and goes at one moment."""
+        by_place: dict[str, list[nn.Parameter]] = {}
+        for parameter in self.trained:
+            by_place.setdefault(self.simulated.place_of_weight(parameter), []).append(parameter)
+        rooms = []
+        for place, weights in by_place.items():
+            with self.ledger.at(place):
+                rooms.append(_room(weights, dtype))
+        return rooms
+
+    def _room_of_weights(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Room as large as all trained weights, on the student's device."""
+        return _room(self.trained, dtype)
 
     def _at(self, name: str) -> AbstractContextManager[None]:
         return self.ledger.at(self.simulated.place(name))
@@ -186,7 +204,7 @@ class _Simulator:
     @contextmanager
     def _gradients(self) -> Iterator[None]:
         with self.ledger.part("gradients"):
-            gradients = [torch.empty_like(parameter) for parameter in self.trained]
+            gradients = self._room_of_weights()
         yield
         del gradients
 
@@ -320,5 +338,10 @@ class _Simulator:
         """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""
         if self.setting.master_weights:
             with self.ledger.part("gradients"):
-                together = [torch.empty_like(parameter, dtype=torch.float32) for parameter in self.trained]
+                together = self._room_of_weights(torch.float32)
             del together
+
+
+def _room(weights: Collection[Tensor], dtype: torch.dtype | None) -> Tensor:
+    """The memory of copies of weights, in `dtype` or in their own."""
+    return torch.empty(sum(one.numel() * (dtype or one.dtype).itemsize for one in weights), dtype=torch.uint8)

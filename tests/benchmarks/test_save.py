@@ -1,10 +1,14 @@
 """The benchmark of saving runs a stage both ways, and takes its numbers from the records."""
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
 from minillm import UserError
+from minillm.benchmarks import save
 from minillm.benchmarks.save import main, measure
+from tests import forked
 
 
 def test_a_run_is_measured_by_its_records():
@@ -20,7 +24,8 @@ def test_a_run_is_measured_by_its_records():
     assert (found.batches, found.steps_per_s) == (pytest.approx(0.1), pytest.approx(4 / 6))
 
 
-def test_both_ways_are_in_the_table(small_run, tmp_path, capsys):
+def test_both_ways_are_in_the_table(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(save, "subprocess", SimpleNamespace(run=forked.run))
     document = small_run(tmp_path, layers=1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(document))
     sizes = ["--steps", "3", "--every", "1", "--repeats", "1"]

@@ -3,15 +3,18 @@
 import argparse
 import csv
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minillm import UserError
-from minillm.benchmarks import step_providers
+from minillm.benchmarks import step, step_providers
 from minillm.benchmarks.step import BESIDE, COLUMNS, Case, Row, _ratio, main
 from minillm.benchmarks.step_inputs import write_random, write_real
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +34,22 @@ TINY = [
 ]
 
 
-def test_our_trainer_is_measured_and_a_missing_one_is_named(tmp_path, capfd):
+@pytest.fixture
+def forked_trainers(monkeypatch):
+    """Trainers run in forked processes, but for that of another checkout, which imports its own code."""
+    process = step._process
+
+    def start(job: dict, arguments: argparse.Namespace, trainer: str) -> dict:
+        with monkeypatch.context() as patch:
+            if trainer != BESIDE:
+                of_forked = SimpleNamespace(run=forked.run, TimeoutExpired=subprocess.TimeoutExpired)
+                patch.setattr(step, "subprocess", of_forked)
+            return process(job, arguments, trainer)
+
+    monkeypatch.setattr(step, "_process", start)
+
+
+def test_our_trainer_is_measured_and_a_missing_one_is_named(tmp_path, capfd, forked_trainers):
     assert main([*TINY, "--updates", "2", "--repeats", "1", "--trainers", "minillm", "--output", str(tmp_path)]) == 0
     header, *rows = csv.reader((tmp_path / "step.csv").open())
     assert tuple(header) == COLUMNS and len(rows) == 1
@@ -75,7 +93,7 @@ def test_an_unknown_case_is_an_error(capsys):
     assert "256x4 from 512x8" in capsys.readouterr().err
 
 
-def test_a_real_model_is_measured_beside_another_checkout(tmp_path, capfd):
+def test_a_real_model_is_measured_beside_another_checkout(tmp_path, capfd, forked_trainers):
     """The other one here is this very checkout: its trainer runs in a process of its own all the same."""
     teacher, texts = tmp_path / "teacher", tmp_path / "texts.jsonl"
     arguments = argparse.Namespace(vocab=40, seed=0, answers=1, updates=1, prompt_tokens=2)

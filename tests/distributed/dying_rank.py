@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from minillm.cli import main as cli
+from minillm.distributed import heartbeat
 from minillm.engine.deepspeed import DeepSpeedEngine
 from minillm.rollout.local.decoder import Decoder
 from minillm.storage import atomic
@@ -26,6 +27,7 @@ def main(rank: str, where: str, events: str, *arguments: str) -> NoReturn:
             return original(*args, **kwargs)
 
         setattr(OWNERS[owner], name, counted)
+    heartbeat.HEARTBEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.5, 2.0  # the others have heard of it all the sooner
     cli.program(["train", *arguments])
 
 

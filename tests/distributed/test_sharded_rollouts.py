@@ -22,8 +22,8 @@ from minillm.rollout.scoring import score
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
-PROMPTS = [[3 + place % 7] * (1 + place % 5) for place in range(25)]  # not a multiple of ranks times a batch
-MANY = [[3 + place % 7] * (1 + place % 3) for place in range(200)]
+PROMPTS = [[3 + place % 7] * (1 + place % 5) for place in range(13)]  # not a multiple of ranks times a batch
+MANY = [[3 + place % 7] * (1 + place % 3) for place in range(100)]
 SAMPLING = Sampling(max_new_tokens=10, alpha=0.4)
 
 
@@ -71,8 +71,8 @@ def rank(how: str, folder: Path) -> None:
     # one rank's answers end at once, the other's never
     models = replace(models, eos_ids=tuple(range(64)) if collectives.rank() == 0 else ())
     for coins in (False, True):
-        found = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 50, coins=coins)
-        assert found["response_lengths"].tolist() == [1, 8] * 100
+        found = collect(models, MANY, Sampling(max_new_tokens=8, alpha=0.4), 25, coins=coins)
+        assert found["response_lengths"].tolist() == [1, 8] * 50
     group.leave()
 
 

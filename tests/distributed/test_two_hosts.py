@@ -21,7 +21,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from minillm.cli.main import main
 from tests.runs import TRAIN
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -169,13 +168,10 @@ def steps(folder: Path) -> list[dict]:
 
 
 def test_a_host_that_is_lost_ends_the_run_and_two_hosts_go_on_as_two_ranks_of_one(recipe, start, finish, start_hosts):
-    one, unbroken, broken = (recipe.with_name(name) for name in ("one", "unbroken", "broken"))
+    unbroken, broken = (recipe.with_name(name) for name in ("unbroken", "broken"))
+    # as one process would: test_two_ranks.py
     finish(start(2, *TRAIN, str(recipe), f"output_dir={unbroken}", "engine.type=deepspeed"))
-    assert main(["train", str(recipe), f"output_dir={one}", "train.gradient_accumulation_steps=2"]) == 0
-    assert len(steps(one)) == 11
-    for ours, theirs in zip(steps(unbroken), steps(one), strict=True):
-        for name in ("loss", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
+    assert len(steps(unbroken)) == 11
 
     first, second = start_hosts(recipe, broken)
     wait_for(broken / "checkpoint-3", [first, second])

@@ -4,6 +4,7 @@ Run as a program it is the parent of those processes: they are forked, so that w
 minillm it knows the command line alone.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -81,6 +82,7 @@ class Trains:
 def main() -> None:
     for name in IMPORTED:
         import_module(name)
+    gc.freeze()  # DeepSpeed collects for every engine that it makes
     for line in sys.stdin:
         print(json.dumps(_train(Train(**json.loads(line)))), flush=True)
 

@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlavaConfig
 
 from minillm import UserError
 from minillm.config.loader.run_plan import load_run
+from minillm.planning.architectures import Architectures
 from minillm.planning.gpus import find_gpu
 from minillm.planning.planner import plan_run
-from minillm.planning.shown_pictures import largest_of_each_shape, pictures_found
+from minillm.planning.shown_pictures import largest_of_each_shape, pictures_found, shown_pictures
 from minillm.planning.table import _notes
 from tests.pictures import build_processor, picture, save_seeing
 from tests.planning.small import SHAPE
@@ -22,10 +23,10 @@ PAIR = {"prompt": "what?", "chosen": "this", "rejected": "that", "image": "nowhe
 
 
 @pytest.fixture
-def planned(tmp_path):
-    """A function that plans a stage of a student whose data are some records."""
+def written(tmp_path):
+    """A function that writes a run of one stage, of a student whose data are some records, and reads it."""
 
-    def plan(*records: dict, kind: str = "llava", student=(), size=(40, 30), **groups):
+    def write(*records: dict, kind: str = "llava", student=(), size=(40, 30), **groups):
         (tmp_path / "seen.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         prompts = {"type": "jsonl", "path": str(tmp_path / "seen.jsonl"), "max_prompt_length": 40,
                    "max_response_length": 8}  # fmt: skip
@@ -41,10 +42,32 @@ def planned(tmp_path):
             **groups,
         }
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
-        (stage,) = plan_run(load_run([tmp_path / "recipe.yaml"]), gpu="cpu").stages
+        return load_run([tmp_path / "recipe.yaml"])
+
+    return write
+
+
+@pytest.fixture
+def planned(written):
+    """A function that plans the stage."""
+
+    def plan(*records: dict, **keys):
+        (stage,) = plan_run(written(*records, **keys), gpu="cpu").stages
         return stage
 
     return plan
+
+
+@pytest.fixture
+def shown(written):
+    """A function that finds the pictures which the plan of the stage shows, without one."""
+
+    def find(*records: dict, **keys):
+        plan = written(*records, **keys)
+        (stage,), architectures = plan.stages, Architectures(plan)
+        return shown_pictures(stage, architectures.student(stage), architectures)
+
+    return find
 
 
 def activations(stage, phase: str = "update") -> int:
@@ -88,13 +111,13 @@ def test_pairs_show_a_picture_beside_each_answer(planned):
     assert activations(shown) > activations(without) + 2 * 4 * 3 * 28 * 28 * 4
 
 
-def test_pictures_of_messages_are_counted(planned):
+def test_pictures_of_messages_are_counted(shown):
     source = {"type": "image", "image": "nowhere.png"}
     question = {"role": "user", "content": [source, {"type": "text", "text": "or"}, source]}
     record = {"messages": [question, {"role": "assistant", "content": "this"}]}
-    assert planned(record).simulation.shown.count == 2
+    assert shown(record).count == 2
     turns = {name: [question, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
-    assert planned(turns, method={"name": "dpkd", "pairs": "data", "lm_coef": 0.0}).simulation.shown.count == 2
+    assert shown(turns, method={"name": "dpkd", "pairs": "data", "lm_coef": 0.0}).count == 2
 
 
 def test_pictures_that_do_not_fit_into_the_texts_are_named(planned):
@@ -105,9 +128,9 @@ def test_pictures_that_do_not_fit_into_the_texts_are_named(planned):
         planned({**SEEN, "images": ["a"] * 49})
 
 
-def test_a_set_that_is_not_here_shows_a_picture(planned):
+def test_a_set_that_is_not_here_shows_a_picture(shown):
     data = {"prompts": {"type": "hf", "path": "some/where", "max_prompt_length": 40, "max_response_length": 8}}
-    assert planned(data=data).simulation.shown.count == 1
+    assert shown(data=data).count == 1
 
 
 def test_questions_about_shapes_show_a_picture_each(tmp_path):
@@ -157,21 +180,21 @@ def test_pictures_count_at_their_sizes(kind, planned):
 
 
 @pytest.mark.parametrize("kind", CUT)
-def test_pictures_that_are_not_here_are_as_large_as_prompts_have_room_for(kind, planned):
-    shown = planned(SEEN, kind=kind).simulation.shown
-    assert "the square that takes most of what prompts have room for" in shown.said
-    assert shown.tokens + 2 <= 40
-    found = (planned({**THERE}, kind=kind, size=(side, side)).simulation.shown for side in (30, 60, 90))
-    assert shown.inputs.pixels >= max(one.inputs.pixels for one in found)
+def test_pictures_that_are_not_here_are_as_large_as_prompts_have_room_for(kind, shown):
+    assumed = shown(SEEN, kind=kind)
+    assert "the square that takes most of what prompts have room for" in assumed.said
+    assert assumed.tokens + 2 <= 40
+    found = (shown(THERE, kind=kind, size=(side, side)) for side in (30, 60, 90))
+    assert assumed.inputs.pixels >= max(one.inputs.pixels for one in found)
 
 
-def test_a_picture_without_room_is_passed_over_as_a_run_drops_its_prompt(planned, tmp_path):
+def test_a_picture_without_room_is_passed_over_as_a_run_drops_its_prompt(shown, tmp_path):
     data = {"prompts": {"type": "jsonl", "path": str(tmp_path / "seen.jsonl"), "max_prompt_length": 5}}
     picture(1, 200, 200).save(tmp_path / "large.png")
-    shown = planned(THERE, {**SEEN, "image": "large.png"}, kind="qwen2_vl", data=data, size=(58, 28)).simulation.shown
-    assert "58 x 28" in shown.said and shown.tokens == 2
+    found = shown(THERE, {**SEEN, "image": "large.png"}, kind="qwen2_vl", data=data, size=(58, 28))
+    assert "58 x 28" in found.said and found.tokens == 2
     with pytest.raises(UserError, match="the pictures of a prompt .1. take 4 tokens, and it has 5 with its text"):
-        planned({**SEEN, "image": "large.png"}, kind="qwen2_vl", data=data)
+        shown({**SEEN, "image": "large.png"}, kind="qwen2_vl", data=data)
 
 
 def test_of_pictures_of_one_shape_the_largest_stands_for_all():
