@@ -154,7 +154,7 @@ def trl(job: dict) -> Callable[[], list[float]]:
 
 
 def passes(job: dict) -> Callable[[], list[float]]:
-    """What an update cannot do without, by transformers and torch alone and with nothing around it: the student's pass over
+    """The passes that an update needs, by transformers and torch alone and with nothing around them: the student's over
     the prompts and over each token of the answers, one of the teacher over both, and one of the student with its gradient
     and an optimiser's step for each inner epoch; the heads at what predicts answers. Nothing is drawn, and no loss computed.
     """

@@ -16,9 +16,7 @@ from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
 from minillm.kernels.softmax_torch import ALL, Ids, Softmax
 from minillm.kernels.workers import Turn, pieces, share, workers_on
 
-BLOCK_BYTES = (
-    4 * 2**20
-)  # of one (B, V) temporary of all workers on a CPU: smaller ones have the workers wait for each other
+BLOCK_BYTES = 4 * 2**20  # of one (B, V) temporary of all workers on a CPU: smaller ones have them wait for each other
 DEVICE_BLOCK_BYTES = 64 * 2**20  # elsewhere
 T = TypeVar("T")
 

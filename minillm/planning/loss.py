@@ -16,9 +16,7 @@ from minillm.models.standardized_logits import standardized, sums_of_standardize
 from minillm.planning.ledger import Ledger
 
 LOGITS = torch.float32
-BLOCK_TEMPORARIES = (
-    3  # a model, of a block's size and alive at a time in rows_torch: shifted logits, their exp, a product
-)
+BLOCK_TEMPORARIES = 2  # a model, of a block's size and alive at a time in rows_torch: probabilities, and a product
 
 
 @dataclass(frozen=True)
