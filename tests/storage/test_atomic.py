@@ -26,6 +26,29 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """In the order in which the system is asked; the tests themselves wait for no disk (tests/unsynced.py)."""
+    rename, asked = Path.rename, []
+
+    def flushed(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        asked.append(("flushed", str(path.relative_to(tmp_path.resolve()))))
+
+    def renamed(self: Path, target: Path) -> Path:
+        asked.append(("renamed", self.name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    write_folder(tmp_path / "model", fill("new"))
+    partial = ".model.partial"
+    inside = [("flushed", f"{partial}/inner"), ("flushed", f"{partial}/inner/file"), ("flushed", partial)]
+    assert asked == [*inside, ("renamed", partial), ("flushed", ".")]
+    asked.clear()
+    write_text(tmp_path / "note", "whole")
+    assert asked == [("flushed", ".note.partial")]
+
+
 def test_a_failure_leaves_what_was_there(tmp_path):
     write_folder(tmp_path / "model", fill("old"))
 
