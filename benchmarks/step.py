@@ -25,7 +25,6 @@ from minillm import UserError
 from minillm.benchmarks.machine import as_table, describe
 from minillm.benchmarks.step_inputs import write_random, write_real
 from minillm.benchmarks.step_providers import PROVIDERS, versions
-from minillm.distributed.launcher import WAITING
 
 WARMUP_UPDATES = 1
 BESIDE = "minillm --beside"
@@ -203,8 +202,6 @@ def _process(job: dict, arguments: argparse.Namespace, trainer: str) -> dict:
     root = Path(arguments.beside).resolve() if trainer == BESIDE else Path(__file__).parents[2]
     paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": paths}
-    if trainer == "minillm":
-        environment = WAITING | environment  # as `minillm train` begins; others begin as they do
     try:
         done = subprocess.run(
             command, env=environment, cwd=root, capture_output=True, text=True, timeout=arguments.timeout

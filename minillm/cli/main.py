@@ -14,7 +14,7 @@ from typing import NoReturn
 from minillm import UserError
 from minillm.cli.arguments import BENCHMARKS, parse, split
 from minillm.cli.failures import STOPPED, describe
-from minillm.distributed.launcher import WAITING, end, without_local_rank
+from minillm.distributed.launcher import end, without_local_rank
 from minillm.storage.background import is_at_work
 
 # transformers imports bitsandbytes where peft is; on some CPUs that warns of kernels which only quantised teachers use
@@ -23,9 +23,6 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end this process with its exit status."""
-    if (sys.argv[1:] if argv is None else argv)[:1] != ["bench"]:  # which compares with others in one environment
-        for name, value in WAITING.items():
-            os.environ.setdefault(name, value)
     status = main(argv)
     end(status, at_once=is_at_work())
 

@@ -1,13 +1,10 @@
-"""This process's place among those that torchrun, deepspeed or Slurm started, what it begins with, and its end."""
+"""This process's place among those that torchrun, deepspeed or Slurm started, and its end."""
 
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-# What a process that trains has in its environment before torch is imported, where nobody has said otherwise: threads of torch
-# that have nothing to do sleep. They would spin on a core that the losses' workers, or another process, could use.
-WAITING = {"OMP_WAIT_POLICY": "passive"}
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 

@@ -1,7 +1,6 @@
 """The verbs: what they call with what, and what they print where."""
 
 import json
-import os
 import subprocess
 import sys
 import types
@@ -11,31 +10,10 @@ import pytest
 import yaml
 
 import minillm
-from minillm.cli import main as the_command
 from minillm.cli.arguments import BENCHMARKS, LARGEST_SEED, make_parser
 from minillm.cli.main import VERBS, main
 from minillm.config import keys
 from minillm.config.evaluation import EvalConfig
-
-
-@pytest.mark.parametrize(
-    ("argv", "said", "found"),
-    [(["validate"], None, "passive"), (["validate"], "active", "active"), (["bench", "step"], None, None)],
-)
-def test_threads_of_torch_sleep_when_idle_unless_somebody_said_otherwise(argv, said, found, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", said or "")  # put back as it was, whatever the command sets
-    if said is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    seen = []
-    monkeypatch.setattr(the_command, "main", lambda argv: seen.append(os.environ.get("OMP_WAIT_POLICY")))
-    monkeypatch.setattr(the_command, "end", lambda status, at_once: None)
-    the_command.program(argv)
-    assert seen == [found]
-
-
-def test_the_environment_is_set_before_torch_is_there():
-    code = "import sys, minillm.cli.main; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_train_loads_files_and_overrides_in_any_order(folder, trained):
