@@ -20,9 +20,7 @@ def discounted_returns(
     runs backwards, so that long answers neither overflow nor divide by a vanished gamma^t.
     """
     T, total, sums = len(rewards), 0.0, []
-    for reward in reversed(
-        rewards.tolist()
-    ):  # of floats: an operation of torch for each token takes a hundred times as long
+    for reward in reversed(rewards.tolist()):  # of floats: torch would have an operation for each token
         total = reward + gamma * total
         sums.append(total)
     current = torch.tensor(sums[::-1], dtype=torch.float64)

@@ -42,9 +42,9 @@ class PhaseMemory:
 
     def at(self, place: str) -> "PhaseMemory":
         """This phase where all that it has on the student's device is on another one, on which there is nothing yet."""
-        nothing = dict.fromkeys(self.device, 0)
         if place == HOME:
             return self
+        nothing = dict.fromkeys(self.device, 0)
         if place == HOST:
             host = {part: size + self.device[part] for part, size in self.host.items()}
             return replace(self, device=nothing, host=host)

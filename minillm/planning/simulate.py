@@ -142,7 +142,7 @@ class _Simulator:
             states = [room for _ in range(2) for room in self._beside_weights(dtype)]
         with ledger.part("fp32 master weights"):
             if self.setting.master_weights:
-                states.append(self._room_of_weights(torch.float32))
+                states.append(_room(self.trained, torch.float32))
         with self._gradients() if self.setting.gradients_stay else nullcontext():
             ledger.take()
             for phase, passes in (
@@ -194,17 +194,13 @@ class _Simulator:
                 rooms.append(_room(weights, dtype))
         return rooms
 
-    def _room_of_weights(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Room as large as all trained weights, on the student's device."""
-        return _room(self.trained, dtype)
-
     def _at(self, name: str) -> AbstractContextManager[None]:
         return self.ledger.at(self.simulated.place(name))
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
         with self.ledger.part("gradients"):
-            gradients = self._room_of_weights()
+            gradients = _room(self.trained, None)
         yield
         del gradients
 
@@ -338,7 +334,7 @@ class _Simulator:
         """Allocate what the optimiser does: nothing for a fused AdamW; DeepSpeed gathers its gradients in fp32 before it."""
         if self.setting.master_weights:
             with self.ledger.part("gradients"):
-                together = self._room_of_weights(torch.float32)
+                together = _room(self.trained, torch.float32)
             del together
 
 
