@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm.kernels.block_memory import FRESH, BlockMemory
+
 FAR = 1e30  # stands for an infinite log-ratio: 0 * FAR is 0 where 0 * inf would be NaN
 
 
@@ -58,30 +60,38 @@ class Rows:
     student_banned: Tensor | None = None  # (B, V) bool: the student's logit is -inf; None where none is
     student_only: Tensor | None = None  # (B,) bool: some id has q > 0 and p = 0; None where no logit is -inf
     teacher_only: Tensor | None = None  # (B,) bool: some id has p > 0 and q = 0
+    memory: BlockMemory = FRESH
+
+    def mean(self, weights: Tensor, values: Tensor) -> Tensor:  # (B, V), (B, V) -> (B,)
+        return expectation(weights, values, self.memory)
 
 
-def expectation(weights: Tensor, values: Tensor) -> Tensor:
+def expectation(weights: Tensor, values: Tensor, memory: BlockMemory = FRESH) -> Tensor:
     """sum_j weights_j values_j for each row: (B, V), (B, V) -> (B,)."""
-    return torch.linalg.vecdot(weights, values)
+    with memory.passing():
+        return torch.mul(weights, values, out=memory.like(weights)).sum(-1)
 
 
-def log_mixture(r: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def log_mixture(r: Tensor, weight: float, memory: BlockMemory = FRESH) -> tuple[Tensor, Tensor]:
     """(log m - log p, log m - log q) of m = weight p + (1 - weight) q, from r alone: no overflow, no cancellation."""
-    near = r.abs().neg_().exp_()  # exp(-|r|), the smaller probability over the larger
-    # on the device of r: a scalar of the host would be waited for
-    larger = (torch.full((), value, dtype=r.dtype, device=r.device) for value in (1 - weight, weight))
-    share = torch.where(r > 0, *larger)
-    # share is the weight of the larger one; log_m = log m - max(log p, log q)
-    log_m = near.mul_(1 - share).add_(share).log_()
-    return log_m + r.clamp(min=0), log_m.sub_(r.clamp(max=0))
+    near = torch.abs(r, out=memory.like(r)).neg_().exp_()  # exp(-|r|), the smaller probability over the larger
+    over_p = memory.like(r)
+    with memory.passing():
+        # on the device of r: a scalar of the host would be waited for
+        larger = (torch.full((), value, dtype=r.dtype, device=r.device) for value in (1 - weight, weight))
+        share = torch.where(torch.gt(r, 0, out=memory.like(r, torch.bool)), *larger, out=memory.like(r))
+        # share is the weight of the larger one; log_m = log m - max(log p, log q)
+        rest = torch.neg(share, out=memory.like(r)).add_(1)
+        log_m = near.mul_(rest).add_(share).log_()
+        return torch.clamp(r, min=0, out=over_p).add_(log_m), log_m.sub_(torch.clamp(r, max=0, out=rest))
 
 
 def _reverse_kl(rows: Rows, spec: RowSpec) -> Tensor:
-    return _infinite(expectation(rows.q, rows.r), rows.student_only)
+    return _infinite(rows.mean(rows.q, rows.r), rows.student_only)
 
 
 def _forward_kl(rows: Rows, spec: RowSpec) -> Tensor:
-    return _infinite(expectation(rows.p, rows.r).neg_(), rows.teacher_only)
+    return _infinite(rows.mean(rows.p, rows.r).neg_(), rows.teacher_only)
 
 
 def _infinite(value: Tensor, where: Tensor | None) -> Tensor:
@@ -90,52 +100,51 @@ def _infinite(value: Tensor, where: Tensor | None) -> Tensor:
 
 
 def _student_entropy(rows: Rows, spec: RowSpec) -> Tensor:
-    return expectation(rows.q, rows.log_q).neg_()
+    return rows.mean(rows.q, rows.log_q).neg_()
 
 
 def _teacher_entropy(rows: Rows, spec: RowSpec) -> Tensor:
-    return expectation(rows.p, rows.log_p).neg_()
+    return rows.mean(rows.p, rows.log_p).neg_()
 
 
 def _interpolated_cross_entropy(rows: Rows, spec: RowSpec) -> Tensor:
     # below t = 1 the target has no id that the student bans
-    return _infinite(
-        expectation(rows.target, rows.log_q).neg_(), rows.teacher_only if spec.interpolation == 1 else None
-    )
+    return _infinite(rows.mean(rows.target, rows.log_q).neg_(), rows.teacher_only if spec.interpolation == 1 else None)
 
 
 def _jsd(rows: Rows, spec: RowSpec) -> Tensor:
-    over_p, over_q = log_mixture(rows.r, spec.beta)
-    return -spec.beta * expectation(rows.p, over_p) - (1 - spec.beta) * expectation(rows.q, over_q)
+    over_p, over_q = log_mixture(rows.r, spec.beta, rows.memory)
+    return -spec.beta * rows.mean(rows.p, over_p) - (1 - spec.beta) * rows.mean(rows.q, over_q)
 
 
 def _jsd_u(rows: Rows, spec: RowSpec) -> Tensor:
-    return log_mixture(rows.r, spec.beta)[1].mul_(spec.beta - 1)
+    return log_mixture(rows.r, spec.beta, rows.memory)[1].mul_(spec.beta - 1)
 
 
 def _skew_forward_kl(rows: Rows, spec: RowSpec) -> Tensor:
-    return expectation(rows.p, log_mixture(rows.r, spec.alpha)[0]).neg_()
+    return rows.mean(rows.p, log_mixture(rows.r, spec.alpha, rows.memory)[0]).neg_()
 
 
 def _skew_forward_kl_u(rows: Rows, spec: RowSpec) -> Tensor:
-    return log_mixture(rows.r, spec.alpha)[0].neg_().exp_().mul_(spec.alpha - 1)
+    return log_mixture(rows.r, spec.alpha, rows.memory)[0].neg_().exp_().mul_(spec.alpha - 1)
 
 
 def _skew_reverse_kl(rows: Rows, spec: RowSpec) -> Tensor:
-    return expectation(rows.q, log_mixture(rows.r, 1 - spec.alpha)[1]).neg_()
+    return rows.mean(rows.q, log_mixture(rows.r, 1 - spec.alpha, rows.memory)[1]).neg_()
 
 
 def _skew_reverse_kl_u(rows: Rows, spec: RowSpec) -> Tensor:
-    log_share = log_mixture(rows.r, 1 - spec.alpha)[1].neg_()  # log q/m
-    return log_share.sub_(log_share.exp(), alpha=spec.alpha)
+    log_share = log_mixture(rows.r, 1 - spec.alpha, rows.memory)[1].neg_()  # log q/m
+    with rows.memory.passing():
+        return log_share.sub_(torch.exp(log_share, out=rows.memory.like(log_share)), alpha=spec.alpha)
 
 
 def _tvd(rows: Rows, spec: RowSpec) -> Tensor:
-    return (rows.q - rows.p).abs_().sum(-1).mul_(0.5)
+    return torch.sub(rows.q, rows.p, out=rows.memory.like(rows.q)).abs_().sum(-1).mul_(0.5)
 
 
 def _tvd_u(rows: Rows, spec: RowSpec) -> Tensor:
-    return rows.r.sign().mul_(0.5)
+    return torch.sign(rows.r, out=rows.memory.like(rows.r)).mul_(0.5)
 
 
 @dataclass(frozen=True)

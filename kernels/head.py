@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minillm.kernels.workers import Turn, even_pieces, pieces, share
+from minillm.kernels.workers import Worker, even_pieces, pieces, share
 
 WEIGHT_TILE_BYTES = 2 * 2**20  # of weight rows: small enough that a GEMM finds them in the cache again
 WEIGHT_TILE_ROWS = 4096  # at most: an fp32 sum over the vocabulary is more exact in parts
@@ -105,7 +105,7 @@ def project(
     else:
         hidden = hidden.to(out.dtype)
 
-        def project_on(ids: slice, turn: Turn) -> None:
+        def project_on(ids: slice, worker: Worker) -> None:
             torch.mm(hidden, _tile(weight, ids, compute, out.dtype).t(), out=out[:, ids])
 
         share(project_on, _tiles(*weight.shape, out.dtype, out.device), out)
@@ -128,7 +128,7 @@ def add_projection(
     else:
         hidden = hidden.to(out.dtype)
 
-        def add_on(ids: slice, turn: Turn) -> None:
+        def add_on(ids: slice, worker: Worker) -> None:
             out[:, ids].addmm_(hidden, _tile(weight, ids, compute, out.dtype).t(), alpha=scale)
 
         share(add_on, _tiles(*weight.shape, out.dtype, out.device), out)
@@ -224,7 +224,7 @@ class HeadGradients:
             return
         hidden = hidden if on_tensor_cores else hidden.to(self.logits)
 
-        def add_on(ids: slice, turn: Turn) -> None:
+        def add_on(ids: slice, worker: Worker) -> None:
             if self._weight is not None:
                 add_product(self._weight[ids], dz[:, ids].t(), hidden, first=self._unwritten)
             if self.bias is not None:
@@ -237,7 +237,7 @@ class HeadGradients:
         """All of it in the workers: torch's own threads go on spinning for a while after a share of work, and hold cores."""
         tiles = _tiles(*self.weight_value.shape, self.logits, dz.device)
 
-        def write_on(part: slice, turn: Turn) -> None:
+        def write_on(part: slice, worker: Worker) -> None:
             # products added up, not addmm_: one running fp32 sum over a large vocabulary loses digits
             products = (
                 torch.mm(dz[part, ids], _tile(self.weight_value, ids, self.compute, self.logits)) for ids in tiles

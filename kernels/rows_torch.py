@@ -5,16 +5,16 @@ Rows go through in blocks that fit a core's cache, so that the many elementwise 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from minillm.kernels.block_memory import FRESH, BlockMemory
 from minillm.kernels.chunks import logits_buffer
-from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec, expectation
+from minillm.kernels.divergences import FAR, FIELDS, Rows, RowSpec
 from minillm.kernels.softmax_torch import ALL, Ids, Softmax
-from minillm.kernels.workers import Turn, pieces, share, workers_on
+from minillm.kernels.workers import Worker, pieces, share, workers_on
 
 BLOCK_BYTES = 4 * 2**20  # of one (B, V) temporary of all workers on a CPU: smaller ones have them wait for each other
 DEVICE_BLOCK_BYTES = 64 * 2**20  # elsewhere
@@ -34,13 +34,14 @@ def row_statistics(
     given.
     """
 
-    def of_block(block: slice, turn: Turn) -> dict[str, Tensor]:
+    def of_block(block: slice, worker: Worker) -> dict[str, Tensor]:
         return _block_statistics(
             student[block],
             None if teacher is None else teacher[block],
             None if labels is None else labels[block, None],
             spec,
             ids or ALL,
+            worker.memory,
             graded=False,
         )[0]
 
@@ -67,15 +68,15 @@ def row_gradients(
         teacher = None
     softmax = (ids or ALL).softmax
 
-    def of_block(block: slice, turn: Turn) -> None:
+    def of_block(block: slice, worker: Worker) -> None:
+        memory = worker.memory
         here = {name: value[block, None] for name, value in statistics.items()}
         chosen = {name: value[block, None] for name, value in coefficients.items()}
-        models = {"student": softmax(logits_from_raw(student[block], *_scaling(spec, "student")))}
+        models = {"student": softmax(logits_from_raw(student[block], *_scaling(spec, "student"), memory), memory)}
         if teacher is not None:
-            models["teacher"] = softmax(logits_from_raw(teacher[block], *_scaling(spec, "teacher")))
-        rows = _rows(
-            spec, **models, fields=set(chosen), values=False, slope=spec.student_softcap is not None, softmax=softmax
-        )
+            models["teacher"] = softmax(logits_from_raw(teacher[block], *_scaling(spec, "teacher"), memory), memory)
+        slope = spec.student_softcap is not None
+        rows = _rows(spec, **models, fields=set(chosen), values=False, slope=slope, softmax=softmax, memory=memory)
         label = labels[block, None] if "student_logprob" in coefficients else None
         _block_gradients(gradient[block], student[block], label, rows, here, chosen, spec, ids or ALL)
 
@@ -99,12 +100,18 @@ def row_loss_gradients(
     """
     gradient = student if student.dtype == grad_dtype else logits_buffer(*student.shape, grad_dtype, student.device)
 
-    def of_block(block: slice, turn: Turn) -> bool:
+    def of_block(block: slice, worker: Worker) -> bool:
         label = None if labels is None else labels[block, None]
         statistics, rows = _block_statistics(
-            student[block], None if teacher is None else teacher[block], label, spec, ids or ALL, graded=True
+            student[block],
+            None if teacher is None else teacher[block],
+            label,
+            spec,
+            ids or ALL,
+            worker.memory,
+            graded=True,
         )
-        with turn:
+        with worker.turn:
             coefficients = differentiate(block, {name: statistics[name] for name in spec.fields})
         if not coefficients:
             gradient[block] = 0.0
@@ -117,12 +124,16 @@ def row_loss_gradients(
     return gradient if any(map_blocks(of_block, student, ids)) else None
 
 
-def logits_from_raw(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> Tensor:
+def logits_from_raw(
+    raw: Tensor, scale: float, softcap: float | None, temperature: float, memory: BlockMemory = FRESH
+) -> Tensor:
     """softcap(scale * raw) / temperature, where -inf stays -inf. `raw` itself where all three are neutral."""
-    z = raw if scale == 1.0 else raw * scale
+    z = raw if scale == 1.0 else torch.mul(raw, scale, out=memory.like(raw))
     if softcap is not None:
-        z = (z / softcap).tanh_().mul_(softcap).masked_fill_(raw == -torch.inf, -torch.inf)
-    return z if temperature == 1.0 else z / temperature
+        z = torch.div(z, softcap, out=memory.like(raw)).tanh_().mul_(softcap)
+        with memory.passing():
+            z.masked_fill_(torch.eq(raw, -torch.inf, out=memory.like(raw, torch.bool)), -torch.inf)
+    return z if temperature == 1.0 else torch.div(z, temperature, out=memory.like(raw))
 
 
 def add_softcapped(
@@ -135,8 +146,8 @@ def add_softcapped(
 ) -> None:
     """total += softcap(scale * raw), or with `first` total = it."""
 
-    def of_block(block: slice, turn: Turn) -> None:
-        z = logits_from_raw(raw[block], scale, softcap, 1.0)
+    def of_block(block: slice, worker: Worker) -> None:
+        z = logits_from_raw(raw[block], scale, softcap, 1.0, worker.memory)
         total[block] = z if first else z.add_(total[block])
 
     map_blocks(of_block, raw)
@@ -150,40 +161,49 @@ def softcap_gradient(
 ) -> Tensor:
     """d loss / d raw, (C, V), in the memory of `raw`; 0 where that is -inf."""
 
-    def of_block(block: slice, turn: Turn) -> None:
-        slope = softcap_slope(raw[block], scale / softcap).mul_(scale)
+    def of_block(block: slice, worker: Worker) -> None:
+        slope = softcap_slope(raw[block], scale / softcap, worker.memory).mul_(scale)
         torch.mul(slope, dz[block], out=raw[block])
 
     map_blocks(of_block, raw)
     return raw
 
 
-def softcap_slope(raw: Tensor, inner: float) -> Tensor:
+def softcap_slope(raw: Tensor, inner: float, memory: BlockMemory = FRESH) -> Tensor:
     """1 - tanh(inner * raw)^2 without cancellation; 0 at an infinite raw."""
-    e = (raw * (-2 * inner)).abs_().neg_().exp_()
-    return e.mul(4.0).div_(e.add_(1.0).square_())
+    slope = memory.like(raw)
+    with memory.passing():
+        e = torch.mul(raw, -2 * inner, out=memory.like(raw)).abs_().neg_().exp_()
+        return torch.mul(e, 4.0, out=slope).div_(e.add_(1.0).square_())
 
 
-def map_blocks(work: Callable[[slice, Turn], T], logits: Tensor, ids: Ids | None = None) -> list[T]:  # (C, V)
-    """work(block, turn) of blocks of rows, in their order.
+def map_blocks(work: Callable[[slice, Worker], T], logits: Tensor, ids: Ids | None = None) -> list[T]:  # (C, V)
+    """work(block, worker) of blocks of rows, in their order.
 
     Ranks that share the ids meet in every block: theirs are alike however many threads each has, and one after the other.
     """
     budget = BLOCK_BYTES if logits.device.type == "cpu" else DEVICE_BLOCK_BYTES
     if ids is not None:
         rows = max(1, budget // (ids.widest(logits) * logits.element_size()))
-        return [work(block, nullcontext()) for block in pieces(len(logits), rows)]
+        return [work(block, Worker()) for block in pieces(len(logits), rows)]
     rows = max(1, budget // (workers_on(logits) * logits.shape[1] * logits.element_size()))
     return share(work, pieces(len(logits), rows), logits)
 
 
 def _block_statistics(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, spec: RowSpec, ids: Ids, *, graded: bool
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    spec: RowSpec,
+    ids: Ids,
+    memory: BlockMemory,
+    *,
+    graded: bool,
 ) -> tuple[dict[str, Tensor], Rows | None]:
     """The statistics, and the distributions that they and, where `graded`, the gradient are made of."""
-    models = {"student": ids.softmax(logits_from_raw(student, *_scaling(spec, "student")))}
+    models = {"student": ids.softmax(logits_from_raw(student, *_scaling(spec, "student"), memory), memory)}
     if teacher is not None:
-        models["teacher"] = ids.softmax(logits_from_raw(teacher, *_scaling(spec, "teacher")))
+        models["teacher"] = ids.softmax(logits_from_raw(teacher, *_scaling(spec, "teacher"), memory), memory)
     result, sums = {}, {}
     for who, model in models.items():
         result |= {f"{who}_max": model.largest, f"{who}_log_sum": -model.top.log()}
@@ -194,8 +214,12 @@ def _block_statistics(
     rows = None
     if graded or any(FIELDS[name].value for name in spec.fields):
         slope = graded and spec.student_softcap is not None
-        rows = _rows(spec, **models, fields=set(spec.fields), values=True, slope=slope, softmax=ids.softmax)
-        sums |= {name: FIELDS[name].value(rows, spec) for name in spec.fields if FIELDS[name].value is not None}
+        fields = set(spec.fields)
+        rows = _rows(spec, **models, fields=fields, values=True, slope=slope, softmax=ids.softmax, memory=memory)
+        for name in spec.fields:
+            if FIELDS[name].value is not None:
+                with memory.passing():
+                    sums[name] = FIELDS[name].value(rows, spec)
     result |= ids.sums({name: value.reshape(-1) for name, value in sums.items()})
     return {name: value.reshape(-1) for name, value in result.items()}, rows
 
@@ -212,7 +236,8 @@ def _rows(
     fields: set[str],
     values: bool,
     slope: bool,
-    softmax: Callable[[Tensor], Softmax],
+    softmax: Callable[[Tensor, BlockMemory], Softmax],
+    memory: BlockMemory,
 ) -> Rows:
     """The rows that gradients of `fields` read; `values`: and their values; `slope`: and the derivative of a softcap.
 
@@ -220,17 +245,19 @@ def _rows(
     """
     second_pass = any(FIELDS[name].second_pass for name in fields)
     interpolated = "interpolated_cross_entropy" in fields
-    rows = Rows(q=student.probabilities())
+    rows = Rows(q=student.probabilities(), memory=memory)
     if interpolated:
-        rows.target = _interpolated(student, teacher, spec.interpolation, softmax)
+        rows.target = _interpolated(student, teacher, spec.interpolation, softmax, memory)
     if second_pass or fields & {"forward_kl", "teacher_entropy"}:
         rows.p = teacher.probabilities()
     sound = False  # known to hold no -inf
     if second_pass or fields & {"reverse_kl", "forward_kl"} or (interpolated and values and spec.interpolation == 1):
         # differences from the largest first, and the two sums' ratio, not log-sum-exps: neither a large maximum nor a
         # large vocabulary must cost the log-ratio its last digits
-        below = torch.sub(teacher.z, teacher.largest, out=teacher.softmax if rows.p is None else None)
-        rows.r = (student.z - student.largest).sub_(below).add_((student.top / teacher.top).log())
+        rows.r = torch.sub(student.z, student.largest, out=memory.like(student.z))
+        with memory.passing():
+            room = teacher.softmax if rows.p is None else memory.like(teacher.z)
+            rows.r.sub_(torch.sub(teacher.z, teacher.largest, out=room)).add_((student.top / teacher.top).log())
         # an infinity or NaN anywhere shows in the sum, which a CPU can afford to look at
         sound = rows.r.device.type == "cpu" and bool(rows.r.sum().isfinite())
         if not sound:
@@ -245,15 +272,21 @@ def _rows(
 
 
 def _interpolated(
-    student: Softmax, teacher: Softmax, weight: float, softmax: Callable[[Tensor], Softmax]
+    student: Softmax,
+    teacher: Softmax,
+    weight: float,
+    softmax: Callable[[Tensor, BlockMemory], Softmax],
+    memory: BlockMemory,
 ) -> Tensor:  # (B, V)
     """The softmax of (1 - weight) z_s + weight z_t; a model of weight 0 bans nothing."""
     if weight in (0, 1):
         model = teacher if weight else student
-        z = model.z - model.largest
+        z = torch.sub(model.z, model.largest, out=memory.like(model.z))
     else:  # from the largest, which costs no digits where both models' logits are
-        z = (student.z - student.largest).mul_(1 - weight).add_((teacher.z - teacher.largest).mul_(weight))
-    return softmax(z).probabilities()
+        z = torch.sub(student.z, student.largest, out=memory.like(student.z)).mul_(1 - weight)
+        with memory.passing():
+            z.add_(torch.sub(teacher.z, teacher.largest, out=memory.like(teacher.z)).mul_(weight))
+    return softmax(z, memory).probabilities()
 
 
 def _banned(z: Tensor) -> Tensor | None:
@@ -296,7 +329,7 @@ def _block_gradients(
     c = coefficients if chain == 1.0 else {name: value * chain for name, value in coefficients.items()}
     slope = None
     if spec.student_softcap is not None:  # now: the gradient may take the memory of the logits
-        slope = softcap_slope(student, spec.student_scale / spec.student_softcap)
+        slope = softcap_slope(student, spec.student_scale / spec.student_softcap, rows.memory)
     # what is constant in a row: minus the mean of u under q
     constant = torch.zeros_like(rows.q[:, :1])
     bracket = None
@@ -306,7 +339,7 @@ def _block_gradients(
         if FIELDS[name].second_pass:
             u = FIELDS[name].u(rows, spec)
             # of this very u: where q is almost 1, a saved mean that differs in rounding would ruin tvd's signs
-            mean = ids.sums({name: expectation(rows.q, u)})[name][:, None]
+            mean = ids.sums({name: rows.mean(rows.q, u)})[name][:, None]
         else:  # these two overwrite what u is read from, so they come last
             mean, u = statistics[name], rows.r if name == "reverse_kl" else rows.log_q.neg_()
         constant = constant - torch.where(c[name] == 0, 0.0, c[name] * mean)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm.kernels.block_memory import FRESH, BlockMemory
+
 
 @dataclass
 class Softmax:
@@ -19,12 +21,13 @@ class Softmax:
     largest: Tensor  # (B, 1)
     total: Tensor  # (B, 1), of softmax
     top: Tensor  # (B, 1), the largest probability: one over sum exp(z - largest)
+    memory: BlockMemory = FRESH
 
     @classmethod
-    def of(cls, z: Tensor) -> "Softmax":  # (B, V)
-        softmax = torch.softmax(z, 1)
+    def of(cls, z: Tensor, memory: BlockMemory = FRESH) -> "Softmax":  # (B, V)
+        softmax = torch.softmax(z, 1, out=memory.like(z))
         total = softmax.sum(1, keepdim=True)
-        return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total)
+        return cls(z, softmax, z.amax(1, keepdim=True), total, softmax.amax(1, keepdim=True) / total, memory)
 
     def probabilities(self) -> Tensor:  # (B, V)
         return self.softmax.mul_(self.total.reciprocal())
@@ -33,7 +36,7 @@ class Softmax:
         return (self.z.gather(1, labels) - self.largest).add_(self.top.log())
 
     def log_probabilities(self, banned: Tensor | None) -> Tensor:  # (B, V), 0 where banned, NaN where all are
-        result = (self.z - self.largest).add_(self.top.log())
+        result = torch.sub(self.z, self.largest, out=self.memory.like(self.z)).add_(self.top.log())
         return result if banned is None else result.masked_fill_(banned & ~self.top.isnan(), 0.0)
 
 
@@ -44,8 +47,8 @@ class Ids:
         """The number of columns that decides how many rows make a block."""
         return logits.shape[1]
 
-    def softmax(self, z: Tensor) -> Softmax:  # (B, V)
-        return Softmax.of(z)
+    def softmax(self, z: Tensor, memory: BlockMemory) -> Softmax:  # (B, V)
+        return Softmax.of(z, memory)
 
     def logprob(self, model: Softmax, labels: Tensor) -> Tensor:  # (B, 1) int64 -> (B, 1)
         """log softmax at the label, as a part of a sum over columns."""

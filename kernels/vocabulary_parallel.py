@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minillm.kernels import rows_torch
+from minillm.kernels.block_memory import BlockMemory
 from minillm.kernels.divergences import RowSpec
 from minillm.kernels.softmax_torch import Ids, Softmax
 
@@ -68,11 +69,11 @@ class VocabularyShard(Ids):
     def widest(self, logits: Tensor) -> int:
         return self.largest
 
-    def softmax(self, z: Tensor) -> Softmax:
+    def softmax(self, z: Tensor, memory: BlockMemory) -> Softmax:
         largest = self._reduce(z.amax(1, keepdim=True), dist.ReduceOp.MAX)
-        e = (z - largest).exp_()
+        e = torch.sub(z, largest, out=memory.like(z)).exp_()
         total = self._reduce(e.sum(1, keepdim=True), dist.ReduceOp.SUM)
-        return Softmax(z, e, largest, total, total.reciprocal())
+        return Softmax(z, e, largest, total, total.reciprocal(), memory)
 
     def logprob(self, model: Softmax, labels: Tensor) -> Tensor:
         here, columns = self._here(labels)

@@ -10,13 +10,23 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Turn = AbstractContextManager[None]  # entered by one piece at a time, in the order of the pieces
+from minillm.kernels.block_memory import FRESH, BlockMemory
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a piece is computed with."""
+
+    turn: AbstractContextManager[None] = nullcontext()  # entered by one piece at a time, in the order of the pieces
+    memory: BlockMemory = FRESH
 
 
 def pieces(size: int, most: int) -> list[slice]:
@@ -30,27 +40,37 @@ def even_pieces(size: int, tensor: Tensor) -> list[slice]:
     return pieces(size, max(1, size if workers < 2 else -(-size // (2 * workers))))
 
 
-def share(work: Callable[[slice, Turn], T], parts: Sequence[slice], tensor: Tensor) -> list[T]:
-    """work(piece, turn) of every piece, in their order, by the workers of the device of `tensor`; without autograd.
+def share(work: Callable[[slice, Worker], T], parts: Sequence[slice], tensor: Tensor) -> list[T]:
+    """work(piece, worker) of every piece, in their order, by the workers of the device of `tensor`; without autograd.
 
     Pieces are independent of each other, and so is what they write. What is not, a caller's function with a state,
-    belongs into `with turn:`. Raises what `work` raises.
+    belongs into `with worker.turn:`. Nothing that `work` returns lies in its worker's memory. Raises what `work` raises.
     """
     workers = min(workers_on(tensor), len(parts))
     if workers < 2:
-        return [work(part, nullcontext()) for part in parts]
+        worker = Worker(memory=BlockMemory(keeps=_computes(tensor) and len(parts) > 1))  # for this call
+        return [_in_passing(work, part, worker) for part in parts]
     return _Call(work, parts).run(_pool.of(torch.get_num_threads()), workers)
 
 
 def workers_on(tensor: Tensor) -> int:
     """The workers that `share` takes; 1 where the calling thread does it all: of a fake tensor nobody else knows the mode."""
-    return torch.get_num_threads() if tensor.device.type == "cpu" and type(tensor) is Tensor else 1
+    return torch.get_num_threads() if _computes(tensor) else 1
+
+
+def _computes(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) is Tensor
+
+
+def _in_passing(work: Callable[[slice, Worker], T], part: slice, worker: Worker) -> T:
+    with worker.memory.passing():
+        return work(part, worker)
 
 
 class _Call:
     """The state that the workers of one call share."""
 
-    def __init__(self, work: Callable[[slice, Turn], T], parts: Sequence[slice]):
+    def __init__(self, work: Callable[[slice, Worker], T], parts: Sequence[slice]):
         self.work, self.parts = work, parts
         self.results: list[T | None] = [None] * len(parts)
         self.taken = self.turn = 0  # pieces
@@ -72,8 +92,9 @@ class _Call:
     def _work(self) -> None:
         with torch.inference_mode(self.inference), torch.no_grad():
             while (number := self._take()) is not None:
+                worker = Worker(self._turn_of(number), _threads.memory)
                 try:
-                    self.results[number] = self.work(self.parts[number], self._turn_of(number))
+                    self.results[number] = _in_passing(self.work, self.parts[number], worker)
                 except BaseException as error:  # raised in the calling thread
                     self._give_up(error)
 
@@ -126,8 +147,10 @@ class _Pool:
 def _compute_alone(ready: threading.Barrier) -> None:
     torch.get_num_threads()  # asked for the first time, a thread takes the number of the process
     torch.set_num_threads(1)
+    _threads.memory = BlockMemory(keeps=True)
     ready.wait()
 
 
+_threads = threading.local()  # of each worker: its memory
 _pool = _Pool()
 os.register_at_fork(after_in_child=_pool.__init__)

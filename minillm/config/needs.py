@@ -86,6 +86,7 @@ class Needs:
     several_answers: bool = False  # it takes rollout.answers_per_prompt answers to each
     written_once: bool = False  # every prompt is answered before the first step, and the answers are kept on disk
     buffered: bool = False  # answers are scored once by both models and used for `inner_epochs`
+    as_drawn: bool = False  # of the student's scores the log-probabilities alone, which its own answers are drawn with
     inner_epochs: int = 1
     teacher_share: float = 0.0  # the teacher's weight in a mixture that is sampled
     neutral_sampling: bool = False  # answers must come from the models' own distributions

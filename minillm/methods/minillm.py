@@ -110,7 +110,7 @@ class MiniLLMMethod(Method):
                 judges=judges,
                 batch_size=rollout.batch_size,
                 fields=SCORED,
-                from_student=alpha == 0,
+                from_student=self.needs.as_drawn,
             )
         add_advantages(buffer, self.config.method)
         return buffer

@@ -275,6 +275,9 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
         if config.rollout.by_coins and "mixture" in needs.samples:
             return (_scored_by_coins(answers, config, side_by_side, prompts),)
         total = prompts * len(needs.samples)
+        if needs.as_drawn and _teacher_alone_scores(config):
+            by_teacher = answers.forward(("teacher",), side_by_side, statistics=True, total=total)
+            return (_look_at_one(answers), by_teacher)
         return (_as_it_is(config, answers.forward(judges, side_by_side, statistics=True, total=total)),)
     if needs.takes_steps:
         return tuple(
@@ -317,9 +320,23 @@ def _as_it_is(config: StageConfig, forward: Forward) -> Forward:
 
 def _scored_by_coins(answers: _Text, config: StageConfig, side_by_side: int, prompts: int) -> Forward:
     """The passes over answers whose sampling has measured both models: minillm.rollout.scoring."""
-    if Setting.of(config, checkpointing=False).student_dtype == "float32":
-        return answers.forward(("student",), 1, statistics=True, total=1)  # a look at one of them
+    if _looks_at_one(config):
+        return _look_at_one(answers)
     return replace(answers.forward(("student",), side_by_side, statistics=True, total=prompts), kept=("teacher",))
+
+
+def _teacher_alone_scores(config: StageConfig) -> bool:
+    """True where what the student was sampled with is taken for its scores, beside a teacher that runs here."""
+    return isinstance(config.teacher_side, TeacherConfig) and _looks_at_one(config)
+
+
+def _looks_at_one(config: StageConfig) -> bool:
+    """True where what is known of the student's answers is compared with a full pass of it over one of them."""
+    return Setting.of(config, checkpointing=False).student_dtype == "float32"
+
+
+def _look_at_one(answers: _Text) -> Forward:
+    return answers.forward(("student",), 1, statistics=True, total=1)
 
 
 def _longest(term: TermNeeds, config: StageConfig) -> _Text:

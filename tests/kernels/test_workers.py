@@ -6,8 +6,11 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.kernels import rows_torch, workers
+from minillm.kernels.block_memory import BlockMemory
+from minillm.kernels.divergences import FIELDS, RowSpec
 from minillm.kernels.softmax_torch import Ids
 from minillm.kernels.workers import even_pieces, pieces, share
 from minillm.losses import LMHead, TopK, linear_divergence, linear_objective
@@ -100,6 +103,77 @@ def test_losses_and_gradients_are_those_of_one_thread(loss_of, three_threads, sm
         monkeypatch.setattr("minillm.kernels.head.WEIGHT_TILE_ROWS", 7)
     for several, one in zip(*found, strict=True):
         assert torch.allclose(several, one, rtol=1e-5, atol=1e-7) and one.any()
+
+
+def every_field(softcap: float | None) -> list[torch.Tensor]:
+    """Statistics and gradients of all fields, of logits some of which are banned."""
+    torch.manual_seed(1)
+    student, teacher = torch.randn(ROWS, VOCABULARY) * 3, torch.randn(ROWS, VOCABULARY)
+    student[::7, 5], teacher[::4, :9] = -torch.inf, -torch.inf
+    spec = RowSpec(tuple(FIELDS), temperature=1.5, student_scale=0.9, student_softcap=softcap, teacher_softcap=softcap)
+    labels = torch.arange(ROWS) + 20
+    statistics = rows_torch.row_statistics(student, teacher, labels, spec)
+    coefficients = {name: torch.rand(ROWS) for name, field in FIELDS.items() if field.differentiable}
+    found = [
+        rows_torch.row_gradients(
+            student.clone(), teacher, labels, statistics, {name: value}, spec, torch.float32
+        )
+        for name, value in coefficients.items()
+    ]  # fmt: skip
+    both = lambda rows, _: {name: value[rows] for name, value in coefficients.items()}  # noqa: E731
+    found.append(rows_torch.row_loss_gradients(student.clone(), teacher, labels, spec, both, torch.float32))
+    return [*statistics.values(), *found]
+
+
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_temporaries_in_kept_memory_change_no_bit(softcap, three_threads, small_blocks, monkeypatch):
+    kept = [every_field(softcap) for _ in range(2)]
+    torch.set_num_threads(1)
+    kept.append(every_field(softcap))
+    monkeypatch.setattr(BlockMemory, "like", lambda *_: None)
+    fresh = every_field(softcap)
+    for of_call in kept:
+        for here, there in zip(of_call, fresh, strict=True):
+            assert torch.equal(here.nan_to_num(7.0), there.nan_to_num(7.0)), (here - there).abs().max()
+
+
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_temporaries_are_taken_once(softcap, three_threads, small_blocks, monkeypatch):
+    """A block of the last one's size takes no new memory of it."""
+    torch.set_num_threads(2)  # workers that have nothing yet
+    block, taken = 5 // 2 * VOCABULARY * 4, []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            read = {
+                one.untyped_storage().data_ptr() for one in [*args, *(kwargs or {}).values()] if torch.is_tensor(one)
+            }
+            new = torch.is_tensor(result) and result.untyped_storage().data_ptr() not in read
+            if new and result.untyped_storage().nbytes() >= block:
+                taken.append(str(function))
+            return result
+
+    def watched(work, part, worker, done=workers._in_passing):
+        with Allocations():
+            return done(work, part, worker)
+
+    def call() -> None:
+        student, teacher = torch.randn(ROWS, VOCABULARY), torch.randn(ROWS, VOCABULARY)
+        spec = RowSpec(tuple(FIELDS), student_softcap=softcap)
+
+        def ones(rows, _):
+            return {name: torch.ones(rows.stop - rows.start) for name, one in FIELDS.items() if one.differentiable}
+
+        rows_torch.row_loss_gradients(student, teacher, torch.arange(ROWS), spec, ones, torch.float32)
+
+    monkeypatch.setattr(workers, "_in_passing", watched)
+    for _ in range(3):
+        call()
+    assert set(taken) == {"aten.empty.memory_format"}
+    taken.clear()
+    call()
+    assert taken == []
 
 
 def test_an_objective_is_called_by_one_at_a_time_in_the_order_of_the_rows(three_threads, small_blocks):

@@ -52,11 +52,28 @@ def test_a_buffer_is_sampled_and_scored_once_for_the_steps_of_its_epochs(work, a
     """Eight answers, four side by side, in steps of four, twice over."""
     found = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha}, "rollout.shared_coins=false")
     assert found.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8, ahead=1),)
-    assert found.scorings == (Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),)
+    if alpha:
+        assert found.scorings == (Forward(("teacher", "student"), 4, LENGTH, 4 * ANSWER, True, total=8),)
     assert found.terms == (TermShape("policy", MICRO, LENGTH, ROWS, teacher=True, from_buffer=True),)
     assert (found.buffered, found.steps_per_collection) == (8, 4)
     several = work({"name": "minillm", "lm_coef": 0.0, "alpha": alpha}, "rollout.answers_per_prompt=2")
     assert several.decodings == (Decoding(models, 4, PROMPT, ANSWER, total=8, per_prompt=2, ahead=1),)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "students"),
+    [
+        ({"name": "minillm", "lm_coef": 0.0, "alpha": 0.0}, ("train.bf16=true",), 1),
+        # whose weights are bf16, in which a look at one says nothing
+        ({"name": "minillm", "lm_coef": 0.0, "alpha": 0.0}, ("train.bf16=true", "engine.type=deepspeed"), 8),
+        ({"name": "opd"}, ("train.bf16=true",), 8),  # which reads the reverse KL
+    ],
+)
+def test_the_students_own_answers_are_scored_as_they_were_drawn(work, method, keys, students):
+    """By a pass of the teacher, and a look of the student at one of them."""
+    found = work(method, *keys)
+    read = {name: one.total for one in found.scorings for name in one.models}
+    assert read == {"teacher": 8, "student": students}
 
 
 def test_prompts_are_read_ahead_where_rows_are_refilled(work):
@@ -194,7 +211,7 @@ def test_a_buffer_of_no_whole_number_of_steps_is_refused(work):
 
 @pytest.mark.parametrize(
     ("method", "models"),
-    [({"name": "kd"}, ("teacher",)), ({"name": "minillm", "lm_coef": 0.0, "alpha": 0.0}, ("teacher", "student"))],
+    [({"name": "kd"}, ("teacher",)), ({"name": "opd"}, ("teacher", "student"))],
 )
 def test_a_teacher_that_is_told_more_reads_longer_texts(work, method, models):
     told = ("data.prompts.teacher_context=name", "data.prompts.max_teacher_prompt_length=50")

@@ -95,6 +95,7 @@ class MiniLLM(MethodConfig):
             several_answers=True,
             teacher_share=self.alpha,
             buffered=True,
+            as_drawn=sampler == "student",
             inner_epochs=self.ppo_epochs,
             neutral_sampling=True,
             teacher=True,
