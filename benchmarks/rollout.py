@@ -162,8 +162,9 @@ def _measure_shape(
     dtype = getattr(torch, arguments.dtype)
     models = [make_model(*shape, arguments.vocab, arguments.seed + place).to(device, dtype) for place in range(2)]
     prompts, timings = make_prompts(arguments), []
-    chosen = [provider for provider in arguments.providers if provider not in skipped]
     for mode in arguments.modes:
+        mixed = mode == "mixture"  # otherwise no coin decides anything
+        chosen = [one for one in arguments.providers if one not in skipped and (mixed or one != "ours-coins")]
         runs: dict[tuple[str, str], Run] = {}
         for answers in arguments.answers:
             # about one EOS in 24 tokens of a random model

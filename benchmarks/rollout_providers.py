@@ -25,6 +25,7 @@ ALPHA = 0.2
 BASELINE = "generate"
 PROVIDERS = {
     "ours": "minillm",
+    "ours-coins": "minillm, shared coins",
     "ours-batches": "minillm, one batch after the other",
     "ours-unshared": "minillm, a prompt read for every answer",
     "ours-graphs": "minillm, CUDA graphs",
@@ -51,6 +52,8 @@ Run = Callable[[int], Drawn]  # answers every prompt; from the number of the rep
 
 def why_not(provider: str, device: torch.device, answers_per_prompt: int) -> str | None:
     """The reason for which a provider cannot run, None where it can."""
+    if provider == "ours-coins" and answers_per_prompt > 1:
+        return "reads a prompt for every answer"
     if provider == "ours-unshared" and answers_per_prompt == 1:
         return "is the same with one answer to each prompt"
     if provider == "ours-graphs" and answers_per_prompt > 1:
@@ -64,6 +67,7 @@ def prepare(provider: str, mode: str, models: Models, prompts: list[list[int]], 
         rollouts = LocalRollouts(
             models,
             cuda_graphs=provider == "ours-graphs",
+            shared_coins=provider == "ours-coins",
             share_prompts=arguments.answers_per_prompt > 1 and provider != "ours-unshared",
             refill=provider != "ours-batches",
         )

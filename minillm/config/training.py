@@ -146,8 +146,8 @@ class SaveConfig(Strict):
     in_background: bool = Field(
         True,
         description="Write checkpoints and best/ while the next steps are taken, from a copy in the host's memory, which takes as "
-        "much as the student's weights and the optimiser; false: the run waits. The last checkpoint of a stage, and all "
-        "of several ranks, are waited for",
+        "much as the student's weights and the optimiser, of several ranks its own shard of it; false: the run waits. The last "
+        "checkpoint of a stage is waited for",
     )
 
 

@@ -5,7 +5,9 @@ What crosses over is JSON or the bytes of tensors, never a pickle.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,39 @@ from torch import Tensor
 from minillm import UserError
 
 T = TypeVar("T")
+_beside: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []  # the group of the run, and one of the same ranks
+_thread = threading.local()  # `group`: that by which this thread exchanges, where it is not the run's
+
+
+def group_beside() -> dist.ProcessGroup | None:
+    """A second group of the same ranks, by which a thread may exchange while the run does. None for one process.
+
+    All ranks must ask for it together; they get the same one every time.
+    """
+    if world_size() == 1:
+        return None
+    if not _beside or _beside[0][0] is not dist.group.WORLD:
+        _beside[:] = [(dist.group.WORLD, dist.new_group(backend="gloo"))]
+    return _beside[0][1]
+
+
+@contextmanager
+def exchanging_by(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What this thread exchanges goes through a group of its own."""
+    _thread.group = group
+    try:
+        yield
+    finally:
+        _thread.group = None
+
+
+def exchanges_beside() -> bool:
+    """True where this thread exchanges through a group of its own."""
+    return _group() is not None
+
+
+def _group() -> dist.ProcessGroup | None:
+    return getattr(_thread, "group", None)
 
 
 def rank() -> int:
@@ -94,7 +129,8 @@ def exchange(outgoing: Sequence[Tensor]) -> list[Tensor]:
     """
     counts = [sent[rank()] for sent in gather([len(part) for part in outgoing])]
     received = torch.empty(sum(counts), dtype=torch.uint8)
-    dist.all_to_all_single(received, torch.cat(list(outgoing)), counts, [len(part) for part in outgoing])
+    lengths = [len(part) for part in outgoing]
+    dist.all_to_all_single(received, torch.cat(list(outgoing)), counts, lengths, group=_group())
     return list(received.split(counts))
 
 
@@ -159,10 +195,10 @@ def _named(head: Mapping[str, list], data: Tensor) -> dict[str, Tensor]:
 
 def _gather_bytes(mine: Tensor) -> list[Tensor]:  # (bytes,) uint8 -> one such tensor per rank
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([len(mine)]))
+    dist.all_gather(lengths, torch.tensor([len(mine)]), group=_group())
     longest = max(int(length) for length in lengths)
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=_group())
     return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]

@@ -2,12 +2,15 @@
 
 Every collective of torch.distributed ends in `Work.wait` where the host waits for it, and that is what is counted. With
 gloo this is the whole exchange, waiting for slower ranks included, less the work that ran beside it. With NCCL the wait
-returns at once, because the device waits and not the host: its time stays with the part that needs the result.
+returns at once, because the device waits and not the host: its time stays with the part that needs the result. Nobody waits
+for a thread that exchanges beside the run.
 """
 
 from time import perf_counter
 
 import torch.distributed as dist
+
+from minillm.distributed.collectives import exchanges_beside
 
 _seconds = 0.0
 _counting = False
@@ -31,6 +34,7 @@ def count_waits() -> None:
         try:
             return original(work, *args, **kwargs)
         finally:
-            _seconds += perf_counter() - started
+            if not exchanges_beside():
+                _seconds += perf_counter() - started
 
     dist.Work.wait = wait

@@ -55,7 +55,7 @@ def weights_part(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             write_adapter(model, collected["adapters"], folder / FOLDER)
         _write(model, collected, folder)
 
-    return SavedPart(collect, write)
+    return SavedPart(collect, write, fresh=is_sharded(model))
 
 
 def tokenizer_part(tokenizer: PreTrainedTokenizerBase) -> SavedPart:
@@ -141,7 +141,7 @@ def module_part(name: str, module: nn.Module) -> SavedPart:
         if collected["adapters"]:
             write_adapter(module, collected["adapters"], folder / f"{name}_{FOLDER}")
 
-    return SavedPart(collect, write)
+    return SavedPart(collect, write, fresh=is_sharded(module))
 
 
 @torch.no_grad()

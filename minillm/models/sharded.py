@@ -105,7 +105,7 @@ def release(engine, *modules: nn.Module) -> None:
 
 
 def gathered_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on rank 0's CPU, gathered one weight at a time; on other ranks it is empty."""
+    """A copy of the state dict on rank 0's CPU, gathered one weight at a time; on other ranks it is empty."""
     import deepspeed
 
     state, known = {}, {}
@@ -117,5 +117,5 @@ def gathered_state(model: nn.Module) -> dict[str, Tensor]:
     if collectives.rank():
         return {}
     persistent = model.state_dict().keys()
-    state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
+    state |= {name: buffer.to("cpu", copy=True) for name, buffer in model.named_buffers() if name in persistent}
     return {name: tensor for name, tensor in state.items() if name in persistent}

@@ -66,7 +66,7 @@ def memory_of(simulation: Simulation, work: Work, sharding: Sharding, device: to
         here = added if one_memory else host
         # the last buffer lives until the next one is complete
         here["rollout buffer"] += buffer * (2 if work.buffered and phase in filling else 1)
-        here["checkpoint copy"] += _copy(simulation, work, buffer)
+        here["checkpoint copy"] += _copy(simulation, work, sharding, buffer)
         if phase == "update" or phase == "scoring" and not work.buffered:
             added["teacher hidden states"] += waiting[False]
             here["teacher hidden states"] += waiting[False] * (simulation.steps_kept - one_memory)
@@ -108,8 +108,8 @@ def _gathered_for(forward: Decoding | Forward, simulation: Simulation, sharding:
     return sum(map(sharding.layers, gathered)) + heads
 
 
-def _copy(simulation: Simulation, work: Work, buffer: int) -> int:
-    """Bytes of what is written while steps are taken, from a copy of the one rank's state."""
+def _copy(simulation: Simulation, work: Work, sharding: Sharding, buffer: int) -> int:
+    """Bytes of what rank 0 writes while steps are taken, from a copy: all of the weights, and its shard of the optimiser."""
     if work.written is None:
         return 0
     weights = simulation.student.stored_bytes
@@ -117,7 +117,9 @@ def _copy(simulation: Simulation, work: Work, buffer: int) -> int:
         return weights
     held = next(iter(simulation.phases.values()))
     states = sum(held.most(part) for part in ("optimizer states", "fp32 master weights"))
-    return weights + states + 2 * buffer  # one that has been used up meanwhile, and its tensors as they go to the file
+    return (
+        weights + int(states * sharding.states_shard) + 2 * buffer
+    )  # one that has been used up meanwhile, and its tensors as they go to the file
 
 
 def _teacher_rows(simulation: Simulation, work: Work, world_size: int) -> tuple[int, dict[bool, int]]:

@@ -35,10 +35,15 @@ class Sharding:
     by_layers: bool = False  # sharded weights are gathered layer by layer even to sample and score
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's `zero_optimization`
 
+    @property
+    def states_shard(self) -> float:
+        """The fraction of the optimiser that a rank has, wherever it lies."""
+        return 1.0 / self.world_size if self.stage >= 1 else 1.0
+
     def factors(self) -> dict[str, float]:
         """Return the fraction of each part that stays on the device of one rank."""
         shard = 1.0 / self.world_size
-        states = 0.0 if self.offload_optimizer else shard if self.stage >= 1 else 1.0
+        states = 0.0 if self.offload_optimizer else self.states_shard
         weights = 0.0 if self.offload_param else shard if self.stage == 3 else 1.0
         teacher = {"sharded": shard, "replicated": 1.0, "offloaded": 0.0}[self.teacher]
         return {

@@ -215,14 +215,14 @@ def work_of(config: StageConfig, world_size: int) -> Work:
         steps_per_collection=prompts * needs.inner_epochs // step if needs.buffered else 1,
         buffered=rollout.buffer_size * len(needs.samples) if needs.buffered else 0,
         evaluation=_evaluation(config),
-        written=_written(config, needs, world_size),
+        written=_written(config, needs),
     )
 
 
-def _written(config: StageConfig, needs: Needs, world_size: int) -> Literal["weights", "checkpoint"] | None:
+def _written(config: StageConfig, needs: Needs) -> Literal["weights", "checkpoint"] | None:
     """The most that minillm.train.saver writes from a copy."""
     save = config.save
-    if not needs.takes_steps or not save.in_background or world_size > 1:
+    if not needs.takes_steps or not save.in_background:
         return None
     return "checkpoint" if save.steps else "weights" if save.best and config.eval.sets else None
 

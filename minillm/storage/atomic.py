@@ -45,16 +45,19 @@ def write_folder(
             _delete(leftover)
         partial.mkdir(parents=True)
     collectives.barrier()
-    try:
-        fill(partial)
-        collectives.barrier()
+
+    def put() -> None:
         if collectives.rank() == 0:
             sign(partial)
             _put_in_place(folder, partial, stale)
+
+    try:
+        fill(partial)
+        collectives.barrier()
+        collectives.together(put)
     except Exception as error:
         _raise_if_full(folder.parent, error)
         raise
-    collectives.barrier()
 
 
 def remove_folder(folder: Path) -> None:

@@ -33,10 +33,10 @@ class BackgroundWork:
         self._worker = _Worker(work)
         self._worker.start()
 
-    def check(self) -> None:
-        """Return at once."""
-        if self._worker is not None and not self._worker.is_alive():
-            self.finish()
+    @property
+    def failed(self) -> bool:
+        """True once a piece has ended in an error that nobody has been told of."""
+        return self._worker is not None and self._worker.error is not None
 
     def finish(self) -> None:
         """Wait until nothing is left to do."""

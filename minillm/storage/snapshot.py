@@ -15,10 +15,11 @@ class SavedPart:
 
     collect: Callable[[], Any]  # the state of the moment: the tensors themselves
     write: Callable[[Any, Path], None]  # that state, into a folder
+    fresh: bool = False  # the tensors of a state are nobody else's, and on the host
 
     def copied(self) -> "SavedPart":
         """The same part as it is now, whatever becomes of the original."""
-        state = copied_to_host(self.collect())
+        state = copied_to_host(self.collect(), tensors=not self.fresh)
         return SavedPart(lambda: state, self.write)
 
     def save(self, folder: Path) -> None:
@@ -26,17 +27,18 @@ class SavedPart:
         self.write(self.collect(), folder)
 
 
-def copied_to_host(state: Any) -> Any:
+def copied_to_host(state: Any, *, tensors: bool = True) -> Any:
     """A copy of nested dicts, lists, tuples, tensors and plain values that has nothing in common with the original.
 
-    Tensors come to the host's memory. What is one tensor under two names, as tied weights are, stays one.
+    Tensors come to the host's memory. What is one tensor under two names, as tied weights are, stays one. With `tensors`
+    false they are taken as they are.
     """
-    return _copied(state, {})
+    return _copied(state, {} if tensors else None)
 
 
-def _copied(state: Any, known: dict[tuple, Tensor]) -> Any:
+def _copied(state: Any, known: dict[tuple, Tensor] | None) -> Any:
     if isinstance(state, Tensor):
-        return _copied_tensor(state.detach(), known)
+        return state if known is None else _copied_tensor(state.detach(), known)
     if isinstance(state, Mapping):
         return {key: _copied(value, known) for key, value in state.items()}
     if isinstance(state, list | tuple):

@@ -2,10 +2,11 @@
 
 A thread writes as the loop itself would: into a folder of another name, flushed, signed and renamed, the older checkpoints
 removed only afterwards. One folder is written at a time, in the order in which they were asked for, so that there is one
-copy at most, and best/ is never behind a checkpoint that speaks of it.
+copy at most, and best/ is never behind a checkpoint that speaks of it. Of several ranks each has such a thread.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,8 +32,9 @@ class Saver:
     def __init__(self, config: SaveConfig, models: Models, output_dir: Path, note: Callable[[str], None]):
         """`note` is told of a failed write where another error ends the run."""
         self.keep, self.models, self.output_dir, self.note = config.keep, models, output_dir, note
-        # ranks exchange what they write, and a thread's exchanges would meet those of the steps
-        self.in_background = config.in_background and collectives.world_size() == 1
+        self.in_background = config.in_background
+        # what ranks say to each other while they write must not meet what they say in a step
+        self._group = collectives.group_beside() if config.in_background else None
         self._work = BackgroundWork()
 
     def __enter__(self) -> "Saver":
@@ -62,8 +64,9 @@ class Saver:
         self._save(self._student(), lambda fill: write_folder(folder, fill, sign=sign), wait=False)
 
     def check(self) -> None:
-        """Return at once."""
-        self._work.check()
+        """Do not wait for what is being written. All ranks call it, and raise together."""
+        if collectives.anywhere(self._work.failed):
+            self.finish()
 
     def finish(self) -> None:
         """Wait until everything is on the disk."""
@@ -86,8 +89,12 @@ class Saver:
             for part in kept:
                 part.save(folder)
 
+        def write_beside_the_steps() -> None:
+            with collectives.exchanging_by(self._group):
+                write(lambda folder: collectives.together(lambda: fill(folder)))
+
         if in_background:
-            self._work.start(lambda: write(fill))
+            self._work.start(write_beside_the_steps)
         else:
             write(fill)
 
@@ -97,4 +104,4 @@ def _in_state(part: SavedPart) -> SavedPart:
         (folder / "state").mkdir(exist_ok=True)
         part.write(state, folder / "state")
 
-    return SavedPart(part.collect, write)
+    return replace(part, write=write)

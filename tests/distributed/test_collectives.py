@@ -5,6 +5,7 @@ Run as a program it is one of the ranks: FOLDER.
 
 import errno
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -91,10 +92,38 @@ def waits(rank: int) -> None:
     print("waited", waited() - before, flush=True)
 
 
+def beside(rank: int) -> None:
+    """A thread's exchanges meet those of the other rank's thread, whatever is exchanged meanwhile, and nobody waits for them."""
+    second, found, error = collectives.group_beside(), [], []
+    assert collectives.group_beside() is second
+
+    def exchange_slowly() -> None:
+        try:
+            with collectives.exchanging_by(second):
+                assert collectives.exchanges_beside()
+                for number in range(5):
+                    time.sleep(0.1 * rank)
+                    found.append(collectives.gather(["thread", number, rank]))
+            assert not collectives.exchanges_beside()
+        except BaseException as problem:
+            error.append(problem)
+
+    before, thread = waited(), threading.Thread(target=exchange_slowly)
+    thread.start()
+    for number in range(50):
+        assert collectives.gather(["run", number, rank]) == [["run", number, 0], ["run", number, 1]]
+    during = waited() - before
+    before = waited()
+    thread.join()
+    assert waited() == before and not collectives.exchanges_beside()
+    assert not error and found == [[["thread", number, 0], ["thread", number, 1]] for number in range(5)]
+    assert rank or during < 0.4, during  # the thread of rank 0 has waited for half a second
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     group.join(folder)
-    for check in (exchange, slices, failures, waits):
+    for check in (exchange, slices, failures, beside, waits):
         check(collectives.rank())
     group.leave()
     end(0)
@@ -108,7 +137,7 @@ def test_two_ranks_exchange_and_fail_together(tmp_path, start, finish):
 
 
 def test_one_process_needs_no_group():
-    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    assert (collectives.rank(), collectives.world_size()) == (0, 1) and collectives.group_beside() is None
     assert collectives.gather((1, None)) == [[1, None]], "as JSON would bring it over"
     assert list(collectives.rank_slice(3)) == collectives.even_rank_slice(3) == [0, 1, 2]
     assert collectives.interleave([["a", "b"]]) == ["a", "b"]

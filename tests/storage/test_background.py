@@ -26,11 +26,10 @@ def failing() -> None:
 def test_the_caller_goes_on_and_waits_when_it_asks():
     work, gate = BackgroundWork(), Gate()
     work.start(gate)
-    work.check()
-    assert gate.done_by is None and is_at_work()
+    assert gate.done_by is None and is_at_work() and not work.failed
     gate.opened.set()
     work.finish()
-    assert gate.done_by not in (None, threading.current_thread()) and not is_at_work()
+    assert gate.done_by not in (None, threading.current_thread()) and not is_at_work() and not work.failed
     work.finish()  # nothing is left to wait for
 
 
@@ -44,13 +43,15 @@ def test_a_second_piece_waits_for_the_first():
     assert order == ["first", "second"]
 
 
-@pytest.mark.parametrize("ask", [BackgroundWork.finish, BackgroundWork.check, lambda work: work.start(lambda: None)])
+@pytest.mark.parametrize("ask", [BackgroundWork.finish, lambda work: work.start(lambda: None)])
 def test_an_error_is_raised_by_whatever_is_called_next_and_once(ask):
     work = BackgroundWork()
     work.start(failing)
     work._worker.join()
+    assert work.failed
     with pytest.raises(OSError, match="full"):
         ask(work)
+    assert not work.failed
     work.finish()
     work.start(lambda: None)
     work.finish()
