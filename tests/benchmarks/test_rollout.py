@@ -57,7 +57,7 @@ def test_graphs_are_skipped_where_there_can_be_none():
     for device, several, missing in (
         ("cpu", 1, ["ours-unshared", "ours-graphs"]),
         ("cuda:1", 1, ["ours-unshared"]),
-        ("cuda:1", 4, ["ours-graphs"]),
+        ("cuda:1", 4, ["ours-coins", "ours-graphs"]),
     ):
         assert [name for name in PROVIDERS if why_not(name, torch.device(device), several) is not None] == missing
 
@@ -91,13 +91,14 @@ def test_results_are_written(tmp_path, capsys):
     with (tmp_path / "out" / "rollout.csv").open() as file:
         header, *rows = csv.reader(file)
     assert tuple(header) == COLUMNS
-    names = [PROVIDERS[name] for name in ("ours", "ours-batches", "generate", "generate-static")]
+    run = ("ours", "ours-batches", "generate", "generate-static")
+    names = {"student": run, "mixture": ("ours", "ours-coins", *run[1:])}  # nothing is mixed for the student alone
     assert [tuple(row[3:6]) for row in rows] == [
-        (mode, answers, name) for mode in ("student", "mixture") for answers in ("full", "ending") for name in names
+        (mode, answers, PROVIDERS[name]) for mode in names for answers in ("full", "ending") for name in names[mode]
     ]
     assert all(float(value) > 0 for row in rows for value in row[6:9])
     assert all(float(row[7]) > float(row[6]) for row in rows), "prompts are read too"
-    assert all(row[8] == "1.00" for row in rows if row[5] == names[2])
+    assert all(row[8] == "1.00" for row in rows if row[5] == PROVIDERS["generate"])
     assert all((row[9] == "") == (row[4] == "full") for row in rows)
     assert all(float(row[10]) >= 0 for row in rows)
     page = (tmp_path / "out" / "rollout.md").read_text()
