@@ -1,6 +1,6 @@
 """`minillm bench mixture`: what a buffer of a mixture's answers costs, sampled and scored, with and without shared coins.
 
-Both ways answer the same prompts with the same random models in turns, in one process. Seconds are those of this process
+All ways answer the same prompts with the same random models in turns, in one process. Seconds are those of this process
 on the CPU, not the clock's, so that a machine that others use gives the same ratio; on a GPU they are the clock's.
 """
 
@@ -13,6 +13,7 @@ import time
 import torch
 
 from minillm.benchmarks.machine import describe, show_page
+from minillm.benchmarks.rollout import DTYPES
 from minillm.benchmarks.rollout_providers import ALPHA, make_model, make_prompts
 from minillm.models.device import pick_device
 from minillm.rollout.local.local_rollouts import LocalRollouts
@@ -21,7 +22,12 @@ from minillm.rollout.scoring import score
 from minillm.teachers.local import LocalTeacher
 from minillm.teachers.pair import Models
 
-WAYS = {False: "both models for every token", True: "shared coins"}
+BOTH = "both models for every token"
+WAYS = {  # options of LocalRollouts
+    BOTH: {},
+    "shared coins": {"shared_coins": True},
+    "both models, CUDA graphs": {"cuda_graphs": True},  # on a GPU
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(before)
     settings = {
         "student, teacher": f"{arguments.student}, {arguments.teacher} (hidden x layers), vocabulary {arguments.vocab}",
-        "answers": f"{arguments.prompts} prompts of up to {arguments.prompt_tokens} tokens, at most {arguments.tokens} new",
+        "answers": f"{arguments.prompts} prompts of up to {arguments.prompt_tokens} tokens, "
+        f"{arguments.batch_size or arguments.prompts} side by side, at most {arguments.tokens} new",
+        "weights": arguments.dtype,
         "repeats": arguments.repeats,
         "alpha": ALPHA,
     }
@@ -54,12 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--student", default="512x8", metavar="HIDDENxLAYERS", help="default: %(default)s")
     parser.add_argument("--teacher", default="1024x12", metavar="HIDDENxLAYERS", help="default: %(default)s")
     parser.add_argument("--vocab", type=int, default=32_000, help="default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=32, help="answered side by side (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, help="answered side by side (default: all)")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of the longest prompt (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer at most (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and order (default: %(default)s)")
     parser.add_argument("--output", metavar="MD", help="write the table")
     return parser
@@ -67,21 +77,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(arguments: argparse.Namespace, device: torch.device, *, ending: bool) -> list[str]:
     shapes = [tuple(map(int, one.split("x"))) for one in (arguments.student, arguments.teacher)]
-    student, teacher = (make_model(*shape, arguments.vocab, seed).to(device) for seed, shape in enumerate(shapes))
+    dtype = getattr(torch, arguments.dtype)
+    student, teacher = (
+        make_model(*shape, arguments.vocab, seed).to(device, dtype) for seed, shape in enumerate(shapes)
+    )
     eos_ids = tuple(range(1, arguments.vocab, 24)) if ending else ()  # about one EOS in 24 tokens of a random model
     models = Models(student, LocalTeacher(teacher), None, arguments.vocab, eos_ids, 0, device)
     prompts, order = make_prompts(arguments), random.Random(arguments.seed)
-    rollouts = {coins: LocalRollouts(models, shared_coins=coins) for coins in WAYS}
+    ways = [way for way, options in WAYS.items() if device.type == "cuda" or "cuda_graphs" not in options]
+    rollouts = {way: LocalRollouts(models, **WAYS[way]) for way in ways}
     for one in rollouts.values():
         one.check("student", "teacher")
-    seconds: dict[bool, list[tuple[float, float, float]]] = {coins: [] for coins in WAYS}
+    seconds: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
     for repeat in range(arguments.repeats):
-        for coins in order.sample(sorted(WAYS), len(WAYS)):
-            seconds[coins].append(_fill_buffer(rollouts[coins], prompts, arguments, repeat))
+        for way in order.sample(ways, len(ways)):
+            seconds[way].append(_fill_buffer(rollouts[way], prompts, arguments, repeat))
     lines = []
-    for coins, name in WAYS.items():
-        sampling, scoring, rate = map(statistics.median, zip(*seconds[coins], strict=True))
-        ratio = statistics.median(a[2] / b[2] for a, b in zip(seconds[coins], seconds[False], strict=True))
+    for name in ways:
+        sampling, scoring, rate = map(statistics.median, zip(*seconds[name], strict=True))
+        ratio = statistics.median(a[2] / b[2] for a, b in zip(seconds[name], seconds[BOTH], strict=True))
         answers = "ending" if ending else "full"
         lines.append(f"| {answers} | {name} | {sampling:.2f} | {scoring:.2f} | {rate:.0f} | {ratio:.2f} |")
     return lines
@@ -91,7 +105,7 @@ def _fill_buffer(
     rollouts: LocalRollouts, prompts: list[list[int]], arguments: argparse.Namespace, draw: int
 ) -> tuple[float, float, float]:
     """Seconds of sampling and of scoring, and response tokens a second of both together."""
-    keys, size = range(len(prompts)), len(prompts)
+    keys, size = range(len(prompts)), arguments.batch_size or len(prompts)
     sampling = Sampling(arguments.tokens, alpha=ALPHA)
     start = now(rollouts.models.device)
     answers = rollouts.sample(

@@ -171,7 +171,7 @@ def _real_cases(arguments: argparse.Namespace) -> list[Case]:
 def _measure(case: Case, arguments: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, str]]:
     job = {**vars(arguments), **asdict(case), "folder": str(folder)}
     trainers = [name for name in arguments.trainers if name == "minillm" or not case.alpha]
-    if arguments.beside and not case.shared_coins:  # an older one may not have them
+    if arguments.beside:  # an older one without shared coins draws its mixture as it can
         trainers.append(BESIDE)
     order = random.Random(arguments.seed)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
