@@ -110,7 +110,8 @@ def test_a_real_model_is_measured_beside_another_checkout(tmp_path, capfd, forke
     assert [(row["trainer"], row["alpha"], row["shared_coins"]) for row in found] == [
         ("minillm", "0.2", "no"),
         (BESIDE, "0.2", "no"),
-        ("minillm", "0.2", "yes"),  # which an older checkout may not have
+        ("minillm", "0.2", "yes"),
+        (BESIDE, "0.2", "yes"),
     ]
     assert {(row["student"], row["teacher"]) for row in found} == {("2 layers", "teacher")}
     assert "of the process on the CPU" in (tmp_path / "step.md").read_text()
