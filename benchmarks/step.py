@@ -3,9 +3,9 @@
 An update is one generation of answers, its scoring by the teacher and the optimiser steps on it. All trainers load the
 same folders (random Llama models, one tokenizer; or with --teacher a real one and a student of some of its layers) and
 answer the same prompts with as many tokens at temperature 1, without a pre-training loss. Every trainer runs in a process
-of its own, in a new random order in every repeat. With --beside a trainer is the minillm of another checkout,
-which reads of a case what it knows: an older one mixes without coins. `passes` are
-the models' passes of such an update alone: what is left to gain for a trainer that runs them as transformers does.
+of its own, in a new random order in every repeat. With --beside a trainer is the minillm of another checkout, which reads
+of a case what it knows: an older one mixes without coins. `passes` are the models' passes of such an update alone: what is
+left to gain for a trainer that runs them as transformers does.
 """
 
 import argparse
