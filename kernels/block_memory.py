@@ -29,7 +29,7 @@ class BlockMemory:
         if self._buffers[self._taken] is None or len(self._buffers[self._taken]) < size:
             self._buffers[self._taken] = None  # before the larger one is there
             with torch.inference_mode(False):  # or it could not be written outside of that mode
-                self._buffers[self._taken] = torch.empty(size, dtype=torch.uint8)
+                self._buffers[self._taken] = torch.empty(size, dtype=torch.uint8, device=tensor.device)
         self._taken += 1
         return self._buffers[self._taken - 1][:size].view(dtype).view(tensor.shape)
 

@@ -103,9 +103,23 @@ def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dic
 def _write(model: PreTrainedModel, collected: Mapping[str, Any], folder: Path) -> None:
     name_accelerator()
     # of the model itself, which may be at work meanwhile, nothing is changed or saved
-    saved = copy.copy(model)
+    saved = _whole(model, collected) if is_sharded(model) else copy.copy(model)
     saved.config, saved.generation_config = collected["config"], collected["generation_config"]
     saved.save_pretrained(folder, state_dict=collected["weights"])
+
+
+def _whole(model: PreTrainedModel, collected: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the collected weights, for what transformers asks of one while it writes.
+
+    Of one in pieces it would ask the pieces: experts, whose file has another order of dimensions than the module, would be
+    turned round by shapes that are not theirs, and DeepSpeed would gather a weight that a thread asks for beside a step.
+    """
+    with torch.device("meta"):
+        whole = type(model)(copy.deepcopy(collected["config"]))
+    whole.load_state_dict(collected["weights"], strict=False, assign=True)
+    if hasattr(model, "_weight_conversions"):
+        whole._weight_conversions = model._weight_conversions
+    return whole
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

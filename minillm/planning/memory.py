@@ -116,10 +116,11 @@ def _copy(simulation: Simulation, work: Work, sharding: Sharding, buffer: int) -
     if work.written == "weights":
         return weights
     held = next(iter(simulation.phases.values()))
-    states = sum(held.most(part) for part in ("optimizer states", "fp32 master weights"))
-    return (
-        weights + int(states * sharding.states_shard) + 2 * buffer
-    )  # one that has been used up meanwhile, and its tensors as they go to the file
+    states = held.most("optimizer states")
+    if sharding.stage:  # DeepSpeed's exact weights too, and twice for a moment: their state is a copy itself
+        states += 2 * 4 * simulation.student.trained
+    # a buffer that has been used up meanwhile, and its tensors as they go to the file
+    return weights + int(states * sharding.states_shard) + 2 * buffer
 
 
 def _teacher_rows(simulation: Simulation, work: Work, world_size: int) -> tuple[int, dict[bool, int]]:

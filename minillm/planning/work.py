@@ -277,7 +277,7 @@ def _scorings(config: StageConfig, needs: Needs, side_by_side: int, prompts: int
         total = prompts * len(needs.samples)
         if needs.as_drawn and _teacher_alone_scores(config):
             by_teacher = answers.forward(("teacher",), side_by_side, statistics=True, total=total)
-            return (_look_at_one(answers), by_teacher)
+            return (_look_at_one(answers), _as_it_is(config, by_teacher))
         return (_as_it_is(config, answers.forward(judges, side_by_side, statistics=True, total=total)),)
     if needs.takes_steps:
         return tuple(
@@ -326,8 +326,9 @@ def _scored_by_coins(answers: _Text, config: StageConfig, side_by_side: int, pro
 
 
 def _teacher_alone_scores(config: StageConfig) -> bool:
-    """True where what the student was sampled with is taken for its scores, beside a teacher that runs here."""
-    return isinstance(config.teacher_side, TeacherConfig) and _looks_at_one(config)
+    """True where what the student was sampled with is taken for its scores, beside the hidden states of one teacher."""
+    teachers = [*teachers_of(config.teacher_side).values()]
+    return [getattr(one, "rows", "hidden") for one in teachers] == ["hidden"] and _looks_at_one(config)
 
 
 def _looks_at_one(config: StageConfig) -> bool:

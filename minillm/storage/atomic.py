@@ -40,11 +40,12 @@ def write_folder(
     whatever the writer raises for that.
     """
     partial, stale = _beside(folder, _PARTIAL), _beside(folder, _STALE)
-    if collectives.rank() == 0:
-        for leftover in (partial, stale):
-            _delete(leftover)
-        partial.mkdir(parents=True)
-    collectives.barrier()
+
+    def prepare() -> None:
+        if collectives.rank() == 0:
+            for leftover in (partial, stale):
+                _delete(leftover)
+            partial.mkdir(parents=True)
 
     def put() -> None:
         if collectives.rank() == 0:
@@ -52,6 +53,7 @@ def write_folder(
             _put_in_place(folder, partial, stale)
 
     try:
+        collectives.together(prepare)
         fill(partial)
         collectives.barrier()
         collectives.together(put)

@@ -26,10 +26,14 @@ def write_checkpoint(output_dir: Path, step: int, fill: Callable[[Path], None], 
     """
     folder = output_dir / f"checkpoint-{step}"
     write_folder(folder, fill, sign=sign)
-    if collectives.rank() == 0:
-        so_far = [old for number, old in list_checkpoints(output_dir) if number <= step and old.is_dir()]
-        for old in so_far[:-keep]:
-            remove_folder(old)
+
+    def remove_older() -> None:
+        if collectives.rank() == 0:
+            so_far = [old for number, old in list_checkpoints(output_dir) if number <= step and old.is_dir()]
+            for old in so_far[:-keep]:
+                remove_folder(old)
+
+    collectives.together(remove_older)
     return folder
 
 

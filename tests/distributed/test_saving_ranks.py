@@ -15,7 +15,7 @@ from minillm import UserError
 from minillm.config.training import SaveConfig
 from minillm.distributed import collectives, group
 from minillm.distributed.launcher import end
-from minillm.storage import atomic
+from minillm.storage import atomic, checkpoint
 from minillm.storage.manifest import find_damage
 from minillm.storage.snapshot import SavedPart
 from minillm.train.saver import Saver
@@ -75,6 +75,24 @@ def rank_0_cannot_put_it_in_place(folder: Path, rank: int) -> None:
     atomic._put_in_place = put
 
 
+def rank_0_cannot_begin_or_tidy_up(folder: Path, rank: int) -> None:
+    """Before its part is asked for, and after the checkpoint is in place."""
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    for place, name in ((atomic, "_delete"), (checkpoint, "remove_folder")):
+        saver, real = saver_of(folder, lambda *_: None, torch.zeros(1)), getattr(place, name)
+        (folder / "checkpoint-1").mkdir(exist_ok=True)
+        saver.keep = 1
+        if rank == 0:
+            setattr(place, name, full)
+        saver.checkpoint(2, [], [], wait=False)
+        _fails_everywhere(saver, rank, 0, OSError(errno.ENOSPC, "no space left"))
+        setattr(place, name, real)
+        assert (folder / "checkpoint-1").exists()
+
+
 def _fails_everywhere(saver: Saver, rank: int, failing: int, error: Exception) -> None:
     found = None
     for _ in range(10_000):  # as steps do
@@ -101,6 +119,7 @@ def main(folder: Path) -> None:
     a_failure_is_everyones(folder, rank, 1, UserError("weights of another shape"))
     a_failure_is_everyones(folder, rank, 0, OSError(errno.ENOSPC, "no space left"))
     rank_0_cannot_put_it_in_place(folder, rank)
+    rank_0_cannot_begin_or_tidy_up(folder, rank)
     group.leave()
     end(0)
 

@@ -137,6 +137,12 @@ def test_temporaries_in_kept_memory_change_no_bit(softcap, three_threads, small_
             assert torch.equal(here.nan_to_num(7.0), there.nan_to_num(7.0)), (here - there).abs().max()
 
 
+def test_kept_memory_is_on_the_device_of_what_it_is_for():
+    memory = BlockMemory(keeps=True)
+    with torch.device("meta"):
+        assert memory.like(torch.zeros(3, 4, device="cpu")).device.type == "cpu"
+
+
 @pytest.mark.parametrize("softcap", [None, 9.0])
 def test_temporaries_are_taken_once(softcap, three_threads, small_blocks, monkeypatch):
     """A block of the last one's size takes no new memory of it."""

@@ -5,11 +5,19 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from minillm import UserError
-from minillm.models.saving import read_modules, save_model, write_modules
+from minillm.models.saving import read_modules, save_model, weights_part, write_modules
 from minillm.models.tokenizers import byte_tokenizer
+from minillm.storage.snapshot import copied_to_host
+from tests.conftest import tiny_llama
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -99,3 +107,31 @@ def test_no_modules_leave_nothing(tmp_path):
     write_modules({}, tmp_path)
     read_modules({}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def square_experts() -> Qwen3VLMoeForConditionalGeneration:
+    """A model whose file has the experts' dimensions in another order than the module, and of one size."""
+    text = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+              "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "patch_size": 4}  # fmt: skip
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+
+
+@pytest.mark.parametrize("make", [square_experts, lambda: tiny_llama(vocab_size=257, tie=True).bfloat16()])
+def test_of_a_model_in_pieces_nothing_is_looked_at_but_what_was_gathered(make, tmp_path, monkeypatch):
+    """ZeRO-3 leaves empty weights, and gathers one that is asked for by its name while a step is taken."""
+    torch.manual_seed(0)
+    model = make()
+    weights_part(model, byte_tokenizer()).save(tmp_path)
+    state = copied_to_host(model.state_dict())
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.data = number, parameter.data.new_empty(0)
+    monkeypatch.setattr("minillm.models.saving.gathered_state", lambda model: state)
+    monkeypatch.setattr(model, "get_parameter", lambda name: pytest.fail(f"{name} was asked for"))
+    part = weights_part(model, byte_tokenizer()).copied()
+    (tmp_path / "pieces").mkdir()
+    part.save(tmp_path / "pieces")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / name).read_bytes(), name

@@ -66,8 +66,8 @@ def test_the_copy_that_a_checkpoint_is_written_from_lies_in_the_hosts_memory(rec
     for none in ((), ("save.steps=5", "save.in_background=false")):
         assert copies(*none) == {0}
     sharded = planned(path, *SHARDED, "save.steps=5", gpu="cpu", world_size=2)
-    # rank 0: all of the weights in bf16, half of their masters and moments, and its part of the buffer
-    shard = 2 * PARAMETERS + 12 * PARAMETERS // 2 + 2 * 8 * ANSWER * (64 * 2 // 2 + 7 * 4)
+    # rank 0: all of the weights in bf16, half of their moments and, twice, of their masters, and its part of the buffer
+    shard = 2 * PARAMETERS + (8 + 2 * 4) * PARAMETERS // 2 + 2 * 8 * ANSWER * (64 * 2 // 2 + 7 * 4)
     assert {phase.device["checkpoint copy"] for phase in sharded.memory} == {shard}
     path = recipe(eval=EVALUATION)
     assert copies() == {weights} and copies("save.best=false") == {0}
