@@ -72,3 +72,12 @@ def test_the_copy_that_a_checkpoint_is_written_from_lies_in_the_hosts_memory(rec
     path = recipe(eval=EVALUATION)
     assert copies() == {weights} and copies("save.best=false") == {0}
     assert copies("save.steps=5") == {whole}
+
+
+def test_a_served_teacher_scores_the_students_own_answers_by_its_head_alone(recipe, tmp_path):
+    """Whose hidden states come from elsewhere; the student looks at one answer."""
+    served = f"teacher={{type: served, url: 'http://127.0.0.1:9', model: {tmp_path / 'teacher'}}}"
+    alone, opd = (planned(recipe(), key, served) for key in ("method.alpha=0.0", "method.name=opd"))
+    ours, both = ({phase.phase: phase.device for phase in one.memory}["scoring"] for one in (alone, opd))
+    assert ours["teacher hidden states"] == both["teacher hidden states"] > 0 and ours["loss buffers"] > 0
+    assert 0 < alone.speed.scoring_flops < opd.speed.scoring_flops  # which reads the reverse KL

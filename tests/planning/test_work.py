@@ -76,6 +76,14 @@ def test_the_students_own_answers_are_scored_as_they_were_drawn(work, method, ke
     assert read == {"teacher": 8, "student": students}
 
 
+def test_they_are_beside_a_served_teacher_too(work):
+    """Whose head is here, and reads the hidden states that it sends."""
+    served = "teacher={type: served, url: 'http://127.0.0.1:9', model: teacher}"
+    look, scores = work({"name": "minillm", "lm_coef": 0.0, "alpha": 0.0}, served).scorings
+    assert (look.models, look.total) == (("student",), 1)
+    assert (scores.models, scores.kept, scores.total) == ((), ("teacher",), 8)
+
+
 def test_prompts_are_read_ahead_where_rows_are_refilled(work):
     method = {"name": "minillm", "lm_coef": 0.0}
     layers, both = ("engine.type=deepspeed", "engine.stage=3", "engine.gather=layers"), "rollout.shared_coins=false"
