@@ -35,7 +35,7 @@ class BlockMemory:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """What is taken within is free again after it."""
+        """A part of a piece: what it takes is free again after it."""
         taken = self._taken
         try:
             yield

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Worker:
-    """What a piece is computed with."""
+    """The means by which a piece is computed."""
 
     turn: AbstractContextManager[None] = nullcontext()  # entered by one piece at a time, in the order of the pieces
     memory: BlockMemory = FRESH
