@@ -35,7 +35,7 @@ def group_beside() -> dist.ProcessGroup | None:
 
 @contextmanager
 def exchanging_by(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """What this thread exchanges goes through a group of its own."""
+    """A context in which this thread exchanges through a group of its own."""
     _thread.group = group
     try:
         yield
