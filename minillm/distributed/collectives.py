@@ -17,7 +17,7 @@ from torch import Tensor
 from minillm import UserError
 
 T = TypeVar("T")
-_beside: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []  # the group of the run, and one of the same ranks
+_beside: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # of the group of a run, a second one of the same ranks
 _thread = threading.local()  # `group`: that by which this thread exchanges, where it is not the run's
 
 
@@ -28,9 +28,10 @@ def group_beside() -> dist.ProcessGroup | None:
     """
     if world_size() == 1:
         return None
-    if not _beside or _beside[0][0] is not dist.group.WORLD:
-        _beside[:] = [(dist.group.WORLD, dist.new_group(backend="gloo"))]
-    return _beside[0][1]
+    run = dist.group.WORLD
+    if run not in _beside:
+        _beside[run] = dist.new_group(backend="gloo")
+    return _beside[run]
 
 
 @contextmanager

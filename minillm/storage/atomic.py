@@ -42,21 +42,19 @@ def write_folder(
     partial, stale = _beside(folder, _PARTIAL), _beside(folder, _STALE)
 
     def prepare() -> None:
-        if collectives.rank() == 0:
-            for leftover in (partial, stale):
-                _delete(leftover)
-            partial.mkdir(parents=True)
+        for leftover in (partial, stale):
+            _delete(leftover)
+        partial.mkdir(parents=True)
 
     def put() -> None:
-        if collectives.rank() == 0:
-            sign(partial)
-            _put_in_place(folder, partial, stale)
+        sign(partial)
+        _put_in_place(folder, partial, stale)
 
     try:
-        collectives.together(prepare)
+        collectives.on_rank_0(prepare)
         fill(partial)
         collectives.barrier()
-        collectives.together(put)
+        collectives.on_rank_0(put)
     except Exception as error:
         _raise_if_full(folder.parent, error)
         raise

@@ -28,12 +28,11 @@ def write_checkpoint(output_dir: Path, step: int, fill: Callable[[Path], None], 
     write_folder(folder, fill, sign=sign)
 
     def remove_older() -> None:
-        if collectives.rank() == 0:
-            so_far = [old for number, old in list_checkpoints(output_dir) if number <= step and old.is_dir()]
-            for old in so_far[:-keep]:
-                remove_folder(old)
+        so_far = [old for number, old in list_checkpoints(output_dir) if number <= step and old.is_dir()]
+        for old in so_far[:-keep]:
+            remove_folder(old)
 
-    collectives.together(remove_older)
+    collectives.on_rank_0(remove_older)
     return folder
 
 

@@ -108,16 +108,14 @@ def beside(rank: int) -> None:
         except BaseException as problem:
             error.append(problem)
 
-    before, thread = waited(), threading.Thread(target=exchange_slowly)
+    thread = threading.Thread(target=exchange_slowly)
     thread.start()
     for number in range(50):
         assert collectives.gather(["run", number, rank]) == [["run", number, 0], ["run", number, 1]]
-    during = waited() - before
     before = waited()
-    thread.join()
+    thread.join()  # of rank 0 half a second, in which its own waits for the other one's
     assert waited() == before and not collectives.exchanges_beside()
     assert not error and found == [[["thread", number, 0], ["thread", number, 1]] for number in range(5)]
-    assert rank or during < 0.4, during  # the thread of rank 0 has waited for half a second
 
 
 def main(folder: Path) -> None:
